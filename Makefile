@@ -1,0 +1,49 @@
+# `make run` and `make test` need Python 3.11 or later and make; each sets up what it needs in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: help run test check format bench bench-quick clean
+
+help:
+	@echo "make run [ARGS='--port 8000']  serve        make test [ARGS='-k health']  run the tests"
+	@echo "make check                     lint, types  make bench, make bench-quick  measure beside the peers"
+
+run: $(VENV)/run
+	@exec $(BIN)/python notifyd.py $(ARGS)
+
+test: $(VENV)/dev
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/dev
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(VENV)/dev
+	@$(BIN)/python bench/run.py $(ARGS)
+
+bench-quick: $(VENV)/dev
+	@$(BIN)/python bench/run.py --quick $(ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "notifyd needs Python 3.11 or later; say make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps make the second run quick: pip is asked again only when the requirements change.
+$(VENV)/run: requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/dev: requirements-dev.txt requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@ $(VENV)/run
