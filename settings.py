@@ -1,0 +1,189 @@
+"""Every setting, declared once.
+
+`--help`, the `NOTIFYD_*` variables, the checks, the README's table and `/status` all come from the one Struct
+below. A flag goes before a variable, a variable before the default. A bad value raises SettingsError, whose
+text is the one line that the user sees; it names the flag or variable as it was given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NoReturn
+
+import msgspec
+from msgspec import Meta, Struct
+
+VERSION = "0.1.0"
+PREFIX = "NOTIFYD_"
+
+Seconds = Annotated[float, Meta(ge=0, le=31_536_000)]
+Positive = Annotated[int, Meta(ge=1, le=1_000_000_000)]
+
+# Kubernetes injects NOTIFYD_PORT=tcp://10.0.0.1:8000 for a service called notifyd (and siblings of these forms).
+_KUBERNETES = re.compile(rf"{PREFIX}(PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?|SERVICE_(HOST|PORT(_\w+)?))\Z")
+_ORIGIN = re.compile(r"https?://[^/\s?#@]+\Z", re.IGNORECASE)
+
+
+class SettingsError(Exception):
+    """A setting that the server cannot start with; its text is one line for the user."""
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """What an operator may change. Durations are seconds, sizes are bytes."""
+
+    host: Annotated[str, Meta(min_length=1, description="address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
+    workers: Annotated[int, Meta(ge=1, le=1, description="processes that serve; one for now")] = 1
+    debug: Annotated[bool, Meta(description="log at level DEBUG, and say so in /metrics and /status")] = False
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
+        Meta(description="least severe level that is logged"),
+    ] = "INFO"
+    notification_interval: Annotated[Seconds, Meta(description="seconds between test notifications; 0: none")] = 10
+    max_connections: Annotated[Positive, Meta(description="clients connected at once, at most")] = 1000
+    on_duplicate: Annotated[
+        Literal["refuse", "replace"],
+        Meta(
+            description="who stays when a client_id that is connected connects again: refuse the new, replace the old"
+        ),
+    ] = "refuse"
+    ping_interval: Annotated[Seconds, Meta(description="seconds between pings to a client; 0: none")] = 30
+    ping_timeout: Annotated[
+        float, Meta(ge=1, le=31_536_000, description="seconds of silence after which a client is closed")
+    ] = 60
+    shutdown_timeout: Annotated[
+        Seconds, Meta(description="seconds that clients get to leave at a shutdown; 0: closed at once")
+    ] = 1800
+    drain_rate: Annotated[Positive, Meta(description="clients told or closed per second at a shutdown, at most")] = 1000
+    history_size: Annotated[Positive, Meta(description="notifications kept for clients that are behind")] = 1000
+    history_ttl: Annotated[
+        float, Meta(gt=0, le=31_536_000, description="seconds for which a notification is kept, at most")
+    ] = 300
+    history_bytes: Annotated[Positive, Meta(description="bytes of notifications kept, at most")] = 67_108_864
+    max_message_size: Annotated[
+        Positive, Meta(description="bytes of a request body or a message, at most, in both directions")
+    ] = 65_536
+    wire: Annotated[
+        Literal["fast", "standard"], Meta(description="WebSocket protocol class: notifyd's own or uvicorn's")
+    ] = "fast"
+    loop: Annotated[
+        Literal["auto", "uvloop", "asyncio"], Meta(description="event loop; auto: uvloop where it is installed")
+    ] = "auto"
+    allow_origin: Annotated[
+        tuple[str, ...],
+        Meta(description="origin whose pages may connect, such as https://example.com; *: any; may be repeated"),
+    ] = ()
+
+    def __post_init__(self) -> None:
+        for origin in self.allow_origin:
+            if origin != "*" and not _ORIGIN.match(origin):
+                raise ValueError(f"expected an origin such as https://example.com or *, got {origin!r}")
+
+
+def number(seconds: float) -> int | float:
+    """Return the seconds as they are shown: a whole number as an integer."""
+    return int(seconds) if float(seconds).is_integer() else seconds
+
+
+def load(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
+    """Read the settings from the command line and the variables.
+
+    Returns them with warnings for the log. Raises SettingsError, or SystemExit after --help and --version.
+    """
+    flags = vars(_parser().parse_args(list(argv)))
+    given = {name: (f"--{_dashed(name)}", value) for name, value in flags.items() if value is not None}
+    variables, warnings = _variables(environ)
+    return _settings(variables | given), warnings
+
+
+def from_environ(environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
+    """Read the settings from the variables alone, for an app that another server runs."""
+    variables, warnings = _variables(environ)
+    return _settings(variables), warnings
+
+
+def _variables(environ: Mapping[str, str]) -> tuple[dict[str, tuple[str, Any]], list[str]]:
+    known = {PREFIX + name.upper(): name for name in Settings.__struct_fields__}
+    found: dict[str, tuple[str, Any]] = {}
+    warnings = []
+    for variable, value in environ.items():
+        if not variable.startswith(PREFIX):
+            continue
+        if _KUBERNETES.match(variable) and (variable not in known or value.startswith("tcp://")):
+            if variable in known:
+                warnings.append(f"{variable}={value} is ignored: it looks injected by Kubernetes; use --port")
+        elif variable not in known:
+            warnings.append(f"{variable} is unknown and ignored")
+        elif known[variable] == "allow_origin":
+            found["allow_origin"] = (variable, [part.strip() for part in value.split(",") if part.strip()])
+        else:
+            found[known[variable]] = (variable, value)
+    return found, warnings
+
+
+def _settings(given: dict[str, tuple[str, Any]]) -> Settings:
+    """Check the values one by one, so that the error can name where each came from."""
+    checked: dict[str, Any] = {}
+    for name, (source, raw) in given.items():
+        value = raw.upper() if name == "log_level" else raw
+        try:
+            one = msgspec.convert({name: value}, Settings, strict=False)
+        except msgspec.ValidationError as error:
+            raise SettingsError(f"{source}: {_reason(error, value)}") from None
+        checked[name] = getattr(one, name)
+    return Settings(**checked)
+
+
+def _reason(error: msgspec.ValidationError, value: object) -> str:
+    text = str(error).split(" - at ")[0]
+    for spelled, plain in (("`int`", "an integer"), ("`float`", "a number"), ("`bool`", "true or false")):
+        text = text.replace(spelled, plain)
+    text = text.split(", got")[0].replace("Invalid enum value", "Expected one of the values in --help")
+    text = text[0].lower() + text[1:]
+    return text if "got" in text else f"{text}, got {value!r}"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing a page of usage above the one line that matters."""
+        raise SettingsError(f"{message} (--help shows every flag)")
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="notifyd.py",
+        description="A WebSocket notification server: POST /notify, and everyone who is connected knows at once.",
+        epilog=f"Each flag has a variable: --max-connections is {PREFIX}MAX_CONNECTIONS. A flag goes before it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"notifyd {VERSION}")
+    for field in msgspec.inspect.type_info(Settings).fields:  # type: ignore[attr-defined]
+        kind, description = field.type, ""
+        while isinstance(kind, msgspec.inspect.Metadata):
+            description = (kind.extra_json_schema or {}).get("description", description)
+            kind = kind.type
+        add_flag(parser, field.name, kind, description, field.default)
+    return parser
+
+
+def add_flag(
+    parser: argparse.ArgumentParser, name: str, kind: msgspec.inspect.Type, description: str, default: Any
+) -> None:
+    """Add the flag of one setting; its value stays a string, for the Struct to check."""
+    flag = f"--{_dashed(name)}"
+    shown = ", ".join(default) or "none" if isinstance(default, tuple) else str(default)
+    text = f"{description} (default: {shown})".replace("%", "%%")
+    if isinstance(kind, msgspec.inspect.BoolType):
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+    elif isinstance(kind, msgspec.inspect.VarTupleType):
+        parser.add_argument(flag, action="append", metavar="ORIGIN", help=text)
+    elif isinstance(kind, msgspec.inspect.LiteralType):
+        parser.add_argument(flag, metavar="|".join(map(str, kind.values)), help=text)
+    else:
+        parser.add_argument(flag, metavar="N" if not isinstance(kind, msgspec.inspect.StrType) else "TEXT", help=text)
