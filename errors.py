@@ -1,0 +1,81 @@
+"""What can go wrong, as one small tree.
+
+Each class knows how it is told: the HTTP status and category of the documented error body, and the close code
+of a WebSocket. Errors are raised where they are known and mapped once, in routes.py. The message is for the
+other side: it names the field and the limit, and never holds a secret or a traceback.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class NotifydError(Exception):
+    """The root: an unexpected failure of ours."""
+
+    status: ClassVar[int] = 500
+    category: ClassVar[str] = "system"
+    close_code: ClassVar[int] = 1011
+
+    def __init__(self, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.headers = headers or {}
+
+
+class InvalidRequest(NotifydError):
+    """The request or parameter is not what the reference allows."""
+
+    status = 400
+    category = "validation"
+    close_code = 1008
+
+
+class MethodNotAllowed(InvalidRequest):
+    status = 405
+
+
+class RequestTimeout(InvalidRequest):
+    status = 408
+
+
+class TooLarge(InvalidRequest):
+    status = 413
+    close_code = 1009
+
+
+class UnsupportedMediaType(InvalidRequest):
+    status = 415
+
+
+class NotFound(NotifydError):
+    status = 404
+    category = "application"
+    close_code = 1008
+
+
+class Forbidden(NotifydError):
+    status = 403
+    category = "application"
+    close_code = 1008
+
+
+class UpgradeRequired(NotifydError):
+    status = 426
+    category = "connection"
+
+
+class ConnectionRefused(NotifydError):
+    """A client is not admitted: the limit is reached, or its client_id is taken."""
+
+    status = 503
+    category = "connection"
+    close_code = 1008
+
+
+class ShuttingDown(NotifydError):
+    status = 503
+    close_code = 1001
+
+    def __init__(self) -> None:
+        super().__init__("Server shutting down")

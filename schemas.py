@@ -1,0 +1,345 @@
+"""Every message, request and response as a Struct, and how each is encoded and decoded.
+
+The order of the fields is the order on the wire. Encoding is orjson's, checking is msgspec's. This module knows
+no client, no socket and no setting. Shapes and texts: the API reference, sections "HTTP API Endpoints" and
+"Message Formats".
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from datetime import UTC, datetime
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import orjson
+from msgspec import Meta, Struct, field
+
+from errors import InvalidRequest
+from settings import VERSION
+
+CLIENT_ID = re.compile(r"[A-Za-z0-9._:@-]{1,64}\Z")
+# The protocol's own types: clients act on them, so nobody may publish under these names.
+RESERVED_TYPES = frozenset(
+    (
+        "welcome",
+        "ping",
+        "pong",
+        "status_response",
+        "error",
+        "shutdown",
+        "resume",
+        "subscribed",
+        "authenticated",
+    )
+)
+# Close codes, RFC 6455 section 7.4.1.
+NORMAL_CLOSURE, GOING_AWAY, PROTOCOL_ERROR = 1000, 1001, 1002
+NO_STATUS_RECEIVED, INVALID_DATA, POLICY_VIOLATION, MESSAGE_TOO_BIG, INTERNAL_ERROR = 1005, 1007, 1008, 1009, 1011
+
+
+# --- time and ids
+
+
+def timestamp(seconds: float | None = None) -> str:
+    """Return UTC as YYYY-MM-DDTHH:MM:SS.mmmZ, of `seconds` since the epoch or of now."""
+    moment = datetime.fromtimestamp(time.time() if seconds is None else seconds, UTC)
+    return moment.isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+def new_client_id() -> str:
+    return f"client_{secrets.token_hex(8)}"
+
+
+def new_error_id() -> str:
+    return f"error_{secrets.token_hex(8)}"
+
+
+class Positions:
+    """Gives ids: UUIDv7 (RFC 9562, section 5.7), strictly increasing whatever the clock does.
+
+    Within one millisecond, or while the clock is behind the last id, the 74 random bits count on instead.
+    """
+
+    __slots__ = ("_last",)
+
+    def __init__(self) -> None:
+        self._last = 0
+
+    def next(self) -> str:
+        value = time.time_ns() // 1_000_000 << 74 | secrets.randbits(73)
+        if value >> 74 <= self._last >> 74:
+            value = self._last + 1 + secrets.randbits(32)
+        self._last = value
+        # 48 bits of time, version 7, 12 bits, variant 10, 62 bits.
+        digits = f"{value >> 62 + 12:012x}7{value >> 62 & 0xFFF:03x}{value & (1 << 62) - 1 | 2 << 62:016x}"
+        return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+# --- encode and decode
+
+
+def encode(message: Struct) -> bytes:
+    """Return the Struct as JSON. Raises InvalidRequest where its data has no JSON form."""
+    try:
+        return orjson.dumps(message, default=_fields)
+    except orjson.JSONEncodeError as error:
+        raise InvalidRequest(f"data: {_unencodable(error)}") from None
+
+
+def _fields(value: object) -> dict[str, Any]:
+    if isinstance(value, Struct):
+        return msgspec.structs.asdict(value)
+    raise TypeError
+
+
+def _unencodable(error: orjson.JSONEncodeError) -> str:
+    text = str(error)
+    return "nested deeper than 254 levels" if "ecursion" in text else text
+
+
+_T = TypeVar("_T")
+_JSON_NAMES = {"`str`": "string", "`int`": "integer", "`float`": "number", "`bool`": "boolean"}
+
+
+def decode(body: bytes | str, kind: type[_T]) -> _T:
+    """Read JSON into a Struct. Raises InvalidRequest, whose message names the field and the limit."""
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"Invalid JSON: {error}") from None
+    return check(value, kind)
+
+
+def check(value: Any, kind: type[_T]) -> _T:
+    """Make plain values into a Struct. Raises InvalidRequest as decode() does."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(explain(error)) from None
+
+
+def explain(error: msgspec.ValidationError) -> str:
+    """Turn msgspec's "Expected `str`, got `int` - at `$.message`" into "message: expected string, got integer"."""
+    text, _, path = str(error).partition(" - at ")
+    for name, json_name in _JSON_NAMES.items():
+        text = text.replace(name, json_name)
+    if missing := re.search(r"missing required field `(.+)`", text):
+        return f"{missing[1]}: required, but missing"
+    if unknown := re.search(r"contains unknown field `(.+)`", text, re.DOTALL):
+        return f"{unknown[1][:64]}: unknown field"
+    text = text.replace("`", "")
+    field_path = path.strip("`").removeprefix("$").removeprefix(".")
+    return f"{field_path or 'request'}: {text[0].lower()}{text[1:]}"
+
+
+# --- requests
+
+
+class NotifyRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The body of POST /notify."""
+
+    message: Annotated[str, Meta(min_length=1, max_length=8192)]
+    type: Annotated[str, Meta(min_length=1, max_length=64)] = "custom"
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.type in RESERVED_TYPES:
+            raise ValueError(f"type: {self.type!r} is one of the protocol's own types")
+
+
+# --- server to client
+
+
+class Welcome(Struct, kw_only=True):
+    type: str = "welcome"
+    message: str = "Connected to WebSocket Notification Server"
+    client_id: str
+    server_time: str
+    notification_interval: float
+
+
+class Notification(Struct, kw_only=True):
+    """What is published: test, custom and system notifications alike."""
+
+    id: str
+    type: str
+    timestamp: str
+    data: dict[str, Any]
+    sender: str = "notification_service"
+
+
+class TestData(Struct, kw_only=True):
+    message: str
+    counter: int
+    uptime_seconds: float
+    active_connections: int
+    server_time: str
+
+
+class SystemData(Struct, kw_only=True):
+    message: str = "Server is shutting down. Please reconnect later."
+    priority: str = "high"
+    system_time: str
+
+
+class Ping(Struct, kw_only=True):
+    type: str = "ping"
+    timestamp: str
+
+
+class Pong(Struct, kw_only=True):
+    type: str = "pong"
+    timestamp: str
+
+
+class StatusData(Struct, kw_only=True):
+    active_connections: int
+    total_connections: int
+    server_time: str
+
+
+class StatusMessage(Struct, kw_only=True):
+    type: str = "status_response"
+    data: StatusData
+    timestamp: str
+
+
+class ErrorMessage(Struct, kw_only=True):
+    type: str = "error"
+    error_id: str
+    message: str
+    code: int = POLICY_VIOLATION
+    timestamp: str
+
+
+class ShutdownMessage(Struct, kw_only=True):
+    type: str = "shutdown"
+    message: str = "Server is shutting down"
+    timestamp: str
+
+
+# --- HTTP responses
+
+
+class HealthConnections(Struct, kw_only=True):
+    active: int
+    total: int
+    max_allowed: int
+
+
+class ServerInfo(Struct, kw_only=True):
+    version: str = VERSION
+    workers: int
+    notification_interval: float
+
+
+class Health(Struct, kw_only=True):
+    status: str
+    message: str
+    timestamp: str
+    connections: HealthConnections
+    server_info: ServerInfo
+
+
+class NotifyResponse(Struct, kw_only=True):
+    status: str = "success"
+    message: str = "Notification sent successfully"
+    recipients: int
+    notification: NotifyRequest
+    timestamp: str
+
+
+class MetricsConnections(Struct, kw_only=True):
+    active_connections: int
+    total_connections: int
+    messages_sent: int
+    uptime_seconds: float
+
+
+class MetricsService(Struct, kw_only=True):
+    is_running: bool
+    notification_interval: float
+    start_time: str
+
+
+class MetricsServer(Struct, kw_only=True):
+    version: str = VERSION
+    workers: int
+    max_connections: int
+    debug_mode: bool
+
+
+class Metrics(Struct, kw_only=True):
+    connections: MetricsConnections
+    notification_service: MetricsService
+    server: MetricsServer
+    timestamp: str
+
+
+class StatusServer(Struct, kw_only=True):
+    status: str
+    version: str = VERSION
+    uptime_seconds: float
+    start_time: str
+    current_time: str
+
+
+class ClientDetails(Struct, kw_only=True):
+    client_id: str
+    connected_at: str
+    last_ping: str
+    user_agent: str | None
+
+
+class StatusConnections(Struct, kw_only=True):
+    active: int
+    total: int
+    max_allowed: int
+    details: list[ClientDetails]
+
+
+class StatusService(Struct, kw_only=True):
+    is_running: bool
+    notifications_sent: int
+    notification_interval: float
+
+
+class StatusShutdown(Struct, kw_only=True):
+    shutdown_requested: bool
+    shutdown_timeout: float
+
+
+class StatusConfiguration(Struct, kw_only=True):
+    host: str
+    port: int
+    workers: int
+    debug: bool
+    log_level: str
+
+
+class Status(Struct, kw_only=True):
+    server: StatusServer
+    connections: StatusConnections
+    notification_service: StatusService
+    shutdown: StatusShutdown
+    configuration: StatusConfiguration
+
+
+class ErrorBody(Struct, kw_only=True):
+    id: str
+    message: str
+    category: str
+    timestamp: str
+
+
+class ErrorResponse(Struct, kw_only=True):
+    error: ErrorBody
+
+
+def error_body(message: str, category: str, error_id: str | None = None) -> ErrorResponse:
+    """Return the documented body of an HTTP error."""
+    body = ErrorBody(id=error_id or new_error_id(), message=message, category=category, timestamp=timestamp())
+    return ErrorResponse(error=body)
