@@ -1,0 +1,183 @@
+"""The log in memory: entries in the order of their ids, and the ready-made frames of each.
+
+Owns positions and what is kept. Knows no client, no socket and no clock of its own.
+
+1. Ids increase strictly. An entry's `sequence` counts all entries; its `turn` counts the broadcasts before it.
+2. A cursor is a turn: the next broadcast that a client has not been handed. A notification for some clients
+   only takes no turn, so it moves nobody else's cursor.
+3. What is trimmed is gone from the front; nothing is ever removed from the middle. The id just before the
+   front is remembered, because a client may stand there.
+4. A batch is joined once for all clients that stand at the same cursor, and forgotten at the next append.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from operator import attrgetter
+from typing import NamedTuple
+
+# One write hands a client at most about this much, so that a client that is far behind does not pin a copy of
+# the whole ring in its transport.
+BATCH_BYTES = 262_144
+
+
+class Entry:
+    """One notification as it stands in the log."""
+
+    __slots__ = ("at", "frame", "id", "replayed", "sequence", "turn")
+
+    def __init__(self, sequence: int, turn: int, id: str, frame: bytes, at: float, replayed: bool) -> None:
+        self.sequence = sequence
+        self.turn = turn
+        self.id = id
+        self.frame = frame
+        self.at = at
+        self.replayed = replayed
+
+
+class Batch(NamedTuple):
+    """Frames joined for one write, the cursor behind them, and how many notifications they are."""
+
+    frames: bytes
+    end: int
+    notifications: int
+
+
+class Ring:
+    """Entries bounded by count, bytes and age."""
+
+    __slots__ = (
+        "_batches",
+        "_before_front",
+        "_broadcasts",
+        "_bytes",
+        "_entries",
+        "_farewell",
+        "_front",
+        "_front_turn",
+        "_replayed",
+        "max_age",
+        "max_bytes",
+        "max_entries",
+    )
+
+    def __init__(self, first_id: str, max_entries: int, max_bytes: int, max_age: float) -> None:
+        self.max_entries = max_entries
+        self.max_bytes = max_bytes
+        self.max_age = max_age
+        self._entries: list[Entry] = []
+        self._front = 0  # the sequence of _entries[0]
+        self._before_front = first_id
+        self._broadcasts: list[Entry] = []
+        self._front_turn = 0  # the turn of _broadcasts[0]
+        self._bytes = 0
+        self._farewell = -1  # the cursor behind the farewell, once there is one
+        self._replayed = 0  # entries that count towards max_entries
+        self._batches: dict[int, Batch] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def size(self) -> int:
+        """The bytes of all frames in the log."""
+        return self._bytes
+
+    @property
+    def head(self) -> int:
+        """The turn that the next broadcast will take."""
+        return self._front_turn + len(self._broadcasts)
+
+    @property
+    def front_turn(self) -> int:
+        """The oldest turn that is still there."""
+        return self._front_turn
+
+    @property
+    def next_sequence(self) -> int:
+        return self._front + len(self._entries)
+
+    @property
+    def position(self) -> str:
+        """The newest id; before the first notification, one that is older than any."""
+        return self._entries[-1].id if self._entries else self._before_front
+
+    def append(self, id: str, frame: bytes, at: float, *, replayed: bool = True) -> None:
+        """Add a notification for everyone. `at` is in seconds, of the clock that trim() is given."""
+        entry = Entry(self.next_sequence, self.head, id, frame, at, replayed)
+        self._entries.append(entry)
+        self._broadcasts.append(entry)
+        self._bytes += len(frame)
+        self._replayed += replayed
+        self._batches.clear()
+
+    def append_farewell(self, frame: bytes) -> None:
+        """Add a last frame for everyone that is no notification: it has no id and is not in the log."""
+        self._broadcasts.append(Entry(self.next_sequence, self.head, self.position, frame, 0.0, False))
+        self._farewell = self.head
+        self._batches.clear()
+
+    def batch(self, cursor: int) -> Batch | None:
+        """Return what lies between the cursor and the head, up to BATCH_BYTES; None at the head."""
+        found = self._batches.get(cursor)
+        if found is None and cursor < self.head:
+            found = self._batches[cursor] = self._join(cursor)
+        return found
+
+    def _join(self, cursor: int) -> Batch:
+        frames = [entry.frame for entry in self._broadcasts[cursor - self._front_turn :]]
+        size = 0
+        for count, frame in enumerate(frames):
+            if size and size + len(frame) > BATCH_BYTES:
+                del frames[count:]
+                break
+            size += len(frame)
+        end = cursor + len(frames)
+        return Batch(b"".join(frames), end, len(frames) - (end == self._farewell))
+
+    def id_before(self, cursor: int) -> str:
+        """Return the id of the last notification that a client with this cursor was handed."""
+        index = cursor - self._front_turn - 1
+        return self._broadcasts[index].id if index >= 0 else self._before_front
+
+    def expired(self, now: float, settled: int) -> int:
+        """Return the sequence up to which the bounds ask to trim, but not beyond `settled`."""
+        drop, replayed, size = 0, self._replayed, self._bytes
+        limit = min(settled - self._front, len(self._entries))
+        while drop < limit:
+            entry = self._entries[drop]
+            within = replayed <= self.max_entries and size <= self.max_bytes and now - entry.at <= self.max_age
+            if within:
+                break
+            replayed -= entry.replayed
+            size -= len(entry.frame)
+            drop += 1
+        return self._front + drop
+
+    def turn_of(self, sequence: int) -> int:
+        """Return the first turn at or after the entry with this sequence."""
+        index = sequence - self._front
+        return self._entries[index].turn if index < len(self._entries) else self.head
+
+    def trim(self, sequence: int) -> None:
+        """Forget the entries before `sequence`."""
+        drop = sequence - self._front
+        if drop <= 0:
+            return
+        front_turn = self.turn_of(sequence)
+        gone = self._entries[:drop]
+        self._before_front = gone[-1].id
+        self._bytes -= sum(len(entry.frame) for entry in gone)
+        self._replayed -= sum(entry.replayed for entry in gone)
+        del self._entries[:drop]
+        self._front = sequence
+        del self._broadcasts[: front_turn - self._front_turn]
+        self._front_turn = front_turn
+        self._batches = {cursor: batch for cursor, batch in self._batches.items() if cursor >= front_turn}
+
+    def find(self, id: str) -> int | None:
+        """Return the sequence of the entry after this id, or None where the log cannot prove that it gave it."""
+        index = bisect_left(self._entries, id, key=attrgetter("id"))
+        if index < len(self._entries) and self._entries[index].id == id:
+            return self._front + index + 1
+        return self._front if id == self._before_front else None
