@@ -1,0 +1,200 @@
+"""What the Hub needs of a connection, and the connection that any ASGI server gives.
+
+Owns the seam between the Hub and the network: `Connection` is what the Hub calls, `Receiver` what it is told.
+Knows neither the Hub nor a server. The fast implementation is wire.py; the one here awaits the standard `send`.
+
+1. A connection goes forward only: connecting, open, closing, closed.
+2. Once it is not open, `writable` is false and nothing more is written but its close frame.
+3. `left` is told exactly once, after the last byte; nothing is told after it.
+4. A peer that does not answer its close frame within CLOSE_DEADLINE_SECONDS is given up on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from collections import deque
+from typing import Any, Protocol
+
+from starlette.types import Receive, Send
+
+from frames import payloads
+
+# Where a server puts what it offers beyond ASGI, in scope["extensions"]: a Connection, or a Probe.
+WIRE_EXTENSION = "notifyd.wire"
+PROBE_EXTENSION = "notifyd.probe"
+CLOSE_DEADLINE_SECONDS = 5.0
+
+logger = logging.getLogger("notifyd.connection")
+
+
+class ConnectionState(enum.IntEnum):
+    CONNECTING = 0
+    OPEN = 1
+    CLOSING = 2
+    CLOSED = 3
+
+
+class Receiver(Protocol):
+    """Who is told what happens on an open connection. None of these may raise or block."""
+
+    def heard(self) -> None: ...
+    def received(self, message: str | bytes) -> None: ...
+    def drained(self) -> None: ...
+    def left(self) -> None: ...
+
+
+class Connection(Protocol):
+    """One client's connection as the Hub sees it. No call blocks."""
+
+    state: ConnectionState
+    writable: bool
+    # Whether protocol pongs are told to the receiver. Where they are not, silence proves nothing.
+    hears_pongs: bool
+
+    def accept(self, receiver: Receiver, greeting: bytes) -> None:
+        """Complete the handshake and send the first frames; from now on `receiver` is told what happens."""
+
+    def write(self, frames: bytes) -> None:
+        """Send ready frames. What is not writable any more still takes them, so ask `writable` first."""
+
+    def buffered(self) -> int:
+        """Return the bytes that were written and have not left yet."""
+
+    def ping(self) -> None:
+        """Send a protocol ping, where the server lets us."""
+
+    def close(self, code: int, reason: str) -> None:
+        """Say goodbye, wait for the peer's goodbye for a bounded time, and end. Accepts first if need be."""
+
+
+class Probe(Protocol):
+    """What ASGI leaves out, offered by `--wire standard` as an entry in `scope["extensions"]`."""
+
+    receiver: Receiver | None
+
+    def ping(self) -> None: ...
+    def abort(self) -> None: ...
+
+
+class SendConnection:
+    """A WebSocket of any ASGI server: a task of its own awaits the standard `send`.
+
+    It takes one batch at a time: until the server has taken that, it is not writable, and the Hub's cursor waits.
+    """
+
+    __slots__ = (
+        "_deadline",
+        "_farewell",
+        "_out",
+        "_probe",
+        "_receive",
+        "_receiver",
+        "_send",
+        "_wake",
+        "hears_pongs",
+        "state",
+        "writable",
+    )
+
+    def __init__(self, receive: Receive, send: Send, probe: Probe | None = None) -> None:
+        self._receive = receive
+        self._send = send
+        self._probe = probe
+        self.hears_pongs = probe is not None
+        self._receiver: Receiver | None = None
+        self._out: deque[bytes] = deque()
+        self._wake = asyncio.Event()
+        self._farewell: dict[str, Any] | None = None
+        self._deadline: asyncio.Timeout | None = None
+        self.state = ConnectionState.CONNECTING
+        self.writable = False
+
+    def accept(self, receiver: Receiver, greeting: bytes) -> None:
+        self._receiver = receiver
+        if self._probe is not None:
+            self._probe.receiver = receiver
+        self.state = ConnectionState.OPEN
+        self.write(greeting)
+
+    def write(self, frames: bytes) -> None:
+        if self.state is ConnectionState.OPEN:
+            self._out.append(frames)
+            self.writable = False
+            self._wake.set()
+
+    def buffered(self) -> int:
+        return sum(map(len, self._out))
+
+    def ping(self) -> None:
+        if self._probe is not None:
+            self._probe.ping()
+
+    def close(self, code: int, reason: str) -> None:
+        if self.state >= ConnectionState.CLOSING:
+            return
+        self.state = ConnectionState.CLOSING
+        self.writable = False
+        self._farewell = {"type": "websocket.close", "code": code, "reason": reason}
+        if self._deadline is not None:
+            self._deadline.reschedule(self._give_up_at())
+        self._wake.set()
+
+    def _give_up_at(self) -> float | None:
+        closing = self.state is ConnectionState.CLOSING
+        return asyncio.get_running_loop().time() + CLOSE_DEADLINE_SECONDS if closing else None
+
+    async def serve(self) -> None:
+        """Read and write until the connection has ended."""
+        await self._receive()  # websocket.connect
+        writer = asyncio.ensure_future(self._write_out())
+        try:
+            async with asyncio.timeout_at(self._give_up_at()) as self._deadline:
+                await self._read()
+        except TimeoutError:
+            logger.debug("A peer did not take its close frame and is given up on")
+        finally:
+            writer.cancel()
+            if self._probe is not None:
+                # The server has said goodbye and waits for the peer's; a peer that reads nothing would keep it.
+                asyncio.get_running_loop().call_later(CLOSE_DEADLINE_SECONDS, self._probe.abort)
+            self.state = ConnectionState.CLOSED
+            self.writable = False
+            if self._receiver is not None:
+                self._receiver.left()
+
+    async def _read(self) -> None:
+        while True:
+            event = await self._receive()
+            if event["type"] == "websocket.disconnect":
+                return
+            if self._receiver is not None and event["type"] == "websocket.receive":
+                self._receiver.heard()
+                if self.state is ConnectionState.OPEN:
+                    text = event.get("text")
+                    self._receiver.received(event.get("bytes") or b"" if text is None else text)
+
+    async def _write_out(self) -> None:
+        try:
+            await self._wake.wait()
+            await self._send({"type": "websocket.accept"})
+            while self._farewell is None:
+                await self._write_batches()
+                self._wake.clear()
+                if self._farewell is None and not self._out:
+                    await self._wake.wait()
+            await self._send(self._farewell)
+        except OSError:
+            # The peer is gone (ASGI spec 2.4: send() raises OSError); the reader sees the disconnect.
+            logger.debug("A peer left while it was written to")
+
+    async def _write_batches(self) -> None:
+        while self._out and self._farewell is None:
+            for payload in payloads(self._out[0]):
+                await self._send({"type": "websocket.send", "text": payload.decode()})
+            self._out.popleft()
+        if self.state is ConnectionState.OPEN and not self.writable:
+            self.writable = True
+            if self._receiver is not None:
+                self._receiver.drained()
