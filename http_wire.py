@@ -1,0 +1,98 @@
+"""uvicorn's HTTP protocol with what it lacks: deadlines and a limit on what comes before the body.
+
+Owns how long a request may take to arrive and how long its head may be. What an HTTP body may be is routes.py's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from schemas import encode, error_body
+from wire import http_response
+
+# From the first byte of a connection or request to the last byte of the request.
+REQUEST_SECONDS = 10.0
+# Request line and headers together; what servers usually allow.
+MAX_HEAD_BYTES = 65_536
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One HTTP connection, which becomes a WebSocket when it asks for that."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._deadline: asyncio.TimerHandle | None = None
+        self._head_bytes = 0
+        self._in_head = True
+        # Whether bytes of the request are still to come. So it is from the start: a silent connection must end.
+        self._incomplete = True
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._arm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
+            self._refuse(431, f"request head: larger than the limit of {MAX_HEAD_BYTES} bytes")
+        elif not self._incomplete:
+            self._disarm()
+        elif self._deadline is None and not self.transport.is_closing():
+            # A request that arrives in one piece, as nearly all do, costs no timer.
+            self._arm()
+
+    def handle_websocket_upgrade(self) -> None:
+        self._incomplete = False
+        self._disarm()
+        super().handle_websocket_upgrade()
+
+    def on_message_begin(self) -> None:
+        self._incomplete = self._in_head = True
+        self._head_bytes = 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._incomplete = False
+        super().on_message_complete()
+
+    def shutdown(self) -> None:
+        if self._incomplete and not self._in_head:
+            # Its handler waits for a body that may never come, and would hold up the end.
+            self._refuse(503, "Server shutting down", "system")
+        else:
+            super().shutdown()
+
+    def _arm(self) -> None:
+        self._deadline = self.loop.call_later(REQUEST_SECONDS, self._expire)
+
+    def _disarm(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _expire(self) -> None:
+        self._deadline = None
+        self._refuse(408, f"request: not complete within {REQUEST_SECONDS:.0f} seconds")
+
+    def _refuse(self, status: int, message: str, category: str = "validation") -> None:
+        """Answer in the place of the app, unless it has begun to, and end the connection."""
+        self._disarm()
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            body = encode(error_body(message, category))
+            self.transport.write(http_response(status, body, ((b"content-type", b"application/json"),)))
+        self.transport.close()
+        # What the peer goes on sending would keep a closing transport from ending.
+        self.loop.call_later(1.0, self.transport.abort)
