@@ -1,0 +1,208 @@
+"""notifyd: the command line, the app, and the server's life from start to drain to stop.
+
+    python notifyd.py --port 8000
+
+`create_app()` gives the same as an ASGI app, to be mounted or served by any ASGI server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator
+
+import msgspec
+import uvicorn
+from starlette.datastructures import State
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Router
+
+from http_wire import HttpProtocol
+from hub import Hub
+from routes import OriginGuard, not_found, routes
+from settings import VERSION, Settings, SettingsError, from_environ, load
+from wire import StandardProtocol, WireProtocol
+
+logger = logging.getLogger("notifyd")
+
+LISTEN_BACKLOG = 2048
+# Descriptors that are no clients: listeners, log, HTTP requests.
+SPARE_FILES = 64
+# In-flight HTTP requests get this long after the last client has gone.
+REQUESTS_GRACE_SECONDS = 5
+
+
+class App(Router):
+    """The ASGI app: the route table on one Hub, which is `app.state.hub`."""
+
+    def __init__(self, hub: Hub) -> None:
+        allowed = hub.settings.allow_origin
+        middleware = [Middleware(OriginGuard, allowed=allowed)]
+        if allowed:
+            middleware.append(
+                Middleware(CORSMiddleware, allow_origins=allowed, allow_methods=["*"], allow_headers=["*"])
+            )
+
+        @contextlib.asynccontextmanager
+        async def lifespan(_: object) -> AsyncIterator[None]:
+            async with hub:
+                yield
+
+        super().__init__(
+            routes(hub), redirect_slashes=False, default=not_found, middleware=middleware, lifespan=lifespan
+        )
+        self.state = State({"hub": hub})
+
+
+def create_app(settings: Settings | None = None) -> App:
+    """Return a new server as an ASGI app, with a Hub of its own in `app.state.hub`.
+
+    Without settings the NOTIFYD_* variables are read. Raises SettingsError for a bad setting.
+    """
+    if settings is None:
+        settings, warnings = from_environ(os.environ)
+        for warning in warnings:
+            logger.warning(warning)
+    else:
+        try:
+            msgspec.convert(msgspec.to_builtins(settings), Settings)
+        except msgspec.ValidationError as error:
+            raise SettingsError(str(error)) from None
+    return App(Hub(settings))
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with signals that drain instead of closing every socket at once."""
+
+    def __init__(self, config: uvicorn.Config, hub: Hub, url: str) -> None:
+        super().__init__(config)
+        self._hub = hub
+        self._url = url
+        self._drain: asyncio.Task[None] | None = None
+        self._end: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(f"notifyd {VERSION} listens on {self._url} (Ctrl+C stops it)", file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(self._signalled))
+        yield
+        # What is left of the process takes milliseconds; an impatient signal must not spoil its exit status.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+    def _signalled(self) -> None:
+        if self._drain is None:
+            logger.info("Shutting down")
+            self._drain = asyncio.get_running_loop().create_task(self._hub.drain())
+            self._drain.add_done_callback(self._drained)
+        elif not self._drain.done() and not self._drain.cancelling():
+            logger.info("Closing everyone now")
+            self._drain.cancel()
+
+    def _drained(self, drain: asyncio.Task[None]) -> None:
+        if not drain.cancelled() and (error := drain.exception()):
+            logger.error("The drain failed", exc_info=error)
+        self._end = asyncio.get_running_loop().create_task(self._finish())
+
+    async def _finish(self) -> None:
+        await self._hub.wait_closed()
+        self.should_exit = True
+
+
+def serve(settings: Settings) -> None:
+    """Run a server until it has been told to stop and has drained. Raises OSError when it cannot listen."""
+    _raise_file_limit(settings.max_connections)
+    listener = _listen(settings)
+    host, port = listener.getsockname()[:2]
+    settings = msgspec.structs.replace(settings, port=port)
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        loop=settings.loop,
+        http=HttpProtocol,
+        ws=WireProtocol if settings.wire == "fast" else StandardProtocol,
+        # The Hub's heartbeat does this, and knows who has proved alive.
+        ws_ping_interval=None,
+        backlog=LISTEN_BACKLOG,
+        timeout_graceful_shutdown=REQUESTS_GRACE_SECONDS,
+        ws_per_message_deflate=False,
+        ws_max_size=settings.max_message_size,
+    )
+    shown = f"[{host}]" if ":" in host else host
+    Server(config, app.state.hub, f"http://{shown}:{port}").run([listener])
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """Bind here and not in uvicorn, so that a taken port is one clear line and port 0 has a number."""
+    family, _, _, _, address = socket.getaddrinfo(
+        settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.create_server(address[:2], family=family, backlog=LISTEN_BACKLOG)
+    if settings.ping_interval and hasattr(socket, "TCP_USER_TIMEOUT"):
+        # Accepted sockets inherit it: a peer that takes nothing for so long is dropped by the kernel, whoever
+        # holds the descriptor.
+        milliseconds = int((settings.ping_timeout + 5) * 1000)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(milliseconds, 2**31 - 1))
+    return listener
+
+
+def _raise_file_limit(max_connections: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    if soft != resource.RLIM_INFINITY and soft < max_connections + SPARE_FILES:
+        logger.warning(
+            "The limit of open files is %d, too low for max_connections %d; raise it with ulimit -n",
+            soft,
+            max_connections,
+        )
+
+
+def _configure_logging(settings: Settings) -> None:
+    level = "DEBUG" if settings.debug else settings.log_level
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    # uvicorn logs a WebSocket's URL with its query at INFO, and the websockets library whole handshakes at
+    # DEBUG: both may hold what nobody should read in a log.
+    for name in ("uvicorn", "websockets", "asyncio"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def main() -> int:
+    """Run the command line; return its exit status: 0 after a drain, 1 when it cannot listen, 2 for a bad setting."""
+    try:
+        settings, warnings = load(sys.argv[1:], os.environ)
+        _configure_logging(settings)
+        for warning in warnings:
+            logger.warning(warning)
+        serve(settings)
+    except SettingsError as error:
+        print(f"notifyd: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"notifyd: cannot listen on {settings.host}:{settings.port}: {error.strerror or error}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
