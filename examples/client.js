@@ -1,0 +1,125 @@
+// A WebSocket client of notifyd: one ES module without dependencies, for browsers and node.
+//
+//   browser   import { NotifydClient } from "./client.js"; a whole page is in index.html
+//   node      node examples/listen.js [ws://localhost:8000/ws] prints what arrives
+//             (node before 22: node --experimental-websocket, or the option `WebSocket` from the package "ws")
+//
+//   const client = new NotifydClient("ws://localhost:8000/ws", {
+//     topics: ["builds"],
+//     onNotification: ({ type, data }) => console.log(type, data.message),
+//   });
+//   ...
+//   client.close();
+//
+// It reconnects until it is closed, or refused in a way that trying again cannot change. After a reconnect it
+// asks for what came since the last notification it received, and drops what it has received already.
+
+const BASE_MS = 500; // the first delay is at most this; each failure doubles it
+const CAP_MS = 30_000;
+const STABLE_MS = 10_000; // a connection that lasted this long counts as a success: the next delay is short again
+const IDLE_MS = 45_000; // after this much silence the server is pinged, after twice this much it is given up
+
+// Closes (1008) whose reason says that the same request would be refused again. Others pass by themselves:
+// "Connection limit exceeded", "Client ... is already connected", "Slow consumer".
+const FINAL = /^(Invalid |Replaced by|Authentication required|Token expired|Not allowed)/;
+
+/** Return the milliseconds to wait: anything up to a limit that doubles with each failure ("full jitter"). */
+export function backoff(failures, base = BASE_MS, cap = CAP_MS) {
+  return Math.random() * Math.min(cap, base * 2 ** failures);
+}
+
+export class NotifydClient {
+  #socket;
+  #timer; // of the reconnect while there is no socket, of the silence while there is one
+  #failures = 0;
+
+  /**
+   * Options, all optional: clientId; topics (names); since (the id to resume from); onNotification(notification);
+   * onMessage(message) for the protocol's other messages; onState(state, detail) with "connecting",
+   * "open" {clientId}, "waiting" {code, reason, delay} or "closed" {code, reason}; WebSocket (the class to use).
+   */
+  constructor(url, options = {}) {
+    this.options = { WebSocket: globalThis.WebSocket, ...options };
+    if (!this.options.WebSocket) throw new Error("no WebSocket here: run node --experimental-websocket, or pass one");
+    this.url = new URL(url, globalThis.location?.href);
+    this.url.protocol = this.url.protocol.replace("http", "ws");
+    if (options.clientId) this.url.searchParams.set("client_id", options.clientId);
+    if (options.topics?.length) this.url.searchParams.set("topics", options.topics.join(","));
+    this.last = options.since; // the id of the last notification received
+    this.#connect();
+  }
+
+  /** Close for good. */
+  close() {
+    if (this.state !== "closed") this.#leave("closed", { code: 1000, reason: "" });
+  }
+
+  #connect() {
+    const url = new URL(this.url);
+    if (this.last !== undefined) url.searchParams.set("since", this.last);
+    const socket = new this.options.WebSocket(url.href);
+    let opened = Infinity;
+    // Nothing that a socket still has to say is heard after it was left.
+    const heard = (handler) => (event) => socket === this.#socket && handler(event);
+    const lost = heard(({ code = 1006, reason = "" }) => {
+      if (Date.now() - opened >= STABLE_MS) this.#failures = 0;
+      if (code === 1008 && FINAL.test(reason)) return this.#leave("closed", { code, reason });
+      const delay = backoff(this.#failures++);
+      this.#leave("waiting", { code, reason, delay });
+    });
+    socket.onopen = () => (opened = Date.now());
+    socket.onmessage = heard(({ data }) => {
+      this.#watch(lost);
+      this.#receive(JSON.parse(data));
+    });
+    socket.onclose = lost;
+    socket.onerror = () => lost({}); // node 20 sends no close event when it cannot connect
+    this.#socket = socket;
+    this.#watch(lost);
+    this.#enter("connecting", {});
+  }
+
+  #receive(message) {
+    if (message.id !== undefined) {
+      if (this.last && message.id <= this.last) return; // a repetition: ids are ordered by time
+      this.last = message.id;
+      return this.options.onNotification?.(message);
+    }
+    if (message.type === "ping") this.#send({ type: "pong" });
+    if (message.type === "shutdown") this.#socket.close(1000); // and, as after every close, come back after a while
+    if (message.type === "welcome") this.#enter("open", { clientId: message.client_id });
+    if (message.type === "resume") {
+      const { position } = message.data;
+      if (!this.last) this.last = position; // nothing received yet: from here on nothing can be missed
+      else if (position < this.last) this.last = undefined; // another log with older ids: none is a repetition
+    }
+    this.options.onMessage?.(message);
+  }
+
+  #send(message) {
+    if (this.#socket?.readyState === 1) this.#socket.send(JSON.stringify(message));
+  }
+
+  /** Notice a server that vanished without a word. */
+  #watch(lost) {
+    clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => {
+      this.#send({ type: "ping" });
+      this.#timer = setTimeout(() => lost({}), IDLE_MS);
+    }, IDLE_MS);
+  }
+
+  #leave(state, detail) {
+    clearTimeout(this.#timer);
+    const socket = this.#socket;
+    this.#socket = undefined;
+    socket?.close();
+    if (state === "waiting") this.#timer = setTimeout(() => this.#connect(), detail.delay);
+    this.#enter(state, detail);
+  }
+
+  #enter(state, detail) {
+    this.state = state;
+    this.options.onState?.(state, detail);
+  }
+}

@@ -1,0 +1,136 @@
+"""A WebSocket client of notifyd: an async iterator of notifications.
+
+    pip install 'websockets>=14'
+    python examples/client.py ws://localhost:8000/ws --client-id my_client_123 --topics builds,alerts
+
+prints each notification as a line of JSON until Ctrl-C. In a program:
+
+    async for notification in NotifydClient("ws://localhost:8000/ws"):
+        print(notification["type"], notification["data"]["message"])
+
+It reconnects for ever, except where the server's answer says that trying again changes nothing. After a
+reconnect it asks for what came since the last notification, and drops what it has received already.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
+
+BASE_SECONDS = 0.5  # the first delay is at most this; each failure doubles it
+CAP_SECONDS = 30.0
+STABLE_SECONDS = 10.0  # a connection that lasted this long counts as a success: the next delay is short again
+
+# Closes (1008) whose reason says that the same request would be refused again. Others pass by themselves:
+# "Connection limit exceeded", "Client ... is already connected", "Slow consumer".
+FINAL = ("Invalid ", "Replaced by", "Authentication required", "Token expired", "Not allowed")
+
+log = logging.getLogger("notifyd.client")
+
+
+def backoff(failures: int, base: float = BASE_SECONDS, cap: float = CAP_SECONDS) -> float:
+    """Return the seconds to wait: anything up to a limit that doubles with each failure ("full jitter")."""
+    return random.uniform(0, min(cap, base * 2.0 ** min(failures, 64)))
+
+
+def is_final(error: Exception) -> bool:
+    """Return whether the same request would only be refused again."""
+    if isinstance(error, InvalidStatus):
+        return 400 <= error.response.status_code < 500 and error.response.status_code not in (408, 429)
+    if isinstance(error, ConnectionClosed):
+        return error.rcvd is not None and error.rcvd.code == 1008 and error.rcvd.reason.startswith(FINAL)
+    return isinstance(error, InvalidURI)
+
+
+def with_query(url: str, **parameters: str | None) -> str:
+    """Add query parameters to a URL, without those that are None."""
+    parts = urlsplit(url)
+    given = {key: value for key, value in parameters.items() if value is not None}
+    return parts._replace(query=urlencode(dict(parse_qsl(parts.query, keep_blank_values=True)) | given)).geturl()
+
+
+class NotifydClient:
+    """An async iterable of notifications; `last` is the id of the last one, to be kept for `since` in a later run.
+
+    Whoever takes long over one holds back the server's sending, and may be closed as a slow consumer; the rest then
+    comes after a reconnect. Raises ConnectionClosed or InvalidStatus when the server refuses for good.
+    """
+
+    def __init__(
+        self, url: str, *, client_id: str | None = None, topics: Iterable[str] = (), since: str | None = None
+    ) -> None:
+        self.url = with_query(url, client_id=client_id, topics=",".join(topics) or None)
+        self.last = since
+
+    async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
+        failures = 0
+        while True:
+            opened = float("inf")
+            try:
+                async with connect(with_query(self.url, since=self.last)) as websocket:
+                    opened = time.monotonic()
+                    async for frame in websocket:
+                        message = json.loads(frame)
+                        if message["type"] == "shutdown":
+                            break  # and, as after every close, come back after a while
+                        if "id" not in message:
+                            await self._act_on(message, websocket)
+                        elif not self.last or message["id"] > self.last:  # else a repetition: ids are ordered by time
+                            self.last = message["id"]
+                            yield message
+                reason = "closed"
+            except (OSError, WebSocketException) as error:
+                if is_final(error):
+                    raise
+                reason = str(error)
+            if time.monotonic() - opened >= STABLE_SECONDS:
+                failures = 0
+            delay = backoff(failures)
+            failures += 1
+            log.info("disconnected (%s), again in %.1f s", reason, delay)
+            await asyncio.sleep(delay)
+
+    async def _act_on(self, message: dict[str, Any], websocket: ClientConnection) -> None:
+        match message:
+            case {"type": "ping"}:
+                await websocket.send('{"type":"pong"}')
+            case {"type": "welcome", "client_id": client_id}:
+                log.info("connected as %s", client_id)
+            case {"type": "error", "message": text}:
+                log.error("error: %s", text)
+            case {"type": "resume", "data": {"position": position, "complete": complete}}:
+                if not complete:
+                    log.warning("some notifications are missed: too old for the server")
+                if not self.last:
+                    self.last = position  # nothing received yet: from here on nothing can be missed
+                elif position < self.last:
+                    self.last = None  # another log with older ids: none of them is a repetition
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description="Print notifications as they arrive.")
+    parser.add_argument("url", nargs="?", default="ws://localhost:8000/ws")
+    parser.add_argument("--client-id")
+    parser.add_argument("--topics", default="", help="a comma list")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    topics = filter(None, args.topics.split(","))
+    try:
+        async for notification in NotifydClient(args.url, client_id=args.client_id, topics=topics):
+            print(json.dumps(notification), flush=True)
+    except WebSocketException as error:
+        raise SystemExit(f"refused: {error}") from None
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):
+        asyncio.run(main())

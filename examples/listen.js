@@ -1,0 +1,26 @@
+// Print every notification as a line of JSON, with client.js, in node.
+//
+//   node examples/listen.js [ws://localhost:8000/ws?topics=builds]
+//
+// Node before 22 needs the flag --experimental-websocket before the file's name. Ctrl-C ends it.
+
+import { NotifydClient } from "./client.js";
+
+const describe = {
+  connecting: () => "connecting",
+  open: ({ clientId }) => `connected as ${clientId}`,
+  waiting: ({ code, reason, delay }) => `disconnected (${code} ${reason}), again in ${Math.round(delay)} ms`,
+  closed: ({ code, reason }) => `closed (${code} ${reason})`,
+};
+
+new NotifydClient(process.argv[2] ?? "ws://localhost:8000/ws", {
+  onNotification: (notification) => console.log(JSON.stringify(notification)),
+  onMessage: ({ type, data, message }) => {
+    if (type === "error") console.error(`error: ${message}`);
+    if (type === "resume" && !data.complete) console.error("some notifications are missed: too old for the server");
+  },
+  onState: (state, detail) => {
+    console.error(describe[state](detail));
+    if (state === "closed") process.exitCode = 1;
+  },
+});

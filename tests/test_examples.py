@@ -1,0 +1,636 @@
+"""The example clients, run as their users run them: against the real server, and against scripted ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any, NamedTuple, Protocol
+from urllib.parse import parse_qs, quote, urlsplit
+
+import httpx
+import pytest
+from clients import PATIENCE
+from conftest import StartServer
+from server import ROOT, Server, environment, eventually
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+from websockets.sync.server import ServerConnection, serve
+
+EXAMPLES = ROOT / "examples"
+NO_PROXY = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+
+
+def require_tool(*names: str) -> str:
+    """Return the path of the first of these that is installed; without any, skip, or fail where CI=true."""
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{names[0]} is not installed, and in CI it has to be")
+    pytest.skip(f"{names[0]} is not installed")
+
+
+def load(name: str) -> ModuleType:
+    """Import an example by its file's name."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# The three programs that listen, told apart by nothing but how they are started and watched.
+
+
+class Listener(Protocol):
+    """A running example client."""
+
+    def receive(self) -> str:
+        """Wait for the next notification; return its type and message."""
+
+    def wait_until(self, state: str) -> None:
+        """Wait until it is "connected", "disconnected" or "refused"."""
+
+    def stop(self) -> None: ...
+
+
+class Program:
+    """An example that prints notifications to stdout and its state to stderr, in a process of its own."""
+
+    def __init__(self, *command: str) -> None:
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(NO_PROXY),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._printed: list[str] = []  # Everything, for the report of a failure.
+        self._notifications: queue.Queue[str] = queue.Queue()
+        self._states: queue.Queue[str] = queue.Queue()
+        self._readers = [
+            threading.Thread(target=self._read, args=(self.process.stdout, self._notifications)),
+            threading.Thread(target=self._read, args=(self.process.stderr, self._states)),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, stream: IO[str], lines: queue.Queue[str]) -> None:
+        with stream:
+            for line in stream:
+                self._printed.append(line)
+                lines.put(line)
+
+    def _next(self, lines: queue.Queue[str]) -> str:
+        try:
+            return lines.get(timeout=PATIENCE)
+        except queue.Empty:
+            pytest.fail(f"not within {PATIENCE} s; it printed:\n{''.join(self._printed)}")
+
+    def receive(self) -> str:
+        notification = json.loads(self._next(self._notifications))
+        return f"{notification['type']}: {notification['data']['message']}"
+
+    def wait_until(self, state: str) -> None:
+        if state == "refused":
+            assert self.process.wait(PATIENCE) == 1
+            return
+        while not self._next(self._states).startswith(state):
+            pass
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for reader in self._readers:
+            reader.join()
+
+
+class Browser:
+    """A headless Chromium, driven through its DevTools protocol."""
+
+    def __init__(self, command: str, profile: Path) -> None:
+        flags = "--headless --no-sandbox --no-proxy-server --no-first-run --remote-debugging-port=0 --disable-gpu"
+        flags += " --disable-quic --disable-sync --disable-background-networking --disable-component-update"
+        self.process = subprocess.Popen(
+            [command, *flags.split(), f"--user-data-dir={profile}", "about:blank"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        port = profile / "DevToolsActivePort"
+        eventually(lambda: port.exists() and port.read_text().count("\n"), 4 * PATIENCE)
+        self.devtools = f"http://127.0.0.1:{port.read_text().split()[0]}"
+
+    def open(self, url: str) -> Page:
+        target = httpx.put(f"{self.devtools}/json/new?{quote(url, safe='')}", trust_env=False, timeout=PATIENCE).json()
+        return Page(target["webSocketDebuggerUrl"])
+
+    def stop(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+STATES = {"connected": "open", "disconnected": "lost", "refused": "closed"}  # as the page shows them
+
+
+class Page:
+    """index.html in a tab."""
+
+    def __init__(self, devtools: str) -> None:
+        self._session = ExitStack()
+        self._devtools = self._session.enter_context(connect(devtools, compression=None, proxy=None))
+        self._calls = count(1)
+        self._received = 0
+
+    def _call(self, method: str, **params: Any) -> Any:
+        call = next(self._calls)
+        self._devtools.send(json.dumps({"id": call, "method": method, "params": params}))
+        while (answer := json.loads(self._devtools.recv(PATIENCE))).get("id") != call:
+            pass
+        return answer
+
+    def evaluate(self, expression: str) -> Any:
+        """Return what a JavaScript expression gives in the page, None where it throws."""
+        result = self._call("Runtime.evaluate", expression=expression, returnByValue=True).get("result", {})
+        return result.get("result", {}).get("value")
+
+    def receive(self) -> str:
+        self._received += 1  # The newest is on top.
+        text = f'[...document.querySelectorAll("#notifications li")].at(-{self._received}).lastChild.textContent'
+        eventually(lambda: self.evaluate(text))
+        return str(self.evaluate(text)).strip()
+
+    def wait_until(self, state: str) -> None:
+        shown = f'document.getElementById("state").textContent.startsWith("{STATES[state]}")'
+        eventually(lambda: self.evaluate(shown))
+
+    def stop(self) -> None:
+        self._call("Page.close")
+        self._session.close()
+
+
+class Site(SimpleHTTPRequestHandler):
+    """The examples folder over HTTP, without a log."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[str]:
+    """The origin at which index.html is served."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Site, directory=str(EXAMPLES))) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    browser = Browser(require_tool("chromium", "chromium-browser", "google-chrome"), tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.stop()
+
+
+@pytest.fixture(scope="module")
+def node() -> list[str]:
+    """The command that runs node with a WebSocket."""
+    command = require_tool("node")
+    found = subprocess.run([command, "-p", "typeof WebSocket"], capture_output=True, text=True, check=True)
+    return [command] if found.stdout.strip() == "function" else [command, "--experimental-websocket"]
+
+
+Listen = Callable[[str], Listener]
+
+
+@pytest.fixture(params=["client.py", "listen.js", "index.html"])
+def listen(request: pytest.FixtureRequest) -> Iterator[Listen]:
+    """Run one of the example clients on a server's URL."""
+    listeners: list[Listener] = []
+
+    def start(url: str) -> Listener:
+        match request.param:
+            case "client.py":
+                listeners.append(Program(sys.executable, str(EXAMPLES / "client.py"), url))
+            case "listen.js":
+                node = request.getfixturevalue("node")
+                listeners.append(Program(*node, str(EXAMPLES / "listen.js"), url))
+            case "index.html":
+                site, browser = request.getfixturevalue("site"), request.getfixturevalue("browser")
+                listeners.append(browser.open(f"{site}/?url={quote(url, safe='')}"))
+        return listeners[-1]
+
+    yield start
+    for listener in listeners:
+        listener.stop()
+
+
+# Against the real server.
+
+
+def test_receives_what_is_published(start_server: StartServer, site: str, listen: Listen) -> None:
+    server = start_server("--allow-origin", site)
+    listener = listen(server.ws_url)
+    listener.wait_until("connected")
+    server.notify("<b>5 > 4</b> & 'so on' \u2603", type="alert")
+    assert listener.receive() == "alert: <b>5 > 4</b> & 'so on' \u2603"
+
+
+def test_comes_back_by_itself_after_the_server_was_killed(start_server: StartServer, site: str, listen: Listen) -> None:
+    first = start_server("--allow-origin", site)
+    listener = listen(first.ws_url)
+    listener.wait_until("connected")
+    first.notify("before")
+    assert listener.receive() == "custom: before"
+    first.signal(signal.SIGKILL)
+    first.exit_status()
+    listener.wait_until("disconnected")
+    second = start_server("--allow-origin", site, "--port", str(first.port))
+    listener.wait_until("connected")
+    second.notify("after")
+    assert listener.receive() == "custom: after"
+
+
+def test_leaves_a_server_that_shuts_down(start_server: StartServer, site: str, listen: Listen) -> None:
+    server = start_server("--allow-origin", site)
+    listener = listen(server.ws_url)
+    listener.wait_until("connected")
+    server.signal(signal.SIGTERM)
+    assert server.exit_status() == 0  # It waits for its clients, by default for half an hour.
+
+
+def test_gives_up_when_the_real_server_refuses_its_id(start_server: StartServer, site: str, listen: Listen) -> None:
+    listen(start_server("--allow-origin", site).address("not an id")).wait_until("refused")
+
+
+# Against a WebSocket server with a script: what the real one says only when something goes wrong.
+
+
+class Close(NamedTuple):
+    code: int
+    reason: str = ""
+
+
+WELCOME = {"type": "welcome", "client_id": "client_1", "notification_interval": 0}
+
+
+def identified(position: int) -> str:
+    return f"018f{position:04x}-0000-7000-8000-000000000000"
+
+
+def notification(position: int) -> dict[str, Any]:
+    """The notification at this place in the log."""
+    return {
+        "id": identified(position),
+        "type": "custom",
+        "timestamp": "2023-12-01T12:00:00.000Z",
+        "data": {"message": str(position)},
+        "sender": "notification_service",
+    }
+
+
+def resume(position: int, *, complete: bool = True) -> dict[str, Any]:
+    return {"type": "resume", "data": {"position": identified(position), "replayed": 0, "complete": complete}}
+
+
+class Scripted:
+    """Plays one script to each connection, in turn: sends the messages, then closes, or listens."""
+
+    def __init__(self, *scripts: Sequence[dict[str, Any] | Close]) -> None:
+        self._scripts = iter(scripts)
+        self.queries: list[dict[str, list[str]]] = []
+        self.received: queue.Queue[Any] = queue.Queue()
+        self._server = serve(self._play, "127.0.0.1", 0, compression=None, ping_interval=None)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.url = f"ws://127.0.0.1:{self._server.socket.getsockname()[1]}/ws"
+
+    def _play(self, connection: ServerConnection) -> None:
+        assert connection.request
+        self.queries.append(parse_qs(urlsplit(connection.request.path).query))
+        for step in next(self._scripts):
+            if isinstance(step, Close):
+                connection.close(*step)
+            else:
+                connection.send(json.dumps(step))
+        try:
+            while True:
+                self.received.put(json.loads(connection.recv()))
+        except ConnectionClosed as closed:
+            self.received.put(closed.rcvd and closed.rcvd.code)
+
+    def stop(self) -> None:
+        self._server.shutdown()
+
+
+@pytest.fixture
+def scripted() -> Iterator[Callable[..., Scripted]]:
+    servers: list[Scripted] = []
+
+    def start(*scripts: Sequence[dict[str, Any] | Close]) -> Scripted:
+        servers.append(Scripted(*scripts))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def test_resumes_after_the_last_notification_and_drops_repetitions(
+    scripted: Callable[..., Scripted], listen: Listen
+) -> None:
+    lost = Close(1008, "Slow consumer: 9 notifications behind; resume with since=...")
+    server = scripted(
+        [WELCOME, notification(1), notification(2), lost],
+        [
+            WELCOME,
+            resume(2),
+            notification(2),
+            notification(1),
+            notification(3),
+            notification(3),
+            notification(4),
+        ],
+    )
+    listener = listen(server.url)
+    assert [listener.receive() for _ in range(4)] == ["custom: 1", "custom: 2", "custom: 3", "custom: 4"]
+    assert [query.get("since") for query in server.queries] == [None, [identified(2)]]
+
+
+def test_resumes_from_the_log_s_position_before_anything_was_received(
+    scripted: Callable[..., Scripted], listen: Listen
+) -> None:
+    server = scripted([WELCOME, resume(7), Close(1011)], [WELCOME, notification(8)])
+    assert listen(server.url).receive() == "custom: 8"
+    assert [query.get("since") for query in server.queries] == [None, [identified(7)]]
+
+
+def test_takes_older_ids_from_another_log(scripted: Callable[..., Scripted], listen: Listen) -> None:
+    server = scripted(
+        [WELCOME, notification(9), Close(1001, "Server shutting down")],
+        [WELCOME, resume(2, complete=False), notification(1), notification(2), notification(3)],
+    )
+    listener = listen(server.url)
+    assert [listener.receive() for _ in range(4)] == ["custom: 9", "custom: 1", "custom: 2", "custom: 3"]
+
+
+def test_answers_pings(scripted: Callable[..., Scripted], listen: Listen) -> None:
+    server = scripted([WELCOME, {"type": "ping", "timestamp": "2023-12-01T12:00:00.000Z"}])
+    listen(server.url)
+    assert server.received.get(timeout=PATIENCE) == {"type": "pong"}
+
+
+def test_closes_on_shutdown_and_comes_back(scripted: Callable[..., Scripted], listen: Listen) -> None:
+    server = scripted([WELCOME, {"type": "shutdown", "message": "Server is shutting down"}], [notification(1)])
+    assert listen(server.url).receive() == "custom: 1"
+    assert server.received.get_nowait() == 1000
+
+
+def test_tries_again_after_a_refusal_that_passes(scripted: Callable[..., Scripted], listen: Listen) -> None:
+    full = Close(1008, "Connection limit exceeded: 1000/1000")
+    taken = Close(1008, "Client Invalid is already connected")
+    assert listen(scripted([full], [taken], [notification(1)]).url).receive() == "custom: 1"
+
+
+def test_gives_up_after_a_refusal_that_stays(scripted: Callable[..., Scripted], listen: Listen) -> None:
+    server = scripted([Close(1008, "Invalid since")])
+    listen(server.url).wait_until("refused")
+    assert len(server.queries) == 1
+
+
+# client.js by itself, with the clock and the network in the test's hands.
+
+RunNode = Callable[[str], Any]
+
+FAKES = """
+    const timers = [];
+    globalThis.setTimeout = (callback) => timers.push(callback);
+    globalThis.clearTimeout = () => {};
+    const sockets = [];
+    class WebSocket {
+        readyState = 1;
+        sent = [];
+        constructor(url) { this.url = url; sockets.push(this); }
+        send(text) { this.sent.push(JSON.parse(text)); }
+        close() { this.closed = true; }
+    }
+    const client = new NotifydClient("ws://server/ws", { WebSocket, clientId: "a", topics: ["b", "c"] });
+"""
+
+
+@pytest.fixture(scope="module")
+def run_node(node: list[str]) -> RunNode:
+    """Run statements with client.js in scope; return what the last line, an expression, gives."""
+
+    def run(script: str) -> Any:
+        *statements, result = script.strip().splitlines()
+        lines = [
+            f"import {{ NotifydClient, backoff }} from {json.dumps((EXAMPLES / 'client.js').as_uri())};",
+            *statements,
+            f"console.log(JSON.stringify({result}));",
+        ]
+        command = [*node, "--no-warnings", "--input-type=module", "--eval", "\n".join(lines)]
+        return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+    return run
+
+
+def test_javascript_asks_for_its_id_and_topics(run_node: RunNode) -> None:
+    assert run_node(FAKES + "sockets[0].url") == "ws://server/ws?client_id=a&topics=b%2Cc"
+
+
+def test_javascript_pings_a_silent_server_and_then_gives_it_up(run_node: RunNode) -> None:
+    waited = "timers.at(-1)(); " * 3  # In silence, for an answer, and to connect again.
+    result = run_node(FAKES + waited + "\n [sockets[0].sent, sockets[0].closed, sockets.length]")
+    assert result == [[{"type": "ping"}], True, 2]
+
+
+def test_javascript_stays_closed(run_node: RunNode) -> None:
+    closed = "const before = timers.length; client.close(); sockets[0].onclose({ code: 1000 }); client.close();"
+    result = run_node(FAKES + closed + "\n [client.state, sockets[0].closed, timers.length - before]")
+    assert result == ["closed", True, 0]
+
+
+# Backoff: any delay up to a limit that doubles and is capped.
+
+
+@pytest.fixture(params=["client.py", "publish.py", "client.js"])
+def delays(request: pytest.FixtureRequest) -> Callable[[int], list[float]]:
+    """200 delays after this many failures, for a base of 1 and a cap of 30."""
+    if request.param == "client.js":
+        run_node = request.getfixturevalue("run_node")
+        return lambda failures: run_node(f"Array.from({{ length: 200 }}, () => backoff({failures}, 1, 30))")
+    example = load(request.param.removesuffix(".py"))
+    return lambda failures: [example.backoff(failures, 1, 30) for _ in range(200)]
+
+
+@pytest.mark.parametrize(("failures", "limit"), [(0, 1), (1, 2), (4, 16), (5, 30), (100_000, 30)])
+def test_backoff_is_jittered_and_capped(delays: Callable[[int], list[float]], failures: int, limit: float) -> None:
+    drawn = delays(failures)
+    assert 0 <= min(drawn) < 0.1 * limit
+    assert 0.9 * limit < max(drawn) <= limit
+
+
+# Publishing, against the real server and against an HTTP server with a script.
+
+publish = load("publish")
+
+
+def run_publish(server: Server, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / "publish.py"), "--url", server.url, *arguments]
+    return subprocess.run(command, env=environment(NO_PROXY), capture_output=True, text=True, check=False)
+
+
+def test_publishes(server: Server) -> None:
+    client = server.join()
+    done = run_publish(server, "notify", "disk full", "--type", "alert", "--data", '{"priority": "high"}')
+    received = client.receive()
+    assert json.loads(done.stdout)["recipients"] == 1
+    assert (received["type"], received["data"]) == ("alert", {"message": "disk full", "priority": "high"})
+
+
+@pytest.mark.parametrize("command", ["health", "metrics", "status"])
+def test_shows_what_the_server_says_of_itself(server: Server, command: str) -> None:
+    assert json.loads(run_publish(server, command).stdout).keys() == server.read(f"/{command}").keys()
+
+
+def test_shows_the_server_s_own_words_for_an_error(server: Server) -> None:
+    failed = run_publish(server, "notify", "", "--data", "[]")
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("failed: 400 ")
+
+
+class Reply(NamedTuple):
+    status: int
+    body: Any
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+HANG_UP = Reply(0, None)
+SENT = Reply(200, {"status": "success", "recipients": 3})
+BUSY = Reply(503, {"error": {"id": "error_1", "message": "Server is shutting down", "category": "system"}})
+REFUSED = Reply(400, {"error": {"id": "error_2", "message": "message: required", "category": "validation"}})
+
+
+class ScriptedHttp:
+    """Gives one reply to each request, in turn."""
+
+    def __init__(self, *replies: Reply) -> None:
+        script = iter(replies)
+        keys: list[str | None] = []
+
+        class Handler(Site):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.do_GET()
+
+            def do_GET(self) -> None:
+                keys.append(self.headers["Idempotency-Key"])
+                if (reply := next(script)) is HANG_UP:
+                    return
+                self.send_response(reply.status)
+                for name, value in reply.headers:
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode())
+
+        self.keys = keys
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+Publisher = Callable[..., tuple[Any, ScriptedHttp]]
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that the publisher wanted to wait; it doesn't."""
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return waits
+
+
+@pytest.fixture
+def publisher(waits: list[float]) -> Iterator[Publisher]:
+    """A publisher and the server whose replies it gets."""
+    servers: list[ScriptedHttp] = []
+
+    def start(*replies: Reply, **options: Any) -> tuple[Any, ScriptedHttp]:
+        servers.append(ScriptedHttp(*replies))
+        return publish.Notifyd(servers[-1].url, **options), servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def test_tries_again_with_the_same_key_until_the_server_is_back(publisher: Publisher) -> None:
+    notifyd, server = publisher(BUSY, HANG_UP, SENT)
+    assert notifyd.notify("once")["recipients"] == 3
+    assert len(server.keys) == 3 and len(set(server.keys)) == 1
+
+
+def test_gives_each_publish_a_key_of_its_own(publisher: Publisher) -> None:
+    notifyd, server = publisher(SENT, SENT, SENT)
+    notifyd.notify("same words")
+    notifyd.notify("same words")
+    notifyd.notify("same words", key="order-1")
+    assert len(set(server.keys)) == 3 and server.keys[2] == "order-1"
+
+
+def test_waits_as_long_as_the_server_asks(publisher: Publisher, waits: list[float]) -> None:
+    notifyd, _ = publisher(BUSY._replace(status=429, headers=(("Retry-After", "3"),)), SENT)
+    notifyd.notify("patience")
+    assert len(waits) == 1 and 3 <= waits[0] <= 3 + publish.BASE_SECONDS
+
+
+def test_gives_up_after_so_many_attempts(publisher: Publisher) -> None:
+    notifyd, server = publisher(HANG_UP, BUSY, SENT, attempts=2)
+    with pytest.raises(publish.NotifydError, match="503 Server is shutting down"):
+        notifyd.notify("in vain")
+    assert len(server.keys) == 2
+
+
+def test_does_not_repeat_what_was_refused(publisher: Publisher) -> None:
+    notifyd, server = publisher(REFUSED, SENT)
+    with pytest.raises(publish.NotifydError) as refused:
+        notifyd.notify("")
+    error = refused.value
+    assert (error.status, error.message, error.category, error.id) == (
+        400,
+        "message: required",
+        "validation",
+        "error_2",
+    )
+    assert len(server.keys) == 1
+
+
+def test_shows_an_error_that_a_proxy_made_up(publisher: Publisher) -> None:
+    notifyd, _ = publisher(Reply(502, b"<h1>Bad Gateway</h1>"))
+    with pytest.raises(publish.NotifydError, match="502 Bad Gateway"):
+        notifyd.status()
+
+
+def test_reads_the_health_of_a_server_that_shuts_down(publisher: Publisher) -> None:
+    notifyd, _ = publisher(Reply(503, {"status": "shutting_down"}))
+    assert notifyd.health() == {"status": "shutting_down"}
