@@ -60,13 +60,27 @@ class Forbidden(NotifydError):
     close_code = 1008
 
 
+class KeyReused(InvalidRequest):
+    """An Idempotency-Key that was used for another request."""
+
+    status = 422
+
+
+class DuplicateClient(NotifydError):
+    """The client_id is taken by a client that is alive."""
+
+    status = 409
+    category = "application"
+    close_code = 1008
+
+
 class UpgradeRequired(NotifydError):
     status = 426
     category = "connection"
 
 
 class ConnectionRefused(NotifydError):
-    """A client is not admitted: the limit is reached, or its client_id is taken."""
+    """A client is not admitted."""
 
     status = 503
     category = "connection"

@@ -13,6 +13,7 @@ Owns positions and what is kept. Knows no client, no socket and no clock of its 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Collection, Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -21,18 +22,26 @@ from typing import NamedTuple
 BATCH_BYTES = 262_144
 
 
-class Entry:
-    """One notification as it stands in the log."""
+class Audience(NamedTuple):
+    """Who a notification is for, where it is not for everyone: the union of both."""
 
-    __slots__ = ("at", "frame", "id", "replayed", "sequence", "turn")
+    clients: frozenset[str]
+    topics: frozenset[str]
 
-    def __init__(self, sequence: int, turn: int, id: str, frame: bytes, at: float, replayed: bool) -> None:
-        self.sequence = sequence
-        self.turn = turn
-        self.id = id
-        self.frame = frame
-        self.at = at
-        self.replayed = replayed
+    def includes(self, client_id: str | None, topics: Collection[str]) -> bool:
+        return client_id in self.clients or not self.topics.isdisjoint(topics)
+
+
+class Entry(NamedTuple):
+    """One notification as it stands in the log; `audience` None is everyone."""
+
+    sequence: int
+    turn: int
+    id: str
+    frame: bytes
+    at: float
+    replayed: bool
+    audience: Audience | None
 
 
 class Batch(NamedTuple):
@@ -89,9 +98,9 @@ class Ring:
         return self._front_turn + len(self._broadcasts)
 
     @property
-    def front_turn(self) -> int:
-        """The oldest turn that is still there."""
-        return self._front_turn
+    def front(self) -> int:
+        """The sequence of the oldest entry that is still there."""
+        return self._front
 
     @property
     def next_sequence(self) -> int:
@@ -102,18 +111,22 @@ class Ring:
         """The newest id; before the first notification, one that is older than any."""
         return self._entries[-1].id if self._entries else self._before_front
 
-    def append(self, id: str, frame: bytes, at: float, *, replayed: bool = True) -> None:
-        """Add a notification for everyone. `at` is in seconds, of the clock that trim() is given."""
-        entry = Entry(self.next_sequence, self.head, id, frame, at, replayed)
+    def append(
+        self, id: str, frame: bytes, at: float, *, replayed: bool = True, audience: Audience | None = None
+    ) -> int:
+        """Add a notification and return its sequence. `at` is in seconds, of the clock that expired() is given."""
+        entry = Entry(self.next_sequence, self.head, id, frame, at, replayed, audience)
         self._entries.append(entry)
-        self._broadcasts.append(entry)
+        if audience is None:
+            self._broadcasts.append(entry)
+            self._batches.clear()
         self._bytes += len(frame)
         self._replayed += replayed
-        self._batches.clear()
+        return entry.sequence
 
     def append_farewell(self, frame: bytes) -> None:
         """Add a last frame for everyone that is no notification: it has no id and is not in the log."""
-        self._broadcasts.append(Entry(self.next_sequence, self.head, self.position, frame, 0.0, False))
+        self._broadcasts.append(Entry(self.next_sequence, self.head, self.position, frame, 0.0, False, None))
         self._farewell = self.head
         self._batches.clear()
 
@@ -135,10 +148,42 @@ class Ring:
         end = cursor + len(frames)
         return Batch(b"".join(frames), end, len(frames) - (end == self._farewell))
 
-    def id_before(self, cursor: int) -> str:
-        """Return the id of the last notification that a client with this cursor was handed."""
-        index = cursor - self._front_turn - 1
-        return self._broadcasts[index].id if index >= 0 else self._before_front
+    def merge(self, cursor: int, pending: list[int]) -> tuple[Batch, list[int]]:
+        """Return the next batch of a client that is also owed the entries `pending`, and what of these is left.
+
+        `pending` holds sequences in their order; an entry comes before the broadcasts whose turn is not before its own.
+        """
+        frames: list[bytes] = []
+        size = taken = notices = 0
+        while taken < len(pending) or cursor < self.head:
+            entry = self._entries[pending[taken] - self._front] if taken < len(pending) else None
+            if owed := entry is None or entry.turn > cursor:
+                entry = self._broadcasts[cursor - self._front_turn]
+            if frames and size + len(entry.frame) > BATCH_BYTES:
+                break
+            frames.append(entry.frame)
+            size += len(entry.frame)
+            cursor += owed
+            taken += not owed
+            notices += owed and cursor == self._farewell
+        return Batch(b"".join(frames), cursor, len(frames) - notices), pending[taken:]
+
+    def next_owed(self, cursor: int, pending: list[int] | None) -> int:
+        """Return the sequence of the first entry that a client with this cursor has yet to be handed."""
+        index = cursor - self._front_turn
+        owed = self._broadcasts[index].sequence if index < len(self._broadcasts) else self.next_sequence
+        return min(owed, pending[0]) if pending else owed
+
+    def id_before(self, sequence: int) -> str:
+        """Return the id just before this sequence: whoever resumes there gets what follows."""
+        index = sequence - self._front - 1
+        return self._entries[index].id if index >= 0 else self._before_front
+
+    def since(self, sequence: int) -> Iterator[Entry]:
+        """Yield the entries from this sequence on that resume and history give."""
+        for index in range(max(0, sequence - self._front), len(self._entries)):
+            if self._entries[index].replayed:
+                yield self._entries[index]
 
     def expired(self, now: float, settled: int) -> int:
         """Return the sequence up to which the bounds ask to trim, but not beyond `settled`."""
@@ -154,7 +199,7 @@ class Ring:
             drop += 1
         return self._front + drop
 
-    def turn_of(self, sequence: int) -> int:
+    def _turn_of(self, sequence: int) -> int:
         """Return the first turn at or after the entry with this sequence."""
         index = sequence - self._front
         return self._entries[index].turn if index < len(self._entries) else self.head
@@ -164,7 +209,7 @@ class Ring:
         drop = sequence - self._front
         if drop <= 0:
             return
-        front_turn = self.turn_of(sequence)
+        front_turn = self._turn_of(sequence)
         gone = self._entries[:drop]
         self._before_front = gone[-1].id
         self._bytes -= sum(len(entry.frame) for entry in gone)

@@ -11,11 +11,11 @@ import re
 import secrets
 import time
 from datetime import UTC, datetime
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 import orjson
-from msgspec import Meta, Struct, field
+from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from errors import InvalidRequest
 from settings import VERSION
@@ -91,7 +91,8 @@ def encode(message: Struct) -> bytes:
 
 def _fields(value: object) -> dict[str, Any]:
     if isinstance(value, Struct):
-        return msgspec.structs.asdict(value)
+        fields = msgspec.structs.asdict(value)
+        return {name: one for name, one in fields.items() if one is not UNSET}
     raise TypeError
 
 
@@ -100,11 +101,10 @@ def _unencodable(error: orjson.JSONEncodeError) -> str:
     return "nested deeper than 254 levels" if "ecursion" in text else text
 
 
-_T = TypeVar("_T")
 _JSON_NAMES = {"`str`": "string", "`int`": "integer", "`float`": "number", "`bool`": "boolean"}
 
 
-def decode(body: bytes | str, kind: type[_T]) -> _T:
+def decode(body: bytes | str, kind: Any) -> Any:
     """Read JSON into a Struct. Raises InvalidRequest, whose message names the field and the limit."""
     try:
         value = orjson.loads(body)
@@ -113,7 +113,7 @@ def decode(body: bytes | str, kind: type[_T]) -> _T:
     return check(value, kind)
 
 
-def check(value: Any, kind: type[_T]) -> _T:
+def check(value: Any, kind: Any) -> Any:
     """Make plain values into a Struct. Raises InvalidRequest as decode() does."""
     try:
         return msgspec.convert(value, kind)
@@ -123,19 +123,29 @@ def check(value: Any, kind: type[_T]) -> _T:
 
 def explain(error: msgspec.ValidationError) -> str:
     """Turn msgspec's "Expected `str`, got `int` - at `$.message`" into "message: expected string, got integer"."""
-    text, _, path = str(error).partition(" - at ")
+    text, _, place = str(error).partition(" - at ")
+    path = place.strip("`").removeprefix("$")
     for name, json_name in _JSON_NAMES.items():
         text = text.replace(name, json_name)
     if missing := re.search(r"missing required field `(.+)`", text):
-        return f"{missing[1]}: required, but missing"
-    if unknown := re.search(r"contains unknown field `(.+)`", text, re.DOTALL):
-        return f"{unknown[1][:64]}: unknown field"
-    text = text.replace("`", "")
-    field_path = path.strip("`").removeprefix("$").removeprefix(".")
-    return f"{field_path or 'request'}: {text[0].lower()}{text[1:]}"
+        path, text = f"{path}.{missing[1]}", "required, but missing"
+    elif unknown := re.search(r"contains unknown field `(.+)`", text, re.DOTALL):
+        path, text = f"{path}.{unknown[1][:64]}", "unknown field"
+    elif own := re.match(r"(\w+): (.+)", text, re.DOTALL):
+        # Raised by a Struct's own check, which knows the field.
+        path, text = f"{path}.{own[1]}", own[2]
+    text = re.sub(r" matching regex .*", " of the characters that are allowed here", text.replace("`", ""))
+    return f"{path.removeprefix('.') or 'request'}: {text[0].lower()}{text[1:]}"
 
 
 # --- requests
+
+
+ClientId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:@-]{1,64}\Z")]
+# A comma separates names in a URL, and no name has a control character.
+Topic = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^,\x00-\x1f\x7f]*\Z")]
+MAX_TOPICS = 100  # of one client
+MAX_BATCH = 1000
 
 
 class NotifyRequest(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -144,10 +154,42 @@ class NotifyRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     message: Annotated[str, Meta(min_length=1, max_length=8192)]
     type: Annotated[str, Meta(min_length=1, max_length=64)] = "custom"
     data: dict[str, Any] = field(default_factory=dict)
+    clients: Annotated[list[ClientId], Meta(min_length=1)] | UnsetType = UNSET
+    topics: Annotated[list[Topic], Meta(min_length=1)] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         if self.type in RESERVED_TYPES:
             raise ValueError(f"type: {self.type!r} is one of the protocol's own types")
+
+
+# The body of POST /notify/batch.
+NotifyRequests = Annotated[list[NotifyRequest], Meta(min_length=1, max_length=MAX_BATCH)]
+
+
+class TopicsRequest(Struct, kw_only=True):
+    """A client's subscribe or unsubscribe, and the topics of a URL."""
+
+    topics: Annotated[list[Topic], Meta(min_length=1, max_length=MAX_TOPICS)]
+
+
+def topics_of(parameter: str) -> frozenset[str]:
+    """Read `?topics=a,b`. Raises InvalidRequest."""
+    if not parameter:
+        return frozenset()
+    try:
+        return frozenset(check({"topics": parameter.split(",")}, TopicsRequest).topics)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"Invalid topics: {error.message}") from None
+
+
+_POSITION = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z")
+
+
+def position_of(parameter: str) -> str:
+    """Read `?since=ID`; empty is now. Raises InvalidRequest for what is no id."""
+    if parameter and not _POSITION.match(parameter.lower()):
+        raise InvalidRequest("Invalid since")
+    return parameter.lower()
 
 
 # --- server to client
@@ -167,7 +209,8 @@ class Notification(Struct, kw_only=True):
     id: str
     type: str
     timestamp: str
-    data: dict[str, Any]
+    data: Any
+    topics: list[str] | UnsetType = UNSET
     sender: str = "notification_service"
 
 
@@ -204,6 +247,24 @@ class StatusData(Struct, kw_only=True):
 class StatusMessage(Struct, kw_only=True):
     type: str = "status_response"
     data: StatusData
+    timestamp: str
+
+
+class ResumeData(Struct, kw_only=True):
+    position: str
+    replayed: int
+    complete: bool
+
+
+class Resume(Struct, kw_only=True):
+    type: str = "resume"
+    timestamp: str
+    data: ResumeData
+
+
+class Subscribed(Struct, kw_only=True):
+    type: str = "subscribed"
+    topics: list[str]
     timestamp: str
 
 
@@ -250,6 +311,27 @@ class NotifyResponse(Struct, kw_only=True):
     recipients: int
     notification: NotifyRequest
     timestamp: str
+
+
+class BatchReceipt(Struct, kw_only=True):
+    id: str
+    recipients: int
+
+
+class BatchResponse(Struct, kw_only=True):
+    status: str = "success"
+    message: str = "Notifications sent successfully"
+    count: int
+    notifications: list[BatchReceipt]
+    timestamp: str
+
+
+class History(Struct, kw_only=True):
+    """The answer of GET /notifications; the notifications stand in it as they were sent."""
+
+    notifications: list[orjson.Fragment]
+    position: str
+    complete: bool
 
 
 class MetricsConnections(Struct, kw_only=True):
