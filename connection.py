@@ -15,7 +15,7 @@ import asyncio
 import enum
 import logging
 from collections import deque
-from typing import Any, Protocol
+from typing import Protocol
 
 from starlette.types import Receive, Send
 
@@ -52,6 +52,8 @@ class Connection(Protocol):
     writable: bool
     # Whether protocol pongs are told to the receiver. Where they are not, silence proves nothing.
     hears_pongs: bool
+    # Whether it only goes one way.
+    is_stream: bool
 
     def accept(self, receiver: Receiver, greeting: bytes) -> None:
         """Complete the handshake and send the first frames; from now on `receiver` is told what happens."""
@@ -86,7 +88,7 @@ class SendConnection:
 
     __slots__ = (
         "_deadline",
-        "_farewell",
+        "_goodbye",
         "_out",
         "_probe",
         "_receive",
@@ -98,6 +100,8 @@ class SendConnection:
         "writable",
     )
 
+    is_stream = False
+
     def __init__(self, receive: Receive, send: Send, probe: Probe | None = None) -> None:
         self._receive = receive
         self._send = send
@@ -106,7 +110,7 @@ class SendConnection:
         self._receiver: Receiver | None = None
         self._out: deque[bytes] = deque()
         self._wake = asyncio.Event()
-        self._farewell: dict[str, Any] | None = None
+        self._goodbye: tuple[int, str] | None = None
         self._deadline: asyncio.Timeout | None = None
         self.state = ConnectionState.CONNECTING
         self.writable = False
@@ -136,7 +140,7 @@ class SendConnection:
             return
         self.state = ConnectionState.CLOSING
         self.writable = False
-        self._farewell = {"type": "websocket.close", "code": code, "reason": reason}
+        self._goodbye = code, reason
         if self._deadline is not None:
             self._deadline.reschedule(self._give_up_at())
         self._wake.set()
@@ -147,13 +151,12 @@ class SendConnection:
 
     async def serve(self) -> None:
         """Read and write until the connection has ended."""
-        await self._receive()  # websocket.connect
         writer = asyncio.ensure_future(self._write_out())
         try:
             async with asyncio.timeout_at(self._give_up_at()) as self._deadline:
                 await self._read()
         except TimeoutError:
-            logger.debug("A peer did not take its close frame and is given up on")
+            logger.debug("A peer did not take its goodbye and is given up on")
         finally:
             writer.cancel()
             if self._probe is not None:
@@ -165,10 +168,7 @@ class SendConnection:
                 self._receiver.left()
 
     async def _read(self) -> None:
-        while True:
-            event = await self._receive()
-            if event["type"] == "websocket.disconnect":
-                return
+        while (event := await self._receive())["type"] not in ("websocket.disconnect", "http.disconnect"):
             if self._receiver is not None and event["type"] == "websocket.receive":
                 self._receiver.heard()
                 if self.state is ConnectionState.OPEN:
@@ -178,23 +178,34 @@ class SendConnection:
     async def _write_out(self) -> None:
         try:
             await self._wake.wait()
-            await self._send({"type": "websocket.accept"})
-            while self._farewell is None:
+            await self._open()
+            while self._goodbye is None:
                 await self._write_batches()
                 self._wake.clear()
-                if self._farewell is None and not self._out:
+                if self._goodbye is None and not self._out:
                     await self._wake.wait()
-            await self._send(self._farewell)
+            await self._say_goodbye(*self._goodbye)
         except OSError:
             # The peer is gone (ASGI spec 2.4: send() raises OSError); the reader sees the disconnect.
             logger.debug("A peer left while it was written to")
 
     async def _write_batches(self) -> None:
-        while self._out and self._farewell is None:
-            for payload in payloads(self._out[0]):
-                await self._send({"type": "websocket.send", "text": payload.decode()})
+        while self._out and self._goodbye is None:
+            await self._send_batch(self._out[0])
             self._out.popleft()
         if self.state is ConnectionState.OPEN and not self.writable:
             self.writable = True
             if self._receiver is not None:
                 self._receiver.drained()
+
+    # --- what is a WebSocket's about it; a stream has others
+
+    async def _open(self) -> None:
+        await self._send({"type": "websocket.accept"})
+
+    async def _send_batch(self, frames: bytes) -> None:
+        for payload in payloads(frames):
+            await self._send({"type": "websocket.send", "text": payload.decode()})
+
+    async def _say_goodbye(self, code: int, reason: str) -> None:
+        await self._send({"type": "websocket.close", "code": code, "reason": reason})

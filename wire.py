@@ -72,6 +72,7 @@ class WireProtocol(asyncio.Protocol):
     )
 
     hears_pongs = True
+    is_stream = False
 
     def __init__(self, config: Any, server_state: Any, app_state: dict[str, Any], _loop: Any = None) -> None:
         self._config = config
