@@ -5,8 +5,8 @@ Knows connections only through the seam in connection.py, and neither Starlette 
 1. Only `_join` and `_leave` change the map of clients; a client that ends, for whatever reason, is taken out
    first and closed afterwards.
 2. No await between reading a position and joining the map: a client is handed everything from its cursor on.
-3. Every client's cursor lies between the ring's front and its head. `_trim` keeps that true: who would fall
-   off is closed first, and only a client that cannot be written to can be behind by then.
+3. Every client's cursor, and what it is owed beside, lies between the ring's front and its head. `_trim` keeps
+   that true: who would fall off is closed first, and only a client that cannot be written to is behind by then.
 4. A notification is encoded and framed once. A client that cannot be written to costs its cursor, an integer.
 5. Counters only grow, and are changed in the same stretch without await as what they count.
 """
@@ -18,16 +18,18 @@ import contextlib
 import enum
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import orjson
+from msgspec import UNSET, Struct, UnsetType
 
 import schemas
 from connection import CLOSE_DEADLINE_SECONDS, Connection, ConnectionState
-from errors import ConnectionRefused, InvalidRequest, ShuttingDown, TooLarge
-from frames import frame
-from ring import Ring
+from errors import ConnectionRefused, DuplicateClient, InvalidRequest, ShuttingDown, TooLarge
+from frames import frame, payloads
+from keys import Keys
+from ring import Audience, Entry, Ring
 from schemas import GOING_AWAY, INTERNAL_ERROR, POLICY_VIOLATION, encode, timestamp
 from settings import Settings, number
 
@@ -84,8 +86,10 @@ class Client:
         "connection",
         "cursor",
         "heard_at",
+        "pending",
         "phase",
         "speaks",
+        "topics",
         "user_agent",
     )
 
@@ -103,6 +107,9 @@ class Client:
         self.client_id = client_id
         self.user_agent = user_agent
         self.cursor = cursor
+        # What it is owed beside the broadcasts from its cursor on: sequences of entries for it alone, or of its replay.
+        self.pending: list[int] | None = None
+        self.topics: frozenset[str] = frozenset()
         self.connected_at = now
         self.heard_at = now
         self.phase = hub.total_connections % HEARTBEAT_PHASES
@@ -156,7 +163,13 @@ class Hub:
             settings.history_bytes,
             max_age=settings.history_ttl,
         )
+        self._topics: dict[str, set[Client]] = {}
+        # The clients with something pending, and those that were not at the head after the last full pass.
+        self._owed: set[Client] = set()
+        self._behind: list[Client] = []
+        self.keys = Keys(settings.history_size, settings.history_bytes, settings.history_ttl)
         self._published = asyncio.Event()
+        self._for_everyone = False
         self._passing = asyncio.Lock()
         # The sequence up to which the pass before the last one has gone: nothing newer is trimmed.
         self._settled = self._passed = 0
@@ -164,7 +177,7 @@ class Hub:
         self._all_left = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._started_at = time.time()
+        self.started_at = time.time()
         self._started_clock = self.clock()
         self.total_connections = 0
         self.messages_sent = 0
@@ -235,10 +248,18 @@ class Hub:
 
     # --- clients come and go
 
-    async def admit(self, connection: Connection, client_id: str | None, user_agent: str | None) -> Client:
-        """Admit a connection as a client: accept it, welcome it, and let it follow the log from here.
+    async def admit(
+        self,
+        connection: Connection,
+        client_id: str | None,
+        user_agent: str | None,
+        since: str | None = None,
+        topics: str = "",
+    ) -> Client:
+        """Admit a connection as a client: accept it, welcome it, and let it follow the log.
 
-        Raises ShuttingDown, InvalidRequest or ConnectionRefused, with the reason for the close frame; the
+        It follows from now on, or with `since` from after that id (empty: from now, but tell the position). Raises
+        ShuttingDown, InvalidRequest, DuplicateClient or ConnectionRefused, with the reason for the close frame; the
         connection is then still the caller's to close.
         """
         self._on_first_use()
@@ -246,13 +267,15 @@ class Hub:
         self._check_open(connection)
         if not schemas.CLIENT_ID.match(client_id):
             raise InvalidRequest("Invalid client_id")
+        position = None if since is None else schemas.position_of(since)
+        names = schemas.topics_of(topics)
         while (incumbent := self._clients.get(client_id)) is not None:
             await self._contest(incumbent)
             self._check_open(connection)
         if len(self._clients) >= self.settings.max_connections:
             active, limit = len(self._clients), self.settings.max_connections
             raise ConnectionRefused(f"Connection limit exceeded: {active}/{limit}")
-        return self._join(connection, client_id, user_agent)
+        return self._join(connection, client_id, user_agent, position, names)
 
     def _check_open(self, connection: Connection) -> None:
         if self.state is not HubState.READY:
@@ -261,11 +284,13 @@ class Hub:
             raise ConnectionRefused("The newcomer has left")
 
     async def _contest(self, incumbent: Client) -> None:
-        """Return once the incumbent is out of the map. Raises ConnectionRefused where it stays."""
-        if self.settings.on_duplicate == "replace":
+        """Return once the incumbent is out of the map. Raises DuplicateClient where it stays."""
+        replace = self.settings.on_duplicate == "replace"
+        # A stream cannot answer a probe: it gives way, and never drives a WebSocket out.
+        if replace or incumbent.connection.is_stream:
             self._dismiss(incumbent, POLICY_VIOLATION, "Replaced by a new connection")
         elif await self._is_alive(incumbent):
-            raise ConnectionRefused(f"Client {incumbent.client_id} is already connected")
+            raise DuplicateClient(f"Client {incumbent.client_id} is already connected")
         else:
             self._dismiss(incumbent, INTERNAL_ERROR, "Ping timeout")
 
@@ -285,24 +310,74 @@ class Hub:
             await asyncio.sleep(0.02)
         return False
 
-    def _join(self, connection: Connection, client_id: str, user_agent: str | None) -> Client:
-        # Without await: the cursor is read, the client is in the map and its welcome is on its way before
-        # anything else can be published.
+    def _join(
+        self, connection: Connection, client_id: str, user_agent: str | None, since: str | None, topics: frozenset[str]
+    ) -> Client:
+        # Without await: the cursor is read, what is to be replayed is fixed and the client is in the map before
+        # anything else can be published. So nothing is missing at the seam, and nothing comes twice.
         client = Client(self, connection, client_id, user_agent, self._ring.head, self.clock())
         self._clients[client_id] = client
         self.total_connections += 1
         self._empty.clear()
+        self._subscribe(client, topics)
         welcome = schemas.Welcome(
             client_id=client_id,
             server_time=timestamp(),
             notification_interval=number(self.settings.notification_interval),
         )
-        connection.accept(client, frame(encode(welcome)))
+        greeting = frame(encode(welcome))
+        if since is not None:
+            greeting += frame(encode(self._resume(client, since)))
+        connection.accept(client, greeting)
+        self.advance(client)
         return client
+
+    def _resume(self, client: Client, since: str) -> schemas.Resume:
+        """Owe the client what it missed after `since`, and return what it is told about that."""
+        entries, complete = self._missed(since, client.client_id, client.topics)
+        self._owe(client, [entry.sequence for entry in entries])
+        data = schemas.ResumeData(position=self._ring.position, replayed=len(entries), complete=complete)
+        return schemas.Resume(timestamp=timestamp(), data=data)
+
+    def _missed(self, since: str | None, client_id: str | None, topics: Collection[str]) -> tuple[list[Entry], bool]:
+        """Return the entries after `since` for such a client, and whether it is proven that these are all.
+
+        Proven means that the log gave the id and has kept everything after it. `since` None asks for all that is
+        kept, empty for nothing.
+        """
+        if since == "":
+            return [], True
+        front = self._ring.expired(self.clock(), self._ring.next_sequence)
+        after = 0 if since is None else self._ring.find(since)
+        complete = after is not None and after >= front
+        start = after if after is not None and complete else front
+        entries = [
+            entry
+            for entry in self._ring.since(start)
+            if entry.audience is None or entry.audience.includes(client_id, topics)
+        ]
+        return entries, complete
+
+    def _owe(self, client: Client, sequences: list[int]) -> None:
+        if sequences:
+            client.pending = (client.pending or []) + sequences
+            self._owed.add(client)
+
+    def _subscribe(self, client: Client, topics: frozenset[str]) -> None:
+        """Change what a client is subscribed to, in both directions of the index."""
+        for topic in client.topics - topics:
+            self._topics[topic].discard(client)
+            if not self._topics[topic]:
+                del self._topics[topic]
+        for topic in topics - client.topics:
+            self._topics.setdefault(topic, set()).add(client)
+        client.topics = topics
 
     def _leave(self, client: Client) -> None:
         if self._clients.get(client.client_id) is client:
             del self._clients[client.client_id]
+            self._subscribe(client, frozenset())
+            self._owed.discard(client)
             if not self._clients:
                 self._empty.set()
 
@@ -322,38 +397,80 @@ class Hub:
 
     # --- publishing and the fan-out pass
 
-    async def notify(self, message: str, type: str = "custom", data: dict[str, Any] | None = None) -> Receipt:
-        """Publish a notification to every connected client.
+    async def notify(
+        self,
+        message: str,
+        type: str = "custom",
+        data: dict[str, Any] | None = None,
+        clients: list[str] | None = None,
+        topics: list[str] | None = None,
+    ) -> Receipt:
+        """Publish a notification: to these clients and topics, or to everyone where neither is given.
 
         Raises InvalidRequest, naming the field and the limit, TooLarge, or ShuttingDown.
         """
-        request = {"message": message, "type": type, "data": {} if data is None else data}
-        return self.publish(schemas.check(request, schemas.NotifyRequest))
+        request = {"message": message, "type": type, "data": data, "clients": clients, "topics": topics}
+        given = {name: value for name, value in request.items() if value is not None}
+        return self.publish([schemas.check(given, schemas.NotifyRequest)])[0]
 
-    def publish(self, request: schemas.NotifyRequest) -> Receipt:
-        """Publish a checked request; as notify()."""
+    def publish(self, requests: Sequence[schemas.NotifyRequest]) -> list[Receipt]:
+        """Publish checked requests, all of them or, where one of them is refused, none; as notify()."""
         self._on_first_use()
         if self.state is not HubState.READY:
             raise ShuttingDown
-        data = {"message": request.message, **request.data, "message": request.message}  # noqa: F601
-        entry_id, payload = self._compose(request.type, data)
-        if len(payload) > self.settings.max_message_size + ENVELOPE_BYTES:
-            raise TooLarge(
-                f"data: the notification is {len(payload)} bytes long, over the limit of "
-                f"{self.settings.max_message_size + ENVELOPE_BYTES}"
-            )
-        self._append(entry_id, payload)
+        composed = [self._compose_request(request) for request in requests]
+        receipts = [self._append(*one) for one in composed]
         self._published.set()
-        return Receipt(entry_id, len(self._clients))
+        return receipts
 
-    def _compose(self, type: str, data: Any, sender: str = "notification_service") -> tuple[str, bytes]:
+    def _compose_request(self, request: schemas.NotifyRequest) -> tuple[str, bytes, Audience | None]:
+        data = {"message": request.message, **request.data}
+        data["message"] = request.message
+        topics = sorted(set(request.topics or ()))
+        entry_id, payload = self._compose(request.type, data, topics=topics or UNSET)
+        limit = self.settings.max_message_size + ENVELOPE_BYTES
+        if len(payload) > limit:
+            raise TooLarge(f"data: the notification is {len(payload)} bytes long, over the limit of {limit}")
+        if not topics and request.clients is UNSET:
+            return entry_id, payload, None
+        return entry_id, payload, Audience(frozenset(request.clients or ()), frozenset(topics))
+
+    def _compose(
+        self, type: str, data: Any, sender: str = "notification_service", topics: list[str] | UnsetType = UNSET
+    ) -> tuple[str, bytes]:
         entry_id = self._positions.next()
-        notification = schemas.Notification(id=entry_id, type=type, timestamp=timestamp(), data=data, sender=sender)
+        notification = schemas.Notification(
+            id=entry_id, type=type, timestamp=timestamp(), data=data, topics=topics, sender=sender
+        )
         return entry_id, encode(notification)
 
-    def _append(self, entry_id: str, payload: bytes, *, replayed: bool = True) -> None:
-        self._ring.append(entry_id, frame(payload), self.clock(), replayed=replayed)
+    def _append(
+        self, entry_id: str, payload: bytes, audience: Audience | None = None, *, replayed: bool = True
+    ) -> Receipt:
         self.notifications_sent += 1
+        sequence = self._ring.append(entry_id, frame(payload), self.clock(), replayed=replayed, audience=audience)
+        if audience is None:
+            self._for_everyone = True
+            return Receipt(entry_id, len(self._clients))
+        addressed = {client for name in audience.clients if (client := self._clients.get(name)) is not None}
+        addressed.update(*(self._topics.get(topic, ()) for topic in audience.topics))
+        for client in addressed:
+            self._owe(client, [sequence])
+        return Receipt(entry_id, len(addressed))
+
+    def history(self, since: str | None, limit: int, topics: str, client_id: str | None) -> schemas.History:
+        """Return what a client with these parameters would be replayed, oldest first, `limit` at most."""
+        self._on_first_use()
+        if client_id is not None and not schemas.CLIENT_ID.match(client_id):
+            raise InvalidRequest("Invalid client_id")
+        position = None if since is None else schemas.position_of(since)
+        entries, complete = self._missed(position, client_id, schemas.topics_of(topics))
+        page = entries[:limit]
+        return schemas.History(
+            notifications=[orjson.Fragment(next(payloads(entry.frame))) for entry in page],
+            position=page[-1].id if len(page) < len(entries) else self._ring.position,
+            complete=complete,
+        )
 
     async def _fan_out(self) -> None:
         """Run passes for ever: one at once for a lone notification, one for many in a burst.
@@ -371,41 +488,65 @@ class Hub:
                 await asyncio.sleep(min(self.clock() - started_at, COLLECT_SECONDS))
 
     async def _pass(self) -> None:
-        """Hand every client what lies between its cursor and the head, in slices, then trim the ring."""
+        """Hand every client what lies between its cursor and the head, in slices, then trim the ring.
+
+        When everything published since the last pass is for some clients only, the pass visits only those.
+        """
         reached = self._ring.next_sequence
-        clients = list(self._clients.values())
+        full, self._for_everyone = self._for_everyone, False
+        clients = list(self._clients.values() if full else self._owed)
+        behind: list[Client] = []
         for start in range(0, len(clients), SLICE_CLIENTS):
-            for client in clients[start : start + SLICE_CLIENTS]:
-                self.advance(client)
+            behind += [client for client in clients[start : start + SLICE_CLIENTS] if not self.advance(client)]
             await asyncio.sleep(0)
+        if full:
+            self._behind = behind
         self._settled, self._passed = self._passed, reached
         self._trim()
 
-    def advance(self, client: Client) -> None:
-        """Hand one client its next batch, if it can be written to: the inner body of the pass.
+    def advance(self, client: Client) -> bool:
+        """Hand one client what it is owed, while it can be written to: the inner body of the pass.
 
-        Also called when a client's transport has drained. Never blocks, never raises, never changes the map.
+        Also called when a client's transport has drained. Never blocks, never raises, never changes the map. Returns
+        whether the client has everything.
         """
-        while client.connection.writable and (batch := self._ring.batch(client.cursor)) is not None:
+        connection = client.connection
+        while connection.writable:
+            if client.pending is not None:
+                batch, left = self._ring.merge(client.cursor, client.pending)
+                client.pending = left or None
+                if not left:
+                    self._owed.discard(client)
+            elif (found := self._ring.batch(client.cursor)) is not None:
+                batch = found
+            else:
+                return True
             client.cursor = batch.end
             self.messages_sent += batch.notifications
-            client.connection.write(batch.frames)
+            connection.write(batch.frames)
+        return client.cursor == self._ring.head and client.pending is None
 
     def _trim(self) -> None:
-        """Forget what the bounds say, after closing the clients that would fall off."""
+        """Forget what the bounds say, after closing the clients that would fall off.
+
+        Only who was behind after the last full pass, or is owed something beside, can be that far behind: nothing
+        newer than the pass before is trimmed.
+        """
         until = self._ring.expired(self.clock(), self._settled)
-        front_turn = self._ring.turn_of(until)
-        if front_turn > self._ring.front_turn:
-            for client in [client for client in self._clients.values() if client.cursor < front_turn]:
-                self._drop_slow_consumer(client)
+        if until == self._ring.front:
+            return
+        for client in {*self._behind, *self._owed}:
+            if self._clients.get(client.client_id) is client:
+                owed = self._ring.next_owed(client.cursor, client.pending)
+                if owed < until:
+                    self._drop_slow_consumer(client, owed)
         self._ring.trim(until)
 
-    def _drop_slow_consumer(self, client: Client) -> None:
-        behind = self._ring.head - client.cursor
-        since = self._ring.id_before(client.cursor)
+    def _drop_slow_consumer(self, client: Client, owed: int) -> None:
+        behind = self._ring.head - client.cursor + len(client.pending or ())
         self.slow_consumers += 1
         logger.warning("Client %s is %d notifications behind and is closed", client.client_id, behind)
-        reason = f"Slow consumer: {behind} notifications behind; resume with since={since}"
+        reason = f"Slow consumer: {behind} notifications behind; resume with since={self._ring.id_before(owed)}"
         self._dismiss(client, POLICY_VIOLATION, reason)
 
     async def _keep_house(self) -> None:
@@ -425,13 +566,13 @@ class Hub:
             self._dismiss(client, POLICY_VIOLATION, "Message rate exceeded")
             return
         try:
-            answer = self._answer(message)
+            answer = self._answer(client, message)
         except InvalidRequest as error:
             answer = schemas.ErrorMessage(error_id=schemas.new_error_id(), message=error.message, timestamp=timestamp())
         if answer is not None:
             self._reply(client, encode(answer))
 
-    def _answer(self, message: str | bytes) -> schemas.Pong | schemas.StatusMessage | schemas.ErrorMessage | None:
+    def _answer(self, client: Client, message: str | bytes) -> Struct | None:
         try:
             value = orjson.loads(message)
         except orjson.JSONDecodeError:
@@ -444,14 +585,25 @@ class Hub:
         if kind == "ping":
             return schemas.Pong(timestamp=timestamp())
         if kind == "status_request":
-            now = timestamp()
-            figures = schemas.StatusData(
-                active_connections=len(self._clients),
-                total_connections=self.total_connections,
-                server_time=now,
-            )
-            return schemas.StatusMessage(data=figures, timestamp=now)
+            return self._status_message()
+        if kind in ("subscribe", "unsubscribe"):
+            return self._change_topics(client, kind, value)
         raise InvalidRequest(f"Unknown message type: {kind[:64]}")
+
+    def _status_message(self) -> schemas.StatusMessage:
+        now = timestamp()
+        data = schemas.StatusData(
+            active_connections=len(self._clients), total_connections=self.total_connections, server_time=now
+        )
+        return schemas.StatusMessage(data=data, timestamp=now)
+
+    def _change_topics(self, client: Client, kind: str, value: Any) -> schemas.Subscribed:
+        named = frozenset(schemas.check(value, schemas.TopicsRequest).topics)
+        topics = client.topics | named if kind == "subscribe" else client.topics - named
+        if len(topics) > schemas.MAX_TOPICS:
+            raise InvalidRequest(f"topics: at most {schemas.MAX_TOPICS} a client, and this would make {len(topics)}")
+        self._subscribe(client, topics)
+        return schemas.Subscribed(topics=sorted(topics), timestamp=timestamp())
 
     def _reply(self, client: Client, payload: bytes) -> None:
         if client.connection.buffered() > UNREAD_BYTES:
@@ -572,138 +724,28 @@ class Hub:
     # --- figures
 
     def uptime(self) -> float:
+        """Return the seconds since the start, to the millisecond."""
         return round(self.clock() - self._started_clock, 3)
+
+    def is_ready(self) -> bool:
+        """Whether clients and notifications are taken."""
+        return self.state in (HubState.STARTING, HubState.READY)
+
+    def clients(self) -> Iterable[Client]:
+        """Return the connected clients, in the order of their admission."""
+        return self._clients.values()
 
     def active_connections(self) -> int:
         return len(self._clients)
 
-    def is_ready(self) -> bool:
-        return self.state in (HubState.STARTING, HubState.READY)
+    def clients_behind(self) -> int:
+        head = self._ring.head
+        return sum(client.cursor != head or client.pending is not None for client in self._clients.values())
 
-    def health(self) -> schemas.Health:
-        ready = self.is_ready()
-        running = "running" if ready else "shutting down"
-        return schemas.Health(
-            status="healthy" if ready else "shutting_down",
-            message=f"WebSocket Notification Server is {running}",
-            timestamp=timestamp(),
-            connections=schemas.HealthConnections(
-                active=len(self._clients),
-                total=self.total_connections,
-                max_allowed=self.settings.max_connections,
-            ),
-            server_info=schemas.ServerInfo(
-                workers=self.settings.workers,
-                notification_interval=number(self.settings.notification_interval),
-            ),
-        )
+    def log_size(self) -> tuple[int, int]:
+        """Return how many notifications the log holds, and their bytes."""
+        return len(self._ring), self._ring.size
 
-    def metrics(self) -> schemas.Metrics:
-        return schemas.Metrics(
-            connections=schemas.MetricsConnections(
-                active_connections=len(self._clients),
-                total_connections=self.total_connections,
-                messages_sent=self.messages_sent,
-                uptime_seconds=self.uptime(),
-            ),
-            notification_service=schemas.MetricsService(
-                is_running=self.is_ready(),
-                notification_interval=number(self.settings.notification_interval),
-                start_time=timestamp(self._started_at),
-            ),
-            server=schemas.MetricsServer(
-                workers=self.settings.workers,
-                max_connections=self.settings.max_connections,
-                debug_mode=self.settings.debug,
-            ),
-            timestamp=timestamp(),
-        )
-
-    def prometheus(self) -> str:
-        """Return the figures in Prometheus' text format, the documented four first."""
-        behind = sum(client.cursor != self._ring.head for client in self._clients.values())
-        figures: list[tuple[str, str, str, float]] = [
-            (
-                "websocket_active_connections",
-                "gauge",
-                "Number of active WebSocket connections",
-                len(self._clients),
-            ),
-            (
-                "websocket_total_connections",
-                "counter",
-                "Total number of connections since server start",
-                self.total_connections,
-            ),
-            (
-                "websocket_notifications_sent",
-                "counter",
-                "Total number of notifications sent",
-                self.messages_sent,
-            ),
-            ("websocket_server_uptime_seconds", "gauge", "Server uptime in seconds", self.uptime()),
-            (
-                "notifyd_notifications_published_total",
-                "counter",
-                "Notifications published, whoever receives them",
-                self.notifications_sent,
-            ),
-            (
-                "notifyd_slow_consumers_total",
-                "counter",
-                "Clients closed for being too far behind",
-                self.slow_consumers,
-            ),
-            ("notifyd_clients_behind", "gauge", "Clients that have a backlog", behind),
-            ("notifyd_log_notifications", "gauge", "Notifications in the log", len(self._ring)),
-            ("notifyd_log_bytes", "gauge", "Bytes of notifications in the log", self._ring.size),
-        ]
-        return "\n".join(
-            f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value}\n" for name, kind, text, value in figures
-        )
-
-    def status(self, limit: int) -> schemas.Status:
-        """Return everything, with the details of the first `limit` clients."""
-        settings = self.settings
-        return schemas.Status(
-            server=schemas.StatusServer(
-                status="running" if self.is_ready() else "shutting_down",
-                uptime_seconds=self.uptime(),
-                start_time=timestamp(self._started_at),
-                current_time=timestamp(),
-            ),
-            connections=schemas.StatusConnections(
-                active=len(self._clients),
-                total=self.total_connections,
-                max_allowed=settings.max_connections,
-                details=[
-                    self._details(client) for client, _ in zip(self._clients.values(), range(limit), strict=False)
-                ],
-            ),
-            notification_service=schemas.StatusService(
-                is_running=self.is_ready(),
-                notifications_sent=self.notifications_sent,
-                notification_interval=number(settings.notification_interval),
-            ),
-            shutdown=schemas.StatusShutdown(
-                shutdown_requested=not self.is_ready(), shutdown_timeout=number(settings.shutdown_timeout)
-            ),
-            configuration=schemas.StatusConfiguration(
-                host=settings.host,
-                port=settings.port,
-                workers=settings.workers,
-                debug=settings.debug,
-                log_level=settings.log_level,
-            ),
-        )
-
-    def _details(self, client: Client) -> schemas.ClientDetails:
-        return schemas.ClientDetails(
-            client_id=client.client_id,
-            connected_at=self._wall(client.connected_at),
-            last_ping=self._wall(client.heard_at),
-            user_agent=client.user_agent,
-        )
-
-    def _wall(self, clock: float) -> str:
-        return timestamp(self._started_at + clock - self._started_clock)
+    def wall_time(self, clock: float) -> float:
+        """Return a moment of `clock` in seconds since the epoch."""
+        return self.started_at + clock - self._started_clock

@@ -47,7 +47,13 @@ class App(Router):
         middleware = [Middleware(OriginGuard, allowed=allowed)]
         if allowed:
             middleware.append(
-                Middleware(CORSMiddleware, allow_origins=allowed, allow_methods=["*"], allow_headers=["*"])
+                Middleware(
+                    CORSMiddleware,
+                    allow_origins=allowed,
+                    allow_methods=["*"],
+                    allow_headers=["*"],
+                    expose_headers=["Notification-Id", "Idempotent-Replayed", "Retry-After"],
+                )
             )
 
         @contextlib.asynccontextmanager

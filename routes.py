@@ -5,6 +5,7 @@ Owns HTTP: methods, sizes, content types, and the one place where an error becom
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Collection
 
@@ -14,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+import figures
 import schemas
 from connection import PROBE_EXTENSION, WIRE_EXTENSION, Connection, SendConnection
 from errors import (
@@ -26,6 +28,7 @@ from errors import (
     UnsupportedMediaType,
     UpgradeRequired,
 )
+from events import EventStream
 from guard import origin_allowed
 from hub import Hub
 from schemas import encode, timestamp
@@ -33,7 +36,13 @@ from schemas import encode, timestamp
 logger = logging.getLogger("notifyd.routes")
 
 PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-STATUS_DETAILS = 1000
+STATUS_DETAILS, MAX_STATUS_DETAILS = 1000, 1_000_000
+HISTORY_LIMIT, MAX_HISTORY_LIMIT = 100, 1000
+BATCH_BYTES = 1_048_576
+MAX_KEY_LENGTH = 255
+ID_LENGTH = 36
+# When to try again where the limit is reached or the server drains.
+RETRY_AFTER_SECONDS = 5
 
 
 class ClientGone(Exception):
@@ -43,15 +52,18 @@ class ClientGone(Exception):
 class Request:
     """One HTTP request as the handlers see it."""
 
-    __slots__ = ("_receive", "headers", "scope")
+    __slots__ = ("headers", "receive", "scope")
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self.scope = scope
         self.headers = Headers(scope=scope)
-        self._receive = receive
+        self.receive = receive
 
     def parameters(self) -> QueryParams:
         return QueryParams(self.scope["query_string"])
+
+    def media_type(self) -> str:
+        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
 
     async def body(self, limit: int) -> bytes:
         """Return the whole body. Raises TooLarge as soon as it is known to be, before it is read."""
@@ -62,7 +74,7 @@ class Request:
         parts = []
         size, more = 0, True
         while more:
-            event = await self._receive()
+            event = await self.receive()
             if event["type"] == "http.disconnect":
                 raise ClientGone
             parts.append(event.get("body", b""))
@@ -73,7 +85,7 @@ class Request:
         return b"".join(parts)
 
 
-Handler = Callable[[Hub, Request], Awaitable[Response]]
+Handler = Callable[[Hub, Request], Awaitable[Response | EventStream]]
 
 
 def answer(body: Struct, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -84,32 +96,72 @@ def answer(body: Struct, status: int = 200, headers: dict[str, str] | None = Non
 
 
 async def health(hub: Hub, request: Request) -> Response:
-    return answer(hub.health(), 200 if hub.is_ready() else 503)
+    return answer(figures.health(hub), 200 if hub.is_ready() else 503)
 
 
 async def notify(hub: Hub, request: Request) -> Response:
     body = await request.body(hub.settings.max_message_size)
-    _check_content_type(request.headers.get("content-type", ""))
-    wanted = schemas.decode(body, schemas.NotifyRequest)
-    response = schemas.NotifyResponse(recipients=0, notification=wanted, timestamp=timestamp())
-    encode(response)
-    response.recipients = hub.publish(wanted).recipients
-    return answer(response)
+
+    def publish() -> tuple[str, Struct]:
+        wanted = _read_notification(request, body)
+        response = schemas.NotifyResponse(recipients=0, notification=wanted, timestamp=timestamp())
+        # What could not be written back must be refused before it is sent.
+        encode(response)
+        [receipt] = hub.publish([wanted])
+        response.recipients = receipt.recipients
+        return receipt.id, response
+
+    return _publish_once(hub, request, body, publish)
+
+
+async def notify_batch(hub: Hub, request: Request) -> Response:
+    body = await request.body(BATCH_BYTES)
+
+    def publish() -> tuple[str, Struct]:
+        _check_content_type(request.media_type())
+        receipts = hub.publish(schemas.decode(body, schemas.NotifyRequests))
+        notifications = [schemas.BatchReceipt(id=one.id, recipients=one.recipients) for one in receipts]
+        response = schemas.BatchResponse(count=len(receipts), notifications=notifications, timestamp=timestamp())
+        return receipts[-1].id, response
+
+    return _publish_once(hub, request, body, publish)
+
+
+async def notifications(hub: Hub, request: Request) -> Response:
+    parameters = request.parameters()
+    limit = _whole_number(parameters, "limit", HISTORY_LIMIT, least=1, most=MAX_HISTORY_LIMIT)
+    since, client_id = parameters.get("since"), parameters.get("client_id") or None
+    return answer(hub.history(since, limit, parameters.get("topics", ""), client_id))
 
 
 async def metrics(hub: Hub, request: Request) -> Response:
-    return answer(hub.metrics())
+    return answer(figures.metrics(hub))
 
 
 async def prometheus(hub: Hub, request: Request) -> Response:
-    return Response(hub.prometheus(), media_type=PROMETHEUS_TYPE)
+    return Response(figures.prometheus(hub), media_type=PROMETHEUS_TYPE)
 
 
 async def status(hub: Hub, request: Request) -> Response:
-    limit = request.parameters().get("limit", str(STATUS_DETAILS))
-    if not limit.isdecimal() or len(limit) > 9:
-        raise InvalidRequest(f"limit: expected a whole number, got {limit[:64]!r}")
-    return answer(hub.status(int(limit)))
+    limit = _whole_number(request.parameters(), "limit", STATUS_DETAILS, least=0, most=MAX_STATUS_DETAILS)
+    return answer(figures.status(hub, limit))
+
+
+async def events(hub: Hub, request: Request) -> EventStream | Response:
+    """Admit a stream; it is then the response."""
+    if request.scope["method"] == "HEAD":
+        return Response(media_type="text/event-stream")
+    parameters = request.parameters()
+    since = request.headers.get("last-event-id", parameters.get("since"))
+    stream = EventStream(request.receive)
+    await hub.admit(
+        stream,
+        parameters.get("client_id"),
+        request.headers.get("user-agent"),
+        since,
+        parameters.get("topics", ""),
+    )
+    return stream
 
 
 async def upgrade_required(hub: Hub, request: Request) -> Response:
@@ -121,17 +173,74 @@ async def connect(hub: Hub, scope: Scope, receive: Receive, send: Send) -> None:
     extensions = scope.get("extensions") or {}
     wire: Connection | None = extensions.get(WIRE_EXTENSION)
     connection = wire or SendConnection(receive, send, extensions.get(PROBE_EXTENSION))
-    client_id = QueryParams(scope["query_string"]).get("client_id")
+    parameters = QueryParams(scope["query_string"])
     try:
-        await hub.admit(connection, client_id, Headers(scope=scope).get("user-agent"))
+        await hub.admit(
+            connection,
+            parameters.get("client_id"),
+            Headers(scope=scope).get("user-agent"),
+            parameters.get("since"),
+            parameters.get("topics", ""),
+        )
     except NotifydError as refusal:
         connection.close(refusal.close_code, refusal.message)
     if isinstance(connection, SendConnection):
+        await receive()  # websocket.connect
         await connection.serve()
 
 
-def _check_content_type(content_type: str) -> None:
-    media_type = content_type.partition(";")[0].strip().lower()
+# --- what handlers share
+
+
+def _publish_once(hub: Hub, request: Request, body: bytes, publish: Callable[[], tuple[str, Struct]]) -> Response:
+    """Publish, or answer as before where the request repeats one with the same Idempotency-Key.
+
+    `publish` returns the id for the Notification-Id header and the body of the answer.
+    """
+
+    def answer_once() -> bytes:
+        notification_id, response = publish()
+        return notification_id.encode() + encode(response)
+
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        kept, repeated = answer_once(), False
+    else:
+        if not 1 <= len(key) <= MAX_KEY_LENGTH:
+            raise InvalidRequest(f"Idempotency-Key: expected 1 to {MAX_KEY_LENGTH} characters, got {len(key)}")
+        stated = (request.scope["path"].encode(), request.media_type().encode(), body)
+        fingerprint = hashlib.sha256(b"\0".join(stated)).digest()
+        kept, repeated = hub.keys.once(key, fingerprint, hub.clock(), answer_once)
+    headers = {"Notification-Id": kept[:ID_LENGTH].decode()}
+    if repeated:
+        headers["Idempotent-Replayed"] = "true"
+    return Response(kept[ID_LENGTH:], 200, headers, "application/json")
+
+
+def _read_notification(request: Request, body: bytes) -> schemas.NotifyRequest:
+    media_type = request.media_type()
+    _check_content_type(media_type)
+    if media_type != "text/plain":
+        wanted: schemas.NotifyRequest = schemas.decode(body, schemas.NotifyRequest)
+        return wanted
+    try:
+        text = body.decode()
+    except UnicodeDecodeError:
+        raise InvalidRequest("message: not valid UTF-8") from None
+    plain: schemas.NotifyRequest = schemas.check({"message": text}, schemas.NotifyRequest)
+    return plain
+
+
+def _whole_number(parameters: QueryParams, name: str, default: int, *, least: int, most: int) -> int:
+    given = parameters.get(name)
+    if given is None:
+        return default
+    if not (given.isascii() and given.isdecimal() and len(given) <= 9 and least <= int(given) <= most):
+        raise InvalidRequest(f"{name}: expected a whole number from {least} to {most}, got {given[:64]!r}")
+    return int(given)
+
+
+def _check_content_type(media_type: str) -> None:
     plain = media_type in ("", "application/json", "application/x-www-form-urlencoded")
     if not plain and not media_type.startswith("text/") and not media_type.endswith("+json"):
         raise UnsupportedMediaType(f"content-type: expected application/json, got {media_type[:64]!r}")
@@ -152,7 +261,7 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            response = await self._respond(scope, receive)
+            response: Response | EventStream = await self._respond(scope, receive)
         except ClientGone:
             return
         except NotifydError as error:
@@ -161,7 +270,7 @@ class Endpoint:
             response = unexpected_response(error)
         await response(scope, receive, send)
 
-    async def _respond(self, scope: Scope, receive: Receive) -> Response:
+    async def _respond(self, scope: Scope, receive: Receive) -> Response | EventStream:
         method = scope["method"]
         if method == "OPTIONS":
             return Response(status_code=204, headers={"Allow": self.allow})
@@ -172,7 +281,8 @@ class Endpoint:
 
 def error_response(error: NotifydError, category: str | None = None, error_id: str | None = None) -> Response:
     body = schemas.error_body(error.message, category or error.category, error_id)
-    return answer(body, error.status, error.headers)
+    retry = {"Retry-After": str(RETRY_AFTER_SECONDS)} if error.status == 503 else {}
+    return answer(body, error.status, retry | error.headers)
 
 
 def unexpected_response(error: Exception) -> Response:
@@ -245,6 +355,9 @@ def routes(hub: Hub) -> list[BaseRoute]:
     return [
         Route("/health", Endpoint(hub, GET=health)),
         Route("/notify", Endpoint(hub, POST=notify)),
+        Route("/notify/batch", Endpoint(hub, POST=notify_batch)),
+        Route("/notifications", Endpoint(hub, GET=notifications)),
+        Route("/events", Endpoint(hub, GET=events)),
         Route("/metrics", Endpoint(hub, GET=metrics)),
         Route("/metrics/prometheus", Endpoint(hub, GET=prometheus)),
         Route("/status", Endpoint(hub, GET=status)),
