@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import resource
@@ -96,6 +97,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        _quiet_collector()
         print(f"notifyd {VERSION} listens on {self._url} (Ctrl+C stops it)", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
@@ -166,6 +168,18 @@ def _listen(settings: Settings) -> socket.socket:
         milliseconds = int((settings.ping_timeout + 5) * 1000)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(milliseconds, 2**31 - 1))
     return listener
+
+
+def _quiet_collector() -> None:
+    """Keep the garbage collector from walking every live connection again and again.
+
+    What start-up made lives for ever, so it is taken out of the collector's sight. A connection is about six tracked
+    objects and makes no cycles; with these thresholds ten thousand newcomers cost one young collection. Without them
+    a handshake among 10,000 clients costs 60 to 69 us, with them 54 to 60 (bench/run.py).
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 1000)
 
 
 def _raise_file_limit(max_connections: int) -> None:
