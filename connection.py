@@ -39,6 +39,10 @@ class ConnectionState(enum.IntEnum):
 class Receiver(Protocol):
     """Who is told what happens on an open connection. None of these may raise or block."""
 
+    # Where the receiver may write ready frames by itself: the connection keeps it at -1 while it is not writable,
+    # and for good where it is no plain socket.
+    descriptor: int
+
     def heard(self) -> None: ...
     def received(self, message: str | bytes) -> None: ...
     def drained(self) -> None: ...
@@ -59,7 +63,7 @@ class Connection(Protocol):
         """Complete the handshake and send the first frames; from now on `receiver` is told what happens."""
 
     def write(self, frames: bytes) -> None:
-        """Send ready frames. What is not writable any more still takes them, so ask `writable` first."""
+        """Send ready frames. Only while it is OPEN; what is not writable takes them too, so ask `writable` first."""
 
     def buffered(self) -> int:
         """Return the bytes that were written and have not left yet."""

@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import enum
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -35,8 +36,9 @@ from settings import Settings, number
 
 logger = logging.getLogger("notifyd")
 
-# The pass yields to the event loop after this many clients: at about 10 us each it is held for 5 ms.
-SLICE_CLIENTS = 500
+# The pass yields to the event loop after this many clients: at 3 to 10 us each it is held for 1 to 3 ms. A request
+# that arrives meanwhile takes three turns of the loop, and is answered within 10 ms.
+SLICE_CLIENTS = 250
 # The longest that a pass waits to collect publishes into one write for each client.
 COLLECT_SECONDS = 0.05
 # How long a client whose client_id is claimed by a newcomer has to prove that it is alive.
@@ -85,6 +87,7 @@ class Client:
         "connected_at",
         "connection",
         "cursor",
+        "descriptor",
         "heard_at",
         "pending",
         "phase",
@@ -107,6 +110,8 @@ class Client:
         self.client_id = client_id
         self.user_agent = user_agent
         self.cursor = cursor
+        # Kept by the connection: where frames may be written past the transport, -1 for nowhere.
+        self.descriptor = -1
         # What it is owed beside the broadcasts from its cursor on: sequences of entries for it alone, or of its replay.
         self.pending: list[int] | None = None
         self.topics: frozenset[str] = frozenset()
@@ -497,18 +502,48 @@ class Hub:
         clients = list(self._clients.values() if full else self._owed)
         behind: list[Client] = []
         for start in range(0, len(clients), SLICE_CLIENTS):
-            behind += [client for client in clients[start : start + SLICE_CLIENTS] if not self.advance(client)]
+            behind += self._hand_over(clients[start : start + SLICE_CLIENTS])
             await asyncio.sleep(0)
         if full:
             self._behind = behind
         self._settled, self._passed = self._passed, reached
         self._trim()
 
-    def advance(self, client: Client) -> bool:
-        """Hand one client what it is owed, while it can be written to: the inner body of the pass.
+    def _hand_over(self, clients: list[Client]) -> list[Client]:
+        """Hand a slice of clients what they are owed, and return those that are still behind.
 
-        Also called when a client's transport has drained. Never blocks, never raises, never changes the map. Returns
-        whether the client has everything.
+        The inner body of the pass: it never blocks, never raises and never changes the map. Nearly all clients stand
+        at one place, are caught up by one batch and have a plain socket: they cost this loop and the system call.
+        Past the transport, because among 10,000 clients what that touches in memory costs 0.4 us a delivery, a tenth
+        of the system call (bench/run.py --measure fanout). What the kernel does not take is the transport's.
+        """
+        at = clients[0].cursor
+        batch = self._ring.batch(at)
+        if batch is None or batch.end != self._ring.head:
+            return [client for client in clients if not self.advance(client)]
+        behind = []
+        handed = 0
+        frames, end, notifications = batch
+        size, write = len(frames), os.write
+        for client in clients:
+            if client.cursor == at and client.descriptor >= 0 and client.pending is None:
+                client.cursor = end
+                handed += notifications
+                try:
+                    sent = write(client.descriptor, frames)
+                except OSError:
+                    sent = 0
+                if sent != size:
+                    client.connection.write(frames[sent:])
+            elif not self.advance(client):
+                behind.append(client)
+        self.messages_sent += handed
+        return behind
+
+    def advance(self, client: Client) -> bool:
+        """Hand one client what it is owed, while it can be written to, and return whether it has everything.
+
+        Also called when a client's transport has drained. Never blocks, never raises, never changes the map.
         """
         connection = client.connection
         while connection.writable:
