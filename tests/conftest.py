@@ -1,0 +1,79 @@
+"""The servers that the tests talk to, and what must hold for them after every test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from expected import Record, order_differs
+from server import Server, use_extra_flags
+
+StartServer = Callable[..., Server]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--server-args", default="", help="flags to append to the command line of every server")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    use_extra_flags(config.getoption("--server-args"))
+
+
+def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
+    """Say it when two objects differ only in the order of their fields."""
+    if op == "==" and isinstance(left, Record) and isinstance(right, dict) and order_differs(list(left), list(right)):
+        return ["the order of the fields", f"got:      {list(left)}", f"expected: {list(right)}"]
+    return None
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    """After each test, close its clients, show what the servers logged, and let no exception in there pass."""
+    yield
+    complaints = [complaint for server in Server.started for complaint in server.complaints()]
+    for server in [server for server in Server.started if server.process.returncode is not None]:
+        server.kill()
+        Server.started.remove(server)
+    assert not complaints, "\n".join(complaints)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _every_server_ends() -> Iterator[None]:
+    """At the end, wait for the servers that were still stopping."""
+    yield
+    for server in Server.started:
+        server.stop()
+    complaints = [complaint for server in Server.started for complaint in server.complaints()]
+    assert not complaints, "\n".join(complaints)
+
+
+@pytest.fixture(scope="session")
+def _shared_server() -> Iterator[Server]:
+    server = Server.notifyd("--notification-interval", "0", "--ping-interval", "0")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def server(_shared_server: Server) -> Server:
+    """A server that many tests share: default settings, but neither test notifications nor pings."""
+    return _shared_server
+
+
+@pytest.fixture
+def start_server() -> Iterator[StartServer]:
+    """Start servers with flags and variables of their own; they are asked to stop when the test has ended.
+
+    That takes a moment for which nobody waits: what is wrong with it is told by a later test, with the name of this.
+    """
+    servers: list[Server] = []
+
+    def start(*flags: str, quiet: bool = True, **options: Any) -> Server:
+        silence = ("--notification-interval", "0", "--ping-interval", "0") if quiet else ()
+        servers.append(Server.notifyd(*silence, *flags, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.ask_to_stop()

@@ -1,0 +1,51 @@
+"""Applications that have notifyd inside, for test_embedding to run under several servers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Mount, Route
+
+from notifyd import create_app
+
+alone = create_app()
+
+in_fastapi = FastAPI()
+in_fastapi.mount("/notifications", create_app())
+
+mounted = create_app()
+
+
+async def announce(request: Request) -> JSONResponse:
+    """Publish from inside the process, and show the receipt."""
+    receipt = await mounted.state.hub.notify("from inside", type="alert", data={"priority": "high"})
+    return JSONResponse({"id": str(receipt.id), "recipients": receipt.recipients})
+
+
+async def shout(request: Request) -> JSONResponse:
+    """Publish with nothing but a message."""
+    return JSONResponse({"recipients": (await mounted.state.hub.notify("hi")).recipients})
+
+
+@asynccontextmanager
+async def lifespan(_: Starlette) -> AsyncIterator[None]:
+    async with exact.state.hub:
+        yield
+
+
+exact = create_app()
+
+in_starlette = Starlette(
+    routes=[
+        Route("/announce", announce, methods=["POST"]),
+        Route("/shout", shout, methods=["POST"]),
+        Mount("/notifications", app=mounted),
+        Mount("/other/hub", app=create_app()),
+    ]
+)
+with_lifespan = Starlette(routes=[Mount("/notifications", app=exact)], lifespan=lifespan)

@@ -1,0 +1,333 @@
+"""A server process of its own for the tests: started on a free port, spoken to over loopback, ended by its pid."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from email.message import Message
+from http.client import HTTPResponse
+from pathlib import Path
+from signal import SIGKILL, SIGTERM, Signals
+from typing import Any, ClassVar
+from urllib.parse import quote, urlsplit
+
+import httpx
+from clients import PATIENCE, BareClient, Client
+from expected import parse
+from websockets.sync.client import connect
+
+ROOT = Path(__file__).resolve().parent.parent
+ALARMING = re.compile(r"Traceback|Exception|Task exception was never retrieved|was never awaited|ResourceWarning")
+
+
+def eventually(condition: Callable[[], object], patience: float = PATIENCE) -> None:
+    """Wait until the condition holds."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {patience} s: {condition}"
+        time.sleep(0.01)
+
+
+def free_port() -> int:
+    """Return a port that was free a moment ago, for servers that cannot choose one themselves."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return this process's environment with these NOTIFYD_ variables and no others."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("NOTIFYD_")}
+    return own | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"} | dict(variables or {})
+
+
+class Server:
+    """A running server and all the clients that a test opened to it.
+
+    Rule 1: every connection is opened through it, so that `forget_clients` leaves none behind.
+    Rule 2: only the process that was started here is ever signalled, by its pid, or its own group when it is killed.
+    """
+
+    started: ClassVar[list[Server]] = []  # For the check of the logs after each test, see conftest.py.
+    extra_flags: ClassVar[list[str]] = []  # pytest --server-args="..."
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        variables: Mapping[str, str] | None = None,
+        *,
+        url: str | None = None,
+    ) -> None:
+        """Start the command, and wait until it serves: at `url`, or at the one that it logs."""
+        self.command = command
+        self.test = os.environ.get("PYTEST_CURRENT_TEST", "nobody")
+        self.stderr: list[str] = []
+        self.asked_to_stop = False
+        self._killed = False
+        self._shown = 0
+        self._line = threading.Condition()
+        self._clients = ExitStack()
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(variables),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._collect, daemon=True)
+        self._reader.start()
+        Server.started.append(self)
+        try:
+            self.url = url or self._logged_url()
+            self.ws_url = "ws" + self.url.removeprefix("http") + "/ws"
+            self.http = httpx.Client(base_url=self.url, trust_env=False, verify=False, timeout=PATIENCE)
+            if url is not None:
+                eventually(self._serves)
+        except BaseException:
+            self.kill()
+            raise
+
+    def __str__(self) -> str:
+        return f"{' '.join(self.command[1:])} (started by {self.test})"
+
+    @classmethod
+    def notifyd(cls, *flags: str, variables: Mapping[str, str] | None = None) -> Server:
+        """Start `python notifyd.py` on a free port with these flags."""
+        return cls(notifyd_command("--port", "0", *flags), variables)
+
+    def _collect(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._line:
+                self.stderr.append(line.rstrip("\n"))
+                self._line.notify_all()
+        with self._line:
+            self._line.notify_all()
+
+    def _logged_url(self) -> str:
+        found = re.search(r"http://(\[[^\]]+\]|[^\s:/]+):\d+", self.wait_for_line(r"http://\S+:\d+"))
+        assert found
+        return found[0]
+
+    def _serves(self) -> bool:
+        assert self.process.poll() is None, f"ended with {self.process.returncode}"
+        with suppress(httpx.TransportError):
+            return self.http.get("/health").status_code == 200
+        return False
+
+    # The process.
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def host(self) -> str:
+        return str(urlsplit(self.url).hostname)
+
+    @property
+    def port(self) -> int:
+        port = urlsplit(self.url).port
+        assert port is not None
+        return port
+
+    def wait_for_line(self, pattern: str, patience: float = PATIENCE, *, after: int = 0) -> str:
+        """Return the first line of the log, from line `after` on, in which the pattern is found."""
+        deadline = time.monotonic() + patience
+        with self._line:
+            while True:
+                for line in self.stderr[after:]:
+                    if re.search(pattern, line):
+                        return line
+                left = deadline - time.monotonic()
+                ended = self.process.poll() is not None and not self._reader.is_alive()
+                assert left > 0 and not ended, f"no line like {pattern!r} in the log:\n" + "\n".join(self.stderr)
+                self._line.wait(min(left, 0.2))
+
+    def signal(self, number: Signals = SIGTERM) -> None:
+        os.kill(self.pid, number)
+
+    def drain(self, number: Signals = SIGTERM) -> None:
+        """Ask the server to shut down, and return when it has begun."""
+        self.signal(number)
+        eventually(lambda: self.get("/health").status_code == 503)
+
+    def exit_status(self, patience: float = PATIENCE) -> int:
+        """Wait for the end of the process and return its status."""
+        status = self.process.wait(patience)
+        self._reader.join(PATIENCE)
+        return status
+
+    def ask_to_stop(self) -> None:
+        """Let all clients go and end the process as an operator does, without waiting for it."""
+        self.forget_clients()
+        if self.process.poll() is None:
+            self.asked_to_stop = True
+            self.signal()
+
+    def complaints(self) -> Iterator[str]:
+        """Let all clients go, print what is new in the log, and tell what is wrong with it or with the process."""
+        self.forget_clients()
+        if self.process.poll() is not None:
+            self._reader.join(PATIENCE)
+            if self.asked_to_stop and self.process.returncode != 0:
+                yield f"{self}: exit status {self.process.returncode}"
+        elif not self.asked_to_stop:
+            try:
+                eventually(lambda: self.active() == 0)
+            except AssertionError:
+                yield f"{self}: {self.active()} clients are still counted after all have left"
+        log = self.new_log()
+        if log:
+            print(log)
+        if ALARMING.search(log):
+            yield f"{self} logged:\n{log}"
+
+    def stop(self) -> None:
+        """End the process as an operator does, and wait for it; without clients that takes no time."""
+        self.ask_to_stop()
+        with suppress(subprocess.TimeoutExpired):
+            self.exit_status()
+        self.kill()
+
+    def kill(self) -> None:
+        """End the process at once and close everything that belongs to it."""
+        self.forget_clients()
+        if self._killed:
+            return
+        self._killed = True
+        with suppress(ProcessLookupError):  # Its workers too: a group of which the process was the first.
+            os.killpg(self.pid, SIGKILL)
+        self.process.wait()
+        self._reader.join(PATIENCE)
+        if self.process.stderr is not None:
+            self.process.stderr.close()
+        if hasattr(self, "http"):
+            self.http.close()
+
+    def new_log(self) -> str:
+        """Return what was logged since the last time."""
+        with self._line:
+            lines, self._shown = self.stderr[self._shown :], len(self.stderr)
+        return "\n".join(lines)
+
+    def memory(self) -> int:
+        """Return the bytes that the process holds in memory."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        found = re.search(r"VmRSS:\s+(\d+) kB", status)
+        assert found
+        return int(found[1]) * 1024
+
+    def descriptors(self) -> int:
+        """Return how many files and sockets the process has open."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    # HTTP.
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return self.http.get(path, **options)
+
+    def request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        return self.http.request(method, path, **options)
+
+    def read(self, path: str) -> Any:
+        """Return the parsed body of a GET that must succeed."""
+        response = self.get(path)
+        assert response.status_code == 200, response.text
+        return parse(response.content)
+
+    def post(self, body: object, **options: Any) -> httpx.Response:
+        """POST to /notify: bytes as they are, anything else as JSON."""
+        if isinstance(body, bytes):
+            options.setdefault("headers", {"Content-Type": "application/json"})
+            return self.http.post("/notify", content=body, **options)
+        return self.http.post("/notify", json=body, **options)
+
+    def notify(self, message: str, **fields: Any) -> Any:
+        """Publish a notification, which must be accepted; return the parsed answer."""
+        response = self.post({"message": message} | fields)
+        assert response.status_code == 200, response.text
+        return parse(response.content)
+
+    def active(self) -> int:
+        """Return how many clients the server says are connected."""
+        return int(parse(self.get("/health").content)["connections"]["active"])
+
+    def raw(self, data: bytes) -> socket.socket:
+        """Open a TCP connection, send these bytes and return the socket."""
+        connection = socket.create_connection((self.host, self.port), PATIENCE)
+        self._clients.callback(connection.close)
+        connection.sendall(data)
+        return connection
+
+    def response_to(self, data: bytes) -> tuple[int, Message, bytes]:
+        """Send these bytes over a connection of their own; return status, headers and body of the first answer."""
+        response = HTTPResponse(self.raw(data))
+        response.begin()
+        with response:
+            return response.status, response.headers, response.read()
+
+    def answer_to(self, data: bytes) -> bytes:
+        """Send these bytes over a connection of their own and return all that comes back until it ends."""
+        connection, answer = self.raw(data), b""
+        with suppress(ConnectionResetError):
+            while received := connection.recv(65_536):
+                answer += received
+        return answer
+
+    # WebSocket.
+
+    def address(self, client_id: str | None = None, *, query: str = "") -> str:
+        """Return the URL for a client with this client_id, or with a query of any kind."""
+        query = query or ("" if client_id is None else f"client_id={quote(client_id, safe='')}")
+        return f"{self.ws_url}?{query}" if query else self.ws_url
+
+    def connect(self, client_id: str | None = None, *, query: str = "", **options: Any) -> Client:
+        """Connect and read nothing yet: a welcome or the reason of a refusal is still to come."""
+        defaults = {"compression": None, "proxy": None, "ping_interval": None, "close_timeout": 1}
+        defaults |= {"max_queue": None, "max_size": None}
+        address = options.pop("url", "") or self.address(client_id, query=query)
+        return Client(self._clients.enter_context(connect(address, **(defaults | options))))
+
+    def join(self, client_id: str | None = None, **options: Any) -> Client:
+        """Connect and be welcomed."""
+        client = self.connect(client_id, **options)
+        assert client.receive()["type"] == "welcome"
+        return client
+
+    def connect_bare(self, client_id: str | None = None, *, receive_buffer: int | None = None) -> BareClient:
+        """Connect on a bare socket and read nothing yet."""
+        client = BareClient(self.address(client_id), receive_buffer=receive_buffer)
+        self._clients.callback(client.socket.close)
+        return client
+
+    def join_bare(self, client_id: str | None = None, *, receive_buffer: int | None = None) -> BareClient:
+        """Connect on a bare socket and be welcomed."""
+        client = self.connect_bare(client_id, receive_buffer=receive_buffer)
+        assert client.receive()["type"] == "welcome"
+        return client
+
+    def forget_clients(self) -> None:
+        """Close every connection that the test opened."""
+        self._clients.close()
+
+
+def notifyd_command(*flags: str) -> list[str]:
+    """Return the command line that starts notifyd."""
+    return [sys.executable, str(ROOT / "notifyd.py"), *flags, *Server.extra_flags]
+
+
+def use_extra_flags(flags: str) -> None:
+    """Append these flags to every notifyd command line from now on."""
+    Server.extra_flags = shlex.split(flags)

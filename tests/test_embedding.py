@@ -1,0 +1,286 @@
+"""notifyd inside other applications and under other servers: the same behaviour, whoever carries the bytes."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from expected import (
+    CLIENT_ID,
+    COUNT,
+    PONG,
+    TIME,
+    UUID7,
+    Record,
+    http_error,
+    naming,
+    notification,
+    parse,
+    welcome,
+    ws_error,
+)
+from server import Server, eventually, free_port
+
+QUIET = {"NOTIFYD_NOTIFICATION_INTERVAL": "0", "NOTIFYD_MAX_CONNECTIONS": "4"}
+
+
+def uvicorn(app: str, port: int, *flags: str) -> list[str]:
+    return ["uvicorn", f"hosts:{app}", "--port", str(port), *flags]
+
+
+def hypercorn(app: str, port: int) -> list[str]:
+    return ["hypercorn", f"hosts:{app}", "--bind", f"127.0.0.1:{port}", "--graceful-timeout", "1"]
+
+
+def granian(app: str, port: int) -> list[str]:
+    return ["granian", f"hosts:{app}", "--interface", "asgi", "--port", str(port)]
+
+
+def host(command: Callable[..., list[str]], app: str, *flags: str, prefix: str = "", **variables: str) -> Server:
+    """Start one of the hosts in hosts.py; the server's URL has the prefix of the mounted app."""
+    port = free_port()
+    module, *arguments = command(app, port, *flags)
+    url = f"http://127.0.0.1:{port}{prefix}"
+    return Server([sys.executable, "-m", module, *arguments], QUIET | variables, url=url)
+
+
+CARRIERS: dict[str, tuple[Callable[..., list[str]], str, tuple[str, ...], str]] = {
+    "uvicorn-websockets": (uvicorn, "in_starlette", ("--ws", "websockets"), "/notifications"),
+    "uvicorn-sansio-asyncio": (
+        uvicorn,
+        "in_starlette",
+        ("--ws", "websockets-sansio", "--loop", "asyncio"),
+        "/notifications",
+    ),
+    "uvicorn-wsproto-h11": (uvicorn, "in_fastapi", ("--ws", "wsproto", "--http", "h11"), "/notifications"),
+    "uvicorn-alone": (uvicorn, "alone", (), ""),
+    "uvicorn-lifespan": (uvicorn, "with_lifespan", (), "/notifications"),
+    "hypercorn": (hypercorn, "in_starlette", (), "/notifications"),
+    "granian": (granian, "in_starlette", (), "/notifications"),
+}
+
+
+@pytest.fixture(scope="module", params=CARRIERS)
+def embedded(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A host with notifyd inside, under one of the servers that can carry it."""
+    command, app, flags, prefix = CARRIERS[request.param]
+    server = host(command, app, *flags, prefix=prefix)
+    yield server
+    server.kill()
+
+
+# Under every server.
+
+
+def test_http_answers_under_its_prefix(embedded: Server) -> None:
+    """Every endpoint is there, under the path that the host chose."""
+    for path in ("/health", "/metrics", "/metrics/prometheus", "/status"):
+        assert embedded.get(path).status_code == 200
+    assert embedded.read("/health")["connections"] == {"active": 0, "total": COUNT, "max_allowed": 4}
+
+
+def test_a_client_is_welcomed(embedded: Server) -> None:
+    """The first message is the documented welcome."""
+    assert embedded.connect().receive() == welcome(CLIENT_ID)
+
+
+def test_a_notification_reaches_everyone(embedded: Server) -> None:
+    """Three clients get it, and the answer says so."""
+    clients = [embedded.join() for _ in range(3)]
+    assert embedded.notify("hi", type="alert", data={"a": 1})["recipients"] == 3
+    assert [client.receive() for client in clients] == [notification({"message": "hi", "a": 1}, "alert")] * 3
+
+
+def test_a_burst_arrives_whole_and_in_order(embedded: Server) -> None:
+    """Each of a hundred notifications is a message of its own."""
+    client = embedded.join()
+    for number in range(100):
+        embedded.notify(str(number))
+    assert [each["data"]["message"] for each in client.receive_many(100)] == [str(number) for number in range(100)]
+
+
+def test_messages_are_answered(embedded: Server) -> None:
+    """Pings, text or binary, get pongs, and mistakes get errors."""
+    client = embedded.join()
+    assert client.ask({"type": "ping"}) == PONG
+    assert client.ask(b'{"type": "ping"}') == PONG
+    assert client.ask("nonsense") == ws_error("Invalid JSON format")
+
+
+def test_a_duplicate_is_refused_with_code_and_reason(embedded: Server) -> None:
+    """What a client sees doesn't depend on the server."""
+    embedded.join("bob")
+    assert embedded.connect("bob").closed() == (1008, "Client bob is already connected")
+
+
+def test_the_limit_holds(embedded: Server) -> None:
+    """The fifth of four is refused with code and reason."""
+    for _ in range(4):
+        embedded.join()
+    assert embedded.connect().closed() == (1008, "Connection limit exceeded: 4/4")
+
+
+def test_who_leaves_is_gone(embedded: Server) -> None:
+    """A client that closes makes room, and so does one that breaks off."""
+    embedded.join("alice").leave()
+    embedded.join_bare("bob").reset()
+    eventually(lambda: embedded.active() == 0)
+
+
+def test_status_lists_the_clients(embedded: Server) -> None:
+    """The user agent comes through the host."""
+    embedded.join("alice", user_agent_header="agent/1.0")
+    assert embedded.read("/status")["connections"]["details"] == [
+        {"client_id": "alice", "connected_at": TIME, "last_ping": TIME, "user_agent": "agent/1.0"}
+    ]
+
+
+def test_errors_have_the_documented_body(embedded: Server) -> None:
+    """404, 405 and 400 are notifyd's own, not the host's."""
+    answers = [embedded.get("/nothing"), embedded.get("/notify"), embedded.post({"message": ""})]
+    assert [(answer.status_code, parse(answer.content)) for answer in answers] == [
+        (404, http_error("application", naming())),
+        (405, http_error("validation", naming())),
+        (400, http_error("validation", naming("message"))),
+    ]
+
+
+def test_a_foreign_origin_is_refused(embedded: Server) -> None:
+    """The check of the origin holds in a host as well."""
+    assert embedded.get("/health", headers={"Origin": "https://evil.example"}).status_code == 403
+
+
+def test_a_stalled_client_costs_the_others_nothing(embedded: Server) -> None:
+    """While one client doesn't read, another gets everything at once."""
+    embedded.join_bare(receive_buffer=4096)
+    reader = embedded.join()
+    for number in range(100):
+        embedded.notify(str(number), data={"pad": "x" * 60_000})
+    assert [each["data"]["message"] for each in reader.receive_many(100)] == [str(number) for number in range(100)]
+
+
+# Inside a host.
+
+
+@pytest.fixture(scope="module")
+def starlette() -> Iterator[Server]:
+    """A Starlette host with two hubs in it, which runs the lifespan of neither."""
+    server = host(uvicorn, "in_starlette", prefix="/notifications")
+    yield server
+    server.kill()
+
+
+def announce(server: Server) -> Any:
+    response = server.request("POST", server.url.replace("/notifications", "/announce"))
+    assert response.status_code == 200, response.text
+    return parse(response.content)
+
+
+def test_the_host_publishes_from_inside(starlette: Server) -> None:
+    """await hub.notify(...) reaches clients as POST /notify does."""
+    client = starlette.join()
+    announce(starlette)
+    assert client.receive() == notification({"message": "from inside", "priority": "high"}, "alert")
+
+
+def test_the_receipt_tells_id_and_recipients(starlette: Server) -> None:
+    """The receipt's id is that of the notification that clients get."""
+    client = starlette.join()
+    receipt = announce(starlette)
+    assert receipt == {"id": UUID7, "recipients": 1}
+    assert client.receive()["id"] == receipt["id"]
+
+
+def test_a_message_is_all_that_notify_needs(starlette: Server) -> None:
+    """Type and data have the same defaults as in POST /notify."""
+    client = starlette.join()
+    starlette.request("POST", starlette.url.replace("/notifications", "/shout"))
+    assert client.receive() == notification({"message": "hi"})
+
+
+def test_two_hubs_in_one_host_know_nothing_of_each_other(starlette: Server) -> None:
+    """What is published in one app does not reach the clients of another."""
+    client = starlette.join()
+    elsewhere = starlette.request(
+        "POST", starlette.url.replace("/notifications", "/other/hub/notify"), json={"message": "elsewhere"}
+    )
+    assert parse(elsewhere.content)["recipients"] == 0
+    starlette.notify("here")
+    assert client.receive()["data"]["message"] == "here"
+
+
+@pytest.mark.parametrize("app", ["with_lifespan", "in_starlette", "alone"])
+def test_a_host_ends_cleanly(app: str) -> None:
+    """SIGTERM with a client connected ends the host without a word about exceptions."""
+    server = host(uvicorn, app, prefix="" if app == "alone" else "/notifications")
+    client = server.join()
+    server.signal(signal.SIGTERM)
+    client.closed()
+    status = server.exit_status()
+    server.kill()
+    assert status in (0, -signal.SIGTERM)
+
+
+def test_test_notifications_come_in_a_host() -> None:
+    """The hub's own tasks run although the mounted app gets no lifespan."""
+    server = host(uvicorn, "in_starlette", prefix="/notifications", NOTIFYD_NOTIFICATION_INTERVAL="0.2")
+    received = server.join().receive()
+    server.kill()
+    assert received["type"] == "test_notification"
+
+
+# In Starlette's TestClient.
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """notifyd mounted in a Starlette app, in this very process."""
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+
+    from notifyd import create_app
+
+    for name, value in QUIET.items():
+        monkeypatch.setenv(name, value)
+    return Starlette(routes=[Mount("/notifications", app=create_app())])
+
+
+def client_of(app: Any) -> Any:
+    """A TestClient, whose warning about the HTTP library that it uses is not about notifyd."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using `httpx` with")
+        from starlette.testclient import TestClient
+
+    return TestClient(app)
+
+
+def test_a_test_client_is_served(in_process: Any) -> None:
+    """A host's own tests can publish and receive without any server."""
+    with (
+        client_of(in_process) as client,
+        client.websocket_connect("/notifications/ws?client_id=bob") as websocket,
+    ):
+        assert Record(websocket.receive_json()) == welcome("bob")
+        assert client.post("/notifications/notify", json={"message": "hi"}).json()["recipients"] == 1
+        assert Record(websocket.receive_json()) == notification({"message": "hi"})
+
+
+def test_a_test_client_sees_a_refusal(in_process: Any) -> None:
+    """The code and the reason of a close arrive in the host's tests."""
+    with (
+        client_of(in_process) as client,
+        client.websocket_connect("/notifications/ws?client_id=a/b") as websocket,
+    ):
+        assert websocket.receive() == {"type": "websocket.close", "code": 1008, "reason": "Invalid client_id"}
+
+
+def test_a_test_client_without_a_context_is_served(in_process: Any) -> None:
+    """Then each request runs in an event loop of its own, and the hub must not depend on the first one."""
+    client = client_of(in_process)
+    assert [client.get("/notifications/health").status_code for _ in range(2)] == [200, 200]
+    with client.websocket_connect("/notifications/ws") as websocket:
+        assert websocket.receive_json()["type"] == "welcome"

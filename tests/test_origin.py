@@ -1,0 +1,199 @@
+"""Origin: a foreign web page may neither read nor write, unless it is allowed to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from conftest import StartServer
+from expected import http_error, naming, parse, welcome
+from server import Server
+from websockets.exceptions import InvalidStatus
+
+APP = "https://app.example"
+PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+
+
+@pytest.fixture(scope="module")
+def open_to_two() -> Iterator[Server]:
+    """A server that two foreign origins may use."""
+    server = Server.notifyd("--allow-origin", APP, "--allow-origin", "http://localhost:3000")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def open_to_all() -> Iterator[Server]:
+    """A server that every page may use."""
+    server = Server.notifyd("--allow-origin", "*")
+    yield server
+    server.stop()
+
+
+def handshake(server: Server, origin: str, **headers: str) -> Any:
+    """The first message to a client with this origin, or the status and the parsed body of the refusal."""
+    try:
+        return server.connect("bob", additional_headers={"Origin": origin} | headers).receive()
+    except InvalidStatus as refused:
+        return refused.response.status_code, parse(refused.response.body or b"")
+
+
+def foreign(server: Server) -> list[str]:
+    """Origins that are not the server's, though some look like it."""
+    here = f"http://127.0.0.1:{server.port}"
+    return [
+        "https://evil.example",
+        "null",
+        "http://127.0.0.1",
+        f"http://127.0.0.1:{server.port + 1}",
+        f"http://localhost:{server.port}",
+        f"{here}.evil.example",
+        f"{here}@evil.example",
+        f"http://evil.example/{here}",
+        f"http://evil.example#{here}",
+        "nonsense",
+        "http://",
+    ]
+
+
+def test_without_an_origin_everyone_is_let_in(server: Server) -> None:
+    """curl and other servers send none."""
+    assert server.get("/health").status_code == 200
+    assert server.connect("bob").receive() == welcome("bob")
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_the_servers_own_pages_are_let_in(server: Server, scheme: str) -> None:
+    """Host and port are compared, the scheme isn't: a proxy may speak TLS."""
+    assert handshake(server, f"{scheme}://127.0.0.1:{server.port}") == welcome("bob")
+
+
+def test_the_name_that_was_asked_for_counts(server: Server) -> None:
+    """Behind a proxy the Host header has the public name, and so has the origin."""
+    headers = {"Host": "push.example", "Origin": "https://push.example"}
+    assert server.get("/health", headers=headers).status_code == 200
+
+
+def test_a_foreign_handshake_is_refused_before_the_upgrade(server: Server) -> None:
+    """A page from elsewhere gets 403, with the documented body."""
+    assert handshake(server, "https://evil.example") == (403, http_error("connection", naming("rigin")))
+
+
+def test_a_foreign_request_is_refused(server: Server) -> None:
+    """A page from elsewhere cannot read a developer's local server."""
+    response = server.get("/status", headers={"Origin": "https://evil.example"})
+    assert (response.status_code, parse(response.content)) == (
+        403,
+        http_error("application", naming("rigin")),
+    )
+
+
+def test_an_origin_must_be_the_same_to_the_letter(server: Server) -> None:
+    """Another port, another name for the same machine, and every look-alike are foreign."""
+    answers = {origin: server.get("/health", headers={"Origin": origin}).status_code for origin in foreign(server)}
+    assert answers == dict.fromkeys(foreign(server), 403)
+
+
+def test_a_look_alike_cannot_open_a_websocket(server: Server) -> None:
+    """The handshake compares as strictly."""
+    for origin in foreign(server):
+        assert handshake(server, origin) == (403, http_error("connection", naming("rigin")))
+
+
+def test_a_foreign_page_cannot_publish(server: Server) -> None:
+    """A simple POST, which needs no preflight, is refused and reaches nobody."""
+    client = server.join()
+    headers = {"Origin": "https://evil.example", "Content-Type": "text/plain"}
+    assert server.post(b'{"message": "evil"}', headers=headers).status_code == 403
+    server.notify("good")
+    assert client.receive()["data"]["message"] == "good"
+
+
+def test_the_origin_is_checked_before_the_id(server: Server) -> None:
+    """A foreign page does not even learn whether its client_id would do."""
+    with pytest.raises(InvalidStatus):
+        server.connect("not an id", additional_headers={"Origin": "https://evil.example"})
+
+
+@pytest.mark.parametrize("origin", [APP, "http://localhost:3000"])
+def test_an_allowed_origin_is_let_in(open_to_two: Server, origin: str) -> None:
+    """--allow-origin may be repeated, and each is allowed."""
+    assert handshake(open_to_two, origin)["type"] == "welcome"
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["http://app.example", "https://app.example:8443", "https://app.example.evil.example", "https://example"],
+)
+def test_allowed_origins_are_full_origins(open_to_two: Server, origin: str) -> None:
+    """Scheme, host and port must all be those that were allowed."""
+    assert handshake(open_to_two, origin)[0] == 403
+
+
+def test_allowing_others_does_not_shut_out_the_own(open_to_two: Server) -> None:
+    """The server's own pages stay allowed."""
+    assert handshake(open_to_two, open_to_two.url)["type"] == "welcome"
+
+
+@pytest.mark.parametrize("origin", [APP, "http://anything.example:1234", "null"])
+def test_a_star_lets_everyone_in(open_to_all: Server, origin: str) -> None:
+    """--allow-origin '*' turns the check off."""
+    assert handshake(open_to_all, origin)["type"] == "welcome"
+
+
+def test_the_variable_is_a_comma_list(start_server: StartServer) -> None:
+    """NOTIFYD_ALLOW_ORIGIN names several origins."""
+    server = start_server(variables={"NOTIFYD_ALLOW_ORIGIN": f"http://localhost:3000, {APP}"})
+    assert handshake(server, APP) == welcome("bob")
+
+
+# CORS.
+
+
+def test_an_allowed_page_may_read_the_answer(open_to_two: Server) -> None:
+    """The answer names the origin, and says that it depends on it."""
+    headers = open_to_two.get("/health", headers={"Origin": APP}).headers
+    assert (headers["access-control-allow-origin"], "Origin" in headers["vary"]) == (APP, True)
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [("/notify", 405), ("/nothing", 404), ("/status?limit=x", 400), ("/ws", 426)]
+)
+def test_an_allowed_page_may_read_an_error(open_to_two: Server, path: str, status: int) -> None:
+    """Without the header a browser would hide the reason from its page."""
+    response = open_to_two.get(path, headers={"Origin": APP})
+    assert (response.status_code, response.headers.get("access-control-allow-origin")) == (status, APP)
+
+
+def test_a_preflight_of_an_allowed_page_succeeds(open_to_two: Server) -> None:
+    """A page that wants to POST JSON is told that it may."""
+    response = open_to_two.request("OPTIONS", "/notify", headers={"Origin": APP} | PREFLIGHT)
+    assert response.status_code in (200, 204)
+    assert response.headers["access-control-allow-origin"] == APP
+    assert "POST" in response.headers["access-control-allow-methods"]
+    assert "content-type" in response.headers["access-control-allow-headers"].lower()
+
+
+def test_a_preflight_of_a_foreign_page_fails(open_to_two: Server) -> None:
+    """A page that is not allowed gets no permission."""
+    response = open_to_two.request("OPTIONS", "/notify", headers={"Origin": "https://evil.example"} | PREFLIGHT)
+    assert (response.status_code, "access-control-allow-origin" in response.headers) == (403, False)
+
+
+def test_a_foreign_page_may_not_read_the_refusal(server: Server) -> None:
+    """No permission header goes to an origin that is not allowed."""
+    response = server.get("/health", headers={"Origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in response.headers
+
+
+def test_a_star_permits_every_page(open_to_all: Server) -> None:
+    """Any page may read the answer."""
+    allowed = open_to_all.get("/health", headers={"Origin": APP}).headers["access-control-allow-origin"]
+    assert allowed in ("*", APP)
+
+
+def test_credentials_are_not_permitted(open_to_all: Server) -> None:
+    """There are no cookies here, so no page needs to send any."""
+    headers = open_to_all.get("/health", headers={"Origin": APP}).headers
+    assert "access-control-allow-credentials" not in headers

@@ -1,0 +1,288 @@
+"""The command line and the variables: each setting in both, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import re
+import resource
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+
+import pytest
+from conftest import StartServer
+from expected import welcome
+from server import ROOT, Server, environment, notifyd_command
+
+DEFAULTS = {
+    "host": "127.0.0.1",
+    "port": "8000",
+    "workers": "1",
+    "debug": "false",
+    "log_level": "INFO",
+    "notification_interval": "10",
+    "max_connections": "1000",
+    "shutdown_timeout": "1800",
+    "ping_interval": "30",
+    "ping_timeout": "60",
+    "history_size": "1000",
+    "history_ttl": "300",
+    "max_message_size": "65536",
+    "allow_origin": "",
+    "on_duplicate": "refuse",
+    "drain_rate": "1000",
+}
+
+BAD = [
+    ("port", "http"),
+    ("port", "70000"),
+    ("port", "-1"),
+    ("workers", "0"),
+    ("max_connections", "0"),
+    ("max_connections", "many"),
+    ("max_connections", "1.5"),
+    ("notification_interval", "-1"),
+    ("notification_interval", "nan"),
+    ("ping_interval", "inf"),
+    ("ping_timeout", "0"),
+    ("shutdown_timeout", "-1"),
+    ("log_level", "LOUD"),
+    ("history_size", "0"),
+    ("history_ttl", "-5"),
+    ("max_message_size", "0"),
+    ("on_duplicate", "maybe"),
+    ("drain_rate", "0"),
+    ("allow_origin", "not an origin"),
+]
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def variable(name: str) -> str:
+    return "NOTIFYD_" + name.upper()
+
+
+def run(*flags: str, variables: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run notifyd, which must end by itself."""
+    command = notifyd_command(*flags)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(variables), capture_output=True, text=True, timeout=10, check=False
+    )
+
+
+def said_in_one_line(ended: subprocess.CompletedProcess[str]) -> tuple[int, int, str]:
+    """Status, number of lines on stderr, and what was said there and on stdout."""
+    return ended.returncode, len(ended.stderr.splitlines()), ended.stderr + ended.stdout
+
+
+@pytest.fixture(scope="module")
+def shown() -> str:
+    """What --help prints."""
+    ended = run("--help")
+    assert ended.returncode == 0
+    return ended.stdout
+
+
+# Help.
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_help_shows_every_setting_with_its_default(shown: str, name: str) -> None:
+    """The paragraph of each flag has the default in it."""
+    found = re.search(rf"^ +{flag(name)}\b.*?(?=^ +-|\Z)", shown, re.DOTALL | re.MULTILINE)
+    assert found and DEFAULTS[name].lower() in found[0].lower()
+
+
+def test_help_mentions_the_variables(shown: str) -> None:
+    """Whoever reads the help learns that there are variables."""
+    assert "NOTIFYD_" in shown
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_a_bad_flag_stops_the_start_with_one_line(name: str, value: str) -> None:
+    """The line names the setting, and the exit status is 2."""
+    status, lines, text = said_in_one_line(run(f"{flag(name)}={value}"))
+    assert (status, lines) == (2, 1), text
+    assert re.search(name.replace("_", "[-_]"), text, re.IGNORECASE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_connections", "0"), ("debug", "perhaps"), ("port", "http"), ("allow_origin", "a,b")],
+)
+def test_a_bad_variable_stops_the_start_with_one_line(name: str, value: str) -> None:
+    """A variable is checked like a flag."""
+    status, lines, text = said_in_one_line(run(variables={variable(name): value}))
+    assert (status, lines) == (2, 1), text
+    assert re.search(name.replace("_", "[-_]"), text, re.IGNORECASE)
+
+
+@pytest.mark.parametrize("flags", [["--no-such-flag"], ["--max-connection", "5"], ["serve"], ["--port"]])
+def test_an_unknown_flag_stops_the_start_with_one_line(flags: list[str]) -> None:
+    """Unknown, abbreviated, superfluous and incomplete flags are told by name, with status 2."""
+    status, lines, text = said_in_one_line(run(*flags))
+    assert (status, lines) == (2, 1), text
+    assert flags[0] in text
+
+
+def test_a_port_in_use_stops_the_start_with_one_line(server: Server) -> None:
+    """The line names the port, and the exit status is 1."""
+    status, lines, text = said_in_one_line(run("--port", str(server.port)))
+    assert (status, lines) == (1, 1), text
+    assert str(server.port) in text
+
+
+def test_a_host_that_is_not_ours_stops_the_start_with_one_line() -> None:
+    """An address of another machine can't be listened on."""
+    status, lines, text = said_in_one_line(run("--host", "203.0.113.1", "--port", "0"))
+    assert (status, lines) == (1, 1), text
+    assert "203.0.113.1" in text
+
+
+# Flags and variables.
+
+
+def test_every_setting_has_a_variable(start_server: StartServer) -> None:
+    """What the variables say is what the server shows."""
+    values = {
+        "host": "localhost",
+        "workers": "1",
+        "debug": "true",
+        "log_level": "DEBUG",
+        "notification_interval": "77",
+        "max_connections": "55",
+        "shutdown_timeout": "66",
+        "ping_interval": "44",
+        "ping_timeout": "99",
+        "history_size": "10",
+        "history_ttl": "20",
+        "max_message_size": "1000",
+        "allow_origin": "https://a.example,https://b.example",
+        "on_duplicate": "replace",
+        "drain_rate": "10",
+    }
+    server = start_server(quiet=False, variables={variable(name): value for name, value in values.items()})
+    status = server.read("/status")
+    assert status["configuration"] | {"port": 0} == {
+        "host": "localhost",
+        "port": 0,
+        "workers": 1,
+        "debug": True,
+        "log_level": "DEBUG",
+    }
+    assert status["notification_service"]["notification_interval"] == 77
+    assert (status["connections"]["max_allowed"], status["shutdown"]["shutdown_timeout"]) == (55, 66)
+    assert server.post(b'{"message": "' + b"x" * 1000 + b'"}').status_code == 413
+    assert server.get("/health", headers={"Origin": "https://b.example"}).status_code == 200
+
+
+def test_a_flag_goes_before_a_variable(start_server: StartServer) -> None:
+    """Who types a flag means it."""
+    server = start_server("--max-connections", "5", variables={"NOTIFYD_MAX_CONNECTIONS": "7"})
+    assert server.read("/health")["connections"]["max_allowed"] == 5
+
+
+def test_a_flag_heals_a_bad_variable(start_server: StartServer) -> None:
+    """A variable that a flag overrides is not looked at."""
+    server = start_server("--max-connections", "5", variables={"NOTIFYD_MAX_CONNECTIONS": "many"})
+    assert server.read("/health")["connections"]["max_allowed"] == 5
+
+
+@pytest.mark.parametrize(("value", "debug"), [("true", True), ("1", True), ("false", False), ("0", False)])
+def test_a_variable_says_true_or_false(start_server: StartServer, value: str, debug: bool) -> None:
+    """Booleans are written as people write them."""
+    server = start_server(variables={"NOTIFYD_DEBUG": value})
+    assert server.read("/status")["configuration"]["debug"] is debug
+
+
+def test_an_unknown_variable_is_warned_about(start_server: StartServer) -> None:
+    """A misspelt variable is told by name, and the server starts."""
+    server = start_server(variables={"NOTIFYD_MAX_CONECTIONS": "7"})
+    assert "WARNING" in server.wait_for_line("NOTIFYD_MAX_CONECTIONS").upper()
+
+
+def test_the_port_that_kubernetes_injects_is_ignored_with_a_warning(start_server: StartServer) -> None:
+    """NOTIFYD_PORT=tcp://... is no port but a habit of Kubernetes."""
+    server = start_server(variables={"NOTIFYD_PORT": "tcp://10.0.0.1:8000"})
+    assert "WARNING" in server.wait_for_line("NOTIFYD_PORT").upper()
+
+
+def test_known_variables_are_not_warned_about(start_server: StartServer) -> None:
+    """A start with a proper variable logs no warning."""
+    server = start_server(variables={"NOTIFYD_MAX_CONNECTIONS": "7"})
+    server.read("/health")
+    assert [line for line in server.stderr if "warn" in line.lower()] == []
+
+
+# Where it listens.
+
+
+def test_the_port_is_the_one_that_was_asked_for(start_server: StartServer) -> None:
+    """A server that is started on a port serves there, and shows it in its configuration."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = start_server("--port", str(port))
+    assert (server.port, server.read("/status")["configuration"]["port"]) == (port, port)
+
+
+def test_ipv6_is_served(start_server: StartServer) -> None:
+    """--host ::1 listens on the other loopback."""
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+    server = start_server("--host", "::1")
+    assert server.connect("bob").receive() == welcome("bob")
+
+
+@pytest.mark.parametrize("level", ["DEBUG", "WARNING", "ERROR", "CRITICAL"])
+def test_the_address_is_told_at_every_log_level(start_server: StartServer, level: str) -> None:
+    """Where the server can be reached is never a secret."""
+    assert start_server("--log-level", level).read("/status")["configuration"]["log_level"] == level
+
+
+# Open files.
+
+
+@pytest.fixture
+def limited() -> Iterator[Callable[[str], Server]]:
+    """Start servers under a shell's limits of open files."""
+    servers = []
+
+    def start(limits: str) -> Server:
+        command = notifyd_command("--port", "0", "--notification-interval", "0")
+        servers.append(Server(["sh", "-c", f'{limits}; exec "$@"', "sh", *command]))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def test_the_soft_limit_of_open_files_is_raised(limited: Callable[[str], Server]) -> None:
+    """A shell's low default doesn't limit the connections; the hard limit does."""
+    server = limited("ulimit -S -n 64")
+    soft, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+    assert soft == hard
+
+
+def test_too_low_a_hard_limit_is_warned_about(limited: Callable[[str], Server]) -> None:
+    """The log says it when there can't be as many connections as allowed."""
+    assert "WARNING" in limited("ulimit -n 200").wait_for_line(r"(?i)open files|descriptors|nofile").upper()
+
+
+def test_a_signal_during_the_start_ends_it() -> None:
+    """Ctrl+C before the server listens quits without a traceback from inside."""
+    process = subprocess.Popen(notifyd_command("--port", "0"), cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    process.stderr.readline()  # The first line of the log: the server has just begun.
+    process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=10)
+    assert b"Traceback" not in text and process.returncode == 0
