@@ -1,0 +1,516 @@
+"""README and docs/ are true: names, defaults and codes are the code's, examples decode, commands are run as written."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import re
+import subprocess
+import threading
+import typing
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import httpx
+import msgspec
+import orjson
+import pytest
+from clients import PATIENCE
+from expected import Record, parse
+from server import ROOT, Server, environment
+
+import errors
+import events
+import http_wire
+import hub
+import routes
+import schemas
+import settings
+from notifyd import create_app
+
+FILES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
+README, PROTOCOL, DESIGN = PAGES["README.md"], PAGES["docs/protocol.md"], PAGES["docs/design.md"]
+MODULES = {path.name: path.read_text() for path in ROOT.glob("*.py")}
+
+# Flags of other programs that the pages name.
+FOREIGN_FLAGS = {"experimental-websocket", "factory"}
+# Raised in the Hub's part of the code, and never the reason of a close: one is for nobody, one is an answer over HTTP.
+NO_REASONS = {re.escape("The newcomer has left"), re.escape("Invalid JSON: ") + ".+"}
+# Names in code style that are other programs' or other standards'.
+FOREIGN_NAMES = {"PYTHONPATH", "EventSource", "TestClient", "websocket_connect", "ws_per_message_deflate"}
+
+
+# Reading pages.
+
+
+def all_found(pattern: str) -> list[Any]:
+    """Return what is found in any page, as parameters of a test."""
+    return [
+        pytest.param(found, id=f"{page}-{number}")
+        for page, text in PAGES.items()
+        for number, found in enumerate(re.findall(pattern, text, re.MULTILINE | re.DOTALL))
+    ]
+
+
+def rows(page: str, *header: str) -> list[list[str]]:
+    """Return the cells of the table with these headings."""
+    found = re.search(rf"^\| {re.escape(' | '.join(header))} .*\n\|[-|]+\|\n((?:\|.*\n)+)", page, re.MULTILINE)
+    assert found, f"no table {header}"
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in found[1].splitlines()]
+
+
+def spans(text: str) -> list[str]:
+    """Return what is written as code."""
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+def first_span(cell: str) -> str:
+    return spans(cell)[0]
+
+
+def prose(page: str) -> str:
+    return re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
+
+
+# Settings.
+
+
+def settings_table() -> str:
+    """Return the table that the README must have."""
+    hints = typing.get_type_hints(settings.Settings, include_extras=True)
+    lines = ["| Name | Default | Meaning |", "|---|---|---|"]
+    for field in msgspec.structs.fields(settings.Settings):
+        kind, meta = hints[field.name].__origin__, hints[field.name].__metadata__[-1]
+        meaning = meta.description
+        if typing.get_origin(kind) is typing.Literal:
+            meaning += f" ({', '.join(f'`{choice}`' for choice in typing.get_args(kind))})"
+        default = field.default
+        shown = "none" if default == () else f"`{str(default).lower() if isinstance(default, bool) else default}`"
+        lines.append(f"| `{field.name}` | {shown} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_readme_has_every_setting_with_its_default() -> None:
+    """The table is the one that the settings themselves give."""
+    expected = settings_table()
+    assert f"\n{expected}\n" in README, f"the README's table of settings should be:\n\n{expected}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_names_a_setting_that_does_not_exist(page: str) -> None:
+    """Every flag and every variable in the text is one of the settings'."""
+    known = {name.replace("_", "-") for name in settings.Settings.__struct_fields__} | {"help", "version"}
+    named = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", PAGES[page])) - FOREIGN_FLAGS
+    named |= {name.lower().replace("_", "-") for name in re.findall(r"NOTIFYD_([A-Z]\w*)", PAGES[page])}
+    assert named <= known
+
+
+# Routes, metrics and limits.
+
+
+def test_every_route_is_documented_and_no_other(server: Server) -> None:
+    """The table of routes is the route table, with the methods that OPTIONS tells."""
+    there = set()
+    for path in {route.path for route in create_app().routes}:  # type: ignore[attr-defined]
+        allowed = server.request("OPTIONS", path).headers["allow"].split(", ")
+        there |= {f"{method} {path}" for method in set(allowed) - {"HEAD", "OPTIONS"}}
+    assert {first_span(row[0]) for row in rows(PROTOCOL, "Route", "Answer")} == there
+
+
+def test_every_route_of_http_has_a_section(server: Server) -> None:
+    """A heading for each, and the WebSocket's is its own chapter."""
+    documented = {first_span(row[0]) for row in rows(PROTOCOL, "Route", "Answer")}
+    assert set(re.findall(r"^### ((?:GET|POST) .+)$", PROTOCOL, re.MULTILINE)) == documented - {"GET /ws"}
+
+
+def test_every_metric_is_documented_with_its_type(server: Server) -> None:
+    """The table has the metrics that Prometheus gets, in the same order."""
+    there = re.findall(r"^# TYPE (\S+) (\S+)$", server.get("/metrics/prometheus").text, re.MULTILINE)
+    assert [(first_span(row[0]), row[1]) for row in rows(PROTOCOL, "Metric", "Type")] == there
+
+
+def longest(struct: Any, name: str) -> int:
+    """Return how many characters a Struct allows its field, or each item of it."""
+    [kind] = [field.type for field in msgspec.inspect.type_info(struct).fields if field.name == name]
+    return int(getattr(kind, "item_type", kind).max_length)
+
+
+def test_limits_are_the_codes_own() -> None:
+    """What is not a setting has the value that the code has."""
+    assert [int(row[1]) for row in rows(PROTOCOL, "What", "Value")] == [
+        longest(schemas.NotifyRequest, "message"),
+        longest(schemas.NotifyRequest, "type"),
+        longest(schemas.NotifyRequest, "topics"),
+        schemas.MAX_TOPICS,
+        routes.MAX_KEY_LENGTH,
+        schemas.MAX_BATCH,
+        routes.BATCH_BYTES,
+        routes.MAX_HISTORY_LIMIT,
+        routes.HISTORY_LIMIT,
+        events.RETRY_MILLISECONDS,
+        routes.RETRY_AFTER_SECONDS,
+        hub.MESSAGE_BURST,
+        hub.MESSAGES_PER_SECOND,
+        hub.UNREAD_BYTES,
+        hub.PROBE_SECONDS,
+        hub.CLOSE_DEADLINE_SECONDS,
+        http_wire.REQUEST_SECONDS,
+        http_wire.MAX_HEAD_BYTES,
+        routes.STATUS_DETAILS,
+    ]
+
+
+@pytest.mark.parametrize(
+    "phrase",
+    [
+        f"text of 1 to {longest(schemas.NotifyRequest, 'message')} characters",
+        f"text of 1 to {longest(schemas.NotifyRequest, 'type')} characters",
+        f"names of 1 to {longest(schemas.NotifyRequest, 'topics')} characters",
+        f"separated by commas, {schemas.MAX_TOPICS} at most",
+        f"the same key (1 to {routes.MAX_KEY_LENGTH} characters)",
+        f"An array of 1 to {schemas.MAX_BATCH} requests as for `/notify`, of {routes.BATCH_BYTES} bytes at most",
+        f"1 to {routes.MAX_HISTORY_LIMIT} notifications at most, {routes.HISTORY_LIMIT} unless told",
+        f"lists N clients at most, {routes.STATUS_DETAILS} unless told",
+        f"more than {hub.MESSAGES_PER_SECOND:.0f} messages a second over "
+        f"{hub.MESSAGE_BURST / hub.MESSAGES_PER_SECOND:.0f} seconds",
+        f"heard from within {hub.PROBE_SECONDS:.0f} seconds",
+        f"cut off after {hub.CLOSE_DEADLINE_SECONDS:.0f} seconds",
+        f"did not arrive within {http_wire.REQUEST_SECONDS:.0f} seconds",
+        f"headers together are over {http_wire.MAX_HEAD_BYTES} bytes",
+        f"\nretry: {events.RETRY_MILLISECONDS}\n",
+    ],
+)
+def test_limits_in_the_text_are_the_codes_own_too(phrase: str) -> None:
+    """Where a sentence names a limit, it is the same number."""
+    assert phrase in PROTOCOL or phrase in " ".join(PROTOCOL.split())
+
+
+def test_the_reserved_types_are_listed() -> None:
+    """The types that nobody may publish are those that the text names."""
+    sentence = re.search(r"own types are refused, because clients act on them: (.*?)\.", PROTOCOL, re.DOTALL)
+    assert sentence
+    assert set(spans(sentence[1])) == schemas.RESERVED_TYPES
+
+
+# Messages.
+
+STRUCTS = [
+    each
+    for each in vars(schemas).values()
+    if isinstance(each, type) and issubclass(each, msgspec.Struct) and each.__module__ == "schemas"
+]
+
+
+def is_example_of(value: Record, struct: Any) -> bool:
+    """Whether an object has the fields of a Struct, all of them, in their order and of their types."""
+    try:
+        decoded = msgspec.convert(value, struct, dec_hook=lambda _, inner: orjson.Fragment(orjson.dumps(inner)))
+    except msgspec.ValidationError:
+        return False
+    fixed = {field.default for field in msgspec.structs.fields(struct) if field.name == "type"} & schemas.RESERVED_TYPES
+    if fixed and value.get("type") not in fixed:
+        return False
+    written = parse(schemas.encode(decoded))
+    if struct is schemas.NotifyRequest:
+        written = Record((name, one) for name, one in written.items() if name in value)
+    return bool(value == written)
+
+
+def objects_in(value: Any) -> Iterator[Record]:
+    """Yield an object and all objects in it."""
+    if isinstance(value, Record):
+        yield value
+    for inner in value.values() if isinstance(value, Record) else value if isinstance(value, list) else ():
+        yield from objects_in(inner)
+
+
+EXAMPLES = all_found(r"^```json\n(.*?)^```$") + all_found(r"^data: (.+?)$")
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_decodes(example: str) -> None:
+    """It is one of the Structs, with all fields in their order."""
+    value = parse(example)
+    assert any(is_example_of(value, struct) for struct in STRUCTS), f"no Struct is like {example}"
+
+
+def test_every_struct_has_an_example() -> None:
+    """No message, request or answer is left out."""
+    shown = [each for parameter in EXAMPLES for each in objects_in(parse(parameter.values[0]))]
+    # A client's message about topics is shown, and tried, in the table of what clients send.
+    expected = set(STRUCTS) - {schemas.TopicsRequest}
+    assert {struct for struct in expected if any(is_example_of(each, struct) for each in shown)} == expected
+
+
+MISTAKES = [(first_span(sent), first_span(answer)) for sent, answer in rows(PROTOCOL, "Sent", "`message` of the error")]
+
+
+@pytest.mark.parametrize(("sent", "answer"), MISTAKES)
+def test_a_mistake_is_answered_as_documented(server: Server, sent: str, answer: str) -> None:
+    """What the table says is sent gets the error that it says."""
+    assert server.join().ask(sent)["message"] == answer
+
+
+@pytest.mark.parametrize(("sent", "answer"), rows(PROTOCOL, "Message", "Answer"))
+def test_a_clients_message_is_answered_as_documented(server: Server, sent: str, answer: str) -> None:
+    """Each message in the table is understood and gets the answer that the table names."""
+    client = server.join()
+    client.send(first_span(sent))
+    if "none" in answer:
+        client.send({"type": "status_request"})
+        answer = "`status_response`"
+    assert client.receive()["type"] == first_span(answer)
+
+
+# Closes and errors.
+
+
+def error_classes(root: type[errors.NotifydError] = errors.NotifydError) -> Iterator[type[errors.NotifydError]]:
+    yield root
+    for child in root.__subclasses__():
+        yield from error_classes(child)
+
+
+def form_of(text: ast.expr, names: dict[str, ast.expr]) -> str:
+    """Return the pattern of all texts that an expression can be; empty where it is no text."""
+    if isinstance(text, ast.Name):
+        text = names.get(text.id, text)
+    if isinstance(text, ast.Constant) and isinstance(text.value, str):
+        return re.escape(text.value)
+    if isinstance(text, ast.JoinedStr):
+        return "".join(re.escape(part.value) if isinstance(part, ast.Constant) else ".+" for part in text.values)
+    return ""
+
+
+def reasons_in(module: str) -> Iterator[tuple[int, str]]:
+    """Yield each close code with the form of its reason: a code's name with a text after it, or an error raised."""
+    codes = {name: value for name, value in vars(schemas).items() if isinstance(value, int) and 1000 <= value < 1016}
+    classes = {each.__name__: each for each in error_classes()}
+    tree = ast.parse(MODULES[module])
+    for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]:
+        nodes = list(ast.walk(function))
+        names = {ast.unparse(node.targets[0]): node.value for node in nodes if isinstance(node, ast.Assign)}
+        for node in nodes:
+            if isinstance(node, ast.Call):
+                for code, text in pairwise(node.args):
+                    if isinstance(code, ast.Name) and code.id in codes and (form := form_of(text, names)):
+                        yield codes[code.id], form
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and module in ("hub.py", "schemas.py"):
+                raised = classes.get(ast.unparse(node.exc.func))
+                form = form_of(node.exc.args[0], names) if raised and node.exc.args else ""
+                # Those that begin with a field's name are about a request.
+                if raised and form[:1].isupper() and form not in NO_REASONS:
+                    yield raised.close_code, form
+
+
+def reasons() -> set[tuple[int, str]]:
+    found = {reason for module in MODULES for reason in reasons_in(module)}
+    return found | {(errors.ShuttingDown.close_code, errors.ShuttingDown().message)}
+
+
+def closes() -> set[tuple[int, str]]:
+    """Return the documented codes and reasons."""
+    table = rows(PROTOCOL, "Code", "Reason", "When")
+    return {(int(code), reason) for code, reasons, *_ in table for reason in spans(reasons)}
+
+
+def test_every_close_and_error_message_is_documented() -> None:
+    """Each code with each reason that the code can give has an example."""
+    documented = closes() | {(schemas.POLICY_VIOLATION, answer) for _, answer in MISTAKES}
+    assert not [
+        reason
+        for reason in reasons()
+        if not any(code == reason[0] and re.fullmatch(reason[1], text) for code, text in documented)
+    ]
+
+
+def test_no_close_is_documented_that_does_not_exist() -> None:
+    """Each code and reason in the table can be given."""
+    known = reasons()
+    assert not [
+        (code, text)
+        for code, text in closes()
+        if not any(code == each and re.fullmatch(form, text) for each, form in known)
+    ]
+
+
+def test_every_http_error_is_documented_and_no_other() -> None:
+    """Each status with its categories is that of an error class, or is answered before there is an app."""
+    documented = {(int(row[0]), category) for row in rows(PROTOCOL, "Status", "Category") for category in spans(row[1])}
+    there = {(each.status, each.category) for each in error_classes()}
+    there |= {(int(status), "validation") for status in re.findall(r"_refuse\((4\d\d)", MODULES["http_wire.py"])}
+    # On a handshake: what breaks RFC 6455, a foreign origin, an unknown path, another version, a failure of ours.
+    there |= {(status, "connection") for status in (400, 403, 404, 426, 500)}
+    assert documented == there
+
+
+# Commands and snippets.
+
+
+def run(command: str, server: Server) -> str:
+    """Return what a shell command that ends by itself prints."""
+    ended = subprocess.run(
+        at(server, command),
+        shell=True,
+        cwd=ROOT,
+        env=shell_environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def at(server: Server, command: str) -> str:
+    """Return the command for the server of the test: only the port is another."""
+    assert "localhost:8000" in command
+    return command.replace("localhost:8000", f"localhost:{server.port}")
+
+
+def shell_environment() -> dict[str, str]:
+    # A pipe is no terminal: without this Python would keep back what it prints.
+    return environment({"NO_PROXY": "localhost", "no_proxy": "localhost", "PYTHONUNBUFFERED": "1"})
+
+
+SHELL_BLOCKS = all_found(r"^```sh\n(.*?)^```$")
+COMMANDS = [line for block in SHELL_BLOCKS for line in block.values[0].splitlines() if not line.startswith("make ")]
+LISTENING = [command for command in COMMANDS if command.startswith(("curl -N ", ".venv/bin/python -m websockets "))]
+ENDING = [command for command in COMMANDS if command not in LISTENING]
+
+
+@pytest.mark.parametrize("block", SHELL_BLOCKS)
+def test_a_block_can_be_pasted(block: str) -> None:
+    """Nothing follows a command that does not end by itself."""
+    assert not set(block.splitlines()[:-1]) & set(LISTENING)
+
+
+@pytest.mark.parametrize("command", ENDING)
+def test_a_curl_line_works_as_written(server: Server, command: str) -> None:
+    """Its answer is the documented one, and no error."""
+    head, _, body = run(command, server).rpartition("\n\n")
+    if "/metrics/prometheus" in command:
+        assert "websocket_active_connections " in head
+        return
+    answers = {struct.__name__ for struct in STRUCTS if is_example_of(parse(body), struct)}
+    assert answers & {"Health", "NotifyResponse", "BatchResponse", "History", "Metrics", "Status"}
+    assert ("-i " in command) == ("notification-id: " in head)
+
+
+@pytest.mark.parametrize("command", LISTENING)
+def test_a_listening_line_works_as_written(server: Server, command: str) -> None:
+    """It is welcomed, and prints a notification that is for everyone."""
+    with listening(at(server, command)) as printed:
+        assert printed("welcome|connected as")
+        server.notify("for everyone")
+        assert printed("for everyone")
+
+
+@contextmanager
+def listening(command: str) -> Iterator[Callable[[str], bool]]:
+    """Run a command that does not end by itself; yields a function that waits until it has printed a pattern."""
+    process = subprocess.Popen(
+        f"exec {command}",
+        shell=True,
+        cwd=ROOT,
+        env=shell_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    watchdog = threading.Timer(PATIENCE, process.kill)
+    watchdog.start()
+    try:
+        yield lambda pattern: any(re.search(pattern, line) for line in process.stdout or ())
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.communicate()
+
+
+def test_every_make_target_exists() -> None:
+    """Whatever the pages say to make is in the Makefile."""
+    named = {target for page in PAGES.values() for target in re.findall(r"(?:^|`)make ([a-z-]+)", page, re.MULTILINE)}
+    there = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert named <= there
+
+
+@pytest.mark.parametrize("snippet", all_found(r"^```python\n(.*?)^```$"))
+def test_a_python_snippet_runs(snippet: str) -> None:
+    """It runs; an app that it makes serves notifyd under /notifications, and its own route publishes."""
+    names: dict[str, Any] = {}
+    exec(compile(snippet, "snippet", "exec", dont_inherit=True), names)
+    if "app" in names:
+        asyncio.run(try_app(names["app"], publishes="/order" in snippet))
+    if "stop_gently" in names:
+        asyncio.run(try_stopping(names["stop_gently"]))
+
+
+async def try_app(app: Any, *, publishes: bool) -> None:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        assert (await client.get("/notifications/health")).json()["status"] == "healthy"
+        if publishes:
+            assert (await client.post("/order")).status_code == 200
+            [order] = (await client.get("/notifications/notifications")).json()["notifications"]
+            assert order["type"] == "order"
+
+
+async def try_stopping(stop_gently: Callable[[hub.Hub], Awaitable[None]]) -> None:
+    one = hub.Hub(settings.Settings())
+    await stop_gently(one)
+    assert one.state is hub.HubState.DRAINING
+    await one.stop()
+
+
+# Names and links.
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str) -> None:
+    """Relative links are to files that exist, and to headings that are there."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_name_in_code_is_one_of_the_code(page: str) -> None:
+    """Words such as `_join` or `HubState`, and `file.py`, exist in the code: a renamed one is noticed here."""
+    code = "\n".join([*MODULES.values(), (ROOT / "Makefile").read_text()])
+    for span in spans(prose(page)):
+        if re.fullmatch(r"[\w/]+\.py", span):
+            assert (ROOT / span).exists(), span
+        elif re.fullmatch(r"_\w+|[a-z]+_\w+|[A-Z][a-z]+[A-Z]\w+", span) and span not in FOREIGN_NAMES:
+            assert re.search(rf"\b{span.lower()}\b", code.lower()), span
+
+
+def test_the_house_map_has_every_file_in_the_order_of_imports() -> None:
+    """Each module is there, and imports only what stands below it."""
+    files = [first_span(row[0]) for row in rows(DESIGN, "File", "Owns")]
+    assert sorted(files) == sorted(MODULES)
+    upward = [
+        f"{file} imports {imported}.py"
+        for place, file in enumerate(files)
+        for imported in re.findall(r"^(?:from|import) (\w+)", MODULES[file], re.MULTILINE)
+        if f"{imported}.py" in files[: place + 1]
+    ]
+    assert not upward
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    """The newest entry is of the version that the server tells."""
+    newest = re.search(r"^## (\S+)", PAGES["CHANGELOG.md"], re.MULTILINE)
+    assert newest
+    assert newest[1] == settings.VERSION
