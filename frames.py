@@ -14,7 +14,6 @@ from __future__ import annotations
 import codecs
 import struct
 from collections.abc import Iterator
-from typing import Any
 
 from websockets.frames import apply_mask  # type: ignore[attr-defined]
 
@@ -65,18 +64,17 @@ class FrameError(Exception):
         self.code = code
 
 
-def close_code(payload: bytes) -> int:
-    """Return the code of a peer's close frame, 1005 where it has none. Raises FrameError for a bad one."""
+def read_close(payload: bytes) -> tuple[int, str]:
+    """Return the code and the reason of a peer's close frame, 1005 where it has none. Raises FrameError."""
     if not payload:
-        return NO_STATUS_RECEIVED
-    code = int.from_bytes(payload[:2], "big")
+        return NO_STATUS_RECEIVED, ""
+    code, reason = int.from_bytes(payload[:2], "big"), _text(payload[2:])
     if len(payload) == 1 or not (code in _CLOSE_CODES or 3000 <= code < 5000):
         raise FrameError(PROTOCOL_ERROR, "Invalid close code")
-    _check_utf8(payload[2:])
-    return code
+    return code, reason
 
 
-def _check_utf8(data: bytes) -> str:
+def _text(data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -90,7 +88,7 @@ class FrameParser:
     control frame. A message of more than `max_size` bytes raises FrameError 1009 before it is buffered.
     """
 
-    __slots__ = ("_decoder", "_final", "_left", "_mask", "_max_size", "_opcode", "_parts", "_rest", "_size")
+    __slots__ = ("_decoder", "_final", "_left", "_mask", "_max_size", "_opcode", "_pieces", "_rest", "_size")
 
     def __init__(self, max_size: int) -> None:
         self._max_size = max_size
@@ -98,11 +96,12 @@ class FrameParser:
         # The data frame under way: its mask, turned to fit the next byte (empty: none), and the bytes to come.
         self._mask = b""
         self._left = 0
-        # The message under way: its opcode (0: none), whether this is its last frame, its parts and their size.
+        # The message under way: its opcode (0: none), whether this is its last frame, the size of its frames so
+        # far, and where it comes in pieces, these. A bytearray, because a list of a thousand small ones is large.
         self._opcode = 0
         self._final = False
-        self._parts: list[Any] | None = None
         self._size = 0
+        self._pieces: bytearray | None = None
         self._decoder: codecs.IncrementalDecoder | None = None
 
     def feed(self, data: bytes) -> Iterator[tuple[int, str | bytes]]:
@@ -180,26 +179,25 @@ class FrameParser:
 
     def _take(self, plain: bytes) -> tuple[int, str | bytes] | None:
         """Add a piece to the message under way, and return the message if that makes it whole."""
-        opcode, whole = self._opcode, self._final and not self._left
-        if whole and self._parts is None:
-            # The usual case: the message is here in one piece.
-            message: str | bytes = _check_utf8(plain) if opcode == TEXT else plain
-        else:
-            if self._parts is None:
-                self._parts = []
-                self._decoder = _utf8_decoder() if opcode == TEXT else None
-            self._parts.append(plain if self._decoder is None else self._decode(plain, whole))
+        opcode, whole, pieces = self._opcode, self._final and not self._left, self._pieces
+        if pieces is None and not whole:
+            pieces = self._pieces = bytearray()
+            self._decoder = _utf8_decoder() if opcode == TEXT else None
+        if pieces is not None:
+            self._check(plain, whole)
+            pieces += plain
             if not whole:
                 return None
-            message = "".join(self._parts) if opcode == TEXT else b"".join(self._parts)
+            plain = bytes(pieces)
         self._opcode = self._size = 0
-        self._parts = self._decoder = None
-        return opcode, message
+        self._pieces = self._decoder = None
+        return opcode, _text(plain) if opcode == TEXT else plain
 
-    def _decode(self, plain: bytes, whole: bool) -> str:
-        assert self._decoder is not None
+    def _check(self, plain: bytes, whole: bool) -> None:
+        """Check a piece of text; the decoder remembers a character that is cut in two."""
         try:
-            return self._decoder.decode(plain, whole)
+            if self._decoder is not None:
+                self._decoder.decode(plain, whole)
         except UnicodeDecodeError:
             raise FrameError(INVALID_DATA, "Text is not valid UTF-8") from None
 

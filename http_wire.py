@@ -10,11 +10,13 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from schemas import encode, error_body
-from wire import http_response
+from opening_handshake import error_response
 
 # From the first byte of a connection or request to the last byte of the request.
 REQUEST_SECONDS = 10.0
+# What is still under way of a request that was refused is read for this long, and up to this size.
+LINGER_SECONDS = 1.0
+LINGER_BYTES = 1_048_576
 # Request line and headers together; what servers usually allow.
 MAX_HEAD_BYTES = 65_536
 
@@ -29,6 +31,9 @@ class HttpProtocol(HttpToolsProtocol):
         self._in_head = True
         # Whether bytes of the request are still to come. So it is from the start: a silent connection must end.
         self._incomplete = True
+        # Whether the request was answered here and not by the app. What still comes of it is dropped.
+        self._refused = False
+        self._dropped_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -39,6 +44,11 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            self._dropped_bytes += len(data)
+            if self._dropped_bytes > LINGER_BYTES:
+                self.transport.abort()
+            return
         if self._in_head:
             self._head_bytes += len(data)
         super().data_received(data)
@@ -90,9 +100,18 @@ class HttpProtocol(HttpToolsProtocol):
     def _refuse(self, status: int, message: str, category: str = "validation") -> None:
         """Answer in the place of the app, unless it has begun to, and end the connection."""
         self._disarm()
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
-            body = encode(error_body(message, category))
-            self.transport.write(http_response(status, body, ((b"content-type", b"application/json"),)))
-        self.transport.close()
-        # What the peer goes on sending would keep a closing transport from ending.
-        self.loop.call_later(1.0, self.transport.abort)
+        self._refused = True
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or not cycle.response_started:
+            self.transport.write(error_response(status, message, category))
+        if cycle is not None:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        # Closing with unread data would reset the connection, and destroy the answer on its way: end our side only,
+        # and read on for a while.
+        self.flow.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        else:
+            self.transport.close()
+        self.loop.call_later(LINGER_SECONDS, self.transport.abort)

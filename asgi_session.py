@@ -1,0 +1,240 @@
+"""The standard ASGI app on a connection of wire.py: its scope, its `receive` and its `send`.
+
+Owns the handshake's state, and the queue between the wire and an app that reads and writes at its own pace. Knows
+the connection as `Wire`, and neither the transport nor the Hub. One whose app takes the connection over lets this
+go as soon as it has.
+
+1. Reading goes on while an app is slow, until MAX_QUEUED_MESSAGES wait for it; it goes on when it has taken all.
+2. `send` waits while the transport is full, and raises an OSError once the connection is closing.
+3. Whatever ends the connection is told to `receive` as websocket.disconnect.
+4. What came before a broken frame is still answered: the failure waits until the app asks for more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from typing import Any, Protocol
+
+from starlette.types import Message
+from uvicorn.config import Config
+from uvicorn.protocols.utils import ClientDisconnected
+from uvicorn.server import ServerState
+
+from connection import WIRE_EXTENSION, ConnectionState, Receiver
+from frames import BINARY, FrameError, frame
+from opening_handshake import HandshakeError, Headers, acceptance, error_response, http_response, read_request, refusal
+from schemas import INTERNAL_ERROR, NORMAL_CLOSURE
+
+logger = logging.getLogger("notifyd.wire")
+
+MAX_QUEUED_MESSAGES = 32
+# What websocket.disconnect says of a connection that ended without a close frame (RFC 6455, section 7.1.5).
+ABNORMAL_CLOSURE = 1006
+
+CONNECTING, OPEN = ConnectionState.CONNECTING, ConnectionState.OPEN
+
+
+class Wire(Protocol):
+    """The connection, as a session asks for it."""
+
+    state: ConnectionState
+    writable: bool
+
+    def accept(
+        self, receiver: Receiver | None, greeting: bytes = b"", subprotocol: str | None = None, headers: Headers = ()
+    ) -> None: ...
+    def write(self, frames: bytes) -> None: ...
+    def close(self, code: int, reason: str = "") -> None: ...
+    def refuse(self, response: bytes) -> None: ...
+    def fail(self, error: FrameError) -> None: ...
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+    def is_served_by(self, session: Session) -> bool: ...
+
+
+class Session:
+    """What one connection needs for its handshake, and to serve an app that uses the standard receive and send."""
+
+    __slots__ = (
+        "_app_state",
+        "_config",
+        "_drained",
+        "_early",
+        "_error",
+        "_key",
+        "_messages",
+        "_peer",
+        "_response",
+        "_server_state",
+        "_wanted",
+        "_wire",
+    )
+
+    def __init__(self, wire: Wire, config: Config, server_state: ServerState, app_state: dict[str, Any]) -> None:
+        self._wire = wire
+        self._config = config
+        self._server_state = server_state
+        self._app_state = app_state
+        self._peer: tuple[Any, Any, str] = (None, None, "ws")
+        self._key = b""
+        self._early = bytearray()
+        self._messages: deque[Message] = deque()
+        # What a waiting `receive` and every waiting `send` wait for.
+        self._wanted: asyncio.Event | None = None
+        self._drained: asyncio.Event | None = None
+        self._response: Message | None = None
+        self._error: FrameError | None = None
+
+    # --- the handshake
+
+    def take_over_from(self, http: Any) -> None:
+        """Take what uvicorn's HTTP protocol knows of the peer."""
+        scheme = "wss" if getattr(http, "scheme", "") == "https" else "ws"
+        self._peer = (getattr(http, "server", None), getattr(http, "client", None), scheme)
+        if getattr(http, "parser", None) is not None:
+            # The parser and its protocol refer to each other. Cut, they go now and need no collector.
+            http.parser = None
+
+    def handshake_data(self, data: bytes) -> None:
+        """Take the request, which uvicorn hands over whole, and then what an eager client sends after it."""
+        if self._key:
+            # A client has to wait for the answer (RFC 6455, section 4.1). One that does not is read no further.
+            self._early += data
+            self._wire.pause_reading()
+            return
+        try:
+            scope, self._key = read_request(data)
+        except HandshakeError as error:
+            self._wire.refuse(refusal(error))
+            return
+        root_path = self._config.root_path
+        server, client, scheme = self._peer
+        scope = {
+            **scope,
+            "asgi": {"version": self._config.asgi_version, "spec_version": "2.4"},
+            "scheme": scheme,
+            "server": server,
+            "client": client,
+            "root_path": root_path,
+            "path": root_path + scope["path"],
+            "raw_path": root_path.encode("latin-1") + scope["raw_path"],
+            "state": self._app_state.copy(),
+            "extensions": {"websocket.http.response": {}, WIRE_EXTENSION: self._wire},
+        }
+        task = asyncio.get_running_loop().create_task(self._run(scope))
+        self._server_state.tasks.add(task)
+        task.add_done_callback(self._server_state.tasks.discard)
+
+    def acceptance(self, subprotocol: str | None, headers: Headers) -> bytes:
+        return acceptance(self._key, subprotocol, headers)
+
+    def early_data(self) -> bytes:
+        return bytes(self._early)
+
+    # --- what the app calls
+
+    async def _run(self, scope: Any) -> None:
+        self._messages.append({"type": "websocket.connect"})
+        wire, code = self._wire, NORMAL_CLOSURE
+        try:
+            await self._config.loaded_app(scope, self._receive, self._send)
+        except ClientDisconnected:
+            logger.debug("A peer left while its app was sending")
+        except Exception:
+            logger.exception("Unexpected error in the app of a WebSocket")
+            code = INTERNAL_ERROR
+        if not wire.is_served_by(self):
+            return
+        if wire.state is CONNECTING:
+            wire.refuse(error_response(500, "Internal server error"))
+        elif self._error is not None:
+            wire.fail(self._error)
+        else:
+            wire.close(code)
+
+    async def _receive(self) -> Message:
+        while not self._messages:
+            if self._error is not None:
+                error, self._error = self._error, None
+                self._wire.fail(error)
+                continue
+            if self._wanted is None:
+                self._wanted = asyncio.Event()
+            await self._wanted.wait()
+        message = self._messages.popleft()
+        if not self._messages:
+            self._wire.resume_reading()
+        return message
+
+    async def _send(self, message: Message) -> None:
+        wire, kind = self._wire, message["type"]
+        while not wire.writable and wire.state is OPEN:
+            if self._drained is None:
+                self._drained = asyncio.Event()
+            await self._drained.wait()
+        if wire.state is CONNECTING:
+            self._answer(kind, message)
+        elif wire.state is not OPEN:
+            raise ClientDisconnected
+        elif kind == "websocket.send":
+            text = message.get("text")
+            wire.write(frame(message["bytes"], BINARY) if text is None else frame(text.encode()))
+        elif kind == "websocket.close":
+            code, reason = message.get("code", NORMAL_CLOSURE), message.get("reason") or ""
+            wire.close(code, reason)
+            self.disconnected(code, reason)
+        else:
+            raise RuntimeError(f"{kind} is out of place on an open connection")
+
+    def _answer(self, kind: str, message: Message) -> None:
+        """Answer the handshake: accept it, refuse it, or take a part of the response that refuses it."""
+        if self._response is not None and kind == "websocket.http.response.body":
+            self._response["body"] += message.get("body", b"")
+            if not message.get("more_body", False):
+                self._refuse(self._response["status"], self._response["body"], self._response.get("headers", ()))
+        elif self._response is not None:
+            raise RuntimeError(f"{kind} is out of place in an HTTP response")
+        elif kind == "websocket.accept":
+            self._wire.accept(None, subprotocol=message.get("subprotocol"), headers=message.get("headers", ()))
+        elif kind == "websocket.close":
+            self._refuse(403)
+        elif kind == "websocket.http.response.start":
+            self._response = {**message, "body": b""}
+        else:
+            raise RuntimeError(f"{kind} is out of place before the handshake is answered")
+
+    def _refuse(self, status: int, body: bytes = b"", headers: Headers = ()) -> None:
+        self._wire.refuse(http_response(status, body, headers))
+        self.disconnected(ABNORMAL_CLOSURE)
+
+    # --- what the wire tells
+
+    def is_waiting(self) -> bool:
+        """Whether the app has taken all messages and waits for the next."""
+        return self._wanted is not None and not self._messages
+
+    def received(self, message: str | bytes) -> None:
+        self._put({"type": "websocket.receive", "text" if isinstance(message, str) else "bytes": message})
+        if len(self._messages) >= MAX_QUEUED_MESSAGES:
+            self._wire.pause_reading()
+
+    def broken(self, error: FrameError) -> None:
+        """Hear that nothing more can be read; when the app wants more, the connection fails."""
+        self._error = error
+
+    def disconnected(self, code: int, reason: str = "") -> None:
+        self._put({"type": "websocket.disconnect", "code": code, "reason": reason})
+        self.drained()
+
+    def _put(self, message: Message) -> None:
+        self._messages.append(message)
+        if self._wanted is not None:
+            self._wanted.set()
+            self._wanted = None
+
+    def drained(self) -> None:
+        if self._drained is not None:
+            self._drained.set()
+            self._drained = None
