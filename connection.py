@@ -156,20 +156,33 @@ class SendConnection:
     async def serve(self) -> None:
         """Read and write until the connection has ended."""
         writer = asyncio.ensure_future(self._write_out())
+        writer.add_done_callback(self._said_goodbye)
         try:
             async with asyncio.timeout_at(self._give_up_at()) as self._deadline:
                 await self._read()
         except TimeoutError:
-            logger.debug("A peer did not take its goodbye and is given up on")
+            if not writer.done():
+                logger.debug("A peer did not take its goodbye and is given up on")
         finally:
+            self._deadline = None
+            self._abort_later(
+                0 if not writer.done() and self.state is ConnectionState.CLOSING else CLOSE_DEADLINE_SECONDS
+            )
             writer.cancel()
-            if self._probe is not None:
-                # The server has said goodbye and waits for the peer's; a peer that reads nothing would keep it.
-                asyncio.get_running_loop().call_later(CLOSE_DEADLINE_SECONDS, self._probe.abort)
             self.state = ConnectionState.CLOSED
             self.writable = False
             if self._receiver is not None:
                 self._receiver.left()
+
+    def _said_goodbye(self, _: object) -> None:
+        # Our part is over: some servers tell of the end only when the app has returned.
+        if self._deadline is not None:
+            self._deadline.reschedule(0)
+
+    def _abort_later(self, seconds: float) -> None:
+        # The server waits for the peer's goodbye, and a peer that reads nothing would keep it.
+        if self._probe is not None:
+            asyncio.get_running_loop().call_later(seconds, self._probe.abort)
 
     async def _read(self) -> None:
         while (event := await self._receive())["type"] not in ("websocket.disconnect", "http.disconnect"):
@@ -183,20 +196,23 @@ class SendConnection:
         try:
             await self._wake.wait()
             await self._open()
-            while self._goodbye is None:
-                await self._write_batches()
+            while True:
+                # What was handed over goes out before any goodbye.
+                while self._out:
+                    await self._send_batch(self._out[0])
+                    self._out.popleft()
+                if self._goodbye is not None:
+                    await self._say_goodbye(*self._goodbye)
+                    return
                 self._wake.clear()
-                if self._goodbye is None and not self._out:
+                self._drained()
+                if not self._out:
                     await self._wake.wait()
-            await self._say_goodbye(*self._goodbye)
         except OSError:
             # The peer is gone (ASGI spec 2.4: send() raises OSError); the reader sees the disconnect.
             logger.debug("A peer left while it was written to")
 
-    async def _write_batches(self) -> None:
-        while self._out and self._goodbye is None:
-            await self._send_batch(self._out[0])
-            self._out.popleft()
+    def _drained(self) -> None:
         if self.state is ConnectionState.OPEN and not self.writable:
             self.writable = True
             if self._receiver is not None:

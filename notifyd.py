@@ -117,7 +117,8 @@ class Server(uvicorn.Server):
             self._drain.add_done_callback(self._drained)
         elif not self._drain.done() and not self._drain.cancelling():
             logger.info("Closing everyone now")
-            self._drain.cancel()
+            # Not at once: a task that is cancelled before its first step closes nobody.
+            asyncio.get_running_loop().call_soon(self._drain.cancel)
 
     def _drained(self, drain: asyncio.Task[None]) -> None:
         if not drain.cancelled() and (error := drain.exception()):
@@ -162,9 +163,11 @@ def _listen(settings: Settings) -> socket.socket:
         settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
     listener = socket.create_server(address[:2], family=family, backlog=LISTEN_BACKLOG)
+    # Accepted sockets inherit these. uvloop sets the first by itself, asyncio does not for a socket made here, and
+    # Nagle's algorithm would hold back every second small write for 40 ms.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if settings.ping_interval and hasattr(socket, "TCP_USER_TIMEOUT"):
-        # Accepted sockets inherit it: a peer that takes nothing for so long is dropped by the kernel, whoever
-        # holds the descriptor.
+        # A peer that takes nothing for so long is dropped by the kernel, whoever holds the descriptor.
         milliseconds = int((settings.ping_timeout + 5) * 1000)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(milliseconds, 2**31 - 1))
     return listener
