@@ -35,10 +35,6 @@ class MethodNotAllowed(InvalidRequest):
     status = 405
 
 
-class RequestTimeout(InvalidRequest):
-    status = 408
-
-
 class TooLarge(InvalidRequest):
     status = 413
     close_code = 1009

@@ -291,7 +291,7 @@ class Hub:
     async def _contest(self, incumbent: Client) -> None:
         """Return once the incumbent is out of the map. Raises DuplicateClient where it stays."""
         replace = self.settings.on_duplicate == "replace"
-        # A stream cannot answer a probe: it gives way, and never drives a WebSocket out.
+        # A stream cannot answer a probe, so it gives way to whoever comes.
         if replace or incumbent.connection.is_stream:
             self._dismiss(incumbent, POLICY_VIOLATION, "Replaced by a new connection")
         elif await self._is_alive(incumbent):
@@ -418,24 +418,33 @@ class Hub:
         given = {name: value for name, value in request.items() if value is not None}
         return self.publish([schemas.check(given, schemas.NotifyRequest)])[0]
 
-    def publish(self, requests: Sequence[schemas.NotifyRequest]) -> list[Receipt]:
-        """Publish checked requests, all of them or, where one of them is refused, none; as notify()."""
+    def publish(self, requests: Sequence[schemas.NotifyRequest], *, numbered: bool = False) -> list[Receipt]:
+        """Publish checked requests, all of them or, where one of them is refused, none; as notify().
+
+        Errors of `numbered` requests name the place, counted from 0.
+        """
         self._on_first_use()
         if self.state is not HubState.READY:
             raise ShuttingDown
-        composed = [self._compose_request(request) for request in requests]
+        composed = [
+            self._compose_request(request, f"[{number}]." if numbered else "")
+            for number, request in enumerate(requests)
+        ]
         receipts = [self._append(*one) for one in composed]
         self._published.set()
         return receipts
 
-    def _compose_request(self, request: schemas.NotifyRequest) -> tuple[str, bytes, Audience | None]:
+    def _compose_request(self, request: schemas.NotifyRequest, place: str) -> tuple[str, bytes, Audience | None]:
         data = {"message": request.message, **request.data}
         data["message"] = request.message
         topics = sorted(set(request.topics or ()))
-        entry_id, payload = self._compose(request.type, data, topics=topics or UNSET)
+        try:
+            entry_id, payload = self._compose(request.type, data, topics=topics or UNSET)
+        except InvalidRequest as error:
+            raise InvalidRequest(place + error.message) from None
         limit = self.settings.max_message_size + ENVELOPE_BYTES
         if len(payload) > limit:
-            raise TooLarge(f"data: the notification is {len(payload)} bytes long, over the limit of {limit}")
+            raise TooLarge(f"{place}data: the notification is {len(payload)} bytes long, over the limit of {limit}")
         if not topics and request.clients is UNSET:
             return entry_id, payload, None
         return entry_id, payload, Audience(frozenset(request.clients or ()), frozenset(topics))

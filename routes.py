@@ -89,7 +89,8 @@ Handler = Callable[[Hub, Request], Awaitable[Response | EventStream]]
 
 
 def answer(body: Struct, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(encode(body), status, headers, "application/json")
+    # The line end is for whoever reads it in a terminal.
+    return Response(encode(body) + b"\n", status, headers, "application/json")
 
 
 # --- handlers
@@ -119,7 +120,7 @@ async def notify_batch(hub: Hub, request: Request) -> Response:
 
     def publish() -> tuple[str, Struct]:
         _check_content_type(request.media_type())
-        receipts = hub.publish(schemas.decode(body, schemas.NotifyRequests))
+        receipts = hub.publish(schemas.decode(body, schemas.NotifyRequests), numbered=True)
         notifications = [schemas.BatchReceipt(id=one.id, recipients=one.recipients) for one in receipts]
         response = schemas.BatchResponse(count=len(receipts), notifications=notifications, timestamp=timestamp())
         return receipts[-1].id, response
@@ -200,7 +201,7 @@ def _publish_once(hub: Hub, request: Request, body: bytes, publish: Callable[[],
 
     def answer_once() -> bytes:
         notification_id, response = publish()
-        return notification_id.encode() + encode(response)
+        return notification_id.encode() + encode(response) + b"\n"
 
     key = request.headers.get("idempotency-key")
     if key is None:

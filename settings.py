@@ -57,7 +57,9 @@ class Settings(Struct, frozen=True, kw_only=True):
         Seconds, Meta(description="seconds that clients get to leave at a shutdown; 0: closed at once")
     ] = 1800
     drain_rate: Annotated[Positive, Meta(description="clients told or closed per second at a shutdown, at most")] = 1000
-    history_size: Annotated[Positive, Meta(description="notifications kept for clients that are behind")] = 1000
+    history_size: Annotated[
+        Positive, Meta(description="notifications kept for resume and for clients that are behind")
+    ] = 1000
     history_ttl: Annotated[
         float, Meta(gt=0, le=31_536_000, description="seconds for which a notification is kept, at most")
     ] = 300
