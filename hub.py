@@ -531,22 +531,23 @@ class Hub:
         if batch is None or batch.end != self._ring.head:
             return [client for client in clients if not self.advance(client)]
         behind = []
-        handed = 0
+        others = 0
         frames, end, notifications = batch
         size, write = len(frames), os.write
         for client in clients:
             if client.cursor == at and client.descriptor >= 0 and client.pending is None:
                 client.cursor = end
-                handed += notifications
                 try:
                     sent = write(client.descriptor, frames)
                 except OSError:
                     sent = 0
                 if sent != size:
                     client.connection.write(frames[sent:])
-            elif not self.advance(client):
-                behind.append(client)
-        self.messages_sent += handed
+            else:
+                others += 1
+                if not self.advance(client):
+                    behind.append(client)
+        self.messages_sent += notifications * (len(clients) - others)
         return behind
 
     def advance(self, client: Client) -> bool:
@@ -587,7 +588,7 @@ class Hub:
         self._ring.trim(until)
 
     def _drop_slow_consumer(self, client: Client, owed: int) -> None:
-        behind = self._ring.head - client.cursor + len(client.pending or ())
+        behind = self._ring.behind(client.cursor) + len(client.pending or ())
         self.slow_consumers += 1
         logger.warning("Client %s is %d notifications behind and is closed", client.client_id, behind)
         reason = f"Slow consumer: {behind} notifications behind; resume with since={self._ring.id_before(owed)}"
