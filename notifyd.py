@@ -40,6 +40,10 @@ SPARE_FILES = 64
 REQUESTS_GRACE_SECONDS = 5
 
 
+class ListenError(Exception):
+    """The address cannot be listened on; its text is one line for the user."""
+
+
 class App(Router):
     """The ASGI app: the route table on one Hub, which is `app.state.hub`."""
 
@@ -131,7 +135,7 @@ class Server(uvicorn.Server):
 
 
 def serve(settings: Settings) -> None:
-    """Run a server until it has been told to stop and has drained. Raises OSError when it cannot listen."""
+    """Run a server until it has been told to stop and has drained. Raises ListenError."""
     _raise_file_limit(settings.max_connections)
     listener = _listen(settings)
     host, port = listener.getsockname()[:2]
@@ -159,10 +163,15 @@ def serve(settings: Settings) -> None:
 
 def _listen(settings: Settings) -> socket.socket:
     """Bind here and not in uvicorn, so that a taken port is one clear line and port 0 has a number."""
-    family, _, _, _, address = socket.getaddrinfo(
-        settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    listener = socket.create_server(address[:2], family=family, backlog=LISTEN_BACKLOG)
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.create_server(address[:2], family=family, backlog=LISTEN_BACKLOG)
+    except OSError as error:
+        # create_server() adds a remark that says the address a second time.
+        reason = str(error.strerror or error).partition(" (while ")[0]
+        raise ListenError(f"cannot listen on {settings.host}:{settings.port}: {reason}") from None
     # Accepted sockets inherit these. uvloop sets the first by itself, asyncio does not for a socket made here, and
     # Nagle's algorithm would hold back every second small write for 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -218,11 +227,8 @@ def main() -> int:
     except SettingsError as error:
         print(f"notifyd: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(
-            f"notifyd: cannot listen on {settings.host}:{settings.port}: {error.strerror or error}",
-            file=sys.stderr,
-        )
+    except ListenError as error:
+        print(f"notifyd: {error}", file=sys.stderr)
         return 1
     return 0
 
