@@ -148,6 +148,7 @@ class Session:
         if not wire.is_served_by(self):
             return
         if wire.state is CONNECTING:
+            logger.error("The app of a WebSocket ended without answering the handshake")
             wire.refuse(error_response(500, "Internal server error"))
         elif self._error is not None:
             wire.fail(self._error)

@@ -6,8 +6,10 @@ Owns how long a request may take to arrive and how long its head may be. What an
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import Any
 
+from httptools import HttpParserUpgrade
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from opening_handshake import error_response
@@ -34,6 +36,8 @@ class HttpProtocol(HttpToolsProtocol):
         # Whether the request was answered here and not by the app. What still comes of it is dropped.
         self._refused = False
         self._dropped_bytes = 0
+        # Where in the segment the request for an upgrade ended.
+        self._upgraded_at: int | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -52,7 +56,11 @@ class HttpProtocol(HttpToolsProtocol):
         if self._in_head:
             self._head_bytes += len(data)
         super().data_received(data)
-        if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
+        if self._upgraded_at is not None:
+            # uvicorn forgets what an eager client has sent in the same segment.
+            if (early := data[self._upgraded_at :]) and not self.transport.is_closing():
+                self.transport.get_protocol().data_received(early)  # type: ignore[attr-defined]
+        elif self._in_head and self._head_bytes > MAX_HEAD_BYTES:
             self._refuse(431, f"request head: larger than the limit of {MAX_HEAD_BYTES} bytes")
         elif not self._incomplete:
             self._disarm()
@@ -61,6 +69,9 @@ class HttpProtocol(HttpToolsProtocol):
             self._arm()
 
     def handle_websocket_upgrade(self) -> None:
+        upgrade = sys.exception()
+        assert isinstance(upgrade, HttpParserUpgrade)
+        self._upgraded_at = upgrade.args[0]
         self._incomplete = False
         self._disarm()
         super().handle_websocket_upgrade()
@@ -84,6 +95,9 @@ class HttpProtocol(HttpToolsProtocol):
             self._refuse(503, "Server shutting down", "system")
         else:
             super().shutdown()
+        if self.transport.is_closing():
+            # A TLS transport waits for the peer's goodbye, which an idle client does not send.
+            self.loop.call_later(LINGER_SECONDS, self.transport.abort)
 
     def _arm(self) -> None:
         self._deadline = self.loop.call_later(REQUEST_SECONDS, self._expire)

@@ -61,7 +61,7 @@ def read_request(data: bytes) -> tuple[Scope, bytes]:
 def check_handshake(method: str, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     """Return the key of an opening handshake. Raises HandshakeError for what RFC 6455, section 4.2.1 forbids."""
     if method != "GET":
-        raise HandshakeError("A WebSocket handshake is a GET request")
+        raise HandshakeError("A WebSocket handshake is a GET request", 405, ((b"allow", b"GET"),))
     versions, keys = [], []
     for name, value in headers:
         if name == b"sec-websocket-version":

@@ -18,6 +18,7 @@ app is served with the standard `receive` and `send`, by asgi_session.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable
 from http import HTTPStatus
@@ -174,6 +175,8 @@ class WireProtocol(asyncio.Protocol):
         # Handshake and greeting in one write: that saves a system call for every newcomer.
         self._transport.write(answer + greeting)
         if early := session.early_data():
+            # It must not be overtaken by what comes after it, nor be told before this has returned.
+            self.pause_reading()
             asyncio.get_running_loop().call_soon(self._read_early, early)
 
     def buffered(self) -> int:
@@ -216,7 +219,6 @@ class WireProtocol(asyncio.Protocol):
     # --- reading
 
     def _read_early(self, early: bytes) -> None:
-        # Reading was paused, so these bytes are still the first.
         self.resume_reading()
         self.data_received(early)
 
@@ -299,7 +301,9 @@ class WireProtocol(asyncio.Protocol):
         """End our side, and wait for the peer to end its own."""
         self.resume_reading()
         if self._transport.can_write_eof():
-            self._transport.write_eof()
+            # Where the peer has just reset the connection, asyncio lets the system's error through.
+            with contextlib.suppress(OSError):
+                self._transport.write_eof()
         else:
             # TLS has no half-close; its transport goes on reading by itself until both have ended.
             self._transport.close()
@@ -336,11 +340,10 @@ class StandardProtocol(WebSocketsSansIOProtocol):
     receiver: Receiver | None = None
 
     def handle_connect(self, event: Request) -> None:
-        headers = event.headers.raw_items()
+        items = event.headers.raw_items()
+        headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in items]
         try:
-            check_handshake(
-                "GET", [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-            )
+            check_handshake(event.method, headers)
         except HandshakeError as error:
             self.transport.write(refusal(error))
             self.transport.close()
@@ -366,6 +369,13 @@ class StandardProtocol(WebSocketsSansIOProtocol):
             self.handle_parser_exception()
             return
         super().send_receive_event_to_app()
+
+    def handle_parser_exception(self) -> None:
+        """End; without a goodbye where an eager client has broken the protocol before its handshake was answered."""
+        if self.conn.close_sent is None:
+            self.transport.close()
+        else:
+            super().handle_parser_exception()
 
     def handle_ping(self) -> None:
         # A peer that sends pings and reads no pongs must not fill our memory.
