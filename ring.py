@@ -174,6 +174,10 @@ class Ring:
         owed = self._broadcasts[index].sequence if index < len(self._broadcasts) else self.next_sequence
         return min(owed, pending[0]) if pending else owed
 
+    def behind(self, cursor: int) -> int:
+        """Return how many broadcasts lie between the cursor and the head; the farewell is none."""
+        return self.head - cursor - (cursor < self._farewell)
+
     def id_before(self, sequence: int) -> str:
         """Return the id just before this sequence: whoever resumes there gets what follows."""
         index = sequence - self._front - 1
@@ -200,9 +204,9 @@ class Ring:
         return self._front + drop
 
     def _turn_of(self, sequence: int) -> int:
-        """Return the first turn at or after the entry with this sequence."""
+        """Return the first turn at or after the entry with this sequence. The farewell stays, whatever is trimmed."""
         index = sequence - self._front
-        return self._entries[index].turn if index < len(self._entries) else self.head
+        return self._entries[index].turn if index < len(self._entries) else self.head - (self._farewell == self.head)
 
     def trim(self, sequence: int) -> None:
         """Forget the entries before `sequence`."""
