@@ -1,0 +1,39 @@
+"""How much cheaper is a notification when many are published in one request?
+
+Method: one connection publishes to one notifyd, in turns (turns.py): by POST /notify, one at a time, and by POST
+/notify/batch, with 100 and with 1,000 in a request. The figure is the server's CPU for each notification: with nobody
+listening, which leaves the publishing itself, and with 100 clients, each of which a batch reaches in few writes.
+"x cheaper" is the median of the turns.
+
+Not measured: peers, none of which takes batches.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+from load import Load
+from peers import NOTIFYD, Peer
+from plan import Figure, Row, Scale
+from server import Server
+from turns import Side, ratio, take_turns
+
+CLIENTS = (0, 100)
+SIZES = (100, 1000)
+TITLE = "CPU per notification published {}, {} clients"
+
+
+def measure(peer: Peer, scale: Scale) -> Iterator[Figure]:
+    if peer is not NOTIFYD:
+        return
+    for clients in CLIENTS:
+        with Server(peer) as server, Load(server, clients) as load:
+            single = Side(load, partial(load.one_at_a_time, scale.singles_a_turn), scale.singles_a_turn)
+            batched = [
+                Side(load, partial(load.batches, scale.batched_a_turn // size, size), scale.batched_a_turn)
+                for size in SIZES
+            ]
+            take_turns(scale.batch_pairs, single, *batched)
+        yield Figure(Row(TITLE.format("one at a time", clients), "us"), single.cost() * 1e6)
+        for size, side in zip(SIZES, batched, strict=True):
+            row = Row(TITLE.format(f"in batches of {size:,}", clients), "us")
+            yield Figure(row, side.cost() * 1e6, remark=f"{ratio(single, side):.1f} x cheaper")

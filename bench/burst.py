@@ -1,0 +1,28 @@
+"""How many deliveries a second does a server reach when publishes come faster than it can pass them on one by one?
+
+Method: 8 keep-alive connections with 8 pipelined requests each, 64 in flight, publish to 1,000 clients; the clock
+runs from the first request to the last byte at the last client. Median of the runs. Turns with the floor,
+as in fanout.py, were tried and made it worse: by the floor's own scatter in a burst, a factor of 3.
+
+Not measured: what a client that reads slowly would do to the others; the load's clients read as fast as they can.
+"""
+
+from collections.abc import Iterator
+from statistics import median
+
+from load import Load
+from peers import Peer
+from plan import Figure, Level, Row, Scale
+from server import Server
+
+CONNECTIONS, DEPTH = 8, 8
+
+
+def measure(peer: Peer, scale: Scale) -> Iterator[Figure]:
+    with Server(peer) as server, Load(server, scale.clients) as load:
+        load.poll()
+        load.burst(CONNECTIONS * DEPTH, CONNECTIONS, DEPTH)
+        seconds = median(load.burst(scale.burst, CONNECTIONS, DEPTH) for _ in range(scale.burst_runs))
+    title = f"deliveries in a burst of {scale.burst:,}, {scale.clients:,} clients"
+    row = Row(title, "M/s", 2, more_is_better=True, levels=(Level(5), Level(20, "nchan")))
+    yield Figure(row, scale.burst * scale.clients / seconds / 1e6)

@@ -1,0 +1,80 @@
+"""What does one delivery cost, and when has the last client got its notification?
+
+Method: the server and the floor have the same number of clients each and take turns (turns.py) of a few notifications,
+published one at a time. Latency is from the first byte of the publish to the last byte at the last client, in
+the same turns.
+
+The clients poll and never sleep, so that nobody is woken: that is the least a send can cost, and makes the ratio that
+of the servers' own work. Who sends to a sleeper pays for waking it, and all clients here are one process, which
+sleeps when it has read everything: so more often the slower the server is, which would then pay for more wakings. One
+more row has such clients; "woken" says for what share of the deliveries, at the server and at the floor. (Clients with
+a process each would all be woken, by whatever server.)
+
+Not measured: clients on other machines. Loopback spends the receiving kernel's time on the server's core, for all
+alike.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from statistics import median, quantiles
+
+from load import Load
+from peers import FLOOR, Peer
+from plan import Figure, Level, Row, Scale
+from server import Server
+from turns import Side, ratio, take_turns
+
+COST_TITLE = "CPU per delivery, {:,} clients"
+SLEEPING_TITLE = "CPU per delivery, clients that sleep, {:,} clients"
+LATENCY_TITLE = "publish to last client, {}, {:,} clients"
+# The server's CPU time is the least that this can take: near 1, the load is never waited for.
+LAG_TITLE = "publish to last client by CPU time of the server, {:,} clients"
+
+
+@contextlib.contextmanager
+def beside_the_floor(peer: Peer, clients: int) -> Iterator[list[Load]]:
+    """The server and the floor, each with its clients."""
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(Server(each)) for each in (peer, FLOOR)]
+        yield [stack.enter_context(Load(server, clients)) for server in servers]
+
+
+def compare(loads: list[Load], pairs: int, notifications: int) -> tuple[Side, Side, str]:
+    """Have both take their turns; return them, and what share of their deliveries woke somebody."""
+    side, floor = [Side(load, partial(load.one_at_a_time, notifications), notifications) for load in loads]
+    before = [load.sleeps() for load in loads]
+    take_turns(pairs, side, floor)
+    deliveries = (pairs + 1) * notifications * loads[0].clients
+    woken = [(load.sleeps() - had) / deliveries for load, had in zip(loads, before, strict=True)]
+    return side, floor, "woken {:.0%}/{:.0%}".format(*woken)
+
+
+def measure(peer: Peer, scale: Scale) -> Iterator[Figure]:
+    clients = scale.clients
+    level = (Level(1.15, "floor"),)
+    with beside_the_floor(peer, clients) as loads:
+        side, floor, woken = compare(loads, scale.sleeping_pairs, scale.notifications_a_turn)
+        sleeping = Row(SLEEPING_TITLE.format(clients), "us", 2)
+        yield Figure(sleeping, side.cost() / clients * 1e6, ratio(side, floor), woken)
+
+        for load in loads:
+            load.poll()
+        side, floor, _ = compare(loads, scale.pairs, scale.notifications_a_turn)
+        row = Row(COST_TITLE.format(clients), "us", 2, levels=level)
+        yield Figure(row, side.cost() / clients * 1e6, ratio(side, floor))
+        for name, at, levels in (("p50", 49, ()), ("p99", 98, (Level(1.2, "floor"),))):
+            row = Row(LATENCY_TITLE.format(name, clients), "ms", 2, levels=levels)
+            seconds, base = quantiles(side.latencies, n=100)[at], quantiles(floor.latencies, n=100)[at]
+            yield Figure(row, seconds * 1e3, seconds / base)
+        if peer is FLOOR:
+            row = Row(LAG_TITLE.format(clients), "x", 2, beside_floor=False)
+            yield Figure(row, median(side.latencies) / side.cost())
+
+    clients = scale.many_clients
+    with beside_the_floor(peer, clients) as loads:
+        for load in loads:
+            load.poll()
+        side, floor, _ = compare(loads, scale.many_pairs, scale.many_notifications_a_turn)
+        row = Row(COST_TITLE.format(clients), "us", 2, levels=level)
+        yield Figure(row, side.cost() / clients * 1e6, ratio(side, floor))

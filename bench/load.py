@@ -1,0 +1,203 @@
+"""The load: load.c in a process on its own core, and the checks of what its clients received.
+
+load.c makes sure that those who are addressed all received the same bytes, and the others none; here those bytes are
+read, after the clock has stopped: whole frames, valid JSON, each number that was published exactly once, and what one
+connection published in its order. Nothing else counts as delivered, and `CheckFailed` says what was wrong.
+
+Its clients sleep while there is nothing to read, as a client program does, unless they are told to poll. That matters
+to the server: in the kernel it is the sender who wakes a receiver, and pays for it.
+"""
+
+import http.client
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Self
+
+from peers import CACHE, HERE, compile_c
+from server import LOAD_CORE, Server, on_core
+from websockets.sync.client import connect
+
+SOURCE = HERE.parent / "load.c"
+PAYLOAD_BYTES = 200
+# A payload of 126 to 65,535 bytes has a head of 4 (RFC 6455, section 5.2).
+FRAME_HEAD_BYTES = 4
+TIMEOUT_SECONDS = 5.0
+FIRST_NUMBER = 1_000_000
+NUMBER = "%04d"
+BODY = '{"message":"bench","data":{"number":%d,"by":"%03d","pad":"%s"}%s}'
+
+
+class CheckFailed(Exception):
+    """What was received is not what was published."""
+
+
+@dataclass(frozen=True)
+class Audience:
+    """Whom notifications are for: clients are divided into groups, of which one at a time is addressed.
+
+    `query` ends the URL with which a client of a group connects, and `field` the body that addresses this group; NUMBER
+    in them stands for the group's.
+    """
+
+    group_size: int
+    query: str
+    field: str = ""
+
+
+EVERYONE = Audience(2**16, "")
+
+
+def prepare() -> str | None:
+    """Build the load generator, or say why that cannot be done."""
+    return compile_c(SOURCE)
+
+
+def payloads(stream: bytes) -> Iterator[bytes]:
+    """Yield the payloads of unmasked, unfragmented text frames of 126 to 65,535 bytes."""
+    while stream:
+        if stream[:2] != b"\x81\x7e":
+            raise CheckFailed(f"no such frame was expected: {stream[:100]!r}")
+        end = FRAME_HEAD_BYTES + int.from_bytes(stream[2:4])
+        if len(stream) < end:
+            raise CheckFailed(f"the last frame is cut: {stream!r}")
+        yield stream[FRAME_HEAD_BYTES:end]
+        stream = stream[end:]
+
+
+def natural_bytes(server: Server, audience: Audience) -> int:
+    """How long a delivered payload is before padding, by an independent client: servers wrap bodies differently."""
+    peer = server.peer
+    query, field = (text.replace(NUMBER, NUMBER % 0) for text in (audience.query, audience.field))
+    url = f"ws://127.0.0.1:{server.port}{peer.ws_path}{query}"
+    # The floor answers no close frame.
+    with connect(url, compression=None, proxy=None, close_timeout=0.05) as client:
+        for _ in range(peer.greetings):
+            client.recv(TIMEOUT_SECONDS)
+        publishing = http.client.HTTPConnection("127.0.0.1", server.publish_port)
+        body = BODY % (FIRST_NUMBER, 0, "", field)
+        publishing.request("POST", peer.publish_path, body, {"Content-Type": "application/json"})
+        answer = publishing.getresponse()
+        if answer.status not in range(200, 300):
+            raise CheckFailed(f"a publish was answered by {answer.status}: {answer.read()[:300]!r}")
+        publishing.close()
+        return len(client.recv(TIMEOUT_SECONDS, decode=False))
+
+
+class Load:
+    """WebSocket clients of `server`, and publishing to them. `with` connects and disconnects them."""
+
+    def __init__(self, server: Server, clients: int = 0, audience: Audience = EVERYONE) -> None:
+        self.server = server
+        self.audience = audience
+        self.clients = 0
+        self._to_connect = clients
+        self._next_number = FIRST_NUMBER
+
+    def __enter__(self) -> Self:
+        peer = self.server.peer
+        natural = natural_bytes(self.server, self.audience)
+        payload = max(PAYLOAD_BYTES, natural)
+        arguments = [self.server.port, peer.ws_path, peer.greetings, self.server.publish_port, peer.publish_path]
+        with on_core(LOAD_CORE):
+            self.process = subprocess.Popen(
+                [CACHE / SOURCE.stem, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+        try:
+            self._command("format", payload + FRAME_HEAD_BYTES, payload - natural, *astuple(self.audience))
+            self.connect(self._to_connect)
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.disconnect()
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def _command(self, *words: object) -> tuple[list[float], bytes]:
+        """Have one command obeyed; return the figures and the stream that it is answered with."""
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(" ".join(map(str, words)).encode() + b"\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        figures, failed, reason = line.partition(b"failed ")
+        if failed or not line:
+            raise CheckFailed(reason.decode(errors="replace").strip() or "the load generator has died")
+        *seconds, size = figures.split()
+        return [float(each) for each in seconds], self.process.stdout.read(int(size))
+
+    def connect(self, clients: int, at_once: int = 500) -> None:
+        """Open more clients, never more than `at_once` of them between SYN and greeting."""
+        self._command("connect", clients, at_once)
+        self.clients += clients
+
+    def disconnect(self) -> None:
+        """Drop all clients; nothing may be left for them to read."""
+        self._command("disconnect")
+        self.clients = 0
+
+    def address(self, groups: int) -> None:
+        """From now on so many groups have their turn, spread over all; at first it is one."""
+        self._command("address", groups)
+
+    def sleeps(self) -> int:
+        """How often the clients have gone to sleep, each time to be woken by a send."""
+        switches = re.search(
+            r"^voluntary_ctxt_switches:\s*(\d+)", Path(f"/proc/{self.process.pid}/status").read_text(), re.M
+        )
+        assert switches
+        return int(switches[1])
+
+    def poll(self) -> None:
+        """From now on the clients never sleep, and ask again and again whether there is something to read."""
+        self._command("sleep", 0)
+
+    def one_at_a_time(self, notifications: int) -> list[float]:
+        """Publish each when the last one has arrived everywhere; return the seconds from publish to last client."""
+        return self._publish(notifications, 1, 1, 1)
+
+    def batches(self, requests: int, size: int) -> list[float]:
+        """Publish so many batches of that size, as one_at_a_time()."""
+        return self._publish(requests, 1, 1, 1, size)
+
+    def burst(self, notifications: int, connections: int, depth: int) -> float:
+        """Publish with `depth` requests in flight on each connection. Return the seconds from the first request to
+        the last client's last byte, or, without clients, to the last answer."""
+        [seconds] = self._publish(1, notifications, connections, depth)
+        return seconds
+
+    def _publish(self, rounds: int, requests: int, connections: int, depth: int, batch: int = 0) -> list[float]:
+        seconds, stream = self._command("publish", rounds, requests, connections, depth, batch)
+        notifications = rounds * requests * (batch or 1)
+        expected = range(self._next_number, self._next_number + notifications)
+        self._next_number += notifications
+        if self.clients:
+            check(stream, expected)
+        return seconds
+
+
+def check(stream: bytes, expected: range) -> None:
+    """Raise CheckFailed unless each number has been received once, and those of one publisher in their order."""
+    try:
+        seen = [json.loads(payload)["data"] for payload in payloads(stream)]
+    except (ValueError, KeyError) as error:
+        raise CheckFailed(f"not as it was published: {error!r}") from None
+    if sorted(data["number"] for data in seen) != list(expected):
+        raise CheckFailed(f"{len(expected)} notifications were published, {len(seen)} others received")
+    in_order = sorted(seen, key=lambda data: str(data["by"]))  # stable: keeps each publisher's order
+    for one, other in pairwise(in_order):
+        if one["by"] == other["by"] and one["number"] > other["number"]:
+            raise CheckFailed(f"{other['number']} came after {one['number']} of the same publisher")

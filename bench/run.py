@@ -1,0 +1,108 @@
+"""notifyd beside the other ways to send one notification to many WebSocket clients.
+
+    make bench          all measures, about 7 minutes; writes bench/RESULTS.md and bench/results.svg
+    make bench-quick    the same with fewer rounds and clients, in under a minute; only prints
+
+Each server has one core for itself and the load generator another. A peer that the machine does not have is skipped,
+and the reason is printed; what fails is marked as failed, while the others go on. Exit status: 0; 1 when something
+failed; 69 when nothing can run.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import batch
+import burst
+import fanout
+import handshake
+import hold
+import load
+import memory
+import publish
+import report
+import target
+import uptime
+from peers import FLOOR, PEERS, Peer
+from plan import FULL, QUICK, TINY, Figure, Scale
+from server import CORES, LOAD_CORE, raise_file_limit
+
+MEASURES: dict[str, ModuleType] = {
+    module.__name__: module for module in (fanout, burst, memory, handshake, publish, batch, target, hold, uptime)
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_const", dest="scale", const=QUICK, help="under a minute")
+    size.add_argument(
+        "--tiny", action="store_const", dest="scale", const=TINY, help="only the checks; no figure counts"
+    )
+    parser.add_argument("--only", nargs="+", choices=PEERS, metavar="PEER", help=f"of {', '.join(PEERS)}")
+    parser.add_argument("--measure", nargs="+", choices=MEASURES, help="only these")
+    parser.set_defaults(scale=FULL, only=list(PEERS), measure=list(MEASURES))
+    return parser.parse_args()
+
+
+def prepare(names: list[str]) -> dict[str, str]:
+    """Return those that cannot run here, with the reason."""
+    needed = load.prepare() or FLOOR.prepare()
+    if needed:
+        return dict.fromkeys(names, f"the load generator and the floor are C, and {needed}")
+    return {name: reason for name in names if (reason := PEERS[name].prepare())}
+
+
+def run_one(name: str, peer: str, scale: Scale, results: report.Results) -> None:
+    """Add a peer's figures of one measure to the results, or what went wrong."""
+    run: Callable[[Peer, Scale], Iterator[Figure]] = MEASURES[name].measure
+    try:
+        for figure in run(PEERS[peer], scale):
+            results.add(name, peer, figure)
+            beside = f", {figure.ratio:.2f} x floor" if figure.ratio else ""
+            beside += f", {figure.remark}" if figure.remark else ""
+            print(f"{peer:>10}  {figure.row.title}: {figure.value:,.2f} {figure.row.unit}{beside}", flush=True)
+    except Exception as failure:  # the border of one measure: the others still have something to say
+        reason = f"{type(failure).__name__}: {failure}"
+        print(f"{peer:>10}  {name} FAILED: {reason}", flush=True)
+        results.fail(name, peer, reason)
+
+
+def main() -> int:
+    asked = arguments()
+    if sys.platform != "linux":
+        print("the bench reads CPU time from /proc and polls with epoll: it needs Linux")
+        return os.EX_UNAVAILABLE
+    skipped = prepare(asked.only)
+    for peer, reason in skipped.items():
+        print(f"skipped: {peer}: {reason}")
+    peers = [peer for peer in asked.only if peer not in skipped]
+    if not peers:
+        return os.EX_UNAVAILABLE
+
+    scale = asked.scale.within(raise_file_limit())
+    about = report.machine()
+    os.sched_setaffinity(0, {LOAD_CORE})
+    if len(CORES) == 1:
+        about.append("one core for server and load: latency and rates are not those of a server alone on its core")
+    if not shutil.which("wrk"):
+        about.append("wrk is not installed: the bench's own load did the publishing")
+    results = report.Results()
+    for name in asked.measure:
+        for peer in peers:
+            run_one(name, peer, scale, results)
+    print("\n".join(["", *about, "", report.table(results)]))
+    if asked.scale is FULL and asked.only == list(PEERS) and asked.measure == list(MEASURES):
+        notes = [f"{peer} is missing: {reason}" for peer, reason in skipped.items()]
+        if undrawn := report.draw(results):
+            notes.append(f"no plot: {undrawn}")
+        report.write_results(results, about, notes)
+        print("\n".join(["", *notes]))
+    return 1 if results.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""One server in a process of its own on a core of its own, and what it costs: CPU time and memory.
+
+CPU time is the scheduler's own count in nanoseconds (/proc/PID/task/TID/schedstat) over all threads of the process
+and its children, kernel time included. It is exact only while the server sleeps: `cpu_seconds` waits for that.
+"""
+
+import contextlib
+import os
+import random
+import resource
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+from peers import ROOT, Peer
+
+START_SECONDS = 20.0
+STOP_SECONDS = 5.0
+# CPU time that stays the same for this long belongs to a server that has nothing left to do. With it a tick
+# of the scheduler (1 to 10 ms) has passed.
+QUIET_SECONDS = 0.012
+# Ports below the range from which the kernel takes those of the clients.
+PORTS = range(20000, 30000)
+
+CORES = sorted(os.sched_getaffinity(0))
+SERVER_CORE, LOAD_CORE = CORES[0], CORES[-1]
+
+
+@contextlib.contextmanager
+def on_core(core: int) -> Iterator[None]:
+    """Processes that are started inside stay on that core; the caller comes back."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def raise_file_limit() -> int:
+    """Return how many files a process may have open, which the servers and the load inherit."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def free_port() -> int:
+    """A port that is free, and the next one with it."""
+    while True:
+        port = random.choice(PORTS)
+        with socket.socket() as first, socket.socket() as second, contextlib.suppress(OSError):
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + 1))
+            return port
+
+
+class Server:
+    """`with Server(peer) as server:` serves inside. What it printed is shown when it does not."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self.port = free_port()
+
+    @property
+    def publish_port(self) -> int:
+        return self.port + self.peer.publish_port_offset
+
+    def __enter__(self) -> Self:
+        self._scratch = tempfile.TemporaryDirectory(prefix="notifyd-bench-")
+        folder = Path(self._scratch.name)
+        self._log = (folder / "log").open("w+")
+        environ = {k: v for k, v in os.environ.items() if not k.startswith("NOTIFYD_")}
+        with on_core(SERVER_CORE):
+            self.process = subprocess.Popen(
+                self.peer.command(self.port, folder), stdout=self._log, stderr=self._log, cwd=ROOT, env=environ
+            )
+        try:
+            self._wait_until_it_listens()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _wait_until_it_listens(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.publish_port), 1):
+                return
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self._log.seek(0)
+                raise RuntimeError(f"{self.peer.name} did not start: {self._log.read()[-2000:]}")
+            time.sleep(0.02)
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._log.close()
+        self._scratch.cleanup()
+
+    def _processes(self) -> list[Path]:
+        """The /proc folders of the process and all that descend from it."""
+        found = [Path("/proc", str(self.process.pid))]
+        for process in found:
+            for children in process.glob("task/*/children"):
+                found += [Path("/proc", pid) for pid in children.read_text().split()]
+        return found
+
+    def _cpu_nanoseconds(self) -> int:
+        tasks = [task for process in self._processes() for task in process.glob("task/*/schedstat")]
+        return sum(int(task.read_text().split()[0]) for task in tasks)
+
+    def cpu_seconds(self) -> float:
+        """CPU time since the start, once it has stopped growing."""
+        spent = self._cpu_nanoseconds()
+        while True:
+            time.sleep(QUIET_SECONDS)
+            before, spent = spent, self._cpu_nanoseconds()
+            if spent - before < QUIET_SECONDS * 1e9 / 100:
+                return spent / 1e9
+
+    def rss_bytes(self) -> int:
+        pages = sum(int((process / "statm").read_text().split()[1]) for process in self._processes())
+        return pages * resource.getpagesize()

@@ -1,0 +1,19 @@
+"""The benchmark still runs: a tiny run of every measure for each peer, judged by its checks and never by time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench" / "run.py"
+
+
+@pytest.mark.parametrize("peer", ["notifyd", "floor", "nchan", "ws", "websockets", "fastapi"])
+def test_every_measure_of_a_peer_passes_its_checks(peer: str) -> None:
+    command = [sys.executable, str(BENCH), "--tiny", "--only", peer]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    if done.returncode == os.EX_UNAVAILABLE:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stdout + done.stderr
