@@ -1,0 +1,732 @@
+"""uvicorn with our protocol classes, and ordinary ASGI apps on them: what goes over real sockets.
+
+Most of it holds for each class and each event loop. What only the fast one promises is tested with `fast`: that
+nothing is lost behind unread data, and that no peer holds anything up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+from clients import PATIENCE, BareClient, Client
+from expected import http_error, naming, parse
+from server import Server, eventually, free_port
+from websockets.asyncio.client import ClientConnection
+from websockets.asyncio.client import connect as connect_async
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.frames import Frame, Opcode
+
+MEGABYTE = 2**20
+# What the kernel holds for a peer that reads nothing, both directions of loopback together.
+KERNEL_BYTES = 16 * MEGABYTE
+KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # RFC 6455, section 1.3.
+HANDSHAKE = {
+    "Host": "localhost",
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec-WebSocket-Key": KEY,
+    "Sec-WebSocket-Version": "13",
+}
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
+
+
+class Apps(Server):
+    """The apps of asgi_apps.py in a process of their own, and clients of each."""
+
+    def __init__(self, *flags: str, url: str | None = None) -> None:
+        super().__init__([sys.executable, str(Path(__file__).with_name("asgi_apps.py")), *flags], url=url)
+
+    def at(self, app: str, **options: Any) -> BareClient:
+        """Connect a bare client to an app."""
+        client = BareClient(self._url_of(app), **options)
+        self._clients.callback(client.socket.close)
+        return client
+
+    def join_app(self, app: str, **options: Any) -> Client:
+        """Connect an ordinary client to an app."""
+        return self.connect(url=self._url_of(app), **options)
+
+    def _url_of(self, app: str) -> str:
+        return f"{self.ws_url.removesuffix('/ws')}/{app}"
+
+    def wake(self) -> None:
+        """Wake the apps that wait for it."""
+        self.get("/wake")
+
+
+@pytest.fixture(scope="module", params=["fast uvloop", "fast asyncio", "standard uvloop", "standard asyncio"])
+def anyone(request: pytest.FixtureRequest) -> Iterator[Apps]:
+    """Each class on each loop."""
+    wire, loop = request.param.split()
+    server = Apps("--wire", wire, "--loop", loop)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module", params=["uvloop", "asyncio"])
+def fast(request: pytest.FixtureRequest) -> Iterator[Apps]:
+    """WireProtocol on each loop."""
+    server = Apps("--loop", request.param)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def failing(fast: Apps) -> Iterator[Apps]:
+    """For a test whose app fails, which is logged."""
+    yield fast
+    assert "on purpose" in fast.new_log()
+
+
+def request(path: str = "/echo", method: str = "GET", **changes: str | None) -> bytes:
+    """A handshake with some headers changed, or for None left out; `Sec_WebSocket_Key` names Sec-WebSocket-Key."""
+    headers = HANDSHAKE | {name.replace("_", "-"): value for name, value in changes.items()}
+    lines = [f"{name}: {value}" for name, value in headers.items() if value is not None]
+    return "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""]).encode()
+
+
+def masked(opcode: Opcode, payload: bytes, *, fin: bool = True) -> bytes:
+    return Frame(opcode, payload, fin).serialize(mask=True)
+
+
+def read_to_end(connection: socket.socket) -> bytes:
+    """Return all that comes until the peer ends its side. A reset instead is an error."""
+    received = b""
+    while data := connection.recv(1 << 18):
+        received += data
+    return received
+
+
+def push(connection: socket.socket, data: bytes, limit: int) -> int:
+    """Send the same bytes again and again until nobody takes them any more; return how many were taken."""
+    connection.settimeout(0.5)
+    taken = 0
+    with suppress(TimeoutError):
+        while taken < limit:
+            taken += connection.send(data[taken % len(data) :])
+    connection.settimeout(PATIENCE)
+    return taken
+
+
+# The handshake.
+
+
+def test_the_answer_shows_that_the_key_was_read(anyone: Apps) -> None:
+    """The example of RFC 6455, section 1.3."""
+    status, headers, _ = anyone.response_to(request())
+    assert (status, headers["Sec-WebSocket-Accept"]) == (101, "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")
+    assert (headers["Upgrade"], headers["Connection"]) == ("websocket", "Upgrade")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"Upgrade": "WebSocket"},
+        {"Connection": "keep-alive, Upgrade"},
+        {"Connection": "upgrade"},
+        {"Sec_WebSocket_Key": None, "sec_websocket_KEY": KEY},
+        {"Sec_WebSocket_Key": f"  {KEY}  "},
+        {"Sec_WebSocket_Extensions": "permessage-deflate; client_max_window_bits"},
+        {"Origin": "http://elsewhere"},
+    ],
+    ids=str,
+)
+def test_a_handshake_may_look_like_this_too(anyone: Apps, changes: dict[str, str | None]) -> None:
+    """Names of headers and some values are the same in any case; extensions needn't be agreed on."""
+    status, headers, _ = anyone.response_to(request(**changes))
+    assert (status, headers["Sec-WebSocket-Extensions"]) == (101, None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"Sec_WebSocket_Key": None},
+        {"Sec_WebSocket_Key": ""},
+        {"Sec_WebSocket_Key": "no base64!"},
+        {"Sec_WebSocket_Key": base64.b64encode(b"x" * 15).decode()},
+        {"Sec_WebSocket_Key": base64.b64encode(b"x" * 17).decode()},
+        {"Sec_WebSocket_Key": KEY[:-2]},
+        {"sec_websocket_key": KEY},  # A second one.
+    ],
+    ids=str,
+)
+def test_a_handshake_without_a_valid_key_is_400(anyone: Apps, changes: dict[str, str | None]) -> None:
+    """RFC 6455, section 4.2.1: sixteen bytes in base64, once."""
+    status, _, body = anyone.response_to(request(**changes))
+    assert (status, parse(body)) == (400, http_error("connection", naming("Sec-WebSocket-Key")))
+
+
+@pytest.mark.parametrize("version", ["12", "8", "", "13, 8", "+13", None])
+def test_another_version_is_426_and_told_the_right_one(anyone: Apps, version: str | None) -> None:
+    """RFC 6455, section 4.2.2: so that the client can try again."""
+    status, headers, body = anyone.response_to(request(Sec_WebSocket_Version=version))
+    assert (status, headers["Sec-WebSocket-Version"]) == (426, "13")
+    assert parse(body) == http_error("connection", naming("Sec-WebSocket-Version"))
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "HEAD", "OPTIONS"])
+def test_a_handshake_is_a_get(anyone: Apps, method: str) -> None:
+    """RFC 6455, section 4.2.1."""
+    status, headers, body = anyone.response_to(request(method=method))
+    assert (status, headers["Allow"], parse(body)) == (405, "GET", http_error("connection", naming("GET")))
+
+
+def test_a_refused_handshake_ends_the_connection(anyone: Apps) -> None:
+    """And says so before."""
+    connection = anyone.raw(request(Sec_WebSocket_Key=None) + b"x" * 1000)
+    answer = connection.recv(65_536)
+    with suppress(OSError):
+        connection.sendall(b"x" * 1000)
+        answer += read_to_end(connection)
+    assert b"connection: close" in answer.lower()
+
+
+def test_the_app_chooses_a_subprotocol_and_adds_headers(anyone: Apps) -> None:
+    """Headers are tuples or lists."""
+    status, headers, _ = anyone.response_to(request("/describe", Sec_WebSocket_Protocol="a, b"))
+    assert (status, headers["Sec-WebSocket-Protocol"]) == (101, "b")
+    assert (headers["x-list"], headers["x-tuple"]) == ("1", "2")
+
+
+def test_the_app_sees_what_was_asked_for(anyone: Apps) -> None:
+    """The scope is the specification's."""
+    client = anyone.join_app("de%20scribe?a=b%20c", subprotocols=["a", "b"])
+    assert json.loads(client.connection.recv(PATIENCE)) == {
+        "type": "websocket",
+        "http_version": "1.1",
+        "scheme": "ws",
+        "root_path": "",
+        "path": "/de scribe",
+        "query_string": "a=b%20c",
+        "raw_path": "/de%20scribe",
+        "subprotocols": ["a", "b"],
+    }
+
+
+def test_an_app_may_refuse_with_a_response(anyone: Apps) -> None:
+    """ASGI's extension websocket.http.response."""
+    status, headers, body = anyone.response_to(request("/deny"))
+    assert (status, headers["x-why"], headers["content-type"], body) == (
+        418,
+        "short and stout",
+        "text/plain",
+        b"teapot",
+    )
+
+
+def test_an_app_may_refuse_by_closing(anyone: Apps) -> None:
+    """A close before the handshake is 403."""
+    assert anyone.response_to(request("/forbid"))[0] == 403
+
+
+def test_an_app_that_fails_before_it_answers_is_500(failing: Apps) -> None:
+    """With the documented body."""
+    status, _, body = failing.response_to(request("/crash_early"))
+    assert (status, parse(body)) == (500, http_error("connection", naming()))
+    failing.wait_for_line("Error: on purpose")
+
+
+def test_an_app_that_forgets_to_answer_is_500(fast: Apps) -> None:
+    """Which is logged."""
+    line = len(fast.stderr)
+    assert fast.response_to(request("/forget"))[0] == 500
+    fast.wait_for_line("without answering", after=line)
+
+
+def test_what_an_eager_client_sends_is_read_after_the_handshake(fast: Apps) -> None:
+    """In order, from the segment of the request on, however much it is."""
+    messages = [b"%d " % number + b"x" * 1000 for number in range(1000)]
+    frames = b"".join(masked(Opcode.TEXT, message) for message in messages)
+    connection = fast.raw(request("/late") + frames[:5000])
+    eventually(lambda: fast.active() == 1)
+    sender = threading.Thread(target=connection.sendall, args=(frames[5000:],))
+    sender.start()
+    fast.wake()
+    with stream_after_the_answer(connection) as stream:
+        assert [read_frame(stream) for _ in messages] == messages
+    sender.join(PATIENCE)
+
+
+def test_what_an_eager_client_sends_may_be_half_a_frame(fast: Apps) -> None:
+    """The other half comes after the answer."""
+    frame = masked(Opcode.TEXT, b"x" * 200)
+    connection = fast.raw(request("/late") + frame[:3])
+    eventually(lambda: fast.active() == 1)
+    fast.wake()
+    with stream_after_the_answer(connection) as stream:
+        connection.sendall(frame[3:])
+        assert read_frame(stream) == b"x" * 200
+
+
+def stream_after_the_answer(connection: socket.socket) -> BinaryIO:
+    """Read the answer to a handshake, and return what follows as a file."""
+    stream = connection.makefile("rb")
+    while stream.readline() != b"\r\n":
+        pass
+    return stream
+
+
+def read_frame(stream: BinaryIO) -> bytes:
+    """Read an unmasked frame of up to 65,535 bytes, and return its payload."""
+    _, size = stream.read(2)
+    return stream.read(int.from_bytes(stream.read(2), "big") if size == 126 else size)
+
+
+# Messages.
+
+
+@pytest.mark.parametrize("message", ["text", "", "ü" * 100, b"bytes", b"", b"\xff" * 100_000, "x" * MEGABYTE])
+def test_a_message_comes_back_as_it_was_sent(anyone: Apps, message: str | bytes) -> None:
+    """Text as text, bytes as bytes, up to the limit."""
+    client = anyone.join_app("echo")
+    client.send(message)
+    assert client.connection.recv(PATIENCE) == message
+
+
+def test_messages_come_back_in_order(anyone: Apps) -> None:
+    """Two thousand of them, more than wait for an app at once."""
+    client = anyone.at("echo")
+    for number in range(2000):
+        client.send(number)
+    assert [client.receive() for _ in range(2000)] == list(range(2000))
+
+
+def test_a_ping_is_answered_with_its_payload(anyone: Apps) -> None:
+    """In the middle of a fragmented message, too."""
+    client = anyone.at("echo")
+    client.send_frame(Opcode.TEXT, b'"Hel', fin=False)
+    client.send_frame(Opcode.PING, b"there?")
+    client.send_frame(Opcode.CONT, b'lo"')
+    assert bytes(client.next_frame(Opcode.PONG).data) == b"there?"
+    assert client.receive() == "Hello"
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        (b"\x81\x05Hello", 1002),
+        (masked(Opcode.CONT, b"x"), 1002),
+        (masked(Opcode.TEXT, b"\xff"), 1007),
+        (masked(Opcode.BINARY, b"x" * (MEGABYTE + 1)), 1009),
+        (masked(Opcode.CLOSE, b"\x03\xed"), 1002),
+        (masked(Opcode.CLOSE, b"\x03\xe8\xff"), 1007),
+    ],
+    ids=["not masked", "continues nothing", "no text", "too large", "a bad code", "a bad reason"],
+)
+def test_a_broken_frame_is_answered_with_its_code(anyone: Apps, frame: bytes, code: int) -> None:
+    """RFC 6455, section 7.4.1."""
+    client = anyone.at("echo")
+    client.socket.sendall(frame)
+    assert client.closed()[0] == code
+
+
+def test_what_came_before_a_broken_frame_is_answered_before(fast: Apps) -> None:
+    """Even in the same segment: Autobahn 3.2."""
+    client = fast.at("echo")
+    client.socket.sendall(masked(Opcode.TEXT, b'"one"') + masked(Opcode.TEXT, b'"two"') + b"\xff\xff")
+    assert (client.rest(), client.closed()) == (["one", "two"], (1002, "Reserved bits are set"))
+
+
+def test_a_broken_frame_waits_only_so_long_for_a_slow_app(fast: Apps) -> None:
+    """After a second the connection fails, whatever the app is doing."""
+    client = fast.at("answer_in_its_own_time")
+    client.socket.sendall(masked(Opcode.TEXT, b'"one"') + b"\xff\xff")
+    assert client.closed() == (1002, "Reserved bits are set")
+    fast.wake()
+
+
+# The end.
+
+
+def test_a_close_is_answered_with_its_code(anyone: Apps) -> None:
+    """And the app hears of it, with the reason."""
+    client, line = anyone.at("echo"), len(anyone.stderr)
+    client.send_frame(Opcode.CLOSE, b"\x0f\xa0" + "grün".encode())
+    assert client.closed()[0] == 4000
+    anyone.wait_for_line("disconnect 4000 'grün'", after=line)
+
+
+def test_an_empty_close_is_answered_with_an_empty_one(anyone: Apps) -> None:
+    """For the app that is 1005."""
+    client, line = anyone.at("echo"), len(anyone.stderr)
+    client.send_frame(Opcode.CLOSE, b"")
+    assert bytes(client.next_frame(Opcode.CLOSE).data) == b""
+    anyone.wait_for_line("disconnect 1005", after=line)
+
+
+def test_a_close_in_the_middle_of_a_message_is_a_close(fast: Apps) -> None:
+    """Autobahn 7.1.5: control frames may come between fragments, and what follows a close is nothing."""
+    client = fast.at("echo")
+    fragment = masked(Opcode.TEXT, b"frag", fin=False)
+    client.socket.sendall(fragment + masked(Opcode.CLOSE, b"\x03\xe8") + masked(Opcode.CONT, b"ment"))
+    assert client.closed()[0] == 1000
+
+
+def test_an_app_closes_with_code_and_reason(anyone: Apps) -> None:
+    """Whenever it likes."""
+    client = anyone.at("close")
+    anyone.wake()
+    assert client.closed() == (4000, "Enough")
+
+
+def test_an_app_that_returns_closes_normally(fast: Apps) -> None:
+    """It has nothing more to say."""
+    assert fast.at("finish").closed() == (1000, "")
+
+
+@pytest.mark.parametrize("app", ["crash", "lose_a_file"])
+def test_an_app_that_fails_closes_with_1011(failing: Apps, app: str) -> None:
+    """Any error is logged, an OSError that isn't about the connection too."""
+    line = len(failing.stderr)
+    assert failing.at(app).closed() == (1011, "")
+    failing.wait_for_line("Error: on purpose", after=line)
+
+
+def test_a_send_after_the_end_is_an_oserror(anyone: Apps) -> None:
+    """ASGI 2.4. It is nothing to be logged."""
+    client, line = anyone.at("send_too_late"), len(anyone.stderr)
+    client.send_close()
+    client.rest()
+    anyone.wait_for_line("send raised an OSError: True", after=line)
+
+
+def test_the_end_of_the_stream_is_the_end(anyone: Apps) -> None:
+    """A peer that ends its side without a goodbye has left: the server ends the other."""
+    client, line = anyone.at("echo"), len(anyone.stderr)
+    client.socket.shutdown(socket.SHUT_WR)
+    assert read_to_end(client.socket) == b""
+    anyone.wait_for_line("disconnect", after=line)
+
+
+def test_the_end_of_the_stream_ends_an_app_that_waits_to_send(fast: Apps) -> None:
+    """Nobody writes on for a peer that has left; what is on its way still goes out."""
+    client = fast.at("flood", receive_buffer=65_536)
+    eventually(stands_still(client.socket))
+    client.socket.shutdown(socket.SHUT_WR)
+    eventually(lambda: fast.active() == 0)
+    assert 0 < len(read_to_end(client.socket)) < 16 * MEGABYTE
+
+
+def test_half_a_handshake_and_the_end_of_the_stream(anyone: Apps) -> None:
+    """Who ends its side before the answer gets none, and its app hears of it."""
+    connection, line = anyone.raw(request("/late")), len(anyone.stderr)
+    eventually(lambda: anyone.active() == 1)
+    connection.shutdown(socket.SHUT_WR)
+    with suppress(ConnectionResetError):
+        assert connection.recv(1000) == b""
+    anyone.wake()
+    eventually(lambda: anyone.active() == 0)
+    assert not any("Traceback" in each for each in anyone.stderr[line:])
+
+
+@needs_proc
+@pytest.mark.parametrize("goodbye", [b"", b"\x03\xe8"], ids=["without a goodbye", "with a goodbye"])
+def test_a_reset_is_the_end(fast: Apps, goodbye: bytes) -> None:
+    """A hundred peers that break off, some in the middle of their close, leave nothing and raise nothing."""
+    fast.get("/health")
+    before = fast.descriptors()
+    for _ in range(100):
+        client = fast.at("echo")
+        if goodbye:
+            client.send_frame(Opcode.CLOSE, goodbye)
+        client.reset()
+    eventually(lambda: fast.active() == 0 and fast.descriptors() <= before)
+
+
+def test_what_follows_a_close_does_not_destroy_the_answer(fast: Apps) -> None:
+    """A peer that goes on after its close gets the answer and an orderly end, not a reset."""
+    client = fast.at("echo")
+    client.send_close()
+    with suppress(BrokenPipeError, ConnectionResetError):
+        client.socket.sendall(masked(Opcode.BINARY, b"x" * 60_000) * 20)
+    assert read_to_end(client.socket) == b"\x88\x02\x03\xe8"
+
+
+def test_a_peer_that_answers_no_close_is_aborted(fast: Apps) -> None:
+    """It has five seconds."""
+    client = fast.at("close")
+    fast.wake()
+    assert client.next_frame(Opcode.CLOSE)
+    began = time.monotonic()
+    with suppress(ConnectionResetError):
+        read_to_end(client.socket)
+    assert 4 < time.monotonic() - began < PATIENCE
+
+
+@needs_proc
+def test_a_peer_that_says_goodbye_and_stays_is_aborted(fast: Apps) -> None:
+    """Once both have closed, it has a second to end its side."""
+    fast.get("/health")
+    before = fast.descriptors()
+    for _ in range(10):
+        client = fast.at("echo")
+        client.send_close()
+        assert read_to_end(client.socket) == b"\x88\x02\x03\xe8"
+    eventually(lambda: fast.descriptors() <= before)
+
+
+@pytest.mark.parametrize("app", ["echo", "dawdle", "late"])
+def test_the_servers_end_says_goodbye(app: str) -> None:
+    """1001 for everyone, whether the app listens, is busy or has not even answered; then the process ends."""
+    server = Apps()
+    connection = server.raw(request(f"/{app}"))
+    eventually(lambda: server.active() == 1)
+    if app != "late":
+        assert connection.recv(1000).startswith(b"HTTP/1.1 101 ")
+    server.signal()
+    goodbye = read_to_end(connection)
+    assert goodbye.endswith(b"\x88\x16\x03\xe9Server shutting down")
+    if app != "dawdle":
+        server.wait_for_line("disconnect 1001 'Server shutting down'|handshake")
+    connection.close()
+    assert server.exit_status() == 0
+
+
+# Nothing is lost behind unread data.
+
+
+def test_a_goodbye_reaches_a_peer_whose_data_nobody_reads(fast: Apps) -> None:
+    """The app has read nothing of many megabytes, and closes. The peer sends on until it sees the close."""
+    client = fast.at("close")
+    data = masked(Opcode.BINARY, b"x" * 60_000)
+    assert push(client.socket, data, 2 * KERNEL_BYTES) < 2 * KERNEL_BYTES
+    fast.wake()
+    assert client.closed() == (4000, "Enough")
+
+
+def test_a_peer_that_sends_first_and_reads_afterwards_sees_the_goodbye(fast: Apps) -> None:
+    """All of its 32 MiB are taken, though nobody wants them."""
+    client = fast.at("close")
+    sender = threading.Thread(target=client.socket.sendall, args=(masked(Opcode.BINARY, b"x" * 60_000) * 550,))
+    sender.start()
+    fast.wake()
+    sender.join(PATIENCE)
+    assert not sender.is_alive()
+    assert client.next_frame(Opcode.CLOSE).data == b"\x0f\xa0Enough"
+    client.send_close(4000)
+    assert read_to_end(client.socket) == b""
+
+
+def test_a_refusal_reaches_a_peer_that_is_still_sending(fast: Apps) -> None:
+    """What follows a broken frame is dropped, and the close says why."""
+    client = fast.at("echo")
+    with suppress(BrokenPipeError, ConnectionResetError):
+        client.socket.sendall(b"\x81\x05Hello" + b"x" * (20 * MEGABYTE))
+    assert client.closed() == (1002, "Frame is not masked")
+
+
+def test_a_goodbye_waits_for_what_the_peer_has_not_read(fast: Apps) -> None:
+    """Sixteen megabytes first, for a peer with a small buffer; then the close."""
+    client = fast.at("flood", receive_buffer=65_536)
+    received = 0
+    while (frame := client.frame()) is not None and frame.opcode is Opcode.BINARY:
+        received += len(frame.data)
+    assert (received, client.closed()) == (16 * MEGABYTE, (4001, "All said"))
+
+
+def test_a_request_that_is_refused_on_its_way_sees_why(fast: Apps) -> None:
+    """A head that is too large is 431, for a client that first sends it all, too."""
+    connection = fast.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: ")
+    connection.sendall(b"x" * 500_000)
+    connection.shutdown(socket.SHUT_WR)
+    assert read_to_end(connection).startswith(b"HTTP/1.1 431 ")
+
+
+# Nobody is held up.
+
+
+@needs_proc
+def test_a_slow_app_is_sent_no_more_than_it_can_take(fast: Apps) -> None:
+    """The peer has to wait, the server's memory stays, and when the app reads on nothing is missing."""
+    client, before = fast.at("dawdle"), fast.memory()
+    message = masked(Opcode.BINARY, b"x" * 10_000)
+    taken = push(client.socket, message, 4 * KERNEL_BYTES)
+    assert taken < 4 * KERNEL_BYTES and fast.memory() - before < 4 * MEGABYTE
+    fast.wake()
+    client.socket.sendall(message[taken % len(message) :] + masked(Opcode.TEXT, b"end"))
+    assert client.receive() == taken // len(message) + 1
+
+
+def test_pings_are_answered_while_an_app_is_busy(fast: Apps) -> None:
+    """Reading goes on for a while."""
+    client = fast.at("dawdle")
+    for number in range(20):
+        client.send(number)
+    client.send_frame(Opcode.PING, b"alive?")
+    assert bytes(client.next_frame(Opcode.PONG).data) == b"alive?"
+    fast.wake()
+    client.socket.sendall(masked(Opcode.TEXT, b"end"))
+    assert client.receive() == 20
+
+
+def test_a_ping_of_a_peer_that_does_not_read_is_answered_later(fast: Apps) -> None:
+    """Who has a backlog to read gets a pong behind it: for its last ping, which answers for those before."""
+    client = fast.at("flood", receive_buffer=65_536)
+    eventually(stands_still(client.socket))
+    for number in range(3):
+        client.send_frame(Opcode.PING, b"%d" % number)
+    assert bytes(client.next_frame(Opcode.PONG).data) in (b"0", b"1", b"2")
+    client.rest()
+
+
+def stands_still(connection: socket.socket) -> Callable[[], bool]:
+    """Return a condition that holds when for a while nothing more has arrived: as much as fits is there."""
+    seen: deque[int] = deque(maxlen=20)
+
+    def look() -> bool:
+        seen.append(len(connection.recv(MEGABYTE, socket.MSG_PEEK)))
+        return len(seen) == seen.maxlen and len(set(seen)) == 1
+
+    return look
+
+
+@needs_proc
+def test_a_send_waits_for_a_peer_that_does_not_read(fast: Apps) -> None:
+    """Of sixteen megabytes none is piled up in the server."""
+    before = fast.memory()
+    client = fast.at("flood", receive_buffer=65_536)
+    eventually(stands_still(client.socket))
+    assert fast.memory() - before < 2 * MEGABYTE
+    client.rest()
+
+
+def test_two_tasks_may_send_at_once(anyone: Apps) -> None:
+    """Both wait for the same peer, and both go on."""
+    client = anyone.at("flood_from_two_tasks", receive_buffer=65_536)
+    eventually(stands_still(client.socket))
+    received = 0
+    while received < 16 * MEGABYTE:
+        received += len(client.next_frame(Opcode.BINARY).data)
+    assert received == 16 * MEGABYTE
+
+
+# TLS.
+
+
+@pytest.fixture(scope="module", params=["fast uvloop", "fast asyncio"])
+def secure(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apps]:
+    """A server with TLS and a certificate of its own."""
+    wire, loop = request.param.split()
+    port, pem = free_port(), tmp_path_factory.mktemp("tls") / "key-and-certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    subprocess.run([*command, "-keyout", pem, "-out", pem.with_suffix(".crt")], check=True, capture_output=True)
+    pem.write_text(pem.read_text() + pem.with_suffix(".crt").read_text())
+    flags = ["--wire", wire, "--loop", loop, "--port", str(port), "--certificate", str(pem)]
+    server = Apps(*flags, url=f"https://localhost:{port}")
+    yield server
+    server.stop()
+
+
+def over_tls(server: Apps, app: str, talk: Callable[[ClientConnection], Awaitable[None]], **options: Any) -> None:
+    """Connect over TLS and talk. Not with a client that reads and writes in two threads, which OpenSSL forbids."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    url = f"wss://localhost:{server.port}/{app}"
+    options |= {"compression": None, "proxy": None, "ping_interval": None, "max_size": None, "close_timeout": 1}
+
+    async def conversation() -> None:
+        async with connect_async(url, ssl=context, **options) as connection:
+            await asyncio.wait_for(talk(connection), 2 * PATIENCE)
+
+    asyncio.run(conversation())
+
+
+async def closed(connection: ClientConnection) -> tuple[int | None, str | None]:
+    """Read to the end and return the close code and the reason."""
+    with suppress(ConnectionClosed):
+        while True:
+            await connection.recv()
+    return connection.close_code, connection.close_reason
+
+
+@needs_openssl
+def test_messages_go_over_tls(secure: Apps) -> None:
+    """Two thousand there and back: the transport is never taken for full when it is empty."""
+
+    async def talk(connection: ClientConnection) -> None:
+        for number in range(2000):
+            await connection.send(str(number))
+            assert await connection.recv() == str(number)
+
+    over_tls(secure, "echo", talk)
+
+
+@needs_openssl
+def test_the_scheme_is_wss(secure: Apps) -> None:
+    """As the scope has it."""
+
+    async def talk(connection: ClientConnection) -> None:
+        assert json.loads(await connection.recv())["scheme"] == "wss"
+
+    over_tls(secure, "describe", talk, subprotocols=["a"])
+
+
+@needs_openssl
+def test_a_backlog_goes_over_tls(secure: Apps) -> None:
+    """Sixteen megabytes, and the close behind them."""
+
+    async def talk(connection: ClientConnection) -> None:
+        received = [len(await connection.recv()) for _ in range(256)]
+        assert (sum(received), await closed(connection)) == (16 * MEGABYTE, (4001, "All said"))
+
+    over_tls(secure, "flood", talk)
+
+
+@needs_openssl
+def test_a_goodbye_over_tls_reaches_a_peer_whose_data_nobody_reads(secure: Apps) -> None:
+    """As without TLS."""
+
+    async def talk(connection: ClientConnection) -> None:
+        sender = asyncio.create_task(send_until_closed(connection))
+        await asyncio.to_thread(secure.wake)
+        assert await closed(connection) == (4000, "Enough")
+        await sender
+
+    over_tls(secure, "close", talk)
+
+
+async def send_until_closed(connection: ClientConnection) -> None:
+    with suppress(ConnectionClosed):
+        while True:
+            await connection.send(b"x" * 60_000)
+
+
+@needs_openssl
+@needs_proc
+@pytest.mark.parametrize("politely", [True, False])
+def test_the_end_over_tls_leaves_nothing(secure: Apps, politely: bool) -> None:
+    """With or without a goodbye."""
+
+    async def leave(connection: ClientConnection) -> None:
+        if not politely:
+            connection.transport.abort()
+
+    secure.get("/health")
+    before = secure.descriptors()
+    for _ in range(20):
+        over_tls(secure, "echo", leave)
+    eventually(lambda: secure.active() == 0 and secure.descriptors() <= before)
+
+
+@needs_openssl
+def test_a_handshake_over_tls_is_refused_as_any_other(secure: Apps) -> None:
+    """With its body."""
+    with pytest.raises(InvalidStatus) as refused:
+        over_tls(secure, "deny", closed)
+    assert (refused.value.response.status_code, refused.value.response.body) == (418, b"teapot")

@@ -1,0 +1,137 @@
+"""What drives a Hub without a network: a loop whose time moves only when everything waits, and a fake connection."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from expected import parse
+
+from connection import ConnectionState, Receiver
+from frames import payloads
+
+Result = TypeVar("Result")
+
+
+# A turn of the loop takes this long, so that even what waits for a rounding error's worth of time goes on.
+TURN_SECONDS = 1e-6
+
+
+class _Instant(selectors.SelectSelector):
+    """Waits for nothing: where a loop would sleep, its time moves on instead."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        assert timeout is not None, "everything waits, and nothing will ever happen"
+        self.now += max(TURN_SECONDS, timeout)
+        return []
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop without I/O. What happens in it depends on nothing but what it is told to run."""
+
+    def __init__(self) -> None:
+        self._instant = _Instant()
+        super().__init__(self._instant)
+
+    def time(self) -> float:
+        return self._instant.now
+
+    def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Call a function inside the loop."""
+
+        async def run() -> Result:
+            return function(*arguments)
+
+        return self.run_until_complete(run())
+
+    def turn(self, times: int) -> None:
+        """Let every task that is ready go on, so many times; next to no time passes."""
+
+        async def run() -> None:
+            for _ in range(times):
+                await asyncio.sleep(0)
+
+        self.run_until_complete(run())
+
+    def close(self) -> None:
+        for task in asyncio.all_tasks(self):
+            task.cancel()
+        self.turn(3)
+        super().close()
+
+
+class FakeConnection:
+    """A connection that remembers what it was handed. Its peer reads until it is stalled, and answers pings."""
+
+    def __init__(self, *, is_stream: bool = False, one_at_a_time: bool = False) -> None:
+        self.state = ConnectionState.CONNECTING
+        self.writable = False
+        self.is_stream = is_stream
+        self.hears_pongs = not is_stream
+        self.one_at_a_time = one_at_a_time
+        self.room: float = float("inf")  # the writes that the peer still takes: at 0 it has stalled
+        self.is_alive = True
+        self.receiver: Receiver | None = None
+        self.messages: list[Any] = []
+        self.goodbye: tuple[int, str] | None = None
+
+    def accept(self, receiver: Receiver, greeting: bytes) -> None:
+        self.receiver = receiver
+        self.state, self.writable = ConnectionState.OPEN, True
+        self.write(greeting)
+
+    def write(self, frames: bytes) -> None:
+        assert frames, "an empty write moves nobody on"
+        if self.state is ConnectionState.OPEN:
+            self.messages += [parse(payload) for payload in payloads(frames)]
+            self.room -= 1
+            if self.one_at_a_time or self.room < 1:
+                self.writable = False
+                asyncio.get_running_loop().call_soon(self.flush)
+
+    def buffered(self) -> int:
+        return 0
+
+    def ping(self) -> None:
+        if self.is_alive and self.hears_pongs:
+            asyncio.get_running_loop().call_later(0.01, self.say)
+
+    def close(self, code: int, reason: str) -> None:
+        if self.state < ConnectionState.CLOSING:
+            self.goodbye = code, reason
+            self.state, self.writable = ConnectionState.CLOSING, False
+            asyncio.get_running_loop().call_later(1, self.end)
+
+    # What the peer and the network do.
+
+    def say(self, message: str | None = None) -> None:
+        """Send a message, or a pong."""
+        if self.state is ConnectionState.OPEN:
+            assert self.receiver is not None
+            self.receiver.heard()
+            if message is not None:
+                self.receiver.received(message)
+
+    def stall(self) -> None:
+        self.room, self.writable = 0, False
+
+    def read_on(self) -> None:
+        self.room = float("inf")
+        self.flush()
+
+    def flush(self) -> None:
+        """Be writable again, unless the peer has stalled."""
+        if self.state is ConnectionState.OPEN and self.room >= 1 and not self.writable:
+            self.writable = True
+            assert self.receiver is not None
+            self.receiver.drained()
+
+    def end(self) -> None:
+        if ConnectionState.CONNECTING < self.state < ConnectionState.CLOSED:
+            self.state, self.writable = ConnectionState.CLOSED, False
+            assert self.receiver is not None
+            self.receiver.left()
