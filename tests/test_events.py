@@ -1,0 +1,408 @@
+"""GET /events: the stream, which shows with curl what arrives, and resumes by itself in a browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from http.client import HTTPResponse
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from clients import PATIENCE
+from conftest import StartServer
+from expected import CLIENT_ID, SHUTDOWN, SYSTEM, TIME, http_error, naming, parse, welcome
+from server import Server, eventually
+
+
+class Event(NamedTuple):
+    """One event as a browser dispatches it."""
+
+    name: str
+    data: Any
+    id: str | None
+
+
+class Stream:
+    """A reader of one stream, by the rules of https://html.spec.whatwg.org/multipage/server-sent-events.html."""
+
+    def __init__(self, server: Server, query: str = "", headers: dict[str, str] | None = None) -> None:
+        target = f"{urlsplit(server.url).path}/events?{query}"
+        lines = [f"GET {target} HTTP/1.1", f"Host: {server.host}:{server.port}"]
+        lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+        self.socket = server.raw("\r\n".join([*lines, "", ""]).encode())
+        self.socket.settimeout(PATIENCE)
+        self.response = HTTPResponse(self.socket)
+        self.response.begin()
+        self.comments: list[str] = []
+        self.retry: int | None = None
+
+    def next(self) -> Event | None:
+        """Return the next event, or None at the end of the stream."""
+        name, id, data = "message", None, []
+        while line := self.response.readline():
+            field, _, value = line.decode().removesuffix("\n").partition(":")
+            value = value.removeprefix(" ")
+            if line == b"\n" and data:
+                return Event(name, parse("\n".join(data)), id)
+            if line == b"\n":
+                name, id = "message", None
+            elif not field:
+                self.comments.append(value)
+            elif field == "event":
+                name = value
+            elif field == "id":
+                id = value
+            elif field == "data":
+                data.append(value)
+            elif field == "retry":
+                self.retry = int(value)
+        return None
+
+    def event(self) -> Event:
+        event = self.next()
+        assert event is not None, f"the stream has ended: {self.comments}"
+        return event
+
+    def events(self, count: int) -> list[Event]:
+        return [self.event() for _ in range(count)]
+
+    def rest(self) -> list[Event]:
+        """Read to the end."""
+        return list(iter(self.next, None))
+
+    def leave(self) -> None:
+        self.response.close()
+        self.socket.close()
+
+
+def join(server: Server, query: str = "", headers: dict[str, str] | None = None) -> Stream:
+    """Open a stream and be welcomed."""
+    stream = Stream(server, query, headers)
+    assert stream.event().name == "welcome"
+    return stream
+
+
+def publish(server: Server, *messages: str, **fields: Any) -> list[str]:
+    """Publish these messages and return their ids."""
+    return [server.post({"message": message} | fields).headers["Notification-Id"] for message in messages]
+
+
+def texts(events: list[Event]) -> list[str]:
+    return [event.data["data"]["message"] for event in events]
+
+
+def refusal(server: Server, query: str = "", **headers: str) -> tuple[int, Any]:
+    """The status and parsed body of the answer to who is not let in."""
+    response = server.get(f"/events?{query}", headers=headers)
+    return response.status_code, parse(response.content)
+
+
+def is_told_when_to_retry(response: httpx.Response) -> bool:
+    return response.status_code == 503 and int(response.headers["Retry-After"]) > 0
+
+
+# The format.
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_curl_shows_what_arrives(server: Server) -> None:
+    """As soon as it arrives, in the documented lines."""
+    command = ["curl", "--silent", "--no-buffer", "--max-time", "10", "--noproxy", "*", f"{server.url}/events"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as curl:
+        assert curl.stdout is not None
+        lines = iter(curl.stdout.readline, "")
+        assert [next(lines) for _ in range(3)][-1] == "event: welcome\n"
+        assert [next(lines)[:6], next(lines)] == ["data: ", "\n"]
+        [id] = publish(server, "disk full")
+        assert [next(lines) for _ in range(2)] == [f"id: {id}\n", "event: message\n"]
+        assert json.loads(next(lines).removeprefix("data: "))["data"] == {"message": "disk full"}
+        curl.terminate()
+
+
+def test_it_is_an_event_stream_that_nobody_stores(server: Server) -> None:
+    """The media type that browsers want, and no cache or proxy that would hold it back."""
+    stream = join(server)
+    assert stream.response.status == 200
+    assert str(stream.response.headers["Content-Type"]).startswith("text/event-stream")
+    assert "no-" in str(stream.response.headers["Cache-Control"])
+
+
+def test_first_comes_the_welcome(server: Server) -> None:
+    """An event of that name with the documented message, and no id."""
+    assert Stream(server, "client_id=ann").event() == Event("welcome", welcome("ann"), None)
+    assert Stream(server).event() == Event("welcome", welcome(CLIENT_ID), None)
+
+
+def test_the_browser_is_told_when_to_come_back(server: Server) -> None:
+    """Some seconds, in milliseconds, before the first event."""
+    assert 100 <= (join(server).retry or 0) <= 60_000
+
+
+def test_a_notification_is_the_same_json_as_on_the_websocket(server: Server) -> None:
+    """A message event with the notification's id."""
+    client, stream = server.join(query="topics=red"), join(server, "topics=red")
+    [id] = publish(server, "größer\nthan\r\ntwo lines\u2028", type="alert", topics=["red"], data={"id: x": "\n\n"})
+    assert stream.event() == Event("message", client.receive(), id)
+
+
+def test_everything_arrives_in_order(server: Server) -> None:
+    """A burst, too."""
+    stream = join(server)
+    server.request("POST", "/notify/batch", json=[{"message": str(number)} for number in range(1000)])
+    assert texts(stream.events(1000)) == [str(number) for number in range(1000)]
+
+
+def test_test_notifications_arrive(start_server: StartServer) -> None:
+    """With an id, like every notification."""
+    event = join(start_server("--notification-interval", "0.1")).event()
+    assert (event.name, event.data["type"], event.id) == ("message", "test_notification", event.data["id"])
+
+
+def test_the_heartbeat_is_a_comment(start_server: StartServer) -> None:
+    """It keeps proxies from closing the stream, and is no event."""
+    server = start_server("--ping-interval", "0.1", quiet=False)
+    stream = join(server)
+    eventually(lambda: _has_a_comment(stream, server))
+
+
+def _has_a_comment(stream: Stream, server: Server) -> bool:
+    server.notify("go on")
+    stream.event()
+    return bool(stream.comments)
+
+
+# Resume, topics and client_id, as on the WebSocket.
+
+
+def test_after_the_welcome_comes_the_resume_and_what_was_missed(server: Server) -> None:
+    """The resume is an event of that name without an id: a stream that is cut during the replay must not skip it."""
+    first, second, last = publish(server, "one", "two", "three")
+    stream = join(server, f"since={first}")
+    data = {"position": last, "replayed": 2, "complete": True}
+    assert stream.event() == Event("resume", {"type": "resume", "timestamp": TIME, "data": data}, None)
+    assert [event.id for event in stream.events(2)] == [second, last]
+    publish(server, "four")
+    assert texts(stream.events(1)) == ["four"]
+
+
+def test_last_event_id_resumes(server: Server) -> None:
+    """As a browser does by itself."""
+    first, _ = publish(server, "one", "two")
+    stream = join(server, headers={"Last-Event-ID": first})
+    assert stream.event().name == "resume"
+    assert texts(stream.events(1)) == ["two"]
+
+
+def test_last_event_id_wins_over_since(server: Server) -> None:
+    """A browser that reconnects still sends the URL that it was given at first."""
+    first, second, _ = publish(server, "one", "two", "three")
+    stream = join(server, f"since={first}", {"Last-Event-ID": second})
+    assert stream.event().data["data"]["replayed"] == 1
+
+
+def test_what_may_be_missing_is_told(server: Server) -> None:
+    """An id that the log never gave is not complete."""
+    stream = join(server, "since=550e8400-e29b-41d4-a716-446655440000")
+    assert stream.event().data["data"]["complete"] is False
+
+
+def test_an_empty_since_tells_the_position(server: Server) -> None:
+    """And starts from now."""
+    [last] = publish(server, "one")
+    assert join(server, "since=").event().data["data"] == {"position": last, "replayed": 0, "complete": True}
+
+
+def test_it_gets_what_is_addressed_to_it_and_nothing_else(server: Server) -> None:
+    """By its client_id, its topics, or to everyone."""
+    stream = join(server, "client_id=ann&topics=red,blue")
+    recipients = [
+        server.notify("own", clients=["ann"])["recipients"],
+        server.notify("bob's", clients=["bob"])["recipients"],
+        server.notify("blue", topics=["blue"])["recipients"],
+        server.notify("grey", topics=["grey"])["recipients"],
+        server.notify("all")["recipients"],
+    ]
+    assert recipients == [1, 0, 1, 0, 1]
+    assert texts(stream.events(3)) == ["own", "blue", "all"]
+
+
+# It counts as a connection.
+
+
+def test_it_is_in_the_status(server: Server) -> None:
+    """With its client_id and user agent."""
+    join(server, "client_id=ann", {"User-Agent": "a browser"})
+    [details] = server.read("/status")["connections"]["details"]
+    assert (details["client_id"], details["user_agent"]) == ("ann", "a browser")
+    assert server.active() == 1
+
+
+def test_what_it_gets_is_counted(start_server: StartServer) -> None:
+    """As messages sent, like that of everyone else."""
+    server = start_server()
+    stream = join(server)
+    publish(server, "one", "two")
+    stream.events(2)
+    assert server.read("/metrics")["connections"] | {"uptime_seconds": 0} == {
+        "active_connections": 1,
+        "total_connections": 1,
+        "messages_sent": 2,
+        "uptime_seconds": 0,
+    }
+
+
+def test_who_leaves_is_gone(server: Server) -> None:
+    """As soon as its connection ends."""
+    join(server).leave()
+    eventually(lambda: server.active() == 0)
+
+
+def test_the_limit_counts_streams_and_refuses_them(start_server: StartServer) -> None:
+    """503 with Retry-After; a WebSocket is refused for a stream, too."""
+    server = start_server("--max-connections", "1")
+    join(server)
+    assert is_told_when_to_retry(server.get("/events"))
+    assert refusal(server)[1]["error"]["message"] == "Connection limit exceeded: 1/1"
+    assert server.connect().closed() == (1008, "Connection limit exceeded: 1/1")
+
+
+def test_the_drain_tells_streams(start_server: StartServer) -> None:
+    """The system notification, then the shutdown as an event of that name; the server waits until it has left."""
+    server = start_server()
+    stream = join(server)
+    server.drain()
+    system, shutdown = stream.events(2)
+    assert (system.name, system.data, system.id) == ("message", SYSTEM, system.data["id"])
+    assert shutdown == Event("shutdown", SHUTDOWN, None)
+    assert server.process.poll() is None
+    stream.leave()
+    assert server.exit_status() == 0
+
+
+def test_the_end_of_the_drain_ends_streams(start_server: StartServer) -> None:
+    """After shutdown_timeout the stream is over, in good order."""
+    server = start_server("--shutdown-timeout", "0.2")
+    stream = join(server)
+    server.signal()
+    assert [event.name for event in stream.rest()] == ["message", "shutdown"]
+    assert server.exit_status() == 0
+
+
+def test_a_draining_server_refuses_streams(start_server: StartServer) -> None:
+    """503 with Retry-After."""
+    server = start_server()
+    server.join()
+    server.drain()
+    assert is_told_when_to_retry(server.get("/events"))
+    assert refusal(server) == (503, http_error("system", naming("shutting down")))
+
+
+def test_a_stream_that_is_not_read_is_a_slow_consumer(start_server: StartServer) -> None:
+    """It is closed, costs the others nothing, and can resume from what it has read."""
+    server = start_server("--history-size", "20")
+    slow, reader = join(server), server.join()
+    count = 0
+    while server.active() == 2:
+        publish(server, str(count), data={"pad": "x" * 60_000})
+        count += 1
+    assert len(reader.receive_many(count)) == count
+    read = slow.rest()
+    assert texts(read) == [str(number) for number in range(len(read))]
+    assert "notifyd_slow_consumers_total 1" in server.get("/metrics/prometheus").text
+    resumed = join(server, headers={"Last-Event-ID": str(read[-1].id)})
+    assert resumed.event().data["data"] | {"position": ""} == {"position": "", "replayed": 20, "complete": False}
+
+
+def test_a_stream_that_is_not_read_is_told_where_to_resume(start_server: StartServer) -> None:
+    """The close of a slow consumer names the id; here it is in the last line, a comment."""
+    server = start_server("--history-size", "20")
+    slow = join(server)
+    while server.active():
+        publish(server, "big", data={"pad": "x" * 60_000})
+    last = slow.rest()[-1]
+    assert slow.comments[-1] == naming("1008", "Slow consumer: ", f"resume with since={last.id}")
+
+
+# Who has the client_id.
+
+
+def test_a_newcomer_replaces_a_stream(server: Server) -> None:
+    """It cannot be asked whether it is alive, so it gives way at once, to a stream."""
+    old = join(server, "client_id=ann")
+    started = time.monotonic()
+    new = join(server, "client_id=ann")
+    assert time.monotonic() - started < 1.5
+    assert old.rest() == []
+    publish(server, "for the new")
+    assert texts(new.events(1)) == ["for the new"]
+    assert server.active() == 1
+
+
+def test_a_websocket_replaces_a_stream(server: Server) -> None:
+    """The newcomer may be of either kind."""
+    old = join(server, "client_id=ann")
+    client = server.join("ann")
+    assert old.rest() == []
+    assert client.ask({"type": "ping"})["type"] == "pong"
+    assert server.active() == 1
+
+
+def test_a_websocket_refuses_a_stream(server: Server) -> None:
+    """409, and the WebSocket stays."""
+    client = server.join("ann")
+    assert refusal(server, "client_id=ann") == (
+        409,
+        http_error("application", "Client ann is already connected"),
+    )
+    assert client.ask({"type": "ping"})["type"] == "pong"
+
+
+def test_a_dead_websocket_gives_way_to_a_stream(server: Server) -> None:
+    """What does not answer the probe is dropped, as for a newcomer of the other kind."""
+    server.join_bare("ann")
+    join(server, "client_id=ann")
+    assert server.active() == 1
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("client_id=not%20an%20id", naming("client_id")),
+        ("since=x", naming("since")),
+        ("topics=a,,b", naming("topics")),
+        (f"topics={'x' * 129}", naming("topics", "128")),
+        (f"topics={','.join(map(str, range(101)))}", naming("topics", "100")),
+    ],
+)
+def test_a_bad_parameter_is_refused(server: Server, query: str, message: object) -> None:
+    """400, and nobody is admitted."""
+    before = server.read("/health")["connections"]["total"]
+    assert refusal(server, query) == (400, http_error("validation", message))
+    assert server.read("/health")["connections"]["total"] == before
+
+
+def test_a_bad_last_event_id_is_refused(server: Server) -> None:
+    """By the same words as a bad since."""
+    assert refusal(server, **{"Last-Event-ID": "x"}) == (400, http_error("validation", naming("since")))
+
+
+def test_head_admits_nobody(server: Server) -> None:
+    """It answers the headers and is over."""
+    before = server.read("/health")["connections"]["total"]
+    response = server.request("HEAD", "/events")
+    assert (response.status_code, response.content) == (200, b"")
+    assert response.headers["Content-Type"].startswith("text/event-stream")
+    assert server.read("/health")["connections"]["total"] == before
+
+
+def test_other_methods_are_not_allowed(server: Server) -> None:
+    """With the documented body, and those that are."""
+    response = server.request("POST", "/events")
+    assert (response.status_code, response.headers["Allow"]) == (405, "GET, HEAD, OPTIONS")

@@ -1,0 +1,352 @@
+"""Targets: a notification for some reaches those and nobody else, live and in a replay."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from clients import Client
+from expected import TIME, UUID7, http_error, naming, notification, parse, ws_error
+from server import Server
+from virtual import FakeConnection, VirtualLoop
+
+from connection import ConnectionState
+from hub import Hub
+from settings import Settings
+
+HUNDRED = [f"topic{number}" for number in range(100)]
+
+
+class Names:
+    """Equal to a list of these names in any order, each once."""
+
+    def __init__(self, *names: str) -> None:
+        self._names = sorted(names)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, list) and sorted(other) == self._names
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Names{tuple(self._names)}"
+
+
+def subscribed(*topics: str) -> dict[str, Any]:
+    """The answer to subscribe and unsubscribe."""
+    return {"type": "subscribed", "topics": Names(*topics), "timestamp": TIME}
+
+
+def listening(server: Server, client_id: str, topics: str = "") -> Client:
+    """Join with topics in the URL."""
+    return server.join(query=f"client_id={client_id}&topics={topics}")
+
+
+def received(server: Server, *clients: Client) -> list[list[str]]:
+    """Publish a marker for everyone, and return what each client got before it."""
+    server.notify("marker")
+    seen = []
+    for client in clients:
+        messages: list[str] = []
+        while (message := client.receive()["data"]["message"]) != "marker":
+            messages.append(message)
+        seen.append(messages)
+    return seen
+
+
+# Who gets it.
+
+
+def test_a_notification_for_clients_reaches_those_and_nobody_else(server: Server) -> None:
+    """Two of three are named; the third sees nothing of it."""
+    clients = [listening(server, name) for name in ("ann", "bob", "cat")]
+    assert server.notify("private", clients=["ann", "cat"])["recipients"] == 2
+    assert received(server, *clients) == [["private"], [], ["private"]]
+
+
+def test_a_notification_for_topics_reaches_whoever_has_one_of_them(server: Server) -> None:
+    """Each topic is enough, and other topics are not."""
+    clients = [
+        listening(server, name, topics)
+        for name, topics in [("ann", "red"), ("bob", "green,blue"), ("cat", "grey"), ("dan", "")]
+    ]
+    assert server.notify("colours", topics=["red", "blue"])["recipients"] == 2
+    assert received(server, *clients) == [["colours"], ["colours"], [], []]
+
+
+def test_clients_and_topics_are_a_union(server: Server) -> None:
+    """Who is meant twice gets it once and is counted once."""
+    clients = [listening(server, "ann", "red"), listening(server, "bob"), listening(server, "cat", "red,blue")]
+    assert server.notify("both", clients=["ann", "bob"], topics=["red", "blue"])["recipients"] == 3
+    assert received(server, *clients) == [["both"], ["both"], ["both"]]
+
+
+def test_neither_is_for_everyone(server: Server) -> None:
+    """Whatever topics a client has."""
+    clients = [listening(server, "ann", "red"), listening(server, "bob")]
+    assert server.notify("all")["recipients"] == 2
+    assert received(server, *clients) == [["all"], ["all"]]
+
+
+def test_a_topic_is_no_client_and_a_client_no_topic(server: Server) -> None:
+    """The same name in both means two different things."""
+    clients = [listening(server, "red"), listening(server, "ann", "red")]
+    server.notify("for the client", clients=["red"])
+    server.notify("for the topic", topics=["red"])
+    assert received(server, *clients) == [["for the client"], ["for the topic"]]
+
+
+def test_names_are_compared_to_the_letter(server: Server) -> None:
+    """Neither case nor space nor a common beginning makes one name another."""
+    client = listening(server, "ann", "red")
+    recipients = [server.notify("x", topics=[name])["recipients"] for name in ("Red", "re", "redd", " red", "red ")]
+    recipients += [server.notify("x", clients=[name])["recipients"] for name in ("Ann", "an", "anne")]
+    assert (recipients, received(server, client)) == ([0] * 8, [[]])
+
+
+def test_everything_arrives_in_the_order_of_publication(server: Server) -> None:
+    """Targeted and other notifications keep their order."""
+    client = listening(server, "ann", "red")
+    targets: list[dict[str, list[str]]] = [{}, {"topics": ["red"]}, {"clients": ["ann"]}, {"topics": ["blue"]}]
+    for number in range(100):
+        server.notify(str(number), **targets[number % 4])
+    assert received(server, client) == [[str(number) for number in range(100) if number % 4 != 3]]
+
+
+def test_recipients_counts_who_it_is_addressed_to_now(server: Server) -> None:
+    """An absent client or topic counts for nothing, and is no error."""
+    listening(server, "ann", "red")
+    assert server.notify("x", clients=["ann", "nobody"], topics=["red", "nothing"])["recipients"] == 1
+    assert server.notify("x", clients=["nobody"])["recipients"] == 0
+    assert server.notify("x", topics=["nothing"])["recipients"] == 0
+
+
+@pytest.mark.parametrize("target", [{"clients": ["late"]}, {"topics": ["late"]}])
+def test_what_is_for_the_absent_is_kept_for_resume(server: Server, target: dict[str, list[str]]) -> None:
+    """A client that was away, or that takes a topic only when it comes back, is replayed what it missed."""
+    position = server.read("/notifications?since=")["position"]
+    server.notify("kept", **target)
+    client = server.join(query=f"client_id=late&topics=late&since={position}")
+    assert client.receive()["data"]["replayed"] == 1
+    assert client.receive()["data"]["message"] == "kept"
+
+
+def test_a_private_notification_is_replayed_to_nobody_else(server: Server) -> None:
+    """Neither to another client_id, nor to one without, nor to a topic of that name."""
+    position = server.read("/notifications?since=")["position"]
+    server.notify("private", clients=["ann"])
+    for query in ("client_id=bob&topics=ann", "client_id=Ann", ""):
+        assert server.join(query=f"{query}&since={position}").receive()["data"]["replayed"] == 0
+
+
+# What it looks like.
+
+
+def test_one_sent_by_topic_carries_all_its_topics_beside_data(server: Server) -> None:
+    """Also those that the client doesn't have, in the documented place."""
+    client = listening(server, "ann", "red")
+    server.notify("colours", type="alert", topics=["red", "blue", "red"])
+    assert client.receive() == {
+        "id": UUID7,
+        "type": "alert",
+        "timestamp": TIME,
+        "data": {"message": "colours"},
+        "topics": Names("red", "blue"),
+        "sender": "notification_service",
+    }
+
+
+def test_one_sent_to_clients_does_not_say_to_whom(server: Server) -> None:
+    """It looks like any other, so that no client learns the names of the others."""
+    client = listening(server, "ann")
+    server.notify("private", clients=["ann", "bob"])
+    assert client.receive() == notification({"message": "private"})
+
+
+def test_the_answer_repeats_clients_and_topics(server: Server) -> None:
+    """The request as it was understood."""
+    request = {"message": "x", "type": "custom", "data": {}, "clients": ["ann"], "topics": ["red"]}
+    assert server.notify("x", clients=["ann"], topics=["red"])["notification"] == request
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"clients": []}, ["clients"]),
+        ({"topics": []}, ["topics"]),
+        ({"clients": [], "topics": ["red"]}, ["clients"]),
+        ({"clients": "ann"}, ["clients", "array", "string"]),
+        ({"topics": "red"}, ["topics", "array", "string"]),
+        ({"topics": None}, ["topics"]),
+        ({"clients": ["ann", 1]}, ["clients", "1", "string"]),
+        ({"clients": ["not an id"]}, ["clients"]),
+        ({"clients": [""]}, ["clients"]),
+        ({"topics": [""]}, ["topics"]),
+        ({"topics": ["red", "x" * 129]}, ["topics", "1", "128"]),
+        ({"topic": ["red"]}, ["topic", "unknown"]),
+        ({"client": ["ann"]}, ["client", "unknown"]),
+    ],
+)
+def test_bad_targets_are_refused_and_sent_to_nobody(server: Server, fields: dict[str, Any], words: list[str]) -> None:
+    """The error names the field; above all, nothing goes to everyone by mistake."""
+    client = listening(server, "ann", "red")
+    response = server.post({"message": "oops"} | fields)
+    assert (response.status_code, parse(response.content)) == (400, http_error("validation", naming(*words)))
+    assert received(server, client) == [[]]
+
+
+@pytest.mark.parametrize("topic", ["x", "x" * 128, "ünï", "a b", "a/b#c"])
+def test_topics_have_1_to_128_characters_of_any_kind(server: Server, topic: str) -> None:
+    """Characters, not bytes."""
+    client = server.join("ann")
+    assert client.ask({"type": "subscribe", "topics": [topic]}) == subscribed(topic)
+    assert server.notify("x", topics=[topic])["recipients"] == 1
+
+
+# Subscribing.
+
+
+def test_topics_can_be_given_in_the_url(server: Server) -> None:
+    """The welcome follows at once, and no `subscribed` with it."""
+    client = listening(server, "ann", "red,blue")
+    assert client.ask({"type": "ping"})["type"] == "pong"
+    assert server.notify("x", topics=["blue"])["recipients"] == 1
+
+
+def test_subscribe_is_answered_with_all_topics_now(server: Server) -> None:
+    """Those that were there before, too, each once."""
+    client = listening(server, "ann", "red")
+    assert client.ask({"type": "subscribe", "topics": ["blue", "red"]}) == subscribed("blue", "red")
+    assert server.notify("x", topics=["blue"])["recipients"] == 1
+
+
+def test_unsubscribe_is_answered_with_the_topics_that_are_left(server: Server) -> None:
+    """What it wasn't subscribed to is no error."""
+    client = listening(server, "ann", "red,blue")
+    assert client.ask({"type": "unsubscribe", "topics": ["red", "grey"]}) == subscribed("blue")
+    assert server.notify("x", topics=["red"])["recipients"] == 0
+
+
+def test_the_last_topic_can_go(server: Server) -> None:
+    """Without topics a client still gets what is for everyone or for itself."""
+    client = listening(server, "ann", "red")
+    assert client.ask({"type": "unsubscribe", "topics": ["red"]}) == subscribed()
+    server.notify("red", topics=["red"])
+    server.notify("own", clients=["ann"])
+    assert received(server, client) == [["own"]]
+
+
+def test_a_subscription_holds_from_its_answer_on(server: Server) -> None:
+    """What was published before it doesn't come, and what is published after it does."""
+    client = server.join("ann")
+    server.notify("before", topics=["red"])
+    client.ask({"type": "subscribe", "topics": ["red"]})
+    server.notify("after", topics=["red"])
+    assert received(server, client) == [["after"]]
+
+
+def test_subscriptions_end_with_the_connection(server: Server) -> None:
+    """Who comes back subscribes again."""
+    listening(server, "ann", "red").leave()
+    client = server.join("ann")
+    assert server.notify("x", topics=["red"])["recipients"] == 0
+    assert received(server, client) == [[]]
+
+
+@pytest.mark.parametrize("kind", ["subscribe", "unsubscribe"])
+@pytest.mark.parametrize(
+    "topics",
+    [None, [], "red", [""], ["green", ""], [1], ["x" * 129], ["green", "a,b"], {"red": 1}, ["a\nb"]],
+)
+def test_a_bad_request_is_answered_by_an_error_and_changes_nothing(server: Server, kind: str, topics: Any) -> None:
+    """Not even the good names in it count."""
+    client = listening(server, "ann", "red")
+    assert client.ask({"type": kind, "topics": topics}) == ws_error(naming("topics"))
+    assert client.ask({"type": "unsubscribe", "topics": ["no such topic"]}) == subscribed("red")
+
+
+@pytest.mark.parametrize("kind", ["subscribe", "unsubscribe"])
+def test_topics_are_required(server: Server, kind: str) -> None:
+    """The error says which field is missing."""
+    assert server.join().ask({"type": kind}) == ws_error(naming("topics", "missing"))
+
+
+@pytest.mark.parametrize("topics", ["a,,b", ",", "a,", "x" * 129, "red,a%0Ab"])
+def test_bad_topics_in_the_url_are_refused(server: Server, topics: str) -> None:
+    """The connection is closed, and the reason says what was wrong."""
+    code, reason = server.connect(query=f"topics={topics}").closed()
+    assert code == 1008 and str(reason).startswith("Invalid topics: ")
+
+
+# At most a hundred.
+
+
+def test_a_client_may_have_a_hundred_topics(server: Server) -> None:
+    """In the URL or by message."""
+    assert server.join().ask({"type": "subscribe", "topics": HUNDRED}) == subscribed(*HUNDRED)
+    listening(server, "ann", ",".join(HUNDRED))
+    assert server.notify("x", topics=["topic99"])["recipients"] == 2
+
+
+def test_one_topic_more_is_refused_and_changes_nothing(server: Server) -> None:
+    """The error names the limit, and the hundred stay."""
+    client = listening(server, "ann", ",".join(HUNDRED))
+    assert client.ask({"type": "subscribe", "topics": ["more"]}) == ws_error(naming("topics", "100"))
+    assert client.ask({"type": "unsubscribe", "topics": ["none"]}) == subscribed(*HUNDRED)
+
+
+def test_a_topic_that_it_has_is_not_one_more(server: Server) -> None:
+    """A client with a hundred topics may name one of them again."""
+    client = listening(server, "ann", ",".join(HUNDRED))
+    assert client.ask({"type": "subscribe", "topics": ["topic7"]}) == subscribed(*HUNDRED)
+
+
+def test_a_hundred_and_one_in_the_url_are_refused(server: Server) -> None:
+    """With the limit in the reason."""
+    code, reason = server.connect(query=f"topics={','.join([*HUNDRED, 'more'])}").closed()
+    assert (code, reason) == (1008, naming("Invalid topics: ", "100"))
+
+
+# What it costs.
+
+
+class Asked(FakeConnection):
+    """A connection that counts how often it was asked whether it can be written to."""
+
+    asked = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "writable":
+            type(self).asked += 1
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("target", [{"clients": ["client7"]}, {"topics": ["seven"]}])
+def test_the_cost_is_that_of_the_audience(target: dict[str, list[str]]) -> None:
+    """A notification for one of a thousand bothers nobody else."""
+    loop = VirtualLoop()
+    hub = Hub(Settings(notification_interval=0, ping_interval=0))
+
+    async def publish_to_one_of_a_thousand() -> int:
+        clients = [Asked() for _ in range(1000)]
+        for number, client in enumerate(clients):
+            await hub.admit(client, f"client{number}", None, None, "seven" if number == 7 else "")
+        await hub.notify("first, for all")
+        await asyncio.sleep(1)
+        before = Asked.asked
+        assert (await hub.notify("for one", **target)).recipients == 1
+        await asyncio.sleep(1)
+        after = Asked.asked
+        assert [len(client.messages) for client in clients[6:9]] == [2, 3, 2]
+        assert all(client.state is ConnectionState.OPEN for client in clients)
+        await hub.stop()
+        return after - before
+
+    try:
+        assert loop.run_until_complete(publish_to_one_of_a_thousand()) < 10
+    finally:
+        loop.close()
