@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help run test check format bench bench-quick clean
+.PHONY: help run test check format bench bench-quick autobahn clean
 
 help:
 	@echo "make run [ARGS='--port 8000']  serve        make test [ARGS='-k health']  run the tests"
@@ -31,6 +31,10 @@ bench: $(VENV)/dev
 
 bench-quick: $(VENV)/dev
 	@$(BIN)/python bench/run.py --quick $(ARGS)
+
+# The frames' oracle; needs an interpreter of Python 2.7, and says so where there is none.
+autobahn: $(VENV)/dev
+	@$(BIN)/python tests/autobahn/run.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

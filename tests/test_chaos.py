@@ -1,0 +1,398 @@
+"""Chaos: two hundred clients whose connections are cut, stalled and lost, and twenty thousand notifications.
+
+Each client ends with exactly its own, in order, or was told where something may be missing. The networks are a
+small proxy in the test, which stalls and cuts in the middle of a frame, and resets without a FIN. What happens to
+whom is drawn from a seed, CHAOS_SEED; when it happens is up to the machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import re
+import socket
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import pairwise
+from typing import Any
+
+import orjson
+from conftest import StartServer
+from server import Server
+from websockets.client import ClientProtocol
+from websockets.frames import Frame, Opcode
+from websockets.uri import parse_uri
+
+SEED = int(os.environ.get("CHAOS_SEED", "4"))
+CLIENTS, NOTIFICATIONS, BATCH = 200, 20_000, 100
+TOPICS = [f"topic{number}" for number in range(40)]
+MISHAPS_PER_BATCH = 5
+# Of those that leave the old connection hanging, which the server takes two seconds to notice: each so many batches.
+BATCHES_PER_VANISHING = 10
+STALLED_BATCHES = 20
+SMALL_BUFFER = 4096
+SLOW = re.compile(r"Slow consumer: \d+ notifications behind; resume with since=(\S+)")
+PATIENCE = 20.0
+
+
+def reset(transport: Any) -> None:
+    """Break off without a FIN."""
+    if not transport.is_closing():
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        transport.abort()
+
+
+# --- the network
+
+
+class Link:
+    """One connection through the proxy."""
+
+    def __init__(self) -> None:
+        self.flowing = asyncio.Event()
+        self.flowing.set()
+        self.left: int | None = None  # the bytes that still get through to the client
+
+    async def pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, limited: bool) -> None:
+        """Pass bytes on in one direction until one side ends, or the link is cut."""
+        with suppress(ConnectionError):
+            while self.left != 0 and (data := await reader.read(16_384)):
+                await self.flowing.wait()
+                if limited and self.left is not None:
+                    data = data[: self.left]
+                    self.left -= len(data)
+                writer.write(data)
+                await writer.drain()
+
+
+class Proxy:
+    """A network between clients and the server that holds back little, and stalls and cuts where it is told."""
+
+    def __init__(self, server: Server) -> None:
+        self.address = server.host, server.port
+        self.links: dict[Any, Link] = {}  # by the address of the client's end
+        self._serving: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        self._listener = await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=SMALL_BUFFER)
+        self.port = self._listener.sockets[0].getsockname()[1]
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.ensure_future(self._serve(reader, writer))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream = socket.socket()
+        # A small window and small segments, or the server's kernel would take megabytes for a stalled client.
+        upstream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)
+        upstream.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1000)
+        upstream.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(upstream, self.address)
+        up_reader, up_writer = await asyncio.open_connection(sock=upstream, limit=SMALL_BUFFER)
+        client_end = writer.get_extra_info("peername")
+        link = self.links[client_end] = Link()
+        pumps = [
+            asyncio.ensure_future(link.pump(up_reader, writer, limited=True)),
+            asyncio.ensure_future(link.pump(reader, up_writer, limited=False)),
+        ]
+        try:
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            reset(writer.transport)
+            reset(up_writer.transport)
+            if self.links[client_end] is link:
+                del self.links[client_end]
+
+    async def stop(self) -> None:
+        self._listener.close()
+        serving = list(self._serving)
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
+
+
+# --- the clients
+
+
+class WebSocketBytes:
+    """A WebSocket without I/O, by the `websockets` library."""
+
+    def __init__(self, address: tuple[str, int], query: str) -> None:
+        self._protocol = ClientProtocol(parse_uri(f"ws://{address[0]}:{address[1]}/ws?{query}"), max_size=None)
+        self._protocol.send_request(self._protocol.connect())
+
+    def messages(self, data: bytes) -> Iterator[bytes]:
+        self._protocol.receive_data(data)
+        for event in self._protocol.events_received():
+            if isinstance(event, Frame) and event.opcode is Opcode.TEXT:
+                yield bytes(event.data)
+
+    def to_send(self) -> bytes:
+        return b"".join(self._protocol.data_to_send())
+
+    def half_a_message(self) -> bytes:
+        return Frame(Opcode.TEXT, b'{"type": "ping"}').serialize(mask=True)[:-7]
+
+    @property
+    def reason(self) -> str:
+        received = self._protocol.close_rcvd
+        return received.reason if received else ""
+
+
+class StreamBytes:
+    """A stream of Server-Sent Events without I/O. HTTP/1.0, so that the body comes as it is."""
+
+    def __init__(self, address: tuple[str, int], query: str) -> None:
+        self._to_send = f"GET /events?{query} HTTP/1.0\r\nHost: {address[0]}:{address[1]}\r\n\r\n".encode()
+        self._buffer = b""
+        self._in_body = False
+        self.reason = ""
+
+    def messages(self, data: bytes) -> Iterator[bytes]:
+        *blocks, self._buffer = (self._buffer + data).replace(b"\r\n\r\n", b"\n\n").split(b"\n\n")
+        for block in blocks:
+            if block.startswith(b"HTTP/"):
+                self._in_body = b" 200 " in block
+            elif block.startswith(b": closed: "):
+                self.reason = block.decode().split(" ", 3)[3]
+            elif self._in_body and b"data: " in block:
+                yield block.partition(b"data: ")[2]
+
+    def to_send(self) -> bytes:
+        data, self._to_send = self._to_send, b""
+        return data
+
+    def half_a_message(self) -> bytes:
+        return b""
+
+
+class Connection(asyncio.Protocol):
+    """One connection of a client."""
+
+    def __init__(
+        self, protocol: WebSocketBytes | StreamBytes, take: Callable[[Any], None], *, is_proxied: bool
+    ) -> None:
+        self.protocol = protocol
+        self.take = take
+        self.is_proxied = is_proxied
+        self.ended = asyncio.Event()  # for the client
+        self.is_gone = asyncio.Event()
+        self.is_abandoned = False
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        transport.write(self.protocol.to_send())
+
+    def data_received(self, data: bytes) -> None:
+        if self.is_abandoned:
+            return
+        for message in self.protocol.messages(data):
+            if self.transport.is_closing():
+                return
+            self.take(orjson.loads(message))
+        if answer := self.protocol.to_send():
+            self.transport.write(answer)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self.ended.set()
+        self.is_gone.set()
+
+    def abandon(self) -> None:
+        """Go on as if it had ended, and leave it to hang."""
+        self.is_abandoned = True
+        self.ended.set()
+
+
+class Client:
+    """A client that comes back with the id of the last notification it received, until it has the last of all."""
+
+    def __init__(self, number: int, chance: random.Random, proxy: Proxy) -> None:
+        self.name = f"client{number}"
+        self.bytes = StreamBytes if number % 10 == 0 else WebSocketBytes
+        self.topics = chance.sample(TOPICS, 2)
+        self.chance = chance
+        self.proxy = proxy
+        self.position = ""
+        self.received: list[int] = []
+        self.expected: list[int] = []
+        self.gaps: list[int] = []  # how many were received when it was told complete: false
+        self.connections: list[Connection] = []
+        self.connection: Connection | None = None
+        self.faults: list[str] = []
+        self.is_ready = asyncio.Event()
+
+    async def run(self) -> None:
+        while not self.is_done():
+            await self._connect_once()
+
+    def is_done(self) -> bool:
+        return NOTIFICATIONS in self.received[-1:]
+
+    async def _connect_once(self) -> None:
+        """Resume, directly or through the proxy, and receive until the connection is lost."""
+        is_proxied = self.chance.random() < 0.5
+        address = ("127.0.0.1", self.proxy.port) if is_proxied else self.proxy.address
+        query = f"client_id={self.name}&topics={','.join(self.topics)}&since={self.position}"
+        connection = Connection(self.bytes(address, query), self.take, is_proxied=is_proxied)
+        with suppress(ConnectionError):
+            await asyncio.get_running_loop().create_connection(lambda: connection, *address)
+            self.connection = connection
+            self.connections.append(connection)
+            await connection.ended.wait()
+            if slow := SLOW.fullmatch(connection.protocol.reason):
+                self.position = slow[1]
+
+    def take(self, message: Any) -> None:
+        if "id" in message:
+            if message["id"] <= self.position:
+                self.faults.append(f"{message} again, or out of order, after {self.position}")
+            self.position = message["id"]
+            self.received.append(int(message["data"]["message"]))
+            if self.is_done() and self.connection is not None:
+                self.connection.transport.close()
+        elif message["type"] == "resume":
+            self.position = self.position or message["data"]["position"]
+            self.is_ready.set()
+            if not message["data"]["complete"]:
+                self.gaps.append(len(self.received))
+
+    # What happens to it.
+
+    def link(self) -> Link | None:
+        """Its connection through the proxy, if it has one."""
+        if self.connection is None or not self.connection.is_proxied:
+            return None
+        return self.proxy.links.get(self.connection.transport.get_extra_info("sockname"))
+
+    def suffer(self, *, may_vanish: bool) -> Link | None:
+        """Lose the connection in one of many ways, or at once or later; return a link that has stalled."""
+        connection, link = self.connection, self.link()
+        if connection is None or connection.transport.is_closing():
+            return None
+        if link is None:
+            connection.transport.write(self.chance.choice([b"", connection.protocol.half_a_message()]))
+            self.chance.choice([reset, type(connection.transport).close])(connection.transport)
+        elif may_vanish:
+            link.flowing.clear()
+            connection.abandon()
+            return link
+        elif self.chance.random() < 0.7:
+            link.left = self.chance.randint(1, 3000)
+        else:
+            link.flowing.clear()
+            return link
+        return None
+
+    def verdict(self) -> str:
+        """Say whether it has exactly its own, or exactly its own between the places where it was told of a gap."""
+        if self.faults:
+            return self.faults[0]
+        if self.received == self.expected:
+            return "whole"
+        bounds = [0, *self.gaps, len(self.received)]
+        for start, end in pairwise(bounds):
+            part = self.received[start:end]
+            first = self.expected.index(part[0]) if part and part[0] in self.expected else 0
+            if part != self.expected[first : first + len(part)]:
+                return f"{self.name} has {part[:20]}... and should have {self.expected[first : first + 20]}..."
+        return "told" if self.gaps else f"{self.name} lacks {set(self.expected) - set(self.received)} and was not told"
+
+
+# --- the storm
+
+
+class Storm:
+    """Publishes everything, and lets the clients suffer meanwhile."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.chance = random.Random(SEED)
+        self.proxy = Proxy(server)
+        self.clients: list[Client] = []
+        self.stalled: list[tuple[int, Link]] = []  # and the batch after which they go on
+
+    async def rage(self) -> None:
+        await self.proxy.start()
+        seeds = [self.chance.randrange(2**32) for _ in range(CLIENTS)]
+        self.clients = [Client(number, random.Random(seed), self.proxy) for number, seed in enumerate(seeds)]
+        lives = [asyncio.ensure_future(client.run()) for client in self.clients]
+        await everyone(client.is_ready.wait() for client in self.clients)
+        for count in range(NOTIFICATIONS // BATCH):
+            await self.publish([self.notification(count * BATCH + number) for number in range(BATCH)])
+            self.happen(count)
+        await self.publish([self.broadcast(NOTIFICATIONS)])
+        self.release(NOTIFICATIONS)
+        await everyone(lives)
+        await self.proxy.stop()
+        await everyone(connection.is_gone.wait() for client in self.clients for connection in client.connections)
+
+    async def publish(self, notifications: list[dict[str, Any]]) -> None:
+        response = await asyncio.to_thread(self.server.request, "POST", "/notify/batch", json=notifications)
+        assert response.status_code == 200, response.text
+
+    def notification(self, number: int) -> dict[str, Any]:
+        """Draw whom this one is for: everyone, one or two topics, or up to three clients."""
+        drawn = self.chance.random()
+        if drawn < 0.03:
+            return self.broadcast(number)
+        if drawn < 0.5:
+            topics = self.chance.sample(TOPICS, self.chance.randint(1, 2))
+            self.expect(number, [client for client in self.clients if {*topics} & {*client.topics}])
+            return {"message": str(number), "topics": topics}
+        clients = self.chance.sample(self.clients, self.chance.randint(1, 3))
+        self.expect(number, clients)
+        return {"message": str(number), "clients": [client.name for client in clients]}
+
+    def broadcast(self, number: int) -> dict[str, Any]:
+        self.expect(number, self.clients)
+        return {"message": str(number), "data": {"pad": "x" * 1000}}
+
+    def expect(self, number: int, clients: list[Client]) -> None:
+        for client in clients:
+            client.expected.append(number)
+
+    def happen(self, count: int) -> None:
+        """Let some clients suffer, and those go on that have stalled for long."""
+        for client in self.chance.sample(self.clients, MISHAPS_PER_BATCH):
+            if link := client.suffer(may_vanish=False):
+                self.stalled.append((count + self.chance.randint(1, STALLED_BATCHES), link))
+        if not count % BATCHES_PER_VANISHING and (link := self.chance.choice(self.clients).suffer(may_vanish=True)):
+            self.stalled.append((NOTIFICATIONS, link))
+        self.release(count)
+
+    def release(self, count: int) -> None:
+        for until, link in self.stalled:
+            if until <= count:
+                link.flowing.set()
+        self.stalled = [(until, link) for until, link in self.stalled if until > count]
+
+
+async def everyone(waiting: Any) -> None:
+    await asyncio.wait_for(asyncio.gather(*waiting), PATIENCE)
+
+
+def storm(server: Server) -> Storm:
+    """Let it rage, and return it when it is over."""
+    raging = Storm(server)
+    asyncio.run(raging.rage())
+    assert sum(len(client.connections) for client in raging.clients) > 3 * CLIENTS
+    return raging
+
+
+def test_with_history_enough_everyone_ends_with_exactly_its_own(start_server: StartServer) -> None:
+    """Nobody is told that something may be missing, because nothing is."""
+    clients = storm(start_server("--history-size", "30000")).clients
+    assert Counter(client.verdict() for client in clients) == {"whole": CLIENTS}
+    assert not any(client.gaps for client in clients)
+
+
+def test_with_too_little_history_everyone_is_whole_or_was_told(start_server: StartServer) -> None:
+    """Whoever was away for longer than the history reaches has exactly its own before and after the gap."""
+    clients = storm(start_server("--history-size", "1000")).clients
+    assert {client.verdict() for client in clients} == {"whole", "told"}
