@@ -492,9 +492,18 @@ def test_the_servers_end_says_goodbye(app: str) -> None:
     server.signal()
     goodbye = read_to_end(connection)
     assert goodbye.endswith(b"\x88\x16\x03\xe9Server shutting down")
-    if app != "dawdle":
-        server.wait_for_line("disconnect 1001 'Server shutting down'|handshake")
     connection.close()
+    assert server.exit_status() == 0
+
+
+def test_an_app_hears_that_the_server_ends() -> None:
+    """At once, whatever its peer answers."""
+    server = Apps()
+    client = server.at("echo")
+    server.signal()
+    assert client.next_frame(Opcode.CLOSE)
+    server.wait_for_line("disconnect 1001 'Server shutting down'")
+    client.socket.close()
     assert server.exit_status() == 0
 
 
