@@ -79,7 +79,7 @@ def test_a_connection_can_be_used_again_after_head(server: Server) -> None:
     """No body follows HEAD, so the next answer begins where it should."""
     request = b"%s /health HTTP/1.1\r\nHost: localhost\r\n%s\r\n"
     answer = server.answer_to(request % (b"HEAD", b"") + request % (b"GET", b"Connection: close\r\n"))
-    assert re.fullmatch(rb"HTTP/1.1 200.*?\r\n\r\nHTTP/1.1 200.*?\r\n\r\n\{.*\}", answer, re.DOTALL)
+    assert re.fullmatch(rb"HTTP/1.1 200.*?\r\n\r\nHTTP/1.1 200.*?\r\n\r\n\{.*\}\n", answer, re.DOTALL)
 
 
 @pytest.mark.parametrize("path", ["/nothing", "/status?limit=x"])

@@ -87,9 +87,7 @@ class Published(NamedTuple):
 class Session(FakeConnection):
     """One connection, with what it is owed by the model, and what it was handed by the Hub."""
 
-    def __init__(
-        self, model: Model, client_id: str, topics: frozenset[str], since: str | None, **options: bool
-    ) -> None:
+    def __init__(self, model: Model, client_id: str, topics: frozenset[str], since: str | None, **options: Any) -> None:
         super().__init__(**options)
         self.model = model
         self.client_id = client_id
@@ -321,7 +319,15 @@ someone = st.integers(0, 3)
 turns = st.integers(0, 4)
 # What a client resumes from: the id before last, say; now; an id that the log never gave; or it does not.
 moments = st.none() | st.just("") | st.integers(0, 12) | st.sampled_from(NEVER_GIVEN)
-kinds = st.sampled_from([{}, {}, {"one_at_a_time": True}, {"one_at_a_time": True, "is_stream": True}])
+kinds = st.sampled_from(
+    [
+        {},
+        {"room": 1},  # stalls right after its greeting
+        {"one_at_a_time": True},
+        {"one_at_a_time": True, "room": 2},
+        {"one_at_a_time": True, "is_stream": True},
+    ]
+)
 everyone = st.none()
 some = st.tuples(st.lists(names, max_size=2), st.lists(st.sampled_from(TOPICS), max_size=2)).filter(any)
 paddings = st.sampled_from([0, 0, 0, 300, 900])
@@ -401,13 +407,13 @@ class HubMachine(RuleBasedStateMachine):
         crowd=st.dictionaries(names, st.tuples(topic_sets, kinds), min_size=2, max_size=4),
         batch_bytes=st.sampled_from([1, 500]),
     )
-    def open(self, crowd: dict[str, tuple[frozenset[str], dict[str, bool]]], batch_bytes: int) -> None:
+    def open(self, crowd: dict[str, tuple[frozenset[str], dict[str, Any]]], batch_bytes: int) -> None:
         self.stack.enter_context(mock.patch.object(ring_module, "BATCH_BYTES", batch_bytes))
         for client_id, (topics, kind) in crowd.items():
             self.join(Session(self.model, client_id, topics, None, **kind))
 
     @rule(client_id=names, topics=topic_sets, moment=moments, kind=kinds)
-    def connect(self, client_id: str, topics: frozenset[str], moment: int | str | None, kind: dict[str, bool]) -> None:
+    def connect(self, client_id: str, topics: frozenset[str], moment: int | str | None, kind: dict[str, Any]) -> None:
         since = self.id_given(moment) if isinstance(moment, int) else moment
         self.join(Session(self.model, client_id, topics, since, **kind))
 
@@ -442,13 +448,13 @@ class HubMachine(RuleBasedStateMachine):
             return ConnectionRefused
         return None
 
-    @rule(client_id=names)
-    def come_back(self, client_id: str) -> None:
+    @rule(client_id=names, room=st.sampled_from([1, 2, float("inf"), float("inf")]))
+    def come_back(self, client_id: str, room: float) -> None:
         """Lose the connection, if there is one, and resume where it stopped, or where the goodbye said."""
         before = [one for one in self.model.everyone() if one.client_id == client_id]
         if before:
             self.loop.call(before[-1].end)
-            kind = {"one_at_a_time": before[-1].one_at_a_time, "is_stream": before[-1].is_stream}
+            kind = {"one_at_a_time": before[-1].one_at_a_time, "is_stream": before[-1].is_stream, "room": room}
             self.join(Session(self.model, client_id, before[-1].topics, before[-1].position, **kind))
 
     @precondition(somebody_is_there)
@@ -604,7 +610,7 @@ class _Alarm(logging.Handler):
 
 TestHub = HubMachine.TestCase
 TestHub.settings = settings(
-    max_examples=int(os.environ.get("HUB_EXAMPLES", "120")),
+    max_examples=int(os.environ.get("HUB_EXAMPLES", "200")),
     stateful_step_count=int(os.environ.get("HUB_STEPS", "50")),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     deadline=None,
@@ -628,7 +634,7 @@ def hub_on(loop: VirtualLoop, **changes: Any) -> Hub:
     return hub
 
 
-def join(loop: VirtualLoop, hub: Hub, client_id: str, topics: str = "", **kind: bool) -> FakeConnection:
+def join(loop: VirtualLoop, hub: Hub, client_id: str, topics: str = "", **kind: Any) -> FakeConnection:
     """Admit a client with a fake connection."""
     connection = FakeConnection(**kind)
     loop.run_until_complete(hub.admit(connection, client_id, None, None, topics))

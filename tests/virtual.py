@@ -67,13 +67,13 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 class FakeConnection:
     """A connection that remembers what it was handed. Its peer reads until it is stalled, and answers pings."""
 
-    def __init__(self, *, is_stream: bool = False, one_at_a_time: bool = False) -> None:
+    def __init__(self, *, is_stream: bool = False, one_at_a_time: bool = False, room: float = float("inf")) -> None:
         self.state = ConnectionState.CONNECTING
         self.writable = False
         self.is_stream = is_stream
         self.hears_pongs = not is_stream
         self.one_at_a_time = one_at_a_time
-        self.room: float = float("inf")  # the writes that the peer still takes: at 0 it has stalled
+        self.room = room  # the writes that the peer still takes: at 0 it has stalled
         self.is_alive = True
         self.receiver: Receiver | None = None
         self.messages: list[Any] = []
