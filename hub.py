@@ -382,6 +382,8 @@ class Hub:
         if self._clients.get(client.client_id) is client:
             del self._clients[client.client_id]
             self._subscribe(client, frozenset())
+            # A pass that is under way may still hold the client: it must find nothing owed.
+            client.pending = None
             self._owed.discard(client)
             if not self._clients:
                 self._empty.set()
@@ -554,6 +556,7 @@ class Hub:
         self.messages_sent += notifications * (len(clients) - others)
         if owed is not None:
             self._owed.difference_update(clients)
+            # Not who has left since the pass began: `_leave` has let go of what they were owed.
             self._owed.update(client for client in behind if client.pending is not None)
         return behind
 

@@ -660,3 +660,24 @@ def test_the_shutdown_message_is_not_lost_when_everything_before_it_has_expired(
         loop.call(client.read_on)
     assert client.messages[-1]["type"] == "shutdown"
     drain.cancel()
+
+
+def test_who_leaves_during_a_pass_is_owed_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass still holds those who leave between its slices; they must not come back among the owed."""
+    monkeypatch.setattr(hub_module, "SLICE_CLIENTS", 2)
+
+    async def scenario() -> tuple[Hub, list[Any]]:
+        hub = Hub(Settings(notification_interval=0, ping_interval=0))
+        clients = [await hub.admit(FakeConnection(), f"c{number}", None, topics="t") for number in range(8)]
+        await hub.notify("one", topics=["t"])
+        passing = asyncio.ensure_future(hub._pass())
+        await asyncio.sleep(0)
+        for client in clients:
+            client.connection.close(1000, "")
+            client.left()
+        await passing
+        owed = list(hub._owed)
+        await hub.stop()
+        return hub, owed
+
+    assert asyncio.run(scenario())[1] == []
