@@ -89,3 +89,10 @@ class ShuttingDown(NotifydError):
 
     def __init__(self) -> None:
         super().__init__("Server shutting down")
+
+
+class StoreUnavailable(NotifydError):
+    """The store is away; what was asked of it may still happen."""
+
+    status = 503
+    close_code = 1013

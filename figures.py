@@ -1,15 +1,13 @@
 """What the server says about itself: the bodies of /health, /metrics, /status and /metrics/prometheus.
 
-Reads the Hub's figures and changes nothing. Each answer is made without an await, so its figures fit together.
+Reads the figures of all processes and changes nothing. Each answer is made from one census, so its figures fit
+together.
 """
 
 from __future__ import annotations
 
-from itertools import islice
-
-from hub import Client, Hub
+from hub import Hub
 from schemas import (
-    ClientDetails,
     Health,
     HealthConnections,
     Metrics,
@@ -28,15 +26,20 @@ from schemas import (
 from settings import number
 
 
-def health(hub: Hub) -> Health:
-    ready = hub.is_ready()
+async def health(hub: Hub) -> Health:
+    census = await hub.census()
+    status, message = "healthy", "WebSocket Notification Server is running"
+    if not hub.is_ready():
+        status, message = "shutting_down", "WebSocket Notification Server is shutting down"
+    elif hub.store.failure is not None:
+        status, message = "unhealthy", hub.store.failure
     return Health(
-        status="healthy" if ready else "shutting_down",
-        message=f"WebSocket Notification Server is {'running' if ready else 'shutting down'}",
+        status=status,
+        message=message,
         timestamp=timestamp(),
         connections=HealthConnections(
-            active=hub.active_connections(),
-            total=hub.total_connections,
+            active=census.active,
+            total=census.total,
             max_allowed=hub.settings.max_connections,
         ),
         server_info=ServerInfo(
@@ -45,12 +48,13 @@ def health(hub: Hub) -> Health:
     )
 
 
-def metrics(hub: Hub) -> Metrics:
+async def metrics(hub: Hub) -> Metrics:
+    census, _ = await hub.exact_census()
     return Metrics(
         connections=MetricsConnections(
-            active_connections=hub.active_connections(),
-            total_connections=hub.total_connections,
-            messages_sent=hub.messages_sent,
+            active_connections=census.active,
+            total_connections=census.total,
+            messages_sent=census.messages_sent,
             uptime_seconds=hub.uptime(),
         ),
         notification_service=MetricsService(
@@ -67,8 +71,9 @@ def metrics(hub: Hub) -> Metrics:
     )
 
 
-def status(hub: Hub, limit: int) -> Status:
+async def status(hub: Hub, limit: int) -> Status:
     """Return everything, with the details of the first `limit` clients."""
+    census, details = await hub.exact_census(limit)
     settings = hub.settings
     return Status(
         server=StatusServer(
@@ -78,14 +83,14 @@ def status(hub: Hub, limit: int) -> Status:
             current_time=timestamp(),
         ),
         connections=StatusConnections(
-            active=hub.active_connections(),
-            total=hub.total_connections,
+            active=census.active,
+            total=census.total,
             max_allowed=settings.max_connections,
-            details=[_details(hub, client) for client in islice(hub.clients(), limit)],
+            details=details,
         ),
         notification_service=StatusService(
             is_running=hub.is_ready(),
-            notifications_sent=hub.notifications_sent,
+            notifications_sent=census.notifications_sent,
             notification_interval=number(settings.notification_interval),
         ),
         shutdown=StatusShutdown(
@@ -101,43 +106,35 @@ def status(hub: Hub, limit: int) -> Status:
     )
 
 
-def _details(hub: Hub, client: Client) -> ClientDetails:
-    return ClientDetails(
-        client_id=client.client_id,
-        connected_at=timestamp(hub.wall_time(client.connected_at)),
-        last_ping=timestamp(hub.wall_time(client.heard_at)),
-        user_agent=client.user_agent,
-    )
-
-
-def prometheus(hub: Hub) -> str:
+async def prometheus(hub: Hub) -> str:
     """Return the figures in Prometheus' text format: the documented four first, to the letter."""
-    notifications, size = hub.log_size()
+    census, _ = await hub.exact_census()
+    ring = hub.fanout.ring
     figures: list[tuple[str, str, str, float]] = [
         (
             "websocket_active_connections",
             "gauge",
             "Number of active WebSocket connections",
-            hub.active_connections(),
+            census.active,
         ),
         (
             "websocket_total_connections",
             "counter",
             "Total number of connections since server start",
-            hub.total_connections,
+            census.total,
         ),
-        ("websocket_notifications_sent", "counter", "Total number of notifications sent", hub.messages_sent),
+        ("websocket_notifications_sent", "counter", "Total number of notifications sent", census.messages_sent),
         ("websocket_server_uptime_seconds", "gauge", "Server uptime in seconds", hub.uptime()),
         (
             "notifyd_notifications_published_total",
             "counter",
             "Notifications published, whoever receives them",
-            hub.notifications_sent,
+            census.notifications_sent,
         ),
-        ("notifyd_slow_consumers_total", "counter", "Clients closed for being too far behind", hub.slow_consumers),
-        ("notifyd_clients_behind", "gauge", "Clients that have a backlog", hub.clients_behind()),
-        ("notifyd_log_notifications", "gauge", "Notifications in the log", notifications),
-        ("notifyd_log_bytes", "gauge", "Bytes of notifications in the log", size),
+        ("notifyd_slow_consumers_total", "counter", "Clients closed for being too far behind", census.slow_consumers),
+        ("notifyd_clients_behind", "gauge", "Clients of this process that have a backlog", hub.fanout.clients_behind()),
+        ("notifyd_log_notifications", "gauge", "Notifications in the log", len(ring)),
+        ("notifyd_log_bytes", "gauge", "Bytes of notifications in the log", ring.size),
     ]
     return "\n".join(
         f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value}\n" for name, kind, text, value in figures

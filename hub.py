@@ -1,14 +1,13 @@
-"""The Hub: the clients and their cursors, the fan-out pass, the heartbeat, the drain and the counters.
+"""The Hub: who is admitted, what is published, and what a client is answered.
 
-Knows connections only through the seam in connection.py, and neither Starlette nor uvicorn.
+Knows connections only through the seam in connection.py, the log only through the one in store.py, and neither
+Starlette nor uvicorn. The parts that it puts together have files of their own: the clients (directory.py), the
+fan-out, the heartbeat and the drain.
 
-1. Only `_join` and `_leave` change the map of clients; a client that ends, for whatever reason, is taken out
-   first and closed afterwards.
-2. No await between reading a position and joining the map: a client is handed everything from its cursor on.
-3. Every client's cursor, and what it is owed beside, lies between the ring's front and its head. `_trim` keeps
-   that true: who would fall off is closed first, and only a client that cannot be written to is behind by then.
-4. A notification is encoded and framed once. A client that cannot be written to costs its cursor, an integer.
-5. Counters only grow, and are changed in the same stretch without await as what they count.
+1. Only `_join` and `_leave` change the directory; a client that ends, for whatever reason, is taken out first and
+   closed afterwards.
+2. No await between reading a position of the ring and joining the directory: a client is handed everything after it.
+3. Counters only grow, and are changed in the same stretch without await as what they count.
 """
 
 from __future__ import annotations
@@ -16,45 +15,57 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import itertools
 import logging
-import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections import deque
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
+from typing import Any
 
 import orjson
 from msgspec import UNSET, Struct, UnsetType
 
 import schemas
+from client import Client
 from connection import CLOSE_DEADLINE_SECONDS, Connection, ConnectionState
-from errors import ConnectionRefused, DuplicateClient, InvalidRequest, ShuttingDown, TooLarge
+from directory import Directory
+from drain import Drain
+from errors import (
+    ConnectionRefused,
+    DuplicateClient,
+    InvalidRequest,
+    NotifydError,
+    ShuttingDown,
+    StoreUnavailable,
+    TooLarge,
+)
+from fanout import FanOut
 from frames import frame, payloads
-from keys import Keys
+from heartbeat import PROBE_SECONDS, Heartbeat
+from keys import Appended, Once, Receipt
+from peers import Peers
 from ring import Audience, Entry, Ring
-from schemas import GOING_AWAY, INTERNAL_ERROR, POLICY_VIOLATION, encode, timestamp
+from schemas import GOING_AWAY, INTERNAL_ERROR, POLICY_VIOLATION, TRY_AGAIN_LATER, encode, timestamp
 from settings import Settings, number
+from store import Census, Draft, Opening, Record, Report, Store, Taken, make_store
 
 logger = logging.getLogger("notifyd")
 
-# The pass yields to the event loop after this many clients: at 3 to 10 us each it is held for 1 to 3 ms. A request
-# that arrives meanwhile takes three turns of the loop, and is answered within 10 ms.
-SLICE_CLIENTS = 250
-# The longest that a pass waits to collect publishes into one write for each client.
-COLLECT_SECONDS = 0.05
-# How long a client whose client_id is claimed by a newcomer has to prove that it is alive.
-PROBE_SECONDS = 2.0
-# The bucket of a client's messages: a burst of this many, refilled at this rate.
-MESSAGE_BURST, MESSAGES_PER_SECOND = 100.0, 50.0
 # Answers that a client does not read are kept up to this size; then it is closed.
 UNREAD_BYTES = 1_048_576
 # What a notification may be longer than the request it came from: id, type, timestamps, sender.
 ENVELOPE_BYTES = 1024
-# An answer that is kept for its key repeats the request and may be far larger than the notification: a small bound on
-# the bytes of the history must not cut it short.
-KEYS_BYTES = 67_108_864
-DRAIN_REPORT_SECONDS = 15.0
-# Pings are spread over the interval in this many portions.
-HEARTBEAT_PHASES = 20
+# The JSON before the rest of a notification: {"id":"..."
+ID_BYTES = 44
+# A page of the history is no longer than this, unless one notification is.
+PAGE_BYTES = 1_048_576
+# How long another process gets to say what it has counted.
+ANSWER_SECONDS = 1.0
+# How often this process tells the store what it has counted, and asks whether it leads.
+REPORT_SECONDS = 1.0
+# What clients ask that other processes have a part in.
+_ASKS_THE_STORE = frozenset(("status_request", "subscribe", "unsubscribe"))
+_TEST_START = b',"type":"test_notification"'
 
 
 class HubState(enum.Enum):
@@ -67,162 +78,109 @@ class HubState(enum.Enum):
 _NEXT_STATES = {
     HubState.STARTING: {HubState.READY},
     HubState.READY: {HubState.DRAINING, HubState.STOPPED},
-    HubState.DRAINING: {HubState.STOPPED},
+    # To READY where the event loop went away during the drain, and the Hub is used from another.
+    HubState.DRAINING: {HubState.STOPPED, HubState.READY},
     HubState.STOPPED: {HubState.READY},
 }
 
 
-class Receipt(NamedTuple):
-    """What a publisher gets: the notification's id, and how many connected clients it is addressed to."""
-
-    id: str
-    recipients: int
-
-
-class Client:
-    """A connection with a client_id, and its cursor into the ring."""
-
-    __slots__ = (
-        "_hub",
-        "_tokens",
-        "_tokens_at",
-        "client_id",
-        "connected_at",
-        "connection",
-        "cursor",
-        "descriptor",
-        "heard_at",
-        "pending",
-        "phase",
-        "speaks",
-        "topics",
-        "user_agent",
-    )
-
-    def __init__(
-        self,
-        hub: Hub,
-        connection: Connection,
-        client_id: str,
-        user_agent: str | None,
-        cursor: int,
-        now: float,
-    ) -> None:
-        self._hub = hub
-        self.connection = connection
-        self.client_id = client_id
-        self.user_agent = user_agent
-        self.cursor = cursor
-        # Kept by the connection: where frames may be written past the transport, -1 for nowhere.
-        self.descriptor = -1
-        # What it is owed beside the broadcasts from its cursor on: sequences of entries for it alone, or of its replay.
-        self.pending: list[int] | None = None
-        self.topics: frozenset[str] = frozenset()
-        self.connected_at = now
-        self.heard_at = now
-        self.phase = hub.total_connections % HEARTBEAT_PHASES
-        # Whether it has ever sent a message, and so would answer a ping message.
-        self.speaks = False
-        self._tokens = MESSAGE_BURST
-        self._tokens_at = now
-
-    def heard(self) -> None:
-        self.heard_at = self._hub.clock()
-
-    def received(self, message: str | bytes) -> None:
-        self._hub.receive(self, message)
-
-    def drained(self) -> None:
-        self._hub.advance(self)
-
-    def left(self) -> None:
-        self._hub.left(self)
-
-    def take_token(self, now: float) -> bool:
-        """Return whether the client may send one more message now."""
-        tokens = min(MESSAGE_BURST, self._tokens + (now - self._tokens_at) * MESSAGES_PER_SECOND)
-        self._tokens_at = now
-        self._tokens = tokens - 1
-        return tokens >= 1
-
-    def can_prove_life(self) -> bool:
-        """Whether it would be heard if it were alive: else silence is no reason to close it."""
-        return self.connection.hears_pongs or self.speaks
-
-
 class Hub:
-    """Everything that connects publishers with clients.
+    """Everything that connects publishers with clients. It is the `Node` of its store.
 
     Starts by itself on first use; `async with hub:` makes start and stop exact. All methods belong to one event
     loop. In-process publishers call `await hub.notify(...)`.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        host: str = "",
+    ) -> None:
+        """`host` is the same for all processes of one host, and empty where there is only this process."""
         self.settings = settings
-        self.clock: Callable[[], float] = time.monotonic
+        self.store = store or make_store(settings, clock, host)
+        self.clock = clock
+        self.host = host
         self.state = HubState.STARTING
-        self._clients: dict[str, Client] = {}
-        # Out of the map, but their connection has not ended yet.
-        self._leaving: set[Client] = set()
-        self._positions = schemas.Positions()
-        self._ring = Ring(
-            self._positions.next(),
-            settings.history_size,
-            settings.history_bytes,
-            max_age=settings.history_ttl,
+        self.directory = Directory()
+        self.fanout = FanOut(
+            Ring(settings.history_size, settings.history_bytes, settings.history_ttl),
+            self.directory,
+            clock,
+            self._close_slow_consumer,
         )
-        self._topics: dict[str, set[Client]] = {}
-        # The clients with something pending, and those that were not at the head after the last full pass.
-        self._owed: set[Client] = set()
-        self._behind: list[Client] = []
-        self.keys = Keys(settings.history_size, max(settings.history_bytes, KEYS_BYTES), settings.history_ttl)
-        self._published = asyncio.Event()
-        self._for_everyone = False
-        self._passing = asyncio.Lock()
-        # The sequence up to which the pass before the last one has gone: nothing newer is trimmed.
-        self._settled = self._passed = 0
-        self._empty = asyncio.Event()
-        self._all_left = asyncio.Event()
+        self.heartbeat = Heartbeat(
+            self.directory, clock, settings.ping_interval, settings.ping_timeout, self._close_silent
+        )
+        self.peers = Peers(self.store, self._answer_peer)
+        # Out of the directory, but their connection has not ended yet.
+        self._leaving: set[Client] = set()
+        # Messages of clients that wait for the answer to an earlier one, which asks the store.
+        self._waiting: dict[Client, deque[dict[str, Any] | InvalidRequest]] = {}
+        self._answering: set[asyncio.Task[None]] = set()
+        self._numbers = itertools.count()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.started_at = time.time()
-        self._started_clock = self.clock()
-        self.total_connections = 0
-        self.messages_sent = 0
-        self.notifications_sent = 0
+        self._started_clock = clock()
+        self._last_test_clock = clock()
+        self._census = Census(0, 0, 0, 0, 0, [])
         self.slow_consumers = 0
-        self._test_counter = 0
+        self._make_primitives()
+
+    def _make_primitives(self) -> None:
+        """Make what belongs to one event loop."""
+        self._empty = asyncio.Event()
+        self._all_left = asyncio.Event()
+        self._starting = asyncio.Lock()
+        # Who waits for this process to have read the log up to a position.
+        self._awaited: list[tuple[str, asyncio.Future[None]]] = []
 
     # --- life
 
     async def __aenter__(self) -> Hub:
-        self.start()
+        await self.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
-    def start(self) -> None:
-        """Start the background tasks on the running loop; once they run, do nothing."""
+    async def start(self) -> None:
+        """Open the store, and start the background tasks on the running loop; once they run, do nothing."""
         loop = asyncio.get_running_loop()
-        if self._tasks and self._loop is loop:
-            return
+        if self._loop is not loop:
+            self._leave_loop()
+            self._loop = loop
+        async with self._starting:
+            if self._tasks:
+                return
+            await self.store.open(self)
+            if self.state is not HubState.READY:
+                self._become(HubState.READY)
+            self._tasks = [loop.create_task(self._guarded(work)) for work in self._background()]
+
+    def _leave_loop(self) -> None:
+        """Let go of what belongs to an event loop that is gone, such as a test client's: its clients went with it."""
         if self._tasks and self._loop is not None and not self._loop.is_closed():
             raise RuntimeError("a Hub belongs to one event loop at a time")
-        if self.state is not HubState.READY:
-            self._become(HubState.READY)
-        self._loop = loop
-        # Tasks of a loop that is gone (a test client's) went with it.
-        self._tasks = [loop.create_task(self._guarded(work)) for work in self._background()]
+        self._tasks = []
+        self._leaving.clear()
+        for client in list(self.directory):
+            self._leave(client)
+        self._waiting.clear()
+        self._make_primitives()
+        self.fanout.restart()
 
-    def _on_first_use(self) -> None:
-        if self._loop is not asyncio.get_running_loop():
-            self.start()
+    async def _on_first_use(self) -> None:
+        if not self._tasks or self._loop is not asyncio.get_running_loop():
+            await self.start()
 
     def _background(self) -> list[Callable[[], Awaitable[None]]]:
-        works: list[Callable[[], Awaitable[None]]] = [self._fan_out, self._keep_house]
+        works: list[Callable[[], Awaitable[None]]] = [self.fanout.run, self.fanout.keep_short, self._report]
         if self.settings.ping_interval:
-            works.append(self._heartbeat)
+            works.append(self.heartbeat.run)
         if self.settings.notification_interval:
             works.append(self._send_tests)
         return works
@@ -232,12 +190,13 @@ class Hub:
         if self.state is HubState.STOPPED or self._loop is None:
             return
         self._become(HubState.STOPPED)
-        for client in list(self._clients.values()):
+        for client in list(self.directory):
             self._dismiss(client, GOING_AWAY, "Server shutting down")
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
+        await self.store.close()
 
     def _become(self, state: HubState) -> None:
         assert state in _NEXT_STATES[self.state], f"{self.state} to {state}"
@@ -267,67 +226,103 @@ class Hub:
         """Admit a connection as a client: accept it, welcome it, and let it follow the log.
 
         It follows from now on, or with `since` from after that id (empty: from now, but tell the position). Raises
-        ShuttingDown, InvalidRequest, DuplicateClient or ConnectionRefused, with the reason for the close frame; the
-        connection is then still the caller's to close.
+        ShuttingDown, InvalidRequest, DuplicateClient, ConnectionRefused or StoreUnavailable, with the reason for the
+        close frame; the connection is then still the caller's to close.
         """
-        self._on_first_use()
+        await self._on_first_use()
         client_id = client_id or schemas.new_client_id()
         self._check_open(connection)
         if not schemas.CLIENT_ID.match(client_id):
             raise InvalidRequest("Invalid client_id")
-        position = None if since is None else schemas.position_of(since)
+        wanted = None if since is None else schemas.position_of(since)
         names = schemas.topics_of(topics)
-        while (incumbent := self._clients.get(client_id)) is not None:
-            await self._contest(incumbent)
-            self._check_open(connection)
-        if len(self._clients) >= self.settings.max_connections:
-            active, limit = len(self._clients), self.settings.max_connections
-            raise ConnectionRefused(f"Connection limit exceeded: {active}/{limit}")
-        return self._join(connection, client_id, user_agent, position, names)
+        with self._held():
+            position = await self._claim(connection, client_id, names)
+            try:
+                await self._reached(position)
+                self._check_open(connection)
+                if self.directory.get(client_id) is not None:
+                    raise DuplicateClient(f"Client {client_id} is already connected")
+            except BaseException:
+                if self.directory.get(client_id) is None:
+                    self.store.leave(client_id)
+                raise
+            return self._join(connection, client_id, user_agent, wanted, names, position)
 
     def _check_open(self, connection: Connection) -> None:
-        if self.state is not HubState.READY:
-            raise ShuttingDown
+        self.check_ready()
         if connection.state is not ConnectionState.CONNECTING:
             raise ConnectionRefused("The newcomer has left")
 
-    async def _contest(self, incumbent: Client) -> None:
-        """Return once the incumbent is out of the map. Raises DuplicateClient where it stays."""
-        replace = self.settings.on_duplicate == "replace"
-        # A stream cannot answer a probe, so it gives way to whoever comes.
-        if replace or incumbent.connection.is_stream:
-            self._dismiss(incumbent, POLICY_VIOLATION, "Replaced by a new connection")
-        elif await self._is_alive(incumbent):
-            raise DuplicateClient(f"Client {incumbent.client_id} is already connected")
-        else:
-            self._dismiss(incumbent, INTERNAL_ERROR, "Ping timeout")
+    def check_ready(self) -> None:
+        """Raise ShuttingDown unless clients and notifications are taken."""
+        if not self.is_ready():
+            raise ShuttingDown
 
-    async def _is_alive(self, client: Client) -> bool:
-        """Ping the client now and wait for anything from it; where it could not be heard, take it for alive."""
-        asked_at = self.clock()
-        if client.connection.hears_pongs:
-            client.connection.ping()
-        else:
-            self._ping(client, frame(encode(schemas.Ping(timestamp=timestamp()))))
-        deadline = asked_at + PROBE_SECONDS
-        while self._clients.get(client.client_id) is client:
-            if client.heard_at > asked_at or not client.can_prove_life():
-                return True
-            if self.clock() >= deadline:
-                break
-            await asyncio.sleep(0.02)
-        return False
+    async def _claim(self, connection: Connection, client_id: str, topics: frozenset[str]) -> str:
+        """Register the client_id in the store, once nobody else has it, and return the position at that moment."""
+        while True:
+            while (incumbent := self.directory.get(client_id)) is not None:
+                await self._contest(incumbent)
+                self._check_open(connection)
+            try:
+                return await self.store.admit(client_id, topics)
+            except Taken as taken:
+                question = {"ask": "contest", "client_id": client_id}
+                answer = await self.peers.ask(taken.node, question, PROBE_SECONDS + ANSWER_SECONDS)
+                # A node that does not answer is dead, and loses its clients when its lease ends; until then they stay.
+                if answer is None or answer["stays"]:
+                    raise DuplicateClient(f"Client {client_id} is already connected") from None
+                self._check_open(connection)
+
+    async def _contest(self, incumbent: Client) -> None:
+        """Return once the incumbent is out of the directory. Raises DuplicateClient where it stays."""
+        code, reason = POLICY_VIOLATION, "Replaced by a new connection"
+        # A stream cannot answer a probe, so it gives way to whoever comes.
+        if self.settings.on_duplicate != "replace" and not incumbent.connection.is_stream:
+            if await self.heartbeat.is_alive(incumbent):
+                raise DuplicateClient(f"Client {incumbent.client_id} is already connected")
+            code, reason = INTERNAL_ERROR, "Ping timeout"
+        if incumbent in self.directory:
+            self._dismiss(incumbent, code, reason)
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """Keep in the ring what is appended while an admission or a subscription is under way."""
+        token = object()
+        self.fanout.held[token] = self.fanout.ring.next_sequence
+        try:
+            yield
+        finally:
+            del self.fanout.held[token]
+
+    async def _reached(self, position: str) -> None:
+        """Wait until this process has read the log up to a position. Raises StoreUnavailable."""
+        if self.fanout.ring.position < position:
+            reached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._awaited.append((position, reached))
+            try:
+                await asyncio.wait_for(reached, self.settings.store_timeout)
+            except TimeoutError:
+                raise StoreUnavailable("The store is away: its log cannot be read") from None
+            finally:
+                self._awaited.remove((position, reached))
 
     def _join(
-        self, connection: Connection, client_id: str, user_agent: str | None, since: str | None, topics: frozenset[str]
+        self,
+        connection: Connection,
+        client_id: str,
+        user_agent: str | None,
+        since: str | None,
+        topics: frozenset[str],
+        position: str,
     ) -> Client:
-        # Without await: the cursor is read, what is to be replayed is fixed and the client is in the map before
-        # anything else can be published. So nothing is missing at the seam, and nothing comes twice.
-        client = Client(self, connection, client_id, user_agent, self._ring.head, self.clock())
-        self._clients[client_id] = client
-        self.total_connections += 1
+        # Without await: the cursor is read, what is to be replayed is fixed and the client is in the directory
+        # before anything else can be delivered. So nothing is missing at the seam, and nothing comes twice.
+        ring = self.fanout.ring
+        client = Client(self, connection, client_id, user_agent, ring.head, next(self._numbers))
+        self.directory.add(client, topics)
         self._empty.clear()
-        self._subscribe(client, topics)
         welcome = schemas.Welcome(
             client_id=client_id,
             server_time=timestamp(),
@@ -336,17 +331,23 @@ class Hub:
         greeting = frame(encode(welcome))
         if since is not None:
             greeting += frame(encode(self._resume(client, since)))
+        elif position != ring.position:
+            # Another process was faster than this one: what came after the admission is the client's too.
+            self.fanout.owe(client, [entry.sequence for entry in self._since(position) if _is_for(entry, client)])
         connection.accept(client, greeting)
-        self.advance(client)
+        self.fanout.advance(client)
         return client
+
+    def _since(self, position: str) -> Iterable[Entry]:
+        ring = self.fanout.ring
+        start = ring.find(position)
+        return () if start is None else ring.since(start)
 
     def _resume(self, client: Client, since: str) -> schemas.Resume:
         """Owe the client what it missed after `since`, and return what it is told about that."""
         entries, complete = self._missed(since, client.client_id, client.topics)
-        if entries:
-            client.pending = [entry.sequence for entry in entries]
-            self._owed.add(client)
-        data = schemas.ResumeData(position=self._ring.position, replayed=len(entries), complete=complete)
+        self.fanout.owe(client, [entry.sequence for entry in entries])
+        data = schemas.ResumeData(position=self.fanout.ring.position, replayed=len(entries), complete=complete)
         return schemas.Resume(timestamp=timestamp(), data=data)
 
     def _missed(self, since: str | None, client_id: str | None, topics: Collection[str]) -> tuple[list[Entry], bool]:
@@ -357,39 +358,28 @@ class Hub:
         """
         if since == "":
             return [], True
-        front = self._ring.expired(self.clock(), self._ring.next_sequence)
-        after = 0 if since is None else self._ring.find(since)
+        ring = self.fanout.ring
+        front = ring.expired(self.clock(), ring.next_sequence)
+        after = 0 if since is None else ring.find(since)
         complete = after is not None and after >= front
         start = after if after is not None and complete else front
         entries = [
             entry
-            for entry in self._ring.since(start)
-            if entry.audience is None or entry.audience.includes(client_id, topics)
+            for entry in ring.since(start)
+            if entry.replayed and (entry.audience is None or entry.audience.includes(client_id, topics))
         ]
         return entries, complete
 
-    def _subscribe(self, client: Client, topics: frozenset[str]) -> None:
-        """Change what a client is subscribed to, in both directions of the index."""
-        for topic in client.topics - topics:
-            self._topics[topic].discard(client)
-            if not self._topics[topic]:
-                del self._topics[topic]
-        for topic in topics - client.topics:
-            self._topics.setdefault(topic, set()).add(client)
-        client.topics = topics
-
     def _leave(self, client: Client) -> None:
-        if self._clients.get(client.client_id) is client:
-            del self._clients[client.client_id]
-            self._subscribe(client, frozenset())
-            # A pass that is under way may still hold the client: it must find nothing owed.
-            client.pending = None
-            self._owed.discard(client)
-            if not self._clients:
+        if client in self.directory:
+            self.directory.remove(client)
+            self.fanout.forget(client)
+            self.store.leave(client.client_id)
+            if not self.directory:
                 self._empty.set()
 
     def _dismiss(self, client: Client, code: int, reason: str) -> None:
-        """Take a client out of the map, then close its connection."""
+        """Take a client out of the directory, then close its connection."""
         self._leave(client)
         if client.connection.state is not ConnectionState.CLOSED:
             self._leaving.add(client)
@@ -402,7 +392,23 @@ class Hub:
         if not self._leaving:
             self._all_left.set()
 
-    # --- publishing and the fan-out pass
+    def advance(self, client: Client) -> bool:
+        """Hand a client what it is owed, as far as it can be written to."""
+        return self.fanout.advance(client)
+
+    def _close_slow_consumer(self, client: Client, owed: int) -> None:
+        behind = self.fanout.ring.behind(client.cursor) + len(client.pending or ())
+        self.slow_consumers += 1
+        logger.warning("Client %s is %d notifications behind and is closed", client.client_id, behind)
+        position = self.fanout.ring.id_before(owed)
+        self._dismiss(
+            client, POLICY_VIOLATION, f"Slow consumer: {behind} notifications behind; resume with since={position}"
+        )
+
+    def _close_silent(self, client: Client) -> None:
+        self._dismiss(client, INTERNAL_ERROR, "Ping timeout")
+
+    # --- publishing
 
     async def notify(
         self,
@@ -414,331 +420,270 @@ class Hub:
     ) -> Receipt:
         """Publish a notification: to these clients and topics, or to everyone where neither is given.
 
-        Raises InvalidRequest, naming the field and the limit, TooLarge, or ShuttingDown.
+        Raises InvalidRequest, naming the field and the limit, TooLarge, ShuttingDown, or StoreUnavailable.
         """
         request = {"message": message, "type": type, "data": data, "clients": clients, "topics": topics}
         given = {name: value for name, value in request.items() if value is not None}
-        return self.publish([schemas.check(given, schemas.NotifyRequest)])[0]
+        appended = await self.publish([schemas.check(given, schemas.NotifyRequest)])
+        return appended.receipts[0]
 
-    def publish(self, requests: Sequence[schemas.NotifyRequest], *, numbered: bool = False) -> list[Receipt]:
+    async def publish(
+        self, requests: Sequence[schemas.NotifyRequest], once: Once | None = None, *, numbered: bool = False
+    ) -> Appended:
         """Publish checked requests, all of them or, where one of them is refused, none; as notify().
 
-        Errors of `numbered` requests name the place, counted from 0.
+        With `once` a repetition publishes nothing and returns what the first did; raises KeyReused. Errors of
+        `numbered` requests name the place, counted from 0.
         """
-        self._on_first_use()
-        if self.state is not HubState.READY:
-            raise ShuttingDown
-        composed = [
-            self._compose_request(request, f"[{number}]." if numbered else "")
-            for number, request in enumerate(requests)
-        ]
-        receipts = [self._append(*one) for one in composed]
-        self._published.set()
-        return receipts
+        await self._on_first_use()
+        self.check_ready()
+        drafts = [self._draft(request, f"[{place}]." if numbered else "") for place, request in enumerate(requests)]
+        return await self.store.append(drafts, once)
 
-    def _compose_request(self, request: schemas.NotifyRequest, place: str) -> tuple[str, bytes, Audience | None]:
+    def _draft(self, request: schemas.NotifyRequest, place: str) -> Draft:
         data = {"message": request.message, **request.data}
         data["message"] = request.message
         topics = sorted(set(request.topics or ()))
         try:
-            entry_id, payload = self._compose(request.type, data, topics=topics or UNSET)
+            rest = _compose(request.type, data, topics=topics or UNSET)
         except InvalidRequest as error:
             raise InvalidRequest(place + error.message) from None
-        limit = self.settings.max_message_size + ENVELOPE_BYTES
-        if len(payload) > limit:
-            raise TooLarge(f"{place}data: the notification is {len(payload)} bytes long, over the limit of {limit}")
+        limit, size = self.settings.max_message_size + ENVELOPE_BYTES, len(rest) + ID_BYTES
+        if size > limit:
+            raise TooLarge(f"{place}data: the notification is {size} bytes long, over the limit of {limit}")
         if not topics and request.clients is UNSET:
-            return entry_id, payload, None
-        return entry_id, payload, Audience(frozenset(request.clients or ()), frozenset(topics))
+            return Draft(rest)
+        return Draft(rest, Audience(frozenset(request.clients or ()), frozenset(topics)))
 
-    def _compose(
-        self, type: str, data: Any, sender: str = "notification_service", topics: list[str] | UnsetType = UNSET
-    ) -> tuple[str, bytes]:
-        entry_id = self._positions.next()
-        notification = schemas.Notification(
-            id=entry_id, type=type, timestamp=timestamp(), data=data, topics=topics, sender=sender
-        )
-        return entry_id, encode(notification)
-
-    def _append(
-        self, entry_id: str, payload: bytes, audience: Audience | None = None, *, replayed: bool = True
-    ) -> Receipt:
-        self.notifications_sent += 1
-        sequence = self._ring.append(entry_id, frame(payload), self.clock(), replayed=replayed, audience=audience)
-        if audience is None:
-            self._for_everyone = True
-            return Receipt(entry_id, len(self._clients))
-        addressed = {client for name in audience.clients if (client := self._clients.get(name)) is not None}
-        addressed.update(*(self._topics.get(topic, ()) for topic in audience.topics))
-        # One list for all who are owed nothing else: by it the pass knows that they are owed the same.
-        owed = [sequence]
-        for client in addressed:
-            client.pending = owed if client.pending is None else [*client.pending, sequence]
-        self._owed |= addressed
-        return Receipt(entry_id, len(addressed))
-
-    def history(self, since: str | None, limit: int, topics: str, client_id: str | None) -> schemas.History:
+    async def history(self, since: str | None, limit: int, topics: str, client_id: str | None) -> schemas.History:
         """Return what a client with these parameters would be replayed, oldest first, `limit` at most."""
-        self._on_first_use()
+        await self._on_first_use()
         if client_id is not None and not schemas.CLIENT_ID.match(client_id):
             raise InvalidRequest("Invalid client_id")
-        position = None if since is None else schemas.position_of(since)
-        entries, complete = self._missed(position, client_id, schemas.topics_of(topics))
-        page = entries[:limit]
+        wanted = None if since is None else schemas.position_of(since)
+        entries, complete = self._missed(wanted, client_id, schemas.topics_of(topics))
+        page, size = entries[:limit], 0
+        for count, entry in enumerate(page):
+            size += len(entry.frame)
+            if count and size > PAGE_BYTES:
+                del page[count:]
+                break
         return schemas.History(
             notifications=[orjson.Fragment(next(payloads(entry.frame))) for entry in page],
-            position=page[-1].id if len(page) < len(entries) else self._ring.position,
+            position=page[-1].id if len(page) < len(entries) else self.fanout.ring.position,
             complete=complete,
         )
 
-    async def _fan_out(self) -> None:
-        """Run passes for ever: one at once for a lone notification, one for many in a burst.
+    # --- what the store tells
 
-        When publishes arrived during a pass, the next one waits about as long as that took, so that a burst
-        costs a client one write and not one for each notification.
-        """
-        while True:
-            await self._published.wait()
-            self._published.clear()
-            started_at = self.clock()
-            async with self._passing:
-                await self._pass()
-            if self._published.is_set():
-                await asyncio.sleep(min(self.clock() - started_at, COLLECT_SECONDS))
+    def opened(self, opening: Opening) -> None:
+        """Take the log as it is."""
+        self.started_at = opening.started_at
+        self._started_clock = self.clock() - opening.age
+        self.fanout.begin(opening.before, opening.records, self.host)
 
-    async def _pass(self) -> None:
-        """Hand every client what lies between its cursor and the head, in slices, then trim the ring.
+    def deliver(self, records: Sequence[Record]) -> None:
+        """Take the next records of the log, and hand them to the clients that they are for."""
+        self.fanout.append(records, self.host)
+        if any(not record.replayed and record.rest.startswith(_TEST_START) for record in records):
+            self._last_test_clock = self.clock()
+        for position, reached in self._awaited:
+            if position <= records[-1].id and not reached.done():
+                reached.set_result(None)
 
-        When everything published since the last pass is for some clients only, the pass visits only those.
-        """
-        reached = self._ring.next_sequence
-        full, self._for_everyone = self._for_everyone, False
-        clients = list(self._clients.values() if full else self._owed)
-        behind: list[Client] = []
-        for start in range(0, len(clients), SLICE_CLIENTS):
-            behind += self._hand_over(clients[start : start + SLICE_CLIENTS])
-            await asyncio.sleep(0)
-        if full:
-            self._behind = behind
-        self._settled, self._passed = self._passed, reached
-        self._trim()
+    def missed(self) -> None:
+        """Close everyone: they would miss what this process could not read before the log let go of it."""
+        logger.error("The log has let go of what this process had not read; its clients are closed")
+        for client in list(self.directory):
+            self._dismiss(client, TRY_AGAIN_LATER, "Notifications are missing; connect again and resume")
 
-    def _hand_over(self, clients: list[Client]) -> list[Client]:
-        """Hand a slice of clients what they are owed, and return those that are still behind.
+    def told(self, sender: str, message: bytes) -> None:
+        self.peers.told(sender, message)
 
-        The inner body of the pass: it never blocks, never raises and never changes the map. Nearly all clients stand
-        at one place, are caught up by one batch and have a plain socket: they cost this loop and the system call.
-        Past the transport, because among 10,000 clients what that touches in memory costs 0.4 us a delivery, a tenth
-        of the system call (bench/run.py --measure fanout). What the kernel does not take is the transport's.
-        """
-        at, owed = clients[0].cursor, clients[0].pending
-        batch, left = (self._ring.batch(at), None) if owed is None else self._ring.merge(at, owed)
-        if batch is None or batch.end != self._ring.head or left:
-            return [client for client in clients if not self.advance(client)]
-        behind = []
-        others = 0
-        frames, end, notifications = batch
-        size, write = len(frames), os.write
-        for client in clients:
-            if client.cursor == at and client.pending is owed and client.descriptor >= 0:
-                client.cursor = end
-                client.pending = None
-                try:
-                    sent = write(client.descriptor, frames)
-                except OSError:
-                    sent = 0
-                if sent != size:
-                    client.connection.write(frames[sent:])
-            else:
-                others += 1
-                if not self.advance(client):
-                    behind.append(client)
-        self.messages_sent += notifications * (len(clients) - others)
-        if owed is not None:
-            self._owed.difference_update(clients)
-            # Not who has left since the pass began: `_leave` has let go of what they were owed.
-            self._owed.update(client for client in behind if client.pending is not None)
-        return behind
+    def registrations(self) -> Iterable[tuple[str, frozenset[str]]]:
+        return [(client.client_id, client.topics) for client in self.directory]
 
-    def advance(self, client: Client) -> bool:
-        """Hand one client what it is owed, while it can be written to, and return whether it has everything.
+    def evicted(self, client_ids: Sequence[str]) -> None:
+        """Close clients whose ids are other processes' by now."""
+        for client_id in client_ids:
+            if (client := self.directory.get(client_id)) is not None:
+                self._dismiss(client, POLICY_VIOLATION, "Replaced by a new connection")
 
-        Also called when a client's transport has drained. Never blocks, never raises, never changes the map.
-        """
-        connection = client.connection
-        while connection.writable:
-            if client.pending is not None:
-                batch, left = self._ring.merge(client.cursor, client.pending)
-                client.pending = left or None
-                if not left:
-                    self._owed.discard(client)
-            elif (found := self._ring.batch(client.cursor)) is not None:
-                batch = found
-            else:
-                return True
-            client.cursor = batch.end
-            self.messages_sent += batch.notifications
-            connection.write(batch.frames)
-        return client.cursor == self._ring.head and client.pending is None
+    def active_connections(self) -> int:
+        """Return how many clients this process has."""
+        return len(self.directory)
 
-    def _trim(self) -> None:
-        """Forget what the bounds say, after closing the clients that would fall off.
+    def recipients(self, audience: Audience | None) -> int:
+        return self.directory.count(audience)
 
-        Only who was behind after the last full pass, or is owed something beside, can be that far behind: nothing
-        newer than the pass before is trimmed.
-        """
-        until = self._ring.expired(self.clock(), self._settled)
-        if until == self._ring.front:
-            return
-        for client in {*self._behind, *self._owed}:
-            if self._clients.get(client.client_id) is client:
-                owed = self._ring.next_owed(client.cursor, client.pending)
-                if owed < until:
-                    self._drop_slow_consumer(client, owed)
-        self._ring.trim(until)
-
-    def _drop_slow_consumer(self, client: Client, owed: int) -> None:
-        behind = self._ring.behind(client.cursor) + len(client.pending or ())
-        self.slow_consumers += 1
-        logger.warning("Client %s is %d notifications behind and is closed", client.client_id, behind)
-        reason = f"Slow consumer: {behind} notifications behind; resume with since={self._ring.id_before(owed)}"
-        self._dismiss(client, POLICY_VIOLATION, reason)
-
-    async def _keep_house(self) -> None:
-        """Let what is too old go also when nothing is published."""
-        while True:
-            await asyncio.sleep(min(1.0, self.settings.history_ttl))
-            async with self._passing:
-                self._settled = self._passed
-                self._trim()
+    async def _answer_peer(self, question: dict[str, Any]) -> Any:
+        if question["ask"] == "contest":
+            try:
+                if (incumbent := self.directory.get(question["client_id"])) is not None:
+                    await self._contest(incumbent)
+            except DuplicateClient:
+                return {"stays": True}
+            return {"stays": False}
+        await self.store.report(self._counted())
+        return schemas.to_plain(self.details(question["limit"]))
 
     # --- messages from clients
 
     def receive(self, client: Client, message: str | bytes) -> None:
         """Act on one message of a client."""
         client.speaks = True
-        if not client.take_token(self.clock()):
+        if not client.take_token():
             self._dismiss(client, POLICY_VIOLATION, "Message rate exceeded")
             return
         try:
-            answer = self._answer(client, message)
+            value: dict[str, Any] | InvalidRequest = _read(message)
         except InvalidRequest as error:
-            answer = schemas.ErrorMessage(error_id=schemas.new_error_id(), message=error.message, timestamp=timestamp())
-        if answer is not None:
-            self._reply(client, encode(answer))
+            value = error
+        if (waiting := self._waiting.get(client)) is not None:
+            waiting.append(value)
+        elif isinstance(value, dict) and value["type"] in _ASKS_THE_STORE:
+            self._waiting[client] = deque([value])
+            self._in_background(self._answer_in_order(client))
+        else:
+            self._reply(client, _answer(value))
 
-    def _answer(self, client: Client, message: str | bytes) -> Struct | None:
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        # The loop itself holds tasks only weakly.
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
+
+    async def _answer_in_order(self, client: Client) -> None:
+        """Answer a client's messages from the first that asks the store on, until all are answered."""
+        waiting = self._waiting[client]
         try:
-            value = orjson.loads(message)
-        except orjson.JSONDecodeError:
-            raise InvalidRequest("Invalid JSON format") from None
-        kind = value.get("type") if isinstance(value, dict) else None
-        if not isinstance(kind, str):
-            raise InvalidRequest("Invalid message format")
-        if kind == "pong":
-            return None
-        if kind == "ping":
-            return schemas.Pong(timestamp=timestamp())
-        if kind == "status_request":
-            return self._status_message()
-        if kind in ("subscribe", "unsubscribe"):
-            return self._change_topics(client, kind, value)
-        raise InvalidRequest(f"Unknown message type: {kind[:64]}")
+            while waiting and client in self.directory:
+                value = waiting.popleft()
+                answer = _answer(value)
+                if isinstance(value, dict) and value["type"] in _ASKS_THE_STORE:
+                    try:
+                        answer = await self._ask_the_store(client, value)
+                    except (InvalidRequest, StoreUnavailable) as error:
+                        answer = _error_message(error)
+                if client in self.directory:
+                    self._reply(client, answer)
+        finally:
+            del self._waiting[client]
 
-    def _status_message(self) -> schemas.StatusMessage:
-        now = timestamp()
-        data = schemas.StatusData(
-            active_connections=len(self._clients), total_connections=self.total_connections, server_time=now
-        )
+    async def _ask_the_store(self, client: Client, value: dict[str, Any]) -> Struct:
+        if value["type"] != "status_request":
+            return await self._change_topics(client, value)
+        census, now = await self.census(), timestamp()
+        data = schemas.StatusData(active_connections=census.active, total_connections=census.total, server_time=now)
         return schemas.StatusMessage(data=data, timestamp=now)
 
-    def _change_topics(self, client: Client, kind: str, value: Any) -> schemas.Subscribed:
+    async def _change_topics(self, client: Client, value: dict[str, Any]) -> schemas.Subscribed:
         named = frozenset(schemas.check(value, schemas.TopicsRequest).topics)
-        topics = client.topics | named if kind == "subscribe" else client.topics - named
-        if len(topics) > schemas.MAX_TOPICS:
-            raise InvalidRequest(f"topics: at most {schemas.MAX_TOPICS} a client, and this would make {len(topics)}")
-        self._subscribe(client, topics)
+        before = client.topics
+        if value["type"] == "unsubscribe":
+            topics = before - named
+            # What was addressed to the client until now is still to come.
+            await self._reached(await self.store.subscribe(client.client_id, topics))
+        else:
+            topics = before | named
+            if len(topics) > schemas.MAX_TOPICS:
+                raise InvalidRequest(
+                    f"topics: at most {schemas.MAX_TOPICS} a client, and this would make {len(topics)}"
+                )
+            # Here first: nothing that is addressed to the client from now on may pass by.
+            self.directory.subscribe(client, topics)
+            try:
+                await self.store.subscribe(client.client_id, topics)
+            except StoreUnavailable:
+                self._follow(client, before)
+                raise
+        self._follow(client, topics)
         return schemas.Subscribed(topics=sorted(topics), timestamp=timestamp())
 
-    def _reply(self, client: Client, payload: bytes) -> None:
+    def _follow(self, client: Client, topics: frozenset[str]) -> None:
+        if client in self.directory:
+            self.directory.subscribe(client, topics)
+
+    def _reply(self, client: Client, answer: Struct | None) -> None:
+        if answer is None:
+            return
         if client.connection.buffered() > UNREAD_BYTES:
             self._dismiss(client, POLICY_VIOLATION, "Slow consumer: answers are not read")
             return
-        client.connection.write(frame(payload))
+        client.connection.write(frame(encode(answer)))
 
-    # --- heartbeat and test notifications
-
-    async def _heartbeat(self) -> None:
-        """Ping every client once an interval, and close those that have been silent for too long.
-
-        Each client has a phase, so that the pings are spread over the interval and a newcomer waits for its
-        first one no longer than that. Where ping_timeout is shorter than two intervals, the interval is half of
-        it: a live client must get the chance to prove itself.
-        """
-        interval = min(self.settings.ping_interval, self.settings.ping_timeout / 2)
-        while True:
-            for phase in range(HEARTBEAT_PHASES):
-                await asyncio.sleep(interval / HEARTBEAT_PHASES)
-                ping = frame(encode(schemas.Ping(timestamp=timestamp())))
-                self._close_silent()
-                due = [client for client in self._clients.values() if client.phase == phase]
-                for count, client in enumerate(due, 1):
-                    self._ping(client, ping)
-                    if not count % SLICE_CLIENTS:
-                        await asyncio.sleep(0)
-
-    def _ping(self, client: Client, ping: bytes) -> None:
-        # One that cannot be written to has enough to read, and would see no ping before that.
-        if client.connection.writable:
-            client.connection.write(ping)
-            client.connection.ping()
-
-    def _close_silent(self) -> None:
-        limit = self.clock() - self.settings.ping_timeout
-        for client in [client for client in self._clients.values() if client.heard_at < limit]:
-            if client.can_prove_life():
-                logger.info("Client %s has been silent for too long and is closed", client.client_id)
-                self._dismiss(client, INTERNAL_ERROR, "Ping timeout")
+    # --- test notifications
 
     async def _send_tests(self) -> None:
-        due = self.clock()
+        """Send them where this process leads: an interval after the last one, whoever sent that."""
+        interval = self.settings.notification_interval
+        self._last_test_clock = self.clock()
+        due = self._last_test_clock + interval
         while self.state is HubState.READY:
-            due += self.settings.notification_interval
             await asyncio.sleep(max(0.0, due - self.clock()))
+            if self._last_test_clock + interval > due + interval / 10:
+                due = self._last_test_clock + interval
+                continue
+            # What was missed while the process did not run is not made up for.
+            due = due + interval if due + interval > self.clock() else self.clock() + interval
             if self.state is HubState.READY:
-                self._send_test()
+                with contextlib.suppress(StoreUnavailable):
+                    await self._send_test()
 
-    def _send_test(self) -> None:
-        self._test_counter += 1
+    async def _send_test(self) -> None:
+        if (counter := await self.store.lead()) is None:
+            return
         data = schemas.TestData(
-            message=f"Test notification #{self._test_counter}",
-            counter=self._test_counter,
+            message=f"Test notification #{counter + 1}",
+            counter=counter + 1,
             uptime_seconds=self.uptime(),
-            active_connections=len(self._clients),
+            active_connections=(await self.census()).active,
             server_time=timestamp(),
         )
-        self._append(*self._compose("test_notification", data), replayed=False)
-        self._published.set()
+        draft = Draft(_compose("test_notification", data), replayed=False)
+        await self.store.append([draft], counter=counter + 1)
 
     # --- the drain
 
     async def drain(self) -> None:
         """Announce the shutdown, wait until the clients have left or shutdown_timeout is over, close the rest.
 
-        Cancelled, it closes the rest at once. Closed means told: wait_closed() waits for the peers' answers.
+        Only this host's clients. Cancelled, it closes them at once. Closed means told: wait_closed() waits for the
+        peers' answers.
         """
-        self._on_first_use()
+        await self._on_first_use()
         self._become(HubState.DRAINING)
-        deadline = self.clock() + self.settings.shutdown_timeout
+        drain = Drain(self.directory, self.clock, self.settings.drain_rate, self.settings.shutdown_timeout)
         try:
-            await self._announce_shutdown()
-            await self._wait_until_empty(deadline)
-            async for client in self._paced(list(self._clients.values())):
-                self._dismiss(client, GOING_AWAY, "Server shutting down")
+            async with drain.reported():
+                # The lock waits for the pass that is under way, and keeps the next one from telling everyone at once.
+                async with self.fanout.passing:
+                    await self._announce_shutdown()
+                    await drain.tell(self.advance)
+                await drain.wait_until_empty(self._empty)
+            await drain.close(self._close_going_away)
         finally:
-            for client in list(self._clients.values()):
-                self.advance(client)
-                self._dismiss(client, GOING_AWAY, "Server shutting down")
+            for client in list(self.directory):
+                self._close_going_away(client)
+
+    def _close_going_away(self, client: Client) -> None:
+        self.advance(client)
+        self._dismiss(client, GOING_AWAY, "Server shutting down")
+
+    async def _announce_shutdown(self) -> None:
+        """Put what everyone on this host is to be told at the end of the ring."""
+        now = timestamp()
+        rest = _compose("system", schemas.SystemData(system_time=now), sender="system")
+        draft = Draft(rest, replayed=False, host=self.host)
+        # All processes of a host want to say so; the first of them does.
+        once = Once(f"drain {self.host}", b"") if self.host else None
+        try:
+            appended = await self.store.append([draft], once)
+            await self._reached(appended.receipts[0].id)
+        except StoreUnavailable:
+            position = schemas.Positions(self.fanout.ring.position).next()
+            self.deliver([Record(position, *draft, time.time())])
+        self.fanout.ring.append_farewell(frame(encode(schemas.ShutdownMessage(timestamp=now))))
 
     async def wait_closed(self) -> None:
         """Wait until every connection has ended, for as long as a connection takes at most to give up."""
@@ -747,60 +692,100 @@ class Hub:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._all_left.wait(), CLOSE_DEADLINE_SECONDS + 1)
 
-    async def _announce_shutdown(self) -> None:
-        # The lock waits for the pass that is under way, and keeps the next one from telling everyone at once.
-        async with self._passing:
-            now = timestamp()
-            data = schemas.SystemData(system_time=now)
-            self._append(*self._compose("system", data, sender="system"), replayed=False)
-            self._ring.append_farewell(frame(encode(schemas.ShutdownMessage(timestamp=now))))
-            async for client in self._paced(list(self._clients.values())):
-                self.advance(client)
-
-    async def _paced(self, clients: Collection[Client]) -> AsyncIterator[Client]:
-        """Yield the clients at drain_rate a second, so that a fleet does not come back as one wave."""
-        started_at = self.clock()
-        for count, client in enumerate(clients):
-            ahead = started_at + count / self.settings.drain_rate - self.clock()
-            if ahead > 0.01:
-                await asyncio.sleep(ahead)
-            yield client
-
-    async def _wait_until_empty(self, deadline: float) -> None:
-        while self._clients and (left := deadline - self.clock()) > 0:
-            logger.info(
-                "Draining: %d clients remain; they are closed in %.0f s at most (a second signal: now)",
-                len(self._clients),
-                left,
-            )
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._empty.wait(), min(DRAIN_REPORT_SECONDS, left))
-
     # --- figures
 
     def uptime(self) -> float:
-        """Return the seconds since the start, to the millisecond."""
+        """Return the seconds since the first of the running processes started, to the millisecond."""
         return round(self.clock() - self._started_clock, 3)
 
     def is_ready(self) -> bool:
         """Whether clients and notifications are taken."""
         return self.state in (HubState.STARTING, HubState.READY)
 
-    def clients(self) -> Iterable[Client]:
-        """Return the connected clients, in the order of their admission."""
-        return self._clients.values()
+    def _counted(self) -> Report:
+        return Report(self.fanout.messages_sent, self.slow_consumers)
 
-    def active_connections(self) -> int:
-        return len(self._clients)
+    async def _report(self) -> None:
+        """Tell the store regularly what this process has counted, and stay the leader where it is one."""
+        while True:
+            with contextlib.suppress(StoreUnavailable):
+                await self.store.report(self._counted())
+                await self.store.lead()
+            await asyncio.sleep(REPORT_SECONDS)
 
-    def clients_behind(self) -> int:
-        head = self._ring.head
-        return sum(client.cursor != head or client.pending is not None for client in self._clients.values())
+    async def census(self) -> Census:
+        """Return the figures of all processes; of before, while the store is away."""
+        await self._on_first_use()
+        with contextlib.suppress(StoreUnavailable):
+            await self.store.report(self._counted())
+            self._census = await self.store.census()
+        return self._census
 
-    def log_size(self) -> tuple[int, int]:
-        """Return how many notifications the log holds, and their bytes."""
-        return len(self._ring), self._ring.size
+    async def exact_census(self, limit: int = 0) -> tuple[Census, list[schemas.ClientDetails]]:
+        """Return the figures of all processes as of now, and the details of the first `limit` clients.
 
-    def wall_time(self, clock: float) -> float:
+        Every process is asked what it has counted; one that does not answer stands with its last report.
+        """
+        census, details = await self.census(), self.details(limit)
+        if census.others:
+            with contextlib.suppress(StoreUnavailable):
+                asked = {"ask": "report", "limit": limit}
+                for answer in await self.peers.ask_all(census.others, asked, ANSWER_SECONDS):
+                    details += schemas.check(answer, list[schemas.ClientDetails])
+            census = await self.census()
+            details = sorted(details, key=lambda one: one.connected_at)[:limit]
+        return census, details
+
+    def details(self, limit: int) -> list[schemas.ClientDetails]:
+        """Return this process's first clients, in the order of their admission."""
+        return [
+            schemas.ClientDetails(
+                client_id=client.client_id,
+                connected_at=timestamp(self._wall_time(client.connected_at)),
+                last_ping=timestamp(self._wall_time(client.heard_at)),
+                user_agent=client.user_agent,
+            )
+            for client in itertools.islice(self.directory, limit)
+        ]
+
+    def _wall_time(self, clock: float) -> float:
         """Return a moment of `clock` in seconds since the epoch."""
         return self.started_at + clock - self._started_clock
+
+
+def _is_for(entry: Entry, client: Client) -> bool:
+    return entry.audience is None or entry.audience.includes(client.client_id, client.topics)
+
+
+def _compose(
+    type: str, data: Any, sender: str = "notification_service", topics: list[str] | UnsetType = UNSET
+) -> bytes:
+    """Return a notification's JSON behind its id."""
+    notification = schemas.Notification(type=type, timestamp=timestamp(), data=data, topics=topics, sender=sender)
+    return encode(notification).removeprefix(b'{"id":""')
+
+
+def _read(message: str | bytes) -> dict[str, Any]:
+    """Return a client's message. Raises InvalidRequest."""
+    try:
+        value = orjson.loads(message)
+    except orjson.JSONDecodeError:
+        raise InvalidRequest("Invalid JSON format") from None
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        raise InvalidRequest("Invalid message format")
+    return value
+
+
+def _answer(value: dict[str, Any] | InvalidRequest) -> Struct | None:
+    """Return the answer to a message that needs nothing from the store."""
+    if isinstance(value, InvalidRequest):
+        return _error_message(value)
+    if value["type"] == "pong":
+        return None
+    if value["type"] == "ping":
+        return schemas.Pong(timestamp=timestamp())
+    return _error_message(InvalidRequest(f"Unknown message type: {value['type'][:64]}"))
+
+
+def _error_message(error: NotifydError) -> schemas.ErrorMessage:
+    return schemas.ErrorMessage(error_id=schemas.new_error_id(), message=error.message, timestamp=timestamp())

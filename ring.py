@@ -17,6 +17,8 @@ from collections.abc import Collection, Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
+# What a name in an audience takes in memory beside its letters.
+NAME_BYTES = 64
 # One write hands a client at most about this much, so that a client that is far behind does not pin a copy of
 # the whole ring in its transport.
 BATCH_BYTES = 262_144
@@ -28,17 +30,22 @@ class Audience(NamedTuple):
     clients: frozenset[str]
     topics: frozenset[str]
 
+    def size(self) -> int:
+        """Return about how many bytes it takes in memory."""
+        return sum(len(name) + NAME_BYTES for names in self for name in names)
+
     def includes(self, client_id: str | None, topics: Collection[str]) -> bool:
         return client_id in self.clients or not self.topics.isdisjoint(topics)
 
 
 class Entry(NamedTuple):
-    """One notification as it stands in the log; `audience` None is everyone."""
+    """One notification as it stands in the log; `audience` None is everyone. `size` counts frame and audience."""
 
     sequence: int
     turn: int
     id: str
     frame: bytes
+    size: int
     at: float
     replayed: bool
     audience: Audience | None
@@ -70,13 +77,13 @@ class Ring:
         "max_entries",
     )
 
-    def __init__(self, first_id: str, max_entries: int, max_bytes: int, max_age: float) -> None:
+    def __init__(self, max_entries: int, max_bytes: int, max_age: float) -> None:
         self.max_entries = max_entries
         self.max_bytes = max_bytes
         self.max_age = max_age
         self._entries: list[Entry] = []
         self._front = 0  # the sequence of _entries[0]
-        self._before_front = first_id
+        self._before_front = ""
         self._broadcasts: list[Entry] = []
         self._front_turn = 0  # the turn of _broadcasts[0]
         self._bytes = 0
@@ -89,7 +96,7 @@ class Ring:
 
     @property
     def size(self) -> int:
-        """The bytes of all frames in the log."""
+        """The bytes of the whole log."""
         return self._bytes
 
     @property
@@ -111,22 +118,27 @@ class Ring:
         """The newest id; before the first notification, one that is older than any."""
         return self._entries[-1].id if self._entries else self._before_front
 
+    def begin(self, before: str) -> None:
+        """Say which id comes before all that will be appended."""
+        self._before_front = before
+
     def append(
         self, id: str, frame: bytes, at: float, *, replayed: bool = True, audience: Audience | None = None
     ) -> int:
         """Add a notification and return its sequence. `at` is in seconds, of the clock that expired() is given."""
-        entry = Entry(self.next_sequence, self.head, id, frame, at, replayed, audience)
+        size = len(frame) + (0 if audience is None else audience.size())
+        entry = Entry(self.next_sequence, self.head, id, frame, size, at, replayed, audience)
         self._entries.append(entry)
         if audience is None:
             self._broadcasts.append(entry)
             self._batches.clear()
-        self._bytes += len(frame)
+        self._bytes += size
         self._replayed += replayed
         return entry.sequence
 
     def append_farewell(self, frame: bytes) -> None:
         """Add a last frame for everyone that is no notification: it has no id and is not in the log."""
-        self._broadcasts.append(Entry(self.next_sequence, self.head, self.position, frame, 0.0, False, None))
+        self._broadcasts.append(Entry(self.next_sequence, self.head, self.position, frame, 0, 0.0, False, None))
         self._farewell = self.head
         self._batches.clear()
 
@@ -153,6 +165,7 @@ class Ring:
 
         `pending` holds sequences in their order; an entry comes before the broadcasts whose turn is not before its own.
         """
+        assert pending[0] >= self._front, "owed what is gone"
         frames: list[bytes] = []
         size = taken = notices = 0
         while taken < len(pending) or cursor < self.head:
@@ -184,10 +197,9 @@ class Ring:
         return self._entries[index].id if index >= 0 else self._before_front
 
     def since(self, sequence: int) -> Iterator[Entry]:
-        """Yield the entries from this sequence on that resume and history give."""
+        """Yield the entries from this sequence on."""
         for index in range(max(0, sequence - self._front), len(self._entries)):
-            if self._entries[index].replayed:
-                yield self._entries[index]
+            yield self._entries[index]
 
     def expired(self, now: float, settled: int) -> int:
         """Return the sequence up to which the bounds ask to trim, but not beyond `settled`."""
@@ -199,7 +211,7 @@ class Ring:
             if within:
                 break
             replayed -= entry.replayed
-            size -= len(entry.frame)
+            size -= entry.size
             drop += 1
         return self._front + drop
 
@@ -216,7 +228,7 @@ class Ring:
         front_turn = self._turn_of(sequence)
         gone = self._entries[:drop]
         self._before_front = gone[-1].id
-        self._bytes -= sum(len(entry.frame) for entry in gone)
+        self._bytes -= sum(entry.size for entry in gone)
         self._replayed -= sum(entry.replayed for entry in gone)
         del self._entries[:drop]
         self._front = sequence

@@ -31,6 +31,7 @@ from errors import (
 from events import EventStream
 from guard import origin_allowed
 from hub import Hub
+from keys import Appended, Once
 from schemas import encode, timestamp
 
 logger = logging.getLogger("notifyd.routes")
@@ -38,9 +39,8 @@ logger = logging.getLogger("notifyd.routes")
 PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STATUS_DETAILS, MAX_STATUS_DETAILS = 1000, 1_000_000
 HISTORY_LIMIT, MAX_HISTORY_LIMIT = 100, 1000
-BATCH_BYTES = 1_048_576
+MAX_BATCH_BYTES = 1_048_576
 MAX_KEY_LENGTH = 255
-ID_LENGTH = 36
 # When to try again where the limit is reached or the server drains.
 RETRY_AFTER_SECONDS = 5
 
@@ -97,55 +97,50 @@ def answer(body: Struct, status: int = 200, headers: dict[str, str] | None = Non
 
 
 async def health(hub: Hub, request: Request) -> Response:
-    return answer(figures.health(hub), 200 if hub.is_ready() else 503)
+    body = await figures.health(hub)
+    return answer(body, 200 if body.status == "healthy" else 503)
 
 
 async def notify(hub: Hub, request: Request) -> Response:
     body = await request.body(hub.settings.max_message_size)
-
-    def publish() -> tuple[str, Struct]:
-        wanted = _read_notification(request, body)
-        response = schemas.NotifyResponse(recipients=0, notification=wanted, timestamp=timestamp())
-        # What could not be written back must be refused before it is sent.
-        encode(response)
-        [receipt] = hub.publish([wanted])
-        response.recipients = receipt.recipients
-        return receipt.id, response
-
-    return _publish_once(hub, request, body, publish)
+    hub.check_ready()
+    wanted = _read_notification(request, body)
+    response = schemas.NotifyResponse(recipients=0, notification=wanted, timestamp="")
+    # What could not be written back must be refused before it is sent.
+    encode(response)
+    appended = await hub.publish([wanted], _once(request, body))
+    response.recipients, response.timestamp = appended.receipts[0].recipients, timestamp(appended.at)
+    return _published(response, appended)
 
 
 async def notify_batch(hub: Hub, request: Request) -> Response:
-    body = await request.body(BATCH_BYTES)
-
-    def publish() -> tuple[str, Struct]:
-        _check_content_type(request.media_type())
-        receipts = hub.publish(schemas.decode(body, schemas.NotifyRequests), numbered=True)
-        notifications = [schemas.BatchReceipt(id=one.id, recipients=one.recipients) for one in receipts]
-        response = schemas.BatchResponse(count=len(receipts), notifications=notifications, timestamp=timestamp())
-        return receipts[-1].id, response
-
-    return _publish_once(hub, request, body, publish)
+    body = await request.body(MAX_BATCH_BYTES)
+    hub.check_ready()
+    _check_content_type(request.media_type())
+    appended = await hub.publish(schemas.decode(body, schemas.NotifyRequests), _once(request, body), numbered=True)
+    receipts = [schemas.BatchReceipt(id=one.id, recipients=one.recipients) for one in appended.receipts]
+    response = schemas.BatchResponse(count=len(receipts), notifications=receipts, timestamp=timestamp(appended.at))
+    return _published(response, appended)
 
 
 async def notifications(hub: Hub, request: Request) -> Response:
     parameters = request.parameters()
     limit = _whole_number(parameters, "limit", HISTORY_LIMIT, least=1, most=MAX_HISTORY_LIMIT)
     since, client_id = parameters.get("since"), parameters.get("client_id") or None
-    return answer(hub.history(since, limit, parameters.get("topics", ""), client_id))
+    return answer(await hub.history(since, limit, parameters.get("topics", ""), client_id))
 
 
 async def metrics(hub: Hub, request: Request) -> Response:
-    return answer(figures.metrics(hub))
+    return answer(await figures.metrics(hub))
 
 
 async def prometheus(hub: Hub, request: Request) -> Response:
-    return Response(figures.prometheus(hub), media_type=PROMETHEUS_TYPE)
+    return Response(await figures.prometheus(hub), media_type=PROMETHEUS_TYPE)
 
 
 async def status(hub: Hub, request: Request) -> Response:
     limit = _whole_number(request.parameters(), "limit", STATUS_DETAILS, least=0, most=MAX_STATUS_DETAILS)
-    return answer(figures.status(hub, limit))
+    return answer(await figures.status(hub, limit))
 
 
 async def events(hub: Hub, request: Request) -> EventStream | Response:
@@ -193,29 +188,23 @@ async def connect(hub: Hub, scope: Scope, receive: Receive, send: Send) -> None:
 # --- what handlers share
 
 
-def _publish_once(hub: Hub, request: Request, body: bytes, publish: Callable[[], tuple[str, Struct]]) -> Response:
-    """Publish, or answer as before where the request repeats one with the same Idempotency-Key.
-
-    `publish` returns the id for the Notification-Id header and the body of the answer.
-    """
-
-    def answer_once() -> bytes:
-        notification_id, response = publish()
-        return notification_id.encode() + encode(response) + b"\n"
-
+def _once(request: Request, body: bytes) -> Once | None:
+    """Return the request's Idempotency-Key with what it stands for, if it has one. Raises InvalidRequest."""
     key = request.headers.get("idempotency-key")
     if key is None:
-        kept, repeated = answer_once(), False
-    else:
-        if not 1 <= len(key) <= MAX_KEY_LENGTH:
-            raise InvalidRequest(f"Idempotency-Key: expected 1 to {MAX_KEY_LENGTH} characters, got {len(key)}")
-        stated = (request.scope["path"].encode(), request.media_type().encode(), body)
-        fingerprint = hashlib.sha256(b"\0".join(stated)).digest()
-        kept, repeated = hub.keys.once(key, fingerprint, hub.clock(), answer_once)
-    headers = {"Notification-Id": kept[:ID_LENGTH].decode()}
-    if repeated:
+        return None
+    if not 1 <= len(key) <= MAX_KEY_LENGTH:
+        raise InvalidRequest(f"Idempotency-Key: expected 1 to {MAX_KEY_LENGTH} characters, got {len(key)}")
+    stated = (request.scope["path"].encode(), request.media_type().encode(), body)
+    return Once(key, hashlib.sha256(b"\0".join(stated)).digest())
+
+
+def _published(response: Struct, appended: Appended) -> Response:
+    """Return the answer to a publisher, the same for each repetition of its request."""
+    headers = {"Notification-Id": appended.receipts[-1].id}
+    if appended.repeated:
         headers["Idempotent-Replayed"] = "true"
-    return Response(kept[ID_LENGTH:], 200, headers, "application/json")
+    return answer(response, headers=headers)
 
 
 def _read_notification(request: Request, body: bytes) -> schemas.NotifyRequest:

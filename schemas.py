@@ -38,6 +38,7 @@ RESERVED_TYPES = frozenset(
 # Close codes, RFC 6455 section 7.4.1.
 NORMAL_CLOSURE, GOING_AWAY, PROTOCOL_ERROR = 1000, 1001, 1002
 NO_STATUS_RECEIVED, INVALID_DATA, POLICY_VIOLATION, MESSAGE_TOO_BIG, INTERNAL_ERROR = 1005, 1007, 1008, 1009, 1011
+TRY_AGAIN_LATER = 1013  # IANA's registry of close codes
 
 
 # --- time and ids
@@ -65,8 +66,10 @@ class Positions:
 
     __slots__ = ("_last",)
 
-    def __init__(self) -> None:
-        self._last = 0
+    def __init__(self, last: str = "") -> None:
+        """Give ids that come after `last`."""
+        digits = last.replace("-", "") or "0" * 32
+        self._last = int(digits[:12] + digits[13:16], 16) << 62 | int(digits[16:], 16) & (1 << 62) - 1
 
     def next(self) -> str:
         value = time.time_ns() // 1_000_000 << 74 | secrets.randbits(73)
@@ -87,6 +90,11 @@ def encode(message: Struct) -> bytes:
         return orjson.dumps(message, default=_fields)
     except orjson.JSONEncodeError as error:
         raise InvalidRequest(f"data: {_unencodable(error)}") from None
+
+
+def to_plain(value: Any) -> Any:
+    """Return Structs as plain values."""
+    return msgspec.to_builtins(value)
 
 
 def _fields(value: object) -> dict[str, Any]:
@@ -204,9 +212,9 @@ class Welcome(Struct, kw_only=True):
 
 
 class Notification(Struct, kw_only=True):
-    """What is published: test, custom and system notifications alike."""
+    """What is published: test, custom and system notifications alike. The store gives the id."""
 
-    id: str
+    id: str = ""
     type: str
     timestamp: str
     data: Any

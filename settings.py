@@ -23,6 +23,7 @@ Positive = Annotated[int, Meta(ge=1, le=1_000_000_000)]
 
 # Kubernetes injects NOTIFYD_PORT=tcp://10.0.0.1:8000 for a service called notifyd (and siblings of these forms).
 _KUBERNETES = re.compile(rf"{PREFIX}(PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?|SERVICE_(HOST|PORT(_\w+)?))\Z")
+_STORE = re.compile(r"(auto|memory|sqlite:.+|(rediss?|unix)://.+)\Z", re.DOTALL)
 _ORIGIN = re.compile(r"https?://[^/\s?#@]+\Z", re.IGNORECASE)
 
 
@@ -35,7 +36,20 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     host: Annotated[str, Meta(min_length=1, description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
-    workers: Annotated[int, Meta(ge=1, le=1, description="processes that serve; one for now")] = 1
+    workers: Annotated[int, Meta(ge=1, le=256, description="processes that serve")] = 1
+    store: Annotated[
+        str,
+        Meta(
+            description="log and registry that processes share: memory (one process), sqlite:PATH (one machine), "
+            "redis://HOST:PORT (many); auto: memory, or with several workers sqlite in a temporary file"
+        ),
+    ] = "auto"
+    store_prefix: Annotated[
+        str, Meta(min_length=1, max_length=64, description="what the names of all keys in Redis begin with")
+    ] = "notifyd:"
+    store_timeout: Annotated[
+        float, Meta(ge=0.1, le=60, description="seconds after which a store that does not answer is given up on")
+    ] = 2
     debug: Annotated[bool, Meta(description="log at level DEBUG, and say so in /metrics and /status")] = False
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
@@ -79,6 +93,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     ] = ()
 
     def __post_init__(self) -> None:
+        if not _STORE.match(self.store):
+            # Without what was given: it may hold a password.
+            raise ValueError("store: expected auto, memory, sqlite:PATH or redis://HOST:PORT")
         for origin in self.allow_origin:
             if origin != "*" and not _ORIGIN.match(origin):
                 raise ValueError(f"expected an origin such as https://example.com or *, got {origin!r}")

@@ -21,6 +21,7 @@ from clients import PATIENCE
 from expected import Record, parse
 from server import ROOT, Server, environment
 
+import client
 import errors
 import events
 import http_wire
@@ -147,13 +148,13 @@ def test_limits_are_the_codes_own() -> None:
         schemas.MAX_TOPICS,
         routes.MAX_KEY_LENGTH,
         schemas.MAX_BATCH,
-        routes.BATCH_BYTES,
+        routes.MAX_BATCH_BYTES,
         routes.MAX_HISTORY_LIMIT,
         routes.HISTORY_LIMIT,
         events.RETRY_MILLISECONDS,
         routes.RETRY_AFTER_SECONDS,
-        hub.MESSAGE_BURST,
-        hub.MESSAGES_PER_SECOND,
+        client.MESSAGE_BURST,
+        client.MESSAGES_PER_SECOND,
         hub.UNREAD_BYTES,
         hub.PROBE_SECONDS,
         hub.CLOSE_DEADLINE_SECONDS,
@@ -171,11 +172,11 @@ def test_limits_are_the_codes_own() -> None:
         f"names of 1 to {longest(schemas.NotifyRequest, 'topics')} characters",
         f"separated by commas, {schemas.MAX_TOPICS} at most",
         f"the same key (1 to {routes.MAX_KEY_LENGTH} characters)",
-        f"An array of 1 to {schemas.MAX_BATCH} requests as for `/notify`, of {routes.BATCH_BYTES} bytes at most",
+        f"An array of 1 to {schemas.MAX_BATCH} requests as for `/notify`, of {routes.MAX_BATCH_BYTES} bytes at most",
         f"1 to {routes.MAX_HISTORY_LIMIT} notifications at most, {routes.HISTORY_LIMIT} unless told",
         f"lists N clients at most, {routes.STATUS_DETAILS} unless told",
-        f"more than {hub.MESSAGES_PER_SECOND:.0f} messages a second over "
-        f"{hub.MESSAGE_BURST / hub.MESSAGES_PER_SECOND:.0f} seconds",
+        f"more than {client.MESSAGES_PER_SECOND:.0f} messages a second over "
+        f"{client.MESSAGE_BURST / client.MESSAGES_PER_SECOND:.0f} seconds",
         f"heard from within {hub.PROBE_SECONDS:.0f} seconds",
         f"cut off after {hub.CLOSE_DEADLINE_SECONDS:.0f} seconds",
         f"did not arrive within {http_wire.REQUEST_SECONDS:.0f} seconds",

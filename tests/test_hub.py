@@ -14,9 +14,9 @@ import json
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Coroutine, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
 import hypothesis.strategies as st
@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from virtual import FakeConnection, VirtualLoop
 
-import hub as hub_module
+import fanout as fanout_module
 import ring as ring_module
 from connection import ConnectionState, Receiver
 from errors import ConnectionRefused, DuplicateClient, NotifydError, ShuttingDown
@@ -61,7 +61,17 @@ SHUTDOWN = "shutdown"
 FAREWELL = "Server is shutting down. Please reconnect later."
 SOME_TIME = "2026-01-31T12:00:00.000Z"
 
+Result = TypeVar("Result")
 Addressees = tuple[Collection[str], Collection[str]]  # clients and topics
+
+
+def now(work: Coroutine[Any, Any, Result]) -> Result:
+    """Return what a coroutine returns that waits for nothing, as all that the store in memory does."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]
+    raise AssertionError("it waits")
 
 
 # --- the model
@@ -156,7 +166,7 @@ class Model:
             self.faults.append(fault)
 
     def newest(self) -> str:
-        return self.hub.history("", 1, "", None).position
+        return self.hub.fanout.ring.position
 
     @property
     def position(self) -> str:
@@ -195,7 +205,7 @@ class Model:
 
     def observe(self) -> None:
         """Note what the Hub published by itself: a test notification, or the system's at the end."""
-        unseen = self.hub.notifications_sent - len(self.log)
+        unseen = now(self.hub.store.census()).notifications_sent - len(self.log)
         self.fault_unless(unseen in (0, 1), f"{unseen} notifications that nobody published")
         if unseen == 1 and self.draining:
             self._observe_system()
@@ -227,6 +237,7 @@ class Model:
     ) -> int:
         payload = orjson.dumps(body | {"sender": sender})
         size = len(payload) + (2 if len(payload) < 126 else 4)
+        size += sum(len(name) + ring_module.NAME_BYTES for names in audience or () for name in set(names))
         at = self.loop.time() if at is None else at
         self.fault_unless(body["id"] > self.position, f"{body['id']} does not come after {self.position}")
         self.log.append(Published(body["id"], body["data"]["message"], size, at, replayed, audience))
@@ -340,13 +351,13 @@ class HubMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.stack = ExitStack()
-        self.stack.enter_context(mock.patch.object(hub_module, "SLICE_CLIENTS", 2))
+        self.stack.enter_context(mock.patch.object(fanout_module, "SLICE_CLIENTS", 2))
         self.loop = VirtualLoop()
         self.stack.callback(self.loop.close)
-        self.hub = Hub(SMALL)
-        self.hub.clock = self.loop.time
+        self.hub = Hub(SMALL, clock=self.loop.time)
         self.hub.uptime = lambda: 0.0  # type: ignore[method-assign]  # as many digits each time
-        self.model = self.loop.call(lambda: Model(self.hub, self.loop))
+        self.loop.run_until_complete(self.hub.start())
+        self.model = Model(self.hub, self.loop)
         self.stack.enter_context(mock.patch.object(logger, "handlers", [_Alarm(self.model.faults)]))
         self.stack.enter_context(mock.patch.object(logger, "propagate", False))
         self.loop.set_exception_handler(lambda _, context: self.model.faults.append(str(context)))
@@ -372,7 +383,7 @@ class HubMachine(RuleBasedStateMachine):
 
     def publish(self, wanted: Sequence[NotifyRequest]) -> None:
         self.model.observe()
-        receipts = self.hub.publish(wanted)
+        receipts = now(self.hub.publish(wanted)).receipts
         recipients = [self.model.publish(receipt.id, one) for receipt, one in zip(receipts, wanted, strict=True)]
         assert [receipt.recipients for receipt in receipts] == recipients
 
@@ -467,6 +478,7 @@ class HubMachine(RuleBasedStateMachine):
         session = self.session(index)
         if not session.is_stream:
             self.loop.call(session.say, json.dumps({"type": kind, "topics": list(topics)}))
+            self.loop.turn(1)
             session.topics = session.topics | topics if kind == "subscribe" else session.topics - topics
             answers = [message["topics"] for message in session.messages if message["type"] == "subscribed"]
             assert answers[-1] == sorted(session.topics)
@@ -501,7 +513,7 @@ class HubMachine(RuleBasedStateMachine):
     @rule(moment=moments, limit=st.integers(1, 9), topics=topic_sets, client_id=everyone | names)
     def read_history(self, moment: Any, limit: int, topics: frozenset[str], client_id: str | None) -> None:
         since = self.id_given(moment) if isinstance(moment, int) else moment
-        history = self.loop.call(self.hub.history, since, limit, ",".join(topics), client_id)
+        history = self.loop.run_until_complete(self.hub.history(since, limit, ",".join(topics), client_id))
         missed, complete = self.model.missed(since, client_id, topics)
         page = missed[:limit]
         assert history.complete is complete
@@ -540,7 +552,7 @@ class HubMachine(RuleBasedStateMachine):
     def what_is_too_old_is_forgotten(self) -> None:
         """What was out of the bounds a good second ago is out of the log, whoever is behind."""
         kept = len(self.model.log) - self.model.front(self.loop.time() - 1.1)
-        assert self.model.draining or self.hub.log_size()[0] <= kept
+        assert self.model.draining or len(self.hub.fanout.ring) <= kept
 
     @precondition(lambda self: self.is_open() and self.published > 20)
     @rule()
@@ -583,18 +595,23 @@ class HubMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_counters_count(self) -> None:
-        self.loop.call(self.model.observe)
+        self.loop.call(self._count)
+
+    def _count(self) -> None:
+        self.model.observe()
+        census = now(self.hub.census())
         handed = sum(one != SHUTDOWN for session in self.model.everyone() for one in session.received)
-        assert self.hub.messages_sent == handed
-        assert self.hub.notifications_sent == len(self.model.log)
-        assert self.hub.total_connections == self.model.admitted
-        assert self.hub.slow_consumers == self.model.slow_consumers
-        assert [one.client_id for one in self.hub.clients()] == list(self.model.sessions)
+        assert census.messages_sent == handed
+        assert census.notifications_sent == len(self.model.log)
+        assert census.total == self.model.admitted
+        assert census.slow_consumers == self.model.slow_consumers
+        assert census.active == len(self.model.sessions)
+        assert [one.client_id for one in self.hub.directory] == list(self.model.sessions)
 
     @invariant()
     def whoever_is_behind_is_counted(self) -> None:
         if not self.model.draining:
-            assert self.hub.clients_behind() == sum(bool(one.backlog()) for one in self.model.sessions.values())
+            assert self.hub.fanout.clients_behind() == sum(bool(one.backlog()) for one in self.model.sessions.values())
 
 
 class _Alarm(logging.Handler):
@@ -629,9 +646,7 @@ def loop() -> Iterator[VirtualLoop]:
 
 def hub_on(loop: VirtualLoop, **changes: Any) -> Hub:
     """A quiet Hub on this loop: neither test notifications nor pings."""
-    hub = Hub(Settings(**{"notification_interval": 0, "ping_interval": 0} | changes))
-    hub.clock = loop.time
-    return hub
+    return Hub(Settings(**{"notification_interval": 0, "ping_interval": 0} | changes), clock=loop.time)
 
 
 def join(loop: VirtualLoop, hub: Hub, client_id: str, topics: str = "", **kind: Any) -> FakeConnection:
@@ -664,20 +679,134 @@ def test_the_shutdown_message_is_not_lost_when_everything_before_it_has_expired(
 
 def test_who_leaves_during_a_pass_is_owed_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass still holds those who leave between its slices; they must not come back among the owed."""
-    monkeypatch.setattr(hub_module, "SLICE_CLIENTS", 2)
+    monkeypatch.setattr(fanout_module, "SLICE_CLIENTS", 2)
 
     async def scenario() -> tuple[Hub, list[Any]]:
         hub = Hub(Settings(notification_interval=0, ping_interval=0))
         clients = [await hub.admit(FakeConnection(), f"c{number}", None, topics="t") for number in range(8)]
         await hub.notify("one", topics=["t"])
-        passing = asyncio.ensure_future(hub._pass())
+        passing = asyncio.ensure_future(hub.fanout._pass())
         await asyncio.sleep(0)
         for client in clients:
             client.connection.close(1000, "")
             client.left()
         await passing
-        owed = list(hub._owed)
+        owed = list(hub.fanout._owed)
         await hub.stop()
         return hub, owed
 
     assert asyncio.run(scenario())[1] == []
+
+
+def test_a_batch_for_a_topic_is_one_list_for_all_who_follow_it(loop: VirtualLoop) -> None:
+    """What a thousand clients are owed is written down once, also when they are owed something already."""
+    hub = hub_on(loop)
+    for number in range(9):
+        join(loop, hub, f"c{number}", "t").stall()
+    requests = [NotifyRequest(message=str(number), topics=["t"]) for number in range(50)]
+    for _ in range(3):
+        loop.run_until_complete(hub.publish(requests))
+    owed = [client.pending for client in hub.directory]
+    assert all(one is owed[0] for one in owed) and len(owed[0] or ()) == 150
+
+
+def test_a_client_that_is_far_behind_does_not_make_publishing_dear(loop: VirtualLoop) -> None:
+    """Its list grows in place, and is its own."""
+    hub = hub_on(loop)
+    join(loop, hub, "ann", "t").stall()
+    join(loop, hub, "bob", "t").stall()
+    requests = [NotifyRequest(message=str(number), topics=["t"]) for number in range(300)]
+    loop.run_until_complete(hub.publish(requests[:200]))
+    loop.run_until_complete(hub.publish(requests[200:]))
+    ann, bob = hub.directory
+    before = ann.pending
+    loop.run_until_complete(hub.notify("for ann", clients=["ann"]))
+    assert ann.pending is before and len(ann.pending or ()) == 301 and len(bob.pending or ()) == 300
+
+
+def test_each_gets_its_own_of_a_batch_for_many_topics(loop: VirtualLoop) -> None:
+    """By topic, by name and by both; each once and in order, whatever it was owed before."""
+    hub = hub_on(loop)
+    ann, bob = join(loop, hub, "ann", "red"), join(loop, hub, "bob", "red,blue")
+    for connection in (ann, bob):
+        connection.stall()
+    audiences = [{"topics": ["red"]}, {"topics": ["blue", "red"]}, {"clients": ["ann"], "topics": ["blue"]}]
+    requests = [NotifyRequest(message=str(number), **one) for number, one in enumerate(audiences * 2)]
+    for _ in range(2):
+        loop.run_until_complete(hub.publish(requests))
+    for connection in (ann, bob):
+        loop.call(connection.read_on)
+    everything = [str(number) for number in range(6)] * 2
+    assert [one["data"]["message"] for one in ann.messages[1:]] == everything
+    assert [one["data"]["message"] for one in bob.messages[1:]] == everything
+
+
+def test_a_pause_of_the_process_is_nobodys_silence(loop: VirtualLoop) -> None:
+    """Whoever is alive stays; who is not is closed when it has been silent for the whole time again."""
+    hub = hub_on(loop, ping_interval=6, ping_timeout=25)
+    alive, dead = join(loop, hub, "ann"), join(loop, hub, "bob")
+    loop.run_until_complete(asyncio.sleep(7))
+    loop.pause(600)
+    dead.is_alive = False
+    loop.run_until_complete(asyncio.sleep(20))
+    assert (alive.goodbye, dead.goodbye) == (None, None)
+    loop.run_until_complete(asyncio.sleep(20))
+    assert (alive.goodbye, dead.goodbye) == (None, (1011, "Ping timeout"))
+
+
+def test_test_notifications_are_not_made_up_for(loop: VirtualLoop) -> None:
+    """After a pause of the process there is one, and the next an interval later."""
+    hub = hub_on(loop, notification_interval=10)
+    client = join(loop, hub, "ann")
+    loop.pause(65)
+    loop.run_until_complete(asyncio.sleep(9))
+    assert len(client.messages) == 2
+    loop.run_until_complete(asyncio.sleep(10))
+    assert len(client.messages) == 3
+
+
+def test_an_incumbent_that_leaves_during_its_probe_is_left_alone(loop: VirtualLoop) -> None:
+    """It has said goodbye by itself: nothing waits for that again."""
+    hub = hub_on(loop)
+    incumbent = join(loop, hub, "ann")
+    incumbent.is_alive = False
+
+    async def scenario() -> None:
+        newcomer = asyncio.ensure_future(hub.admit(FakeConnection(), "ann", None))
+        await asyncio.sleep(0.1)
+        incumbent.end()
+        await newcomer
+        await hub.drain()
+        before = loop.time()
+        await hub.wait_closed()
+        assert loop.time() - before < 2
+
+    hub.settings = Settings(shutdown_timeout=0)
+    loop.run_until_complete(scenario())
+    assert incumbent.goodbye is None
+
+
+def test_the_announcement_of_a_shutdown_is_within_its_time(loop: VirtualLoop) -> None:
+    """Whoever is not reached by then is told when it is closed, at the same rate."""
+    hub = hub_on(loop, shutdown_timeout=5, drain_rate=2)
+    connections = [join(loop, hub, f"c{number}") for number in range(30)]
+    before = loop.time()
+    loop.run_until_complete(hub.drain())
+    assert 19 < loop.time() - before < 22
+    for connection in connections:
+        assert [one["type"] for one in connection.messages] == ["welcome", "system", "shutdown"]
+        assert connection.goodbye == (1001, "Server shutting down")
+
+
+def test_a_hub_is_used_from_one_event_loop_after_another() -> None:
+    """The first is gone with its clients, as between two runs of a test client; everything works in the second."""
+    hub = Hub(Settings(notification_interval=0))
+
+    async def scenario() -> tuple[int, list[Any]]:
+        connection = FakeConnection()
+        await hub.admit(connection, "ann", None)
+        receipt = await hub.notify("hello")
+        await asyncio.sleep(0.05)
+        return receipt.recipients, [message["type"] for message in connection.messages]
+
+    assert [asyncio.run(scenario()) for _ in range(3)] == [(1, ["welcome", "custom"])] * 3

@@ -2,94 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from errors import InvalidRequest, KeyReused
-from keys import Keys
+from keys import Appended, Keys, Once, Receipt
 
 REQUEST, OTHER = b"a request", b"another request"
 
 
-def answers(*given: bytes) -> Callable[[], bytes]:
-    """A publisher that gives these answers, one each time it is asked, and fails when it is asked once more."""
-    left = list(given)
-    return lambda: left.pop(0)
+def appended(count: int = 1) -> Appended:
+    return Appended([Receipt(f"id-{number}", 3) for number in range(count)], 17.0)
 
 
-def test_the_first_request_is_published() -> None:
-    """Its answer is no repetition."""
-    assert Keys(9, 999, 60).once("key", REQUEST, 0, answers(b"first")) == (b"first", False)
+def published(keys: Keys, key: str, now: float = 0.0, count: int = 1) -> bool:
+    """Send the request with this key, and return whether it was published."""
+    once = Once(key, REQUEST)
+    if keys.find(once, now) is not None:
+        return False
+    keys.keep(once, appended(count), now)
+    return True
 
 
-def test_a_repeat_gets_the_first_answer_and_publishes_nothing() -> None:
-    """The publisher is asked once, however often the request comes."""
-    keys, publish = Keys(9, 999, 60), answers(b"first")
-    keys.once("key", REQUEST, 0, publish)
-    assert [keys.once("key", REQUEST, now, publish) for now in (1, 2)] == [(b"first", True)] * 2
+def test_a_repeat_gets_what_the_first_got() -> None:
+    """And is told that it is one, however often it comes."""
+    keys, once = Keys(9, 60), Once("key", REQUEST)
+    assert keys.find(once, 0) is None
+    keys.keep(once, appended(), 0)
+    assert [keys.find(once, now) for now in (1, 2)] == [appended()._replace(repeated=True)] * 2
 
 
 def test_another_request_with_the_key_is_refused() -> None:
-    """It is not published, and the first answer stays."""
-    keys = Keys(9, 999, 60)
-    keys.once("key", REQUEST, 0, answers(b"first"))
-    with pytest.raises(KeyReused, match="Idempotency-Key"):
-        keys.once("key", OTHER, 1, answers())
-    assert keys.once("key", REQUEST, 2, answers()) == (b"first", True)
+    """It is a mistake of the publisher, and the first request stays as it was."""
+    keys = Keys(9, 60)
+    assert published(keys, "key")
+    with pytest.raises(KeyReused) as refusal:
+        keys.find(Once("key", OTHER), 1)
+    assert isinstance(refusal.value, InvalidRequest) and "Idempotency-Key" in refusal.value.message
+    assert not published(keys, "key", 2)
 
 
 def test_keys_do_not_know_each_other() -> None:
-    """The same request with another key is another request."""
-    keys, publish = Keys(9, 999, 60), answers(b"first", b"second")
-    assert keys.once("one", REQUEST, 0, publish) == (b"first", False)
-    assert keys.once("two", REQUEST, 0, publish) == (b"second", False)
+    """The same request with two keys is two requests."""
+    keys = Keys(9, 60)
+    assert published(keys, "one") and published(keys, "two")
 
 
-def test_a_refusal_leaves_the_key_free() -> None:
-    """A publisher corrects its request and sends it with the same key."""
-
-    def refuse() -> bytes:
-        raise InvalidRequest("message: required, but missing")
-
-    keys = Keys(9, 999, 60)
-    with pytest.raises(InvalidRequest):
-        keys.once("key", REQUEST, 0, refuse)
-    assert keys.once("key", OTHER, 1, answers(b"good")) == (b"good", False)
+def test_a_key_is_forgotten_when_it_is_too_old() -> None:
+    """Its age counts from the first request: a repetition does not make it younger."""
+    keys = Keys(9, 60)
+    assert [published(keys, "key", now) for now in (0, 30, 60, 60.5)] == [True, False, False, True]
 
 
-def test_an_answer_is_kept_as_long_as_the_history() -> None:
-    """Until the second at which its notification expires; a repeat does not prolong it."""
-    keys, publish = Keys(9, 999, 60), answers(b"first", b"second")
-    keys.once("key", REQUEST, 0, publish)
-    keys.once("key", REQUEST, 30, publish)
-    assert keys.once("key", REQUEST, 60, publish) == (b"first", True)
-    assert keys.once("key", REQUEST, 60.5, publish) == (b"second", False)
+def test_the_oldest_keys_make_room() -> None:
+    """As many receipts are kept as notifications are."""
+    keys = Keys(3, 60)
+    assert all(published(keys, name) for name in ("one", "two", "three"))
+    assert not published(keys, "one")
+    assert published(keys, "four")
+    assert [published(keys, name) for name in ("two", "three", "four")] == [False] * 3
 
 
-def test_as_many_answers_are_kept_as_notifications() -> None:
-    """While three notifications are in the history, so are the answers to their requests; later they go."""
-    keys = Keys(3, 999, 60)
-    for name in ("one", "two", "three"):
-        keys.once(name, REQUEST, 0, answers(name.encode()))
-    assert keys.once("one", REQUEST, 0, answers()) == (b"one", True)
-    for name in ("four", "five"):
-        keys.once(name, REQUEST, 0, answers(name.encode()))
-    assert keys.once("one", REQUEST, 0, answers(b"again")) == (b"again", False)
+def test_a_batch_counts_as_many_as_it_has() -> None:
+    """Two batches of two do not fit where three are kept."""
+    keys = Keys(3, 60)
+    assert published(keys, "one", count=2) and published(keys, "two", count=2)
+    assert not published(keys, "two", count=2)
+    assert published(keys, "one", count=2)
 
 
-def test_answers_are_bounded_in_bytes() -> None:
-    """The oldest go when all of them are too much; the newest stays, however large."""
-    keys = Keys(9, 10, 60)
-    keys.once("one", REQUEST, 0, answers(b"12345678"))
-    keys.once("two", REQUEST, 0, answers(b"12345678"))
-    assert keys.once("two", REQUEST, 0, answers()) == (b"12345678", True)
-    assert keys.once("one", REQUEST, 0, answers(b"again")) == (b"again", False)
-
-
-def test_what_was_forgotten_makes_room() -> None:
-    """The bytes of answers that went are not counted any more."""
-    keys = Keys(9, 10, 60)
-    for name in ("one", "two", "three", "four"):
-        keys.once(name, REQUEST, 0, answers(b"1234"))
-    assert keys.once("three", REQUEST, 0, answers()) == (b"1234", True)
+def test_the_newest_is_kept_whatever_its_size() -> None:
+    """A batch that is larger than the history is still sent once."""
+    keys = Keys(3, 60)
+    assert published(keys, "key", count=1000)
+    assert not published(keys, "key", count=1000)

@@ -203,7 +203,7 @@ def test_an_answer_expires_with_the_history(start_server: StartServer) -> None:
 
 def test_large_answers_are_kept_as_long_as_small_notifications(start_server: StartServer) -> None:
     """An answer that repeats a long list of clients is no reason to forget it before its notification."""
-    server = start_server("--history-bytes", "20000")
+    server = start_server("--history-bytes", "400000")
     clients = [f"client-{number:04}" for number in range(1000)]
     for name in ("one", "two", "three"):
         send(server, name, {"message": name, "clients": clients})

@@ -40,6 +40,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._instant.now
 
+    def pause(self, seconds: float) -> None:
+        """Let time pass in which nothing runs, as when the process is stopped."""
+        self._instant.now += seconds
+
     def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Call a function inside the loop."""
 

@@ -1,0 +1,128 @@
+"""The heartbeat: who is alive, and who has been silent for too long.
+
+Owns pings, and what silence means. Anything heard from a client proves it alive, a protocol pong too; so does a
+transport that has drained.
+
+1. One sweep for all clients, spread over the interval; no timer of a client's own.
+2. Only a client that could have been heard is closed for its silence, and only time in which this process ran counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from client import HEARTBEAT_PHASES, Client
+from directory import Directory
+from errors import DuplicateClient
+from frames import frame
+from schemas import Ping, encode, timestamp
+
+logger = logging.getLogger("notifyd")
+
+# How long a client whose client_id is claimed by a newcomer has to prove that it is alive.
+PROBE_SECONDS = 2.0
+# Newcomers that wait for the result of a probe, beside the clients: no more than may be connected, or this many.
+MAX_WAITING = 1000
+# A large crowd is pinged in portions of this many.
+SLICE_CLIENTS = 250
+
+
+class Heartbeat:
+    """Pings the clients of a directory, and closes the silent."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        clock: Callable[[], float],
+        interval: float,
+        timeout: float,
+        close_silent: Callable[[Client], None],
+    ) -> None:
+        """Seconds between the pings to a client, and of silence after which `close_silent` is called with it."""
+        self._directory = directory
+        self._clock = clock
+        # A live client must get the chance to prove itself before its time is over.
+        self._interval = min(interval, timeout / 2)
+        self._timeout = timeout
+        self._close_silent = close_silent
+        self._awake_since = clock()
+        self._probes: dict[Client, asyncio.Task[bool]] = {}
+        self._waiting = 0
+
+    async def run(self) -> None:
+        """Ping every client once an interval. Each has a phase, so that a newcomer waits no longer for its first."""
+        step = self._interval / HEARTBEAT_PHASES
+        while True:
+            for phase in range(HEARTBEAT_PHASES):
+                asked_at = self._clock()
+                await asyncio.sleep(step)
+                self._notice_pause(self._clock() - asked_at - step)
+                self._close_all_silent()
+                ping = _ping_message()
+                due = [client for client in self._directory if client.phase == phase]
+                for count, client in enumerate(due, 1):
+                    _ping(client, ping)
+                    if not count % SLICE_CLIENTS:
+                        await asyncio.sleep(0)
+
+    def _notice_pause(self, overslept: float) -> None:
+        """Give everyone the whole time again after this process has not run for a while: nobody could be heard.
+
+        A live client is heard at least every half of the timeout, so a pause of less than a quarter harms nobody.
+        """
+        if overslept > self._timeout / 4:
+            logger.warning("The process has not run for %.1f s", overslept)
+            self._awake_since = self._clock()
+
+    def _close_all_silent(self) -> None:
+        limit = self._clock() - self._timeout
+        if self._awake_since > limit:
+            return
+        for client in [client for client in self._directory if client.heard_at < limit]:
+            if client.can_prove_life():
+                logger.info("Client %s has been silent for too long and is closed", client.client_id)
+                self._close_silent(client)
+
+    async def is_alive(self, client: Client) -> bool:
+        """Ask the client now whether it is alive; all who want to know about one client at a time ask once.
+
+        Raises DuplicateClient where too many are waiting to know.
+        """
+        if self._waiting >= MAX_WAITING:
+            raise DuplicateClient(f"Client {client.client_id} is already connected")
+        if (probe := self._probes.get(client)) is None:
+            probe = self._probes[client] = asyncio.ensure_future(self._probe(client))
+            probe.add_done_callback(lambda _: self._probes.pop(client, None))
+        self._waiting += 1
+        try:
+            return await asyncio.shield(probe)
+        finally:
+            self._waiting -= 1
+
+    async def _probe(self, client: Client) -> bool:
+        """Ping the client and wait for anything from it; where it could not be heard, take it for alive."""
+        asked_at = self._clock()
+        if client.connection.hears_pongs:
+            client.connection.ping()
+        else:
+            _ping(client, _ping_message())
+        while client in self._directory:
+            if client.heard_at > asked_at or not client.can_prove_life():
+                return True
+            if self._clock() >= asked_at + PROBE_SECONDS:
+                break
+            await asyncio.sleep(0.02)
+        return False
+
+
+def _ping_message() -> bytes:
+    return frame(encode(Ping(timestamp=timestamp())))
+
+
+def _ping(client: Client, ping: bytes) -> None:
+    # One that cannot be written to has enough to read, and would see no ping before that.
+    if client.connection.writable:
+        client.connection.write(ping)
+        client.connection.ping()

@@ -1,0 +1,242 @@
+"""What a store promises the Hub: one log, and one registry of clients, however many processes share them.
+
+Owns the seam between a Hub and its store, and the store in memory, which is this one process. The shared ones are
+store_sqlite.py and store_redis.py. Knows ids, payloads and audiences; no socket, no frame and no ring.
+
+1. The store gives the ids: strictly increasing over all processes, whatever the clocks do.
+2. Every process is told every record once, in the one order of the log (`Node.deliver`); also its own.
+3. An admission and a change of topics answer with the newest id at that moment. A record after it is the client's
+   to have, and counts it in `recipients`; one before is not. So no count and no seam depends on who is how fast.
+4. What another process may change is decided in the store, in one step: the limit, the client ids, the keys.
+5. Whatever takes longer than store_timeout, or fails, raises StoreUnavailable; `failure` then says why, until the
+   store answers again. Nobody has to ask again for that: the store looks for itself, and goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+from errors import ConnectionRefused
+from keys import Appended, Keys, Once, Receipt
+from ring import Audience
+from schemas import Positions
+from settings import Settings
+
+# A process that has not renewed its lease for so long is dead: its client ids and slots are free.
+LEASE_SECONDS = 5.0
+
+
+class Draft(NamedTuple):
+    """A notification that has no place in the log yet.
+
+    `rest` is its JSON behind the id, from the comma on. `host` not empty: only for the clients of that host.
+    """
+
+    rest: bytes
+    audience: Audience | None = None
+    replayed: bool = True
+    host: str = ""
+
+
+class Record(NamedTuple):
+    """A notification in the log; `at` is when it was appended, in seconds since the epoch."""
+
+    id: str
+    rest: bytes
+    audience: Audience | None
+    replayed: bool
+    host: str
+    at: float
+
+
+class Opening(NamedTuple):
+    """The log as a process finds it: its records, the id before the first, when it all started and how long ago."""
+
+    before: str
+    records: list[Record]
+    started_at: float
+    age: float
+
+
+class Report(NamedTuple):
+    """What one process has counted since it started."""
+
+    messages_sent: int
+    slow_consumers: int
+
+
+class Census(NamedTuple):
+    """The figures of all processes together, and the ids of the other nodes that are alive."""
+
+    active: int
+    total: int
+    notifications_sent: int
+    messages_sent: int
+    slow_consumers: int
+    others: list[str]
+
+
+class Taken(Exception):
+    """The client_id is another process's; `node` is whose."""
+
+    def __init__(self, node: str) -> None:
+        super().__init__(node)
+        self.node = node
+
+
+class Node(Protocol):
+    """What a store asks of the process that uses it, always on its event loop. None of these may raise or block."""
+
+    def opened(self, opening: Opening) -> None:
+        """Take the log as it is; called once before any deliver()."""
+
+    def deliver(self, records: Sequence[Record]) -> None:
+        """Take the next records of the log."""
+
+    def missed(self) -> None:
+        """Hear that records are lost for this process: the log let go of them before it could read them."""
+
+    def told(self, sender: str, message: bytes) -> None:
+        """Take a message that another node has posted."""
+
+    def registrations(self) -> Iterable[tuple[str, frozenset[str]]]:
+        """Return this process's client ids with their topics, to enter them again where the store lost them."""
+
+    def evicted(self, client_ids: Sequence[str]) -> None:
+        """Hear that these clients belong to other processes by now: this one was taken for dead."""
+
+    def active_connections(self) -> int: ...
+
+    def recipients(self, audience: Audience | None) -> int:
+        """Return how many of this process's clients a notification is addressed to."""
+
+
+class Store(Protocol):
+    """One log and one registry. Every coroutine may raise StoreUnavailable."""
+
+    # This process as the store knows it; a new one for each start.
+    node_id: str
+    # Why the store cannot be used now; None while it can.
+    failure: str | None
+
+    async def open(self, node: Node) -> None:
+        """Join. Returns after node.opened(), or at once while the store is away: opened() then comes later."""
+
+    async def close(self) -> None:
+        """Leave with all clients, and let go of everything. What was posted and left before is still done."""
+
+    async def append(self, drafts: Sequence[Draft], once: Once | None = None, counter: int | None = None) -> Appended:
+        """Append all of them or none. Raises KeyReused.
+
+        With `counter` they are this process's test notification of that number, and nothing is appended (no
+        receipts) unless the process leads and the last one had the number before.
+        """
+
+    async def admit(self, client_id: str, topics: Collection[str]) -> str:
+        """Register a client of this process and return the newest id. Raises Taken, and ConnectionRefused at the limit.
+
+        A client_id that this process holds already is not Taken: the Hub knows its own clients.
+        """
+
+    async def subscribe(self, client_id: str, topics: Collection[str]) -> str:
+        """Set the topics of a client of this process and return the newest id."""
+
+    def leave(self, client_id: str) -> None:
+        """Take a client of this process out, soon and in order: before any admission that is asked for later."""
+
+    async def lead(self) -> int | None:
+        """Become or stay the one process that sends test notifications; return the last one's number, or None."""
+
+    async def report(self, report: Report) -> None:
+        """Put down what this process has counted, for the census."""
+
+    async def census(self) -> Census: ...
+
+    async def post(self, node_id: str, message: bytes) -> None:
+        """Send a message to another node; to one that is gone, it is lost."""
+
+
+class MemoryStore:
+    """The log and the registry of one process: the Hub's own. Nothing here waits."""
+
+    node_id = ""
+    failure: str | None = None
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_connections = settings.max_connections
+        self._clock = clock
+        self._positions = Positions()
+        self._newest = self._positions.next()
+        self._keys = Keys(settings.history_size, settings.history_ttl)
+        self._opened = False
+        self._counter = 0
+        self._total = 0
+        self._notifications_sent = 0
+        self._report = Report(0, 0)
+
+    async def open(self, node: Node) -> None:
+        self._node = node
+        # A Hub that is started again goes on with the log that it has.
+        if not self._opened:
+            self._opened = True
+            node.opened(Opening(self._newest, [], time.time(), 0.0))
+
+    async def close(self) -> None:
+        pass
+
+    async def append(self, drafts: Sequence[Draft], once: Once | None = None, counter: int | None = None) -> Appended:
+        if once is not None and (known := self._keys.find(once, self._clock())) is not None:
+            return known
+        if counter is not None:
+            self._counter = counter
+        now, node = time.time(), self._node
+        records = [Record(self._positions.next(), *draft, now) for draft in drafts]
+        receipts = [Receipt(record.id, node.recipients(record.audience)) for record in records]
+        self._newest = records[-1].id
+        self._notifications_sent += len(records)
+        node.deliver(records)
+        appended = Appended(receipts, now)
+        if once is not None:
+            self._keys.keep(once, appended, self._clock())
+        return appended
+
+    async def admit(self, client_id: str, topics: Collection[str]) -> str:  # noqa: ARG002
+        if (active := self._node.active_connections()) >= self._max_connections:
+            raise ConnectionRefused(f"Connection limit exceeded: {active}/{self._max_connections}")
+        self._total += 1
+        return self._newest
+
+    async def subscribe(self, client_id: str, topics: Collection[str]) -> str:  # noqa: ARG002
+        return self._newest
+
+    def leave(self, client_id: str) -> None:
+        pass
+
+    async def lead(self) -> int | None:
+        return self._counter
+
+    async def report(self, report: Report) -> None:
+        self._report = report
+
+    async def census(self) -> Census:
+        active = self._node.active_connections()
+        return Census(active, self._total, self._notifications_sent, *self._report, [])
+
+    async def post(self, node_id: str, message: bytes) -> None:
+        pass
+
+
+def make_store(settings: Settings, clock: Callable[[], float], host: str = "") -> Store:
+    """Return the store that `settings.store` names, for a process of this host."""
+    kind, _, place = settings.store.partition(":")
+    if kind == "sqlite":
+        from store_sqlite import SqliteStore  # noqa: PLC0415
+
+        return SqliteStore(settings, place, host)
+    if kind not in ("auto", "memory"):
+        from store_redis import RedisStore  # noqa: PLC0415
+
+        return RedisStore(settings, settings.store, host)
+    return MemoryStore(settings, clock)
