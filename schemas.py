@@ -153,6 +153,7 @@ ClientId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:@-]{1,64}\Z")]
 # A comma separates names in a URL, and no name has a control character.
 Topic = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^,\x00-\x1f\x7f]*\Z")]
 MAX_TOPICS = 100  # of one client
+MAX_TARGET_CLIENTS, MAX_TARGET_TOPICS = 1000, 100  # of one notification
 MAX_BATCH = 1000
 
 
@@ -162,8 +163,8 @@ class NotifyRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     message: Annotated[str, Meta(min_length=1, max_length=8192)]
     type: Annotated[str, Meta(min_length=1, max_length=64)] = "custom"
     data: dict[str, Any] = field(default_factory=dict)
-    clients: Annotated[list[ClientId], Meta(min_length=1)] | UnsetType = UNSET
-    topics: Annotated[list[Topic], Meta(min_length=1)] | UnsetType = UNSET
+    clients: Annotated[list[ClientId], Meta(min_length=1, max_length=MAX_TARGET_CLIENTS)] | UnsetType = UNSET
+    topics: Annotated[list[Topic], Meta(min_length=1, max_length=MAX_TARGET_TOPICS)] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         if self.type in RESERVED_TYPES:

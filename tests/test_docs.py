@@ -146,6 +146,8 @@ def test_limits_are_the_codes_own() -> None:
         longest(schemas.NotifyRequest, "type"),
         longest(schemas.NotifyRequest, "topics"),
         schemas.MAX_TOPICS,
+        schemas.MAX_TARGET_CLIENTS,
+        schemas.MAX_TARGET_TOPICS,
         routes.MAX_KEY_LENGTH,
         schemas.MAX_BATCH,
         routes.MAX_BATCH_BYTES,
@@ -169,7 +171,8 @@ def test_limits_are_the_codes_own() -> None:
     [
         f"text of 1 to {longest(schemas.NotifyRequest, 'message')} characters",
         f"text of 1 to {longest(schemas.NotifyRequest, 'type')} characters",
-        f"names of 1 to {longest(schemas.NotifyRequest, 'topics')} characters",
+        f"1 to {schemas.MAX_TARGET_CLIENTS} client_ids",
+        f"1 to {schemas.MAX_TARGET_TOPICS} names of 1 to {longest(schemas.NotifyRequest, 'topics')} characters",
         f"separated by commas, {schemas.MAX_TOPICS} at most",
         f"the same key (1 to {routes.MAX_KEY_LENGTH} characters)",
         f"An array of 1 to {schemas.MAX_BATCH} requests as for `/notify`, of {routes.MAX_BATCH_BYTES} bytes at most",

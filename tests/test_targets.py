@@ -185,6 +185,8 @@ def test_the_answer_repeats_clients_and_topics(server: Server) -> None:
         ({"clients": ["ann", 1]}, ["clients", "1", "string"]),
         ({"clients": ["not an id"]}, ["clients"]),
         ({"clients": [""]}, ["clients"]),
+        ({"clients": ["x"] * 1001}, ["clients", "1000"]),
+        ({"topics": ["x"] * 101}, ["topics", "100"]),
         ({"topics": [""]}, ["topics"]),
         ({"topics": ["red", "x" * 129]}, ["topics", "1", "128"]),
         ({"topic": ["red"]}, ["topic", "unknown"]),
