@@ -79,7 +79,6 @@ class ConnectionRefused(NotifydError):
     """A client is not admitted."""
 
     status = 503
-    category = "connection"
     close_code = 1008
 
 

@@ -266,7 +266,7 @@ def test_the_limit_counts_streams_and_refuses_them(start_server: StartServer) ->
     server = start_server("--max-connections", "1")
     join(server)
     assert is_told_when_to_retry(server.get("/events"))
-    assert refusal(server)[1]["error"]["message"] == "Connection limit exceeded: 1/1"
+    assert refusal(server) == (503, http_error("system", "Connection limit exceeded: 1/1"))
     assert server.connect().closed() == (1008, "Connection limit exceeded: 1/1")
 
 
