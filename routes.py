@@ -148,7 +148,7 @@ async def events(hub: Hub, request: Request) -> EventStream | Response:
     if request.scope["method"] == "HEAD":
         return Response(media_type="text/event-stream")
     parameters = request.parameters()
-    since = request.headers.get("last-event-id", parameters.get("since"))
+    since = request.headers.get("last-event-id") or parameters.get("since")
     stream = EventStream(request.receive)
     await hub.admit(
         stream,

@@ -204,6 +204,16 @@ def test_last_event_id_wins_over_since(server: Server) -> None:
     assert stream.event().data["data"]["replayed"] == 1
 
 
+def test_an_empty_last_event_id_counts_as_none(server: Server) -> None:
+    """It does not undo the since of the URL, and asks for no resume by itself."""
+    first, _ = publish(server, "one", "two")
+    stream = join(server, f"since={first}", {"Last-Event-ID": ""})
+    assert stream.event().data["data"]["replayed"] == 1
+    stream = join(server, headers={"Last-Event-ID": ""})
+    publish(server, "three")
+    assert texts(stream.events(1)) == ["three"]
+
+
 def test_what_may_be_missing_is_told(server: Server) -> None:
     """An id that the log never gave is not complete."""
     stream = join(server, "since=550e8400-e29b-41d4-a716-446655440000")
