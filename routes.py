@@ -41,6 +41,8 @@ STATUS_DETAILS, MAX_STATUS_DETAILS = 1000, 1_000_000
 HISTORY_LIMIT, MAX_HISTORY_LIMIT = 100, 1000
 MAX_BATCH_BYTES = 1_048_576
 MAX_KEY_LENGTH = 255
+# It is kept for each client.
+MAX_USER_AGENT = 256
 # When to try again where the limit is reached or the server drains.
 RETRY_AFTER_SECONDS = 5
 
@@ -153,7 +155,7 @@ async def events(hub: Hub, request: Request) -> EventStream | Response:
     await hub.admit(
         stream,
         parameters.get("client_id"),
-        request.headers.get("user-agent"),
+        _user_agent(request.headers),
         since,
         parameters.get("topics", ""),
     )
@@ -174,7 +176,7 @@ async def connect(hub: Hub, scope: Scope, receive: Receive, send: Send) -> None:
         await hub.admit(
             connection,
             parameters.get("client_id"),
-            Headers(scope=scope).get("user-agent"),
+            _user_agent(Headers(scope=scope)),
             parameters.get("since"),
             parameters.get("topics", ""),
         )
@@ -228,6 +230,11 @@ def _whole_number(parameters: QueryParams, name: str, default: int, *, least: in
     if not (given.isascii() and given.isdecimal() and len(given) <= 9 and least <= int(given) <= most):
         raise InvalidRequest(f"{name}: expected a whole number from {least} to {most}, got {given[:64]!r}")
     return int(given)
+
+
+def _user_agent(headers: Headers) -> str | None:
+    given = headers.get("user-agent")
+    return given and given[:MAX_USER_AGENT]
 
 
 def _check_content_type(media_type: str) -> None:

@@ -64,6 +64,14 @@ def test_a_client_without_user_agent_has_null(server: Server) -> None:
     assert detail(server, "alice")["user_agent"] is None
 
 
+def test_a_long_user_agent_is_cut(server: Server) -> None:
+    """What is kept for each client is bounded, for WebSockets and streams."""
+    server.join("alice", user_agent_header="a" * 10_000)
+    assert detail(server, "alice")["user_agent"] == "a" * 256
+    with server.http.stream("GET", "/events?client_id=bob", headers={"User-Agent": "b" * 10_000}):
+        assert detail(server, "bob")["user_agent"] == "b" * 256
+
+
 def test_connected_at_is_when_the_client_came(server: Server) -> None:
     """A client that came just now is shown so."""
     server.join("alice")
