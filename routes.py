@@ -169,8 +169,16 @@ async def upgrade_required(hub: Hub, request: Request) -> Response:
 async def connect(hub: Hub, scope: Scope, receive: Receive, send: Send) -> None:
     """Serve one WebSocket: on the fast path until it is admitted or refused, else until its end."""
     extensions = scope.get("extensions") or {}
-    wire: Connection | None = extensions.get(WIRE_EXTENSION)
-    connection = wire or SendConnection(receive, send, extensions.get(PROBE_EXTENSION))
+    if (wire := extensions.get(WIRE_EXTENSION)) is not None:
+        await _admit_or_close(hub, wire, scope)
+        return
+    await receive()  # websocket.connect
+    connection = SendConnection(receive, send, extensions.get(PROBE_EXTENSION))
+    await _admit_or_close(hub, connection, scope)
+    await connection.serve()
+
+
+async def _admit_or_close(hub: Hub, connection: Connection, scope: Scope) -> None:
     parameters = QueryParams(scope["query_string"])
     try:
         await hub.admit(
@@ -182,9 +190,6 @@ async def connect(hub: Hub, scope: Scope, receive: Receive, send: Send) -> None:
         )
     except NotifydError as refusal:
         connection.close(refusal.close_code, refusal.message)
-    if isinstance(connection, SendConnection):
-        await receive()  # websocket.connect
-        await connection.serve()
 
 
 # --- what handlers share
