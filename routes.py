@@ -24,6 +24,7 @@ from errors import (
     MethodNotAllowed,
     NotFound,
     NotifydError,
+    ShuttingDown,
     TooLarge,
     UnsupportedMediaType,
     UpgradeRequired,

@@ -117,6 +117,15 @@ def test_notify_answers_503(draining: tuple[Server, Client]) -> None:
     )
 
 
+@pytest.mark.parametrize("path", ["/notify", "/notify/batch"])
+def test_whatever_is_wrong_with_a_request_it_is_503(draining: tuple[Server, Client], path: str) -> None:
+    """A bad request is not looked at; only its size comes before the drain."""
+    server, _ = draining
+    bad = [server.request("POST", path, content=b"{", headers={"Content-Type": kind}) for kind in ("", "image/png")]
+    assert [response.status_code for response in bad] == [503, 503]
+    assert server.request("POST", path, content=b"x" * 2_000_000).status_code == 413
+
+
 def test_what_was_refused_is_not_delivered(draining: tuple[Server, Client]) -> None:
     """After a 503 the next thing that a client gets is its pong."""
     server, client = draining
