@@ -112,13 +112,28 @@ def _unencodable(error: orjson.JSONEncodeError) -> str:
 _JSON_NAMES = {"`str`": "string", "`int`": "integer", "`float`": "number", "`bool`": "boolean"}
 
 
-def decode(body: bytes | str, kind: Any) -> Any:
+def decode(body: bytes, kind: Any) -> Any:
     """Read JSON into a Struct. Raises InvalidRequest, whose message names the field and the limit."""
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"Invalid JSON: {error}") from None
-    return check(value, kind)
+    decoded = check(value, kind)
+    # 19 digits in a row are rare. To look for them costs 0.3 us in 200 bytes, and a publish about 50.
+    if b"0" * 19 in body.translate(_ZEROS):
+        _check_integers(body)
+    return decoded
+
+
+_ZEROS = bytes(ord("0") if chr(byte) in "123456789" else byte for byte in range(256))
+_STRING_OR_LONG_NUMBER = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[-+.0-9Ee]{19,}')
+
+
+def _check_integers(body: bytes) -> None:
+    """Refuse integers that orjson can only read as floats, and would so change. Only data can hold any number."""
+    for token in _STRING_OR_LONG_NUMBER.findall(body):
+        if token.lstrip(b"-").isdigit() and not (len(token) <= 20 and -(2**63) <= int(token) < 2**64):
+            raise InvalidRequest(f"data: integer out of the 64-bit range: {token[:64].decode()}")
 
 
 def check(value: Any, kind: Any) -> Any:

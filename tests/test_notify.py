@@ -168,6 +168,33 @@ def test_data_arrives_as_it_was_sent(server: Server, data: dict[str, Any]) -> No
     assert client.receive()["data"] == {"message": "hi"} | data
 
 
+@pytest.mark.parametrize("number", ["18446744073709551616", "-9223372036854775809", "1" * 100])
+@pytest.mark.parametrize("place", ['{"x": %s}', '{"x": [{"y":%s}]}', '{"1234567890123456789\\"": "\\"", "x": %s }'])
+def test_an_integer_of_more_than_64_bits_is_refused(server: Server, place: str, number: str) -> None:
+    """Read as a float it would arrive as another number; the error names it."""
+    data = (place % number).encode()
+    wanted = invalid("data: integer out of the 64-bit range", number[:64])
+    assert refusal(server, b'{"message": "hi", "data": ' + data + b"}") == wanted
+    batch = server.request("POST", "/notify/batch", content=b'[{"message": "hi", "data": ' + data + b"}]")
+    assert (batch.status_code, parse(batch.content)) == wanted
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"text": "18446744073709551616", 'quote " 18446744073709551616': 'back\\slash\\" 18446744073709551616'},
+        {"largest": 18446744073709551615, "least": -9223372036854775808},
+        {"float": 1e300, "fraction": 0.12345678901234567, "exponent": 1.2345678901234567e30},
+    ],
+    ids=["text", "integers", "floats"],
+)
+def test_other_long_runs_of_digits_are_accepted(server: Server, data: dict[str, Any]) -> None:
+    """In texts and names, as large integers and as floats."""
+    client = server.join()
+    server.notify("12345678901234567890123", data=data)
+    assert client.receive()["data"] == {"message": "12345678901234567890123"} | data
+
+
 @pytest.mark.parametrize("message", ["x", " ", "m" * 8192, "é" * 8192, "🦊" * 8192], ids=lambda m: f"{m[0]}*{len(m)}")
 def test_a_message_of_1_to_8192_characters_is_accepted(server: Server, message: str) -> None:
     """The limit counts characters, not bytes."""
