@@ -7,15 +7,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+    # Ctrl+C while the modules load, and until the server takes signals. Status 130 is what shells give for SIGINT.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import asyncio
 import contextlib
 import gc
 import logging
-import os
 import resource
-import signal
 import socket
-import sys
 from collections.abc import AsyncIterator, Iterator
 
 import msgspec

@@ -286,3 +286,17 @@ def test_a_signal_during_the_start_ends_it() -> None:
     process.send_signal(signal.SIGINT)
     _, text = process.communicate(timeout=10)
     assert b"Traceback" not in text and process.returncode == 0
+
+
+def test_a_signal_while_the_modules_load_ends_it() -> None:
+    """Ctrl+C right after the start is as quiet; its status is the one that shells give."""
+    interpreter, *command = notifyd_command("--port", "0")
+    process = subprocess.Popen(
+        [interpreter, "-X", "importtime", *command], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    while "msgspec" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=10)
+    assert "Traceback" not in text and process.returncode == 130
