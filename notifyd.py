@@ -19,7 +19,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
 
@@ -35,6 +34,12 @@ from hub import Hub
 from routes import OriginGuard, not_found, routes
 from settings import VERSION, Settings, SettingsError, from_environ, load
 from wire import StandardProtocol, WireProtocol
+
+try:
+    import resource
+except ImportError:
+    # Windows has none, and no such limit.
+    resource = None  # type: ignore[assignment]
 
 logger = logging.getLogger("notifyd")
 
@@ -200,6 +205,8 @@ def _quiet_collector() -> None:
 
 
 def _raise_file_limit(max_connections: int) -> None:
+    if resource is None:
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

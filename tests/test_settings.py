@@ -278,6 +278,15 @@ def test_too_low_a_hard_limit_is_warned_about(limited: Callable[[str], Server]) 
     assert "WARNING" in limited("ulimit -n 200").wait_for_line(r"(?i)open files|descriptors|nofile").upper()
 
 
+def test_a_platform_without_such_limits_is_served() -> None:
+    """Windows has no module for them."""
+    program = "import sys; sys.modules['resource'] = None; import notifyd; sys.exit(notifyd.main())"
+    interpreter, _, *flags = notifyd_command("--port", "0")
+    server = Server([interpreter, "-c", program, *flags])
+    assert server.get("/health").status_code == 200
+    server.stop()
+
+
 def test_a_signal_during_the_start_ends_it() -> None:
     """Ctrl+C before the server listens quits without a traceback from inside."""
     process = subprocess.Popen(notifyd_command("--port", "0"), cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
