@@ -25,7 +25,7 @@ import httpx
 import pytest
 from clients import PATIENCE
 from conftest import StartServer
-from server import ROOT, Server, environment, eventually
+from server import ROOT, Server, environment, eventually, free_port
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 from websockets.sync.server import ServerConnection, serve
@@ -80,7 +80,7 @@ class Program:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self._printed: list[str] = []  # Everything, for the report of a failure.
+        self.printed: list[str] = []  # Everything, for the report of a failure.
         self._notifications: queue.Queue[str] = queue.Queue()
         self._states: queue.Queue[str] = queue.Queue()
         self._readers = [
@@ -93,14 +93,14 @@ class Program:
     def _read(self, stream: IO[str], lines: queue.Queue[str]) -> None:
         with stream:
             for line in stream:
-                self._printed.append(line)
+                self.printed.append(line)
                 lines.put(line)
 
     def _next(self, lines: queue.Queue[str]) -> str:
         try:
             return lines.get(timeout=PATIENCE)
         except queue.Empty:
-            pytest.fail(f"not within {PATIENCE} s; it printed:\n{''.join(self._printed)}")
+            pytest.fail(f"not within {PATIENCE} s; it printed:\n{''.join(self.printed)}")
 
     def receive(self) -> str:
         notification = json.loads(self._next(self._notifications))
@@ -276,6 +276,20 @@ def test_leaves_a_server_that_shuts_down(start_server: StartServer, site: str, l
 
 def test_gives_up_when_the_real_server_refuses_its_id(start_server: StartServer, site: str, listen: Listen) -> None:
     listen(start_server("--allow-origin", site).address("not an id")).wait_until("refused")
+
+
+@pytest.mark.parametrize("state", ["connected", "disconnected"])
+def test_python_ends_quietly_at_ctrl_c(server: Server, state: str) -> None:
+    """While it listens, and while it waits to try again."""
+    url = server.ws_url if state == "connected" else f"ws://127.0.0.1:{free_port()}/ws"
+    program = Program(sys.executable, str(EXAMPLES / "client.py"), url)
+    try:
+        program.wait_until(state)
+        program.process.send_signal(signal.SIGINT)
+        assert program.process.wait(PATIENCE) == 0
+    finally:
+        program.stop()
+    assert "Traceback" not in "".join(program.printed)
 
 
 # Against a WebSocket server with a script: what the real one says only when something goes wrong.
