@@ -32,7 +32,7 @@ class SettingsError(Exception):
 
 
 class Settings(Struct, frozen=True, kw_only=True):
-    """What an operator may change. Durations are seconds, sizes are bytes."""
+    """What an operator may change. Durations are seconds, sizes are bytes. Raises SettingsError for a bad value."""
 
     host: Annotated[str, Meta(min_length=1, description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
@@ -93,12 +93,25 @@ class Settings(Struct, frozen=True, kw_only=True):
     ] = ()
 
     def __post_init__(self) -> None:
-        if not _STORE.match(self.store):
+        for name in self.__struct_fields__:
+            msgspec.structs.force_setattr(self, name, _checked(name, getattr(self, name), source=name))
+
+
+_TYPES = {field.name: field.type for field in msgspec.structs.fields(Settings)}
+
+
+def _checked(name: str, value: Any, source: str, *, strict: bool = True) -> Any:
+    """Return the value of one setting in its type. Raises SettingsError, which names where the value came from."""
+    try:
+        checked = msgspec.convert(value, _TYPES[name], strict=strict)
+        if name == "allow_origin" and not all(origin == "*" or _ORIGIN.match(origin) for origin in checked):
+            raise msgspec.ValidationError("Expected origins such as https://example.com, or *")
+        if name == "store" and not _STORE.match(checked):
             # Without what was given: it may hold a password.
-            raise ValueError("store: expected auto, memory, sqlite:PATH or redis://HOST:PORT")
-        for origin in self.allow_origin:
-            if origin != "*" and not _ORIGIN.match(origin):
-                raise ValueError(f"expected an origin such as https://example.com or *, got {origin!r}")
+            raise SettingsError(f"{source}: expected auto, memory, sqlite:PATH or redis://HOST:PORT")
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"{source}: {_reason(error)}, got {value!r:.100}") from None
+    return checked
 
 
 def number(seconds: float) -> int | float:
@@ -143,25 +156,31 @@ def _variables(environ: Mapping[str, str]) -> tuple[dict[str, tuple[str, Any]], 
 
 
 def _settings(given: dict[str, tuple[str, Any]]) -> Settings:
-    """Check the values one by one, so that the error can name where each came from."""
-    checked: dict[str, Any] = {}
+    values = {}
     for name, (source, raw) in given.items():
-        value = raw.upper() if name == "log_level" else raw
-        try:
-            one = msgspec.convert({name: value}, Settings, strict=False)
-        except msgspec.ValidationError as error:
-            raise SettingsError(f"{source}: {_reason(error, value)}") from None
-        checked[name] = getattr(one, name)
-    return Settings(**checked)
+        values[name] = _checked(name, raw.upper() if name == "log_level" else raw, source, strict=False)
+    return Settings(**values)
 
 
-def _reason(error: msgspec.ValidationError, value: object) -> str:
-    text = str(error).split(" - at ")[0]
-    for spelled, plain in (("`int`", "an integer"), ("`float`", "a number"), ("`bool`", "true or false")):
+_PLAIN = {
+    "`int`": "an integer",
+    "`float`": "a number",
+    "`bool`": "true or false",
+    "`str`": "a text",
+    "`array`": "a list",
+}
+
+
+def _reason(error: msgspec.ValidationError) -> str:
+    text = (
+        str(error)
+        .split(" - at ")[0]
+        .split(", got")[0]
+        .replace("Invalid enum value", "Expected one of the values in --help")
+    )
+    for spelled, plain in _PLAIN.items():
         text = text.replace(spelled, plain)
-    text = text.split(", got")[0].replace("Invalid enum value", "Expected one of the values in --help")
-    text = text[0].lower() + text[1:]
-    return text if "got" in text else f"{text}, got {value!r}"
+    return text[0].lower() + text[1:]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -8,11 +8,14 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from conftest import StartServer
 from expected import welcome
 from server import ROOT, Server, environment, notifyd_command
+
+from settings import Settings, SettingsError
 
 DEFAULTS = {
     "host": "127.0.0.1",
@@ -142,6 +145,28 @@ def test_a_host_that_is_not_ours_stops_the_start_with_one_line() -> None:
     status, lines, text = said_in_one_line(run("--host", "203.0.113.1", "--port", "0"))
     assert (status, lines) == (1, 1), text
     assert "203.0.113.1" in text
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"port": "8000"},
+        {"port": object()},
+        {"debug": 1},
+        {"host": None},
+        {"log_level": 5},
+        {"ping_timeout": "60"},
+        {"loop": []},
+        {"allow_origin": "https://a.example"},
+        {"allow_origin": ["nonsense"]},
+        {"allow_origin": [5]},
+    ],
+    ids=str,
+)
+def test_a_bad_setting_of_a_program_is_named(bad: dict[str, Any]) -> None:
+    """Who embeds the server gets one kind of error, when the settings are made."""
+    with pytest.raises(SettingsError, match=f"^{next(iter(bad))}: expected .*, got "):
+        Settings(**bad)
 
 
 # Flags and variables.
