@@ -20,7 +20,8 @@ from msgspec import UNSET, Meta, Struct, UnsetType, field
 from errors import InvalidRequest
 from settings import VERSION
 
-CLIENT_ID = re.compile(r"[A-Za-z0-9._:@-]{1,64}\Z")
+_CLIENT_ID = r"^[A-Za-z0-9._:@-]{1,64}\Z"
+CLIENT_ID = re.compile(_CLIENT_ID)
 # The protocol's own types: clients act on them, so nobody may publish under these names.
 RESERVED_TYPES = frozenset(
     (
@@ -157,16 +158,23 @@ def explain(error: msgspec.ValidationError) -> str:
     elif own := re.match(r"(\w+): (.+)", text, re.DOTALL):
         # Raised by a Struct's own check, which knows the field.
         path, text = f"{path}.{own[1]}", own[2]
-    text = re.sub(r" matching regex .*", " of the characters that are allowed here", text.replace("`", ""))
+    for pattern, rule in _RULES.items():
+        text = text.replace(f"string matching regex {pattern!r}", rule)
+    text = text.replace("`", "")
     return f"{path.removeprefix('.') or 'request'}: {text[0].lower()}{text[1:]}"
 
 
 # --- requests
 
 
-ClientId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:@-]{1,64}\Z")]
+ClientId = Annotated[str, Meta(pattern=_CLIENT_ID)]
 # A comma separates names in a URL, and no name has a control character.
-Topic = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^,\x00-\x1f\x7f]*\Z")]
+_TOPIC = r"^[^,\x00-\x1f\x7f]*\Z"
+Topic = Annotated[str, Meta(min_length=1, max_length=128, pattern=_TOPIC)]
+_RULES = {
+    _CLIENT_ID: "1 to 64 of letters, digits and ._:@-",
+    _TOPIC: "1 to 128 characters without comma and control characters",
+}
 MAX_TOPICS = 100  # of one client
 MAX_TARGET_CLIENTS, MAX_TARGET_TOPICS = 1000, 100  # of one notification
 MAX_BATCH = 1000

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, get_args
 
 import msgspec
 from msgspec import Meta, Struct
@@ -102,15 +102,16 @@ _TYPES = {field.name: field.type for field in msgspec.structs.fields(Settings)}
 
 def _checked(name: str, value: Any, source: str, *, strict: bool = True) -> Any:
     """Return the value of one setting in its type. Raises SettingsError, which names where the value came from."""
+    given = value.upper() if name == "log_level" and isinstance(value, str) else value
     try:
-        checked = msgspec.convert(value, _TYPES[name], strict=strict)
+        checked = msgspec.convert(given, _TYPES[name], strict=strict)
         if name == "allow_origin" and not all(origin == "*" or _ORIGIN.match(origin) for origin in checked):
             raise msgspec.ValidationError("Expected origins such as https://example.com, or *")
         if name == "store" and not _STORE.match(checked):
             # Without what was given: it may hold a password.
             raise SettingsError(f"{source}: expected auto, memory, sqlite:PATH or redis://HOST:PORT")
     except msgspec.ValidationError as error:
-        raise SettingsError(f"{source}: {_reason(error)}, got {value!r:.100}") from None
+        raise SettingsError(f"{source}: {_reason(name, error)}, got {value!r:.100}") from None
     return checked
 
 
@@ -156,13 +157,11 @@ def _variables(environ: Mapping[str, str]) -> tuple[dict[str, tuple[str, Any]], 
 
 
 def _settings(given: dict[str, tuple[str, Any]]) -> Settings:
-    values = {}
-    for name, (source, raw) in given.items():
-        values[name] = _checked(name, raw.upper() if name == "log_level" else raw, source, strict=False)
-    return Settings(**values)
+    return Settings(**{name: _checked(name, raw, source, strict=False) for name, (source, raw) in given.items()})
 
 
 _PLAIN = {
+    "`str` of length >= 1": "a text that is not empty",
     "`int`": "an integer",
     "`float`": "a number",
     "`bool`": "true or false",
@@ -171,13 +170,11 @@ _PLAIN = {
 }
 
 
-def _reason(error: msgspec.ValidationError) -> str:
-    text = (
-        str(error)
-        .split(" - at ")[0]
-        .split(", got")[0]
-        .replace("Invalid enum value", "Expected one of the values in --help")
-    )
+def _reason(name: str, error: msgspec.ValidationError) -> str:
+    text = str(error).split(" - at ")[0].split(", got")[0]
+    if text.startswith("Invalid enum value"):
+        choices, *_ = get_args(_TYPES[name])
+        text = f"Expected one of {', '.join(get_args(choices))}"
     for spelled, plain in _PLAIN.items():
         text = text.replace(spelled, plain)
     return text[0].lower() + text[1:]

@@ -115,6 +115,20 @@ def test_a_bad_flag_stops_the_start_with_one_line(name: str, value: str) -> None
 
 
 @pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--log-level=foo", "--log-level: expected one of DEBUG, INFO, WARNING, ERROR, CRITICAL, got 'foo'"),
+        ("--on-duplicate=Refuse", "--on-duplicate: expected one of refuse, replace, got 'Refuse'"),
+        ("--host=", "--host: expected a text that is not empty, got ''"),
+        ("--port=70000", "--port: expected an integer <= 65535, got '70000'"),
+    ],
+)
+def test_a_mistake_is_told_in_plain_words(flags: str, line: str) -> None:
+    """What may stand there, and what did, as it was given."""
+    assert said_in_one_line(run(flags)) == (2, 1, f"notifyd: {line}\n")
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [("max_connections", "0"), ("debug", "perhaps"), ("port", "http"), ("allow_origin", "a,b")],
 )
