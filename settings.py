@@ -18,6 +18,9 @@ from msgspec import Meta, Struct
 VERSION = "0.1.0"
 PREFIX = "NOTIFYD_"
 
+# What is repeated more often than this does nothing else.
+LEAST_SECONDS = 0.01
+_INTERVALS = ("notification_interval", "ping_interval")
 Seconds = Annotated[float, Meta(ge=0, le=31_536_000)]
 Positive = Annotated[int, Meta(ge=1, le=1_000_000_000)]
 
@@ -55,7 +58,9 @@ class Settings(Struct, frozen=True, kw_only=True):
         Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
         Meta(description="least severe level that is logged"),
     ] = "INFO"
-    notification_interval: Annotated[Seconds, Meta(description="seconds between test notifications; 0: none")] = 10
+    notification_interval: Annotated[
+        Seconds, Meta(description="seconds between test notifications, at least 0.01; 0: none")
+    ] = 10
     max_connections: Annotated[Positive, Meta(description="clients connected at once, at most")] = 1000
     on_duplicate: Annotated[
         Literal["refuse", "replace"],
@@ -63,7 +68,9 @@ class Settings(Struct, frozen=True, kw_only=True):
             description="who stays when a client_id that is connected connects again: refuse the new, replace the old"
         ),
     ] = "refuse"
-    ping_interval: Annotated[Seconds, Meta(description="seconds between pings to a client; 0: none")] = 30
+    ping_interval: Annotated[Seconds, Meta(description="seconds between pings to a client, at least 0.01; 0: none")] = (
+        30
+    )
     ping_timeout: Annotated[
         float, Meta(ge=1, le=31_536_000, description="seconds of silence after which a client is closed")
     ] = 60
@@ -75,7 +82,8 @@ class Settings(Struct, frozen=True, kw_only=True):
         Positive, Meta(description="notifications kept for resume and for clients that are behind")
     ] = 1000
     history_ttl: Annotated[
-        float, Meta(gt=0, le=31_536_000, description="seconds for which a notification is kept, at most")
+        float,
+        Meta(ge=LEAST_SECONDS, le=31_536_000, description="seconds for which a notification is kept, at most"),
     ] = 300
     history_bytes: Annotated[Positive, Meta(description="bytes of notifications kept, at most")] = 67_108_864
     max_message_size: Annotated[
@@ -105,6 +113,8 @@ def _checked(name: str, value: Any, source: str, *, strict: bool = True) -> Any:
     given = value.upper() if name == "log_level" and isinstance(value, str) else value
     try:
         checked = msgspec.convert(given, _TYPES[name], strict=strict)
+        if name in _INTERVALS and 0 < checked < LEAST_SECONDS:
+            raise msgspec.ValidationError(f"Expected 0 or `float` >= {LEAST_SECONDS}")
         if name == "allow_origin" and not all(origin == "*" or _ORIGIN.match(origin) for origin in checked):
             raise msgspec.ValidationError("Expected origins such as https://example.com, or *")
         if name == "store" and not _STORE.match(checked):

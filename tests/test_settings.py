@@ -120,6 +120,9 @@ def test_a_bad_flag_stops_the_start_with_one_line(name: str, value: str) -> None
         ("--log-level=foo", "--log-level: expected one of DEBUG, INFO, WARNING, ERROR, CRITICAL, got 'foo'"),
         ("--on-duplicate=Refuse", "--on-duplicate: expected one of refuse, replace, got 'Refuse'"),
         ("--host=", "--host: expected a text that is not empty, got ''"),
+        ("--ping-interval=1e-6", "--ping-interval: expected 0 or a number >= 0.01, got '1e-6'"),
+        ("--notification-interval=0.009", "--notification-interval: expected 0 or a number >= 0.01, got '0.009'"),
+        ("--history-ttl=1e-6", "--history-ttl: expected a number >= 0.01, got '1e-6'"),
         ("--port=70000", "--port: expected an integer <= 65535, got '70000'"),
     ],
 )
