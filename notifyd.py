@@ -215,8 +215,7 @@ def _raise_file_limit(max_connections: int) -> None:
 
 
 def _configure_logging(settings: Settings) -> None:
-    level = "DEBUG" if settings.debug else settings.log_level
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     # uvicorn logs a WebSocket's URL with its query at INFO, and the websockets library whole handshakes at
     # DEBUG: both may hold what nobody should read in a log.
     for name in ("uvicorn", "websockets", "asyncio"):

@@ -53,7 +53,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     store_timeout: Annotated[
         float, Meta(ge=0.1, le=60, description="seconds after which a store that does not answer is given up on")
     ] = 2
-    debug: Annotated[bool, Meta(description="log at level DEBUG, and say so in /metrics and /status")] = False
+    debug: Annotated[
+        bool, Meta(description="log at level DEBUG whatever log_level says; shown in /metrics and /status")
+    ] = False
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
         Meta(description="least severe level that is logged"),
@@ -103,6 +105,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
             msgspec.structs.force_setattr(self, name, _checked(name, getattr(self, name), source=name))
+        if self.debug:
+            # So that what is shown is what is logged.
+            msgspec.structs.force_setattr(self, "log_level", "DEBUG")
 
 
 _TYPES = {field.name: field.type for field in msgspec.structs.fields(Settings)}

@@ -172,6 +172,14 @@ def test_start_time_is_the_same_in_metrics(server: Server) -> None:
     assert server.read("/status")["server"]["start_time"] == started
 
 
+@pytest.mark.parametrize("flags", [["--debug"], ["--debug", "--log-level", "ERROR"]])
+def test_configuration_shows_the_level_that_is_logged(start_server: StartServer, flags: list[str]) -> None:
+    """With --debug that is DEBUG, whatever --log-level says."""
+    server = start_server(*flags)
+    server.wait_for_line(" DEBUG ")
+    assert server.read("/status")["configuration"]["log_level"] == "DEBUG"
+
+
 def test_configuration_shows_the_settings(start_server: StartServer) -> None:
     """The configuration is the one that the server was started with."""
     server = start_server("--debug", "--log-level", "DEBUG", "--shutdown-timeout", "12.5", "--host", "localhost")
