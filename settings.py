@@ -127,7 +127,13 @@ def _checked(name: str, value: Any, source: str, *, strict: bool = True) -> Any:
             raise SettingsError(f"{source}: expected auto, memory, sqlite:PATH or redis://HOST:PORT")
     except msgspec.ValidationError as error:
         raise SettingsError(f"{source}: {_reason(name, error)}, got {value!r:.100}") from None
-    return checked
+    return tuple(map(normal_origin, checked)) if name == "allow_origin" else checked
+
+
+def normal_origin(origin: str) -> str:
+    """Return an origin as browsers write it: in lower case, and without the port that goes without saying."""
+    origin = origin.lower()
+    return origin.removesuffix(":443" if origin.startswith("https:") else ":80")
 
 
 def number(seconds: float) -> int | float:

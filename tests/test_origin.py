@@ -122,6 +122,20 @@ def test_an_allowed_origin_is_let_in(open_to_two: Server, origin: str) -> None:
     assert handshake(open_to_two, origin)["type"] == "welcome"
 
 
+@pytest.mark.parametrize("origin", [APP])
+def test_case_and_the_schemes_own_port_do_not_count(start_server: StartServer, origin: str) -> None:
+    """Neither in the setting nor in the header, for the check as for what the page may read."""
+    server = start_server("--allow-origin", "HTTPS://App.Example:443")
+    assert handshake(server, origin) == welcome("bob")
+    assert server.get("/health", headers={"Origin": origin}).headers["access-control-allow-origin"] == origin
+
+
+@pytest.mark.parametrize(("origin", "host"), [("https://push.example", "Push.example:443"), ("http://a:80", "a")])
+def test_they_do_not_count_for_the_own_pages_either(server: Server, origin: str, host: str) -> None:
+    """The Host header may have both."""
+    assert server.get("/health", headers={"Origin": origin, "Host": host}).status_code == 200
+
+
 @pytest.mark.parametrize(
     "origin",
     ["http://app.example", "https://app.example:8443", "https://app.example.evil.example", "https://example"],
