@@ -6,18 +6,36 @@ that a developer visits could read the server on their machine. Programs send no
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
+from errors import Forbidden
 from settings import normal_origin
 
 
-def origin_allowed(origin: str | None, host: str, allowed: Collection[str]) -> bool:
-    """Return whether a request with this Origin header may be answered by the server at this Host header.
+class Origins:
+    """The origins from which pages may come in, beside the server's own: `allowed`, in the form of normal_origin()."""
 
-    `allowed` are origins in their normal form. Host and port are compared, the scheme is not: behind a proxy that
-    ends TLS the server does not know it.
-    """
-    if origin is None or "*" in allowed or normal_origin(origin) in allowed:
-        return True
-    scheme = origin.partition("://")[0]
-    return bool(host) and normal_origin(origin) == normal_origin(f"{scheme}://{host}")
+    def __init__(self, allowed: Collection[str]) -> None:
+        self._allowed = frozenset(allowed)
+
+    def admit(self, headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+        """Return the Origin of a request that --allow-origin lets in; None for programs and the server's own pages.
+
+        Raises Forbidden for any other page. Host and port are compared with the Host header, the scheme is not:
+        behind a proxy that ends TLS the server does not know it.
+        """
+        origin, host = None, b""
+        for name, value in headers:
+            if name == b"origin":
+                origin = value
+            elif name == b"host":
+                host = value
+        if origin is None:
+            return None
+        page = normal_origin(origin.decode("latin-1"))
+        if not self._allowed.isdisjoint((page, "*")):
+            return origin
+        scheme = page.partition("://")[0]
+        if host and page == normal_origin(f"{scheme}://{host.decode('latin-1')}"):
+            return None
+        raise Forbidden("Origin not allowed; --allow-origin names those that are")

@@ -26,7 +26,6 @@ import msgspec
 import uvicorn
 from starlette.datastructures import State
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Router
 
 from http_wire import HttpProtocol
@@ -58,26 +57,17 @@ class App(Router):
     """The ASGI app: the route table on one Hub, which is `app.state.hub`."""
 
     def __init__(self, hub: Hub) -> None:
-        allowed = hub.settings.allow_origin
-        middleware = [Middleware(OriginGuard, allowed=allowed)]
-        if allowed:
-            middleware.append(
-                Middleware(
-                    CORSMiddleware,
-                    allow_origins=allowed,
-                    allow_methods=["*"],
-                    allow_headers=["*"],
-                    expose_headers=["Notification-Id", "Idempotent-Replayed", "Retry-After"],
-                )
-            )
-
         @contextlib.asynccontextmanager
         async def lifespan(_: object) -> AsyncIterator[None]:
             async with hub:
                 yield
 
         super().__init__(
-            routes(hub), redirect_slashes=False, default=not_found, middleware=middleware, lifespan=lifespan
+            routes(hub),
+            redirect_slashes=False,
+            default=not_found,
+            middleware=[Middleware(OriginGuard, allowed=hub.settings.allow_origin)],
+            lifespan=lifespan,
         )
         self.state = State({"hub": hub})
 

@@ -13,13 +13,12 @@ from msgspec import Struct
 from starlette.datastructures import Headers, QueryParams
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import figures
 import schemas
 from connection import PROBE_EXTENSION, WIRE_EXTENSION, Connection, SendConnection
 from errors import (
-    Forbidden,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
@@ -30,7 +29,7 @@ from errors import (
     UpgradeRequired,
 )
 from events import EventStream
-from guard import origin_allowed
+from guard import Origins
 from hub import Hub
 from keys import Appended, Once
 from schemas import encode, timestamp
@@ -46,6 +45,10 @@ MAX_KEY_LENGTH = 255
 MAX_USER_AGENT = 256
 # When to try again where the limit is reached or the server drains.
 RETRY_AFTER_SECONDS = 5
+# How long a browser need not ask again what a page may do.
+PREFLIGHT_SECONDS = 600
+# The headers of ours that a page from elsewhere may read.
+EXPOSED = b"Notification-Id, Idempotent-Replayed, Retry-After"
 
 
 class ClientGone(Exception):
@@ -276,10 +279,19 @@ class Endpoint:
     async def _respond(self, scope: Scope, receive: Receive) -> Response | EventStream:
         method = scope["method"]
         if method == "OPTIONS":
-            return Response(status_code=204, headers={"Allow": self.allow})
+            return self._options(Headers(scope=scope))
         if (handler := self.handlers.get(method)) is None:
             raise MethodNotAllowed(f"Method {method[:32]} is not allowed here", {"Allow": self.allow})
         return await handler(self.hub, Request(scope, receive))
+
+    def _options(self, asked: Headers) -> Response:
+        """Tell the methods; a preflight (https://fetch.spec.whatwg.org/#http-cors-protocol) may send any header."""
+        headers = {"Allow": self.allow}
+        if "access-control-request-method" in asked:
+            headers["Access-Control-Allow-Methods"] = self.allow
+            headers["Access-Control-Allow-Headers"] = asked.get("access-control-request-headers", "")
+            headers["Access-Control-Max-Age"] = str(PREFLIGHT_SECONDS)
+        return Response(status_code=204, headers=headers)
 
 
 def error_response(error: NotifydError, category: str | None = None, error_id: str | None = None) -> Response:
@@ -309,34 +321,48 @@ class Socket:
 
 
 class OriginGuard:
-    """Refuses, before anything else, what comes from a page of a foreign origin."""
+    """Refuses, before anything else, what comes from a page of a foreign origin; one that is allowed may read answers.
+
+    Also errors, and with the methods of each path: Starlette's CORSMiddleware stands before the routes and knows none.
+    """
 
     def __init__(self, app: ASGIApp, allowed: Collection[str]) -> None:
         self.app = app
-        self.allowed = allowed
+        self.origins = Origins(allowed)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or self._is_allowed(scope):
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        error = Forbidden("Origin not allowed; --allow-origin names those that are")
-        if scope["type"] == "websocket":
-            await refuse_handshake(error, scope, receive, send)
-        else:
-            await error_response(error)(scope, receive, send)
-
-    def _is_allowed(self, scope: Scope) -> bool:
-        origin = host = None
-        for name, value in scope["headers"]:
-            if name == b"origin":
-                origin = value.decode("latin-1")
-            elif name == b"host":
-                host = value.decode("latin-1")
-        return origin_allowed(origin, host or "", self.allowed)
+        try:
+            page = self.origins.admit(scope["headers"])
+        except NotifydError as error:
+            await refuse(error, scope, receive, send)
+            return
+        await self.app(scope, receive, readable(send, page) if page and scope["type"] == "http" else send)
 
 
-async def refuse_handshake(error: NotifydError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a WebSocket handshake with an HTTP error, where the server can."""
+def readable(send: Send, page: bytes) -> Send:
+    """Return a `send` whose response a page of this origin may read."""
+    headers = [
+        (b"access-control-allow-origin", page),
+        (b"access-control-expose-headers", EXPOSED),
+        (b"vary", b"Origin"),
+    ]
+
+    async def send_readable(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message["headers"], *headers]}
+        await send(message)
+
+    return send_readable
+
+
+async def refuse(error: NotifydError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with an HTTP error; a WebSocket handshake too, where the server can."""
+    if scope["type"] == "http":
+        await error_response(error)(scope, receive, send)
+        return
     await receive()
     if "websocket.http.response" in scope.get("extensions", {}):
         await error_response(error, "connection")(scope, receive, send)
@@ -346,11 +372,7 @@ async def refuse_handshake(error: NotifydError, scope: Scope, receive: Receive, 
 
 async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer for every path that has no route."""
-    error = NotFound(f"There is nothing at {scope['path'][:200]}")
-    if scope["type"] == "websocket":
-        await refuse_handshake(error, scope, receive, send)
-    else:
-        await error_response(error)(scope, receive, send)
+    await refuse(NotFound(f"There is nothing at {scope['path'][:200]}"), scope, receive, send)
 
 
 def routes(hub: Hub) -> list[BaseRoute]:

@@ -122,7 +122,7 @@ def test_an_allowed_origin_is_let_in(open_to_two: Server, origin: str) -> None:
     assert handshake(open_to_two, origin)["type"] == "welcome"
 
 
-@pytest.mark.parametrize("origin", [APP])
+@pytest.mark.parametrize("origin", [APP, "https://APP.example:443"])
 def test_case_and_the_schemes_own_port_do_not_count(start_server: StartServer, origin: str) -> None:
     """Neither in the setting nor in the header, for the check as for what the page may read."""
     server = start_server("--allow-origin", "HTTPS://App.Example:443")
@@ -189,10 +189,34 @@ def test_a_preflight_of_an_allowed_page_succeeds(open_to_two: Server) -> None:
     assert "content-type" in response.headers["access-control-allow-headers"].lower()
 
 
+@pytest.mark.parametrize("path", ["/notify", "/status", "/ws"])
+def test_a_preflight_is_told_the_methods_of_the_path(open_to_two: Server, path: str) -> None:
+    """And no others, with whatever headers the page wants to send."""
+    wanted = {"Access-Control-Request-Method": "DELETE", "Access-Control-Request-Headers": "authorization,x-own"}
+    response = open_to_two.request("OPTIONS", path, headers={"Origin": APP} | wanted)
+    assert (response.status_code, response.content) == (204, b"")
+    assert response.headers["access-control-allow-methods"] == response.headers["allow"]
+    assert response.headers["access-control-allow-headers"] == "authorization,x-own"
+
+
+def test_a_preflight_where_nothing_is_has_the_documented_body(open_to_two: Server) -> None:
+    """It is an error like any other, and the page may read it."""
+    response = open_to_two.request("OPTIONS", "/nothing", headers={"Origin": APP} | PREFLIGHT)
+    assert (response.status_code, parse(response.content)) == (404, http_error("application", naming("/nothing")))
+    assert response.headers["access-control-allow-origin"] == APP
+
+
+def test_an_allowed_page_may_read_a_stream(open_to_two: Server) -> None:
+    """An EventSource of a page from elsewhere needs the header, too."""
+    with open_to_two.http.stream("GET", "/events", headers={"Origin": APP}) as response:
+        assert response.headers["access-control-allow-origin"] == APP
+
+
 def test_a_preflight_of_a_foreign_page_fails(open_to_two: Server) -> None:
     """A page that is not allowed gets no permission."""
     response = open_to_two.request("OPTIONS", "/notify", headers={"Origin": "https://evil.example"} | PREFLIGHT)
-    assert (response.status_code, "access-control-allow-origin" in response.headers) == (403, False)
+    assert (response.status_code, parse(response.content)) == (403, http_error("application", naming("rigin")))
+    assert "access-control-allow-origin" not in response.headers
 
 
 def test_a_foreign_page_may_not_read_the_refusal(server: Server) -> None:
