@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from errors import Forbidden
+from errors import Forbidden, InvalidRequest
 from settings import normal_origin
 
 
@@ -21,21 +21,24 @@ class Origins:
     def admit(self, headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
         """Return the Origin of a request that --allow-origin lets in; None for programs and the server's own pages.
 
-        Raises Forbidden for any other page. Host and port are compared with the Host header, the scheme is not:
-        behind a proxy that ends TLS the server does not know it.
+        Raises Forbidden for any other page, and InvalidRequest for several hosts (RFC 9112, section 3.2). Host and port
+        are compared with the Host header, the scheme is not: behind a proxy that ends TLS the server does not know it.
         """
-        origin, host = None, b""
+        origins, hosts = [], []
         for name, value in headers:
             if name == b"origin":
-                origin = value
+                origins.append(value)
             elif name == b"host":
-                host = value
-        if origin is None:
+                hosts.append(value.decode("latin-1"))
+        if len(hosts) > 1:
+            raise InvalidRequest("Host: expected one header, got several")
+        if not origins:
             return None
-        page = normal_origin(origin.decode("latin-1"))
-        if not self._allowed.isdisjoint((page, "*")):
-            return origin
-        scheme = page.partition("://")[0]
-        if host and page == normal_origin(f"{scheme}://{host.decode('latin-1')}"):
-            return None
+        page = normal_origin(b", ".join(origins).decode("latin-1"))
+        if len(origins) == 1:
+            if not self._allowed.isdisjoint((page, "*")):
+                return origins[0]
+            scheme = page.partition("://")[0]
+            if hosts and hosts[0] and page == normal_origin(f"{scheme}://{hosts[0]}"):
+                return None
         raise Forbidden("Origin not allowed; --allow-origin names those that are")

@@ -101,6 +101,35 @@ def test_a_look_alike_cannot_open_a_websocket(server: Server) -> None:
         assert handshake(server, origin) == (403, http_error("connection", naming("rigin")))
 
 
+HEADS = {
+    "application": b"GET /health HTTP/1.1\r\nConnection: close\r\n%s\r\n",
+    "connection": b"GET /ws HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n%s\r\n",
+}
+
+
+@pytest.mark.parametrize("category", HEADS)
+@pytest.mark.parametrize("origins", [(APP, APP), (APP, "https://evil.example"), ("http://a.example", APP)])
+def test_several_origins_are_refused(open_to_all: Server, category: str, origins: tuple[str, str]) -> None:
+    """Which of them a page would be from is anybody's guess, also where every page is let in."""
+    headers = "Host: a.example\r\nOrigin: {}\r\nOrigin: {}\r\n".format(*origins).encode()
+    status, _, body = open_to_all.response_to(HEADS[category] % headers)
+    if status == 400:  # With --wire standard the websockets library refuses such a handshake before the app.
+        assert category == "connection" and "standard" in Server.extra_flags
+    else:
+        assert (status, parse(body)) == (403, http_error(category, naming("rigin")))
+
+
+@pytest.mark.parametrize("category", HEADS)
+def test_several_hosts_are_a_bad_request(server: Server, category: str) -> None:
+    """RFC 9112, section 3.2: with an Origin that is one of them or without."""
+    for origin in (b"", b"Origin: https://evil.example\r\n"):
+        headers = b"Host: evil.example\r\nHost: localhost\r\n" + origin
+        status, _, body = server.response_to(HEADS[category] % headers)
+        kind = "validation" if category == "application" else category
+        assert (status, parse(body)) == (400, http_error(kind, naming("Host")))
+
+
 def test_a_foreign_page_cannot_publish(server: Server) -> None:
     """A simple POST, which needs no preflight, is refused and reaches nobody."""
     client = server.join()
