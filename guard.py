@@ -6,10 +6,19 @@ that a developer visits could read the server on their machine. Programs send no
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Collection, Iterable
 
 from errors import Forbidden, InvalidRequest
 from settings import normal_origin
+
+logger = logging.getLogger("notifyd.guard")
+
+# A browser tells nobody why it was refused, so the log does: once a minute for each origin, and for so many at most,
+# as anyone can make them up.
+WARN_SECONDS = 60.0
+MAX_WARNED = 100
 
 
 class Origins:
@@ -17,6 +26,8 @@ class Origins:
 
     def __init__(self, allowed: Collection[str]) -> None:
         self._allowed = frozenset(allowed)
+        # When each of the last refused origins was told.
+        self._warned: dict[str, float] = {}
 
     def admit(self, headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
         """Return the Origin of a request that --allow-origin lets in; None for programs and the server's own pages.
@@ -41,4 +52,12 @@ class Origins:
             scheme = page.partition("://")[0]
             if hosts and hosts[0] and page == normal_origin(f"{scheme}://{hosts[0]}"):
                 return None
+        self._warn(page)
         raise Forbidden("Origin not allowed; --allow-origin names those that are")
+
+    def _warn(self, page: str) -> None:
+        shown, now = repr(page)[:200], time.monotonic()
+        self._warned = {known: at for known, at in self._warned.items() if now - at < WARN_SECONDS}
+        if shown not in self._warned and len(self._warned) < MAX_WARNED:
+            self._warned[shown] = now
+            logger.warning("The origin %s is refused; --allow-origin lets it in", shown)

@@ -95,6 +95,33 @@ def test_an_origin_must_be_the_same_to_the_letter(server: Server) -> None:
     assert answers == dict.fromkeys(foreign(server), 403)
 
 
+def test_a_refused_origin_is_named_in_the_log_once(start_server: StartServer) -> None:
+    """A browser shows its page nothing but 1006; the line says what to do, and no flood of requests floods the log."""
+    server = start_server()
+    long = "https://" + "x" * 1000
+    for origin in (long, "https://evil\x85.example", "https://other.example"):
+        for _ in range(3):
+            assert server.get("/health", headers={"Origin": origin.encode("latin-1")}).status_code == 403
+    server.signal()
+    server.wait_for_line("Shutting down")
+    lines = [line for line in server.stderr if "WARNING" in line]
+    assert [line.partition("WARNING ")[2] for line in lines] == [
+        f"The origin {repr(long)[:200]} is refused; --allow-origin lets it in",
+        r"The origin 'https://evil\x85.example' is refused; --allow-origin lets it in",
+        "The origin 'https://other.example' is refused; --allow-origin lets it in",
+    ]
+
+
+def test_made_up_origins_do_not_flood_the_log(start_server: StartServer) -> None:
+    """After a hundred within a minute it is quiet; they are refused as before."""
+    server = start_server()
+    for number in range(150):
+        assert server.get("/health", headers={"Origin": f"https://{number}.example"}).status_code == 403
+    server.signal()
+    server.wait_for_line("Shutting down")
+    assert sum("--allow-origin" in line for line in server.stderr) == 100
+
+
 def test_a_look_alike_cannot_open_a_websocket(server: Server) -> None:
     """The handshake compares as strictly."""
     for origin in foreign(server):
