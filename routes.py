@@ -23,7 +23,6 @@ from errors import (
     MethodNotAllowed,
     NotFound,
     NotifydError,
-    ShuttingDown,
     TooLarge,
     UnsupportedMediaType,
     UpgradeRequired,
