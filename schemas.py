@@ -63,6 +63,7 @@ class Positions:
     """Gives ids: UUIDv7 (RFC 9562, section 5.7), strictly increasing whatever the clock does.
 
     Within one millisecond, or while the clock is behind the last id, the 74 random bits count on instead.
+    `last`: an id that was given before; it may be another process's.
     """
 
     __slots__ = ("_last",)
