@@ -1,0 +1,791 @@
+"""The store in Redis: one log and one registry for the processes of many hosts.
+
+Owns the keys under `settings.store_prefix`, the script that is the only thing to change them, and two connections:
+one for operations, one that waits for the log. Supported: redis://, rediss:// (TLS) and unix://, with user, password
+and database in the URL; Redis 6.2 or later, and Valkey. Not supported: Sentinel and Cluster.
+
+1. Operations that arrive while others are under way go with the next call of the script, in order: one group, one
+   round trip, one atomic step. A group is done whole or, where the process has to join first, not at all.
+2. The log is a stream whose entries are numbered without a gap by `seq`. A reader that sees a gap asks for `before`,
+   the id in front of the first entry: if that is newer than what it has delivered, it has missed something.
+3. Nothing is trimmed that a live process has not read yet; each group tells how far its process is.
+4. A process is alive for LEASE_SECONDS after its last group, by Redis's clock. Whoever comes next puts out the dead,
+   before anything else: their clients are gone, what they have counted stays.
+5. `epoch` names one life of the data. It ends when Redis restarts, loses its keys, or is behind what a process has
+   delivered. Then every process has RESTORE_SECONDS to offer what it has and the log has not; meanwhile the store is
+   away. Ids and order stay, numbers begin anew, and a reader leaves out what it has delivered before.
+6. A process joins with each new connection and enters its clients again, whatever happened in between. So an operation
+   that failed half way leaves nothing behind, and a client that left meanwhile needs no memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import secrets
+from collections import deque
+from collections.abc import Collection, Sequence
+from itertools import islice
+from typing import Any
+
+import msgspec
+from redis import exceptions
+from redis.asyncio.connection import AbstractConnection, Connection, parse_url
+
+from errors import ConnectionRefused, KeyReused, StoreUnavailable
+from keys import Appended, Once, Receipt
+from ring import Audience
+from settings import Settings, SettingsError
+from store import LEASE_SECONDS, Census, Draft, Node, Opening, Record, Report, Taken
+
+logger = logging.getLogger("notifyd")
+
+RENEW_SECONDS = 1.0
+# How often a store that is away is looked for.
+LOOK_SECONDS = 0.5
+# Every process hears of a new epoch with its next renewal, or finds Redis back with its next look.
+RESTORE_SECONDS = 1.5
+# How long one read of the log waits on Redis; a connection that says nothing for store_timeout longer is dead.
+BLOCK_SECONDS = 1.0
+# What one call may hold, so that Redis is not busy with it for more than about 10 ms: arguments, and records read.
+GROUP_ARGUMENTS, READ_RECORDS, CHUNK = 4000, 500, 500
+
+_SCRIPT = r"""
+local P, epoch, node, host, tail = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
+math.randomseed(tonumber(ARGV[6]))
+local MAX, SIZE, BYTES, TTL = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
+local LEASE, RESTORE = tonumber(ARGV[11]), tonumber(ARGV[12])
+local i = 12
+local function arg() i = i + 1; return ARGV[i] end
+
+local call = redis.call
+local META, LOG, NODES, TAILS, CLIENTS, TOPICS = P..'meta', P..'log', P..'nodes', P..'tails', P..'clients', P..'topics'
+local OFFERS, ROW, MEMBERS, POSTS, TOPIC = P..'offers', P..'node:', P..'members:', P..'posts:', P..'topic:'
+local time = call('TIME')
+local now = time[1] * 1000000 + time[2]
+local newest, before, kept, bytes, seq, sent = '', '', 0, 0, 0, 0
+
+local function load()
+  local state = call('HMGET', META, 'newest', 'before', 'kept', 'bytes', 'seq')
+  newest, before, kept, bytes, seq = state[1], state[2], tonumber(state[3]), tonumber(state[4]), tonumber(state[5])
+end
+
+local function save()
+  call('HSET', META, 'newest', newest, 'before', before, 'kept', kept, 'bytes', bytes, 'seq', seq)
+end
+
+local function next_id(last)
+  -- 48 bits of time, 12 + 14 + 48 random ones, of which the first stays 0; they count on if time does not.
+  local ms, a, b = math.floor(now / 1000), math.random(0, 2047), math.random(0, 16383)
+  local c = math.random(0, 16777215) * 16777216 + math.random(0, 16777215)
+  local last_ms = last == '' and 0 or tonumber(last:sub(1, 8)..last:sub(10, 13), 16)
+  if ms <= last_ms then
+    ms, a, b = last_ms, tonumber(last:sub(16, 18), 16), tonumber(last:sub(20, 23), 16) - 32768
+    c = tonumber(last:sub(25), 16) + 1 + math.random(0, 1073741823)
+    if c >= 281474976710656 then b, c = b + 1, c - 281474976710656 end
+    if b >= 16384 then a, b = a + 1, 0 end
+    if a >= 4096 then ms, a = ms + 1, 0 end
+  end
+  return string.format('%08x-%04x-7%03x-%04x-%04x%08x', math.floor(ms / 65536), ms % 65536, a, b + 32768,
+    math.floor(c / 4294967296), c % 4294967296)
+end
+
+local function add(id, at, rest, audience, to_host, replayed, once)
+  newest, seq, bytes = id, seq + 1, bytes + #rest + #audience
+  if replayed == '1' then kept = kept + 1 end
+  call('XADD', LOG, string.format('%.0f-0', seq), 'i', id, 't', at, 'r', rest, 'a', audience, 'h', to_host,
+    'p', replayed, 'o', once)
+end
+
+local function number(entry) return tonumber(entry[1]:sub(1, -3)) end
+
+local function trim()
+  local slowest = call('ZRANGE', TAILS, 0, 0, 'WITHSCORES')[2]
+  slowest = slowest and tonumber(slowest) or seq
+  local from, full = '-', true
+  while full do
+    local entries = call('XRANGE', LOG, from, '+', 'COUNT', 20)
+    full = #entries == 20
+    for _, entry in ipairs(entries) do
+      local f = entry[2]
+      local fits = kept <= SIZE and bytes <= BYTES and tonumber(f[4]) + TTL >= now
+      if fits or number(entry) > slowest then full = false; break end
+      before, bytes, from = f[2], bytes - #f[6] - #f[8], string.format('%.0f-0', number(entry) + 1)
+      if f[12] == '1' then kept = kept - 1 end
+      if f[14] ~= '' then call('DEL', P..'once:'..f[14]) end
+    end
+  end
+  if from ~= '-' then call('XTRIM', LOG, 'MINID', '=', from); save() end
+end
+
+local function set_topics(id, packed)
+  local old = call('HGET', TOPICS, id)
+  if old then for _, topic in ipairs(cmsgpack.unpack(old)) do call('SREM', TOPIC..topic, id) end end
+  if packed ~= '' then
+    call('HSET', TOPICS, id, packed)
+    for _, topic in ipairs(cmsgpack.unpack(packed)) do call('SADD', TOPIC..topic, id) end
+  elseif old then call('HDEL', TOPICS, id) end
+end
+
+local function enter(id, packed)
+  call('HSET', CLIENTS, id, node)
+  call('SADD', MEMBERS..node, id)
+  set_topics(id, packed)
+end
+
+local function remove(id, owner)
+  call('SREM', MEMBERS..owner, id)
+  if call('HGET', CLIENTS, id) == owner then call('HDEL', CLIENTS, id); set_topics(id, '') end
+end
+
+local function folded(of) return P..'folded:'..(call('HGET', META, 'started') or '')..':'..of end
+
+local function put_out(dead)
+  for _, id in ipairs(call('SMEMBERS', MEMBERS..dead)) do remove(id, dead) end
+  local row = call('HMGET', ROW..dead, 'messages', 'slow')
+  call('HINCRBY', META, 'messages', row[1] or 0)
+  call('HINCRBY', META, 'slow', row[2] or 0)
+  -- It may only have been stopped: then it counts on from here, and this is taken out of the sums again.
+  call('SET', folded(dead), (row[1] or 0)..' '..(row[2] or 0), 'EX', 86400)
+  call('DEL', ROW..dead, POSTS..dead)
+  call('ZREM', NODES, dead)
+  call('ZREM', TAILS, dead)
+end
+
+local function put_out_the_dead()
+  for _, dead in ipairs(call('ZRANGEBYSCORE', NODES, '-inf', now)) do put_out(dead) end
+end
+
+local function recipients(audience, to_host)
+  local count = 0
+  if to_host ~= '' then
+    for _, one in ipairs(call('ZRANGE', NODES, 0, -1)) do
+      if call('HGET', ROW..one, 'host') == to_host then count = count + call('SCARD', MEMBERS..one) end
+    end
+    return count
+  elseif audience == '' then return call('HLEN', CLIENTS) end
+  local clients, topics = unpack(cmsgpack.unpack(audience))
+  local largest
+  for _, topic in ipairs(topics) do
+    local size = call('SCARD', TOPIC..topic)
+    if size > count then largest, count = TOPIC..topic, size end
+  end
+  local seen = {}
+  for _, topic in ipairs(topics) do
+    if largest and TOPIC..topic ~= largest then
+      for _, id in ipairs(call('SDIFF', TOPIC..topic, largest)) do
+        if not seen[id] then seen[id], count = true, count + 1 end
+      end
+    end
+  end
+  for _, id in ipairs(clients) do
+    local counted = seen[id] or largest and call('SISMEMBER', largest, id) == 1
+    if not counted and call('HEXISTS', CLIENTS, id) == 1 then count = count + 1 end
+  end
+  return count
+end
+
+local function restore()
+  local offered = call('HGET', META, 'offered') or ''
+  if offered > newest then  -- What is left of the log ends before all that is offered begins.
+    call('DEL', LOG)
+    newest, before, kept, bytes = offered, offered, 0, 0
+  end
+  if newest == '' then newest = next_id(''); before = newest end
+  seq = math.max(seq, now)
+  local ids = call('HKEYS', OFFERS)
+  table.sort(ids)
+  for _, id in ipairs(ids) do
+    if id > newest then add(id, unpack(cmsgpack.unpack(call('HGET', OFFERS, id)))) end
+  end
+  call('DEL', OFFERS)
+  call('HDEL', META, 'restoring', 'offered')
+  save()
+end
+
+local function join()
+  local last, known, names = arg(), {}, {'total', 'sent', 'messages', 'slow', 'counter'}
+  for k in ipairs(names) do known[k] = tonumber(arg()) end
+  local started, messages, slow = tonumber(arg()), tonumber(arg()), tonumber(arg())
+  local info = redis.pcall('INFO', 'server')  -- Without the right to INFO only the loss of records is noticed.
+  local run = type(info) == 'string' and info:match('run_id:(%x+)') or ''
+  local state = call('HMGET', META, 'epoch', 'run', 'restoring')
+  local current, restoring = state[1], tonumber(state[3] or nil)
+  local fresh, others = epoch == '', call('ZCARD', NODES) > 0
+  if not current then
+    call('HSET', META, 'newest', '', 'before', '', 'kept', 0, 'bytes', 0, 'seq', now, 'started', now)
+  end
+  put_out_the_dead()
+  load()
+  if not current or run ~= state[2] or not restoring and last > newest then
+    current = run..string.format('-%.0f', now)
+    call('HSET', META, 'epoch', current, 'run', run)
+    restoring = (not fresh or others) and now + RESTORE or now
+    call('HSET', META, 'restoring', restoring)
+  end
+  if restoring then
+    if restoring > now and restoring <= now + RESTORE then return {'restoring', current, newest} end
+    restore()
+  end
+  if not fresh then
+    for k, name in ipairs(names) do
+      call('HSET', META, name, math.max(known[k], tonumber(call('HGET', META, name) or 0)))
+    end
+    if started > 0 and started < tonumber(call('HGET', META, 'started')) then call('HSET', META, 'started', started) end
+  elseif call('ZCARD', NODES) == 0 then
+    call('HDEL', META, 'leader', unpack(names))
+    call('HSET', META, 'started', now)
+  end
+  local row, fold = call('HMGET', ROW..node, 'messages', 'slow'), call('GET', folded(node))
+  if fold then
+    local m, s = fold:match('(%d+) (%d+)')
+    call('HINCRBY', META, 'messages', -m)
+    call('HINCRBY', META, 'slow', -s)
+    call('DEL', folded(node))
+    messages, slow = math.max(messages, m), math.max(slow, s)
+  end
+  call('HSET', ROW..node, 'host', host,
+    'messages', math.max(messages, row[1] or 0), 'slow', math.max(slow, row[2] or 0))
+  call('DEL', POSTS..node)
+  trim()
+  if tail == 0 then
+    local first = call('XRANGE', LOG, '-', '+', 'COUNT', 1)[1]
+    tail = first and number(first) - 1 or seq
+  end
+  call('ZADD', NODES, now + LEASE, node)
+  call('ZADD', TAILS, tail, node)
+  return {'joined', current, before, tail, seq, now, tonumber(call('HGET', META, 'started')),
+    call('SMEMBERS', MEMBERS..node)}
+end
+
+local function offer()
+  if call('HGET', META, 'epoch') ~= epoch or call('HEXISTS', META, 'restoring') == 0 then return 'join' end
+  local front = arg()
+  if front > (call('HGET', META, 'offered') or '') then call('HSET', META, 'offered', front) end
+  while i < #ARGV do
+    local id, at, rest, audience, to_host, replayed = arg(), arg(), arg(), arg(), arg(), arg()
+    call('HSET', OFFERS, id, cmsgpack.pack({at, rest, audience, to_host, replayed, ''}))
+  end
+  return 'offered'
+end
+
+local ops = {}
+
+function ops.append()
+  local n, counter, key, print = tonumber(arg()), arg(), arg(), arg()
+  local draft = i
+  i = i + 4 * n
+  if key ~= '' then
+    local found = call('GET', P..'once:'..key)
+    if found then
+      found = cmsgpack.unpack(found)
+      return found[1] == print and found[2] or 'reused'
+    end
+  end
+  if counter ~= '' then
+    local held = call('HMGET', META, 'leader', 'counter')
+    if held[1] ~= node or tonumber(held[2] or 0) ~= counter - 1 then return {now, 0} end
+    call('HSET', META, 'counter', counter)
+  end
+  local reply = {now, 0}
+  for d = 1, n do
+    local rest, audience, to_host, replayed = ARGV[draft + 1], ARGV[draft + 2], ARGV[draft + 3], ARGV[draft + 4]
+    draft = draft + 4
+    add(next_id(newest), now, rest, audience, to_host, replayed, d == n and key or '')
+    reply[#reply + 1] = newest
+    reply[#reply + 1] = recipients(audience, to_host)
+  end
+  sent = sent + n
+  if key ~= '' then
+    reply[2] = 1
+    call('SET', P..'once:'..key, cmsgpack.pack({print, reply}), 'PX', math.ceil(TTL / 1000))
+    reply[2] = 0
+  end
+  return reply
+end
+
+function ops.admit()
+  local id, topics = arg(), arg()
+  local owner = call('HGET', CLIENTS, id)
+  if owner and owner ~= node then return {'taken', owner} end
+  local active = call('HLEN', CLIENTS)
+  if not owner and active >= MAX then return {'full', active} end
+  enter(id, topics)
+  call('HINCRBY', META, 'total', 1)
+  return newest
+end
+
+function ops.subscribe()
+  local id, topics = arg(), arg()
+  if call('HGET', CLIENTS, id) == node then set_topics(id, topics) end
+  return newest
+end
+
+function ops.register()
+  local taken = {}
+  for _ = 1, tonumber(arg()) do
+    local id, topics = arg(), arg()
+    local owner = call('HGET', CLIENTS, id)
+    if owner and owner ~= node then taken[#taken + 1] = id else enter(id, topics) end
+  end
+  return taken
+end
+
+function ops.leave() remove(arg(), node); return 0 end
+
+function ops.lead()
+  local held = call('HMGET', META, 'leader', 'leads_until')
+  local ends = tonumber(held[2] or 0)
+  if held[1] and held[1] ~= node and call('ZSCORE', NODES, held[1]) and ends > now and ends <= now + LEASE then
+    return -1
+  end
+  call('HSET', META, 'leader', node, 'leads_until', now + LEASE)
+  return tonumber(call('HGET', META, 'counter') or 0)
+end
+
+function ops.report() call('HSET', ROW..node, 'messages', arg(), 'slow', arg()); return 0 end
+
+function ops.census()
+  local sums = call('HMGET', META, 'total', 'sent', 'messages', 'slow')
+  local reply = {call('HLEN', CLIENTS)}
+  for k = 1, 4 do reply[k + 1] = tonumber(sums[k] or 0) end
+  reply[3] = reply[3] + sent
+  for _, one in ipairs(call('ZRANGE', NODES, 0, -1)) do
+    local row = call('HMGET', ROW..one, 'messages', 'slow')
+    reply[4], reply[5] = reply[4] + (row[1] or 0), reply[5] + (row[2] or 0)
+    if one ~= node then reply[#reply + 1] = one end
+  end
+  return reply
+end
+
+function ops.post()
+  local to, message = arg(), arg()
+  if call('ZSCORE', NODES, to) then call('XADD', POSTS..to, 'MAXLEN', 1000, '*', 'n', node, 'm', message) end
+  return 0
+end
+
+function ops.renew()
+  call('XTRIM', POSTS..node, 'MINID', '=', arg())
+  -- Where Redis's clock has jumped back, no lease may end later than one that is renewed now.
+  for _, one in ipairs(call('ZRANGEBYSCORE', NODES, now + LEASE + 1, '+inf')) do
+    call('ZADD', NODES, now + LEASE, one)
+  end
+  trim()
+  local known = call('HMGET', META, 'total', 'sent', 'messages', 'slow', 'counter', 'started')
+  for k = 1, 6 do known[k] = tonumber(known[k] or 0) end
+  return known
+end
+
+function ops.close() put_out(node); return 0 end
+
+if ARGV[13] == 'join' then i = 13; return join() end
+if ARGV[13] == 'offer' then i = 13; return offer() end
+put_out_the_dead()
+if call('HGET', META, 'epoch') ~= epoch or not call('ZSCORE', NODES, node) then return 'join' end
+call('ZADD', NODES, now + LEASE, node)
+call('ZADD', TAILS, tail, node)
+load()
+local replies = {}
+while i < #ARGV do replies[#replies + 1] = ops[arg()]() end
+if sent > 0 then
+  save()
+  call('HINCRBY', META, 'sent', sent)
+  if kept > SIZE or bytes > BYTES then trim() end
+end
+return replies
+"""
+_SHA = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
+
+_Argument = bytes | str | int
+_unpack_audience = msgspec.msgpack.Decoder(tuple[frozenset[str], frozenset[str]]).decode
+
+
+class _Rejoin(Exception):
+    """The store does not know this process: it was taken for dead, or the data's life has ended."""
+
+
+class _Operation:
+    __slots__ = ("answer", "arguments")
+
+    def __init__(self, arguments: tuple[_Argument, ...], answer: asyncio.Future[Any] | None) -> None:
+        self.arguments = arguments
+        self.answer = answer
+
+
+class _Kept:
+    """The newest records that this process has read, within the bounds of the history: to fill the log again."""
+
+    def __init__(self, settings: Settings, before: str) -> None:
+        self._size, self._bytes = settings.history_size, settings.history_bytes
+        self._held = self._held_bytes = 0
+        self.before = before
+        self.records: deque[Record] = deque()
+
+    @property
+    def newest(self) -> str:
+        return self.records[-1].id if self.records else self.before
+
+    def add(self, record: Record) -> None:
+        self.records.append(record)
+        self._count(record, 1)
+        while self._held > self._size or self._held_bytes > self._bytes:
+            oldest = self.records.popleft()
+            self._count(oldest, -1)
+            self.before = oldest.id
+
+    def _count(self, record: Record, by: int) -> None:
+        self._held += by * record.replayed
+        self._held_bytes += by * (len(record.rest) + len(_packed(record.audience)))
+
+
+class RedisStore:
+    """One process's side of a log and a registry in Redis. Raises SettingsError where the URL is none."""
+
+    def __init__(self, settings: Settings, url: str, host_id: str = "") -> None:
+        try:
+            options: dict[str, Any] = dict(parse_url(url))
+        except ValueError:
+            # What parse_url says may repeat a part of the password.
+            raise SettingsError("--store: expected a URL such as redis://localhost:6379/0") from None
+        self.node_id = secrets.token_hex(8)
+        self.failure: str | None = None
+        self._settings = settings
+        self._prefix = settings.store_prefix
+        self._timeout = settings.store_timeout
+        self._host_id = host_id
+        self._kind: type[AbstractConnection] = options.pop("connection_class", Connection)
+        # Our own deadlines go for whole groups; the protocol is the one that Redis 6 and Valkey answer alike.
+        self._options = options | {"protocol": 2, "socket_timeout": None, "socket_connect_timeout": self._timeout}
+        self._task: asyncio.Task[None] | None = None
+        self._queue: deque[_Operation] = deque()
+        self._under_way: list[_Operation] = []
+        self._wake = asyncio.Event()
+        # Set once the store is open or known to be away.
+        self._settled = asyncio.Event()
+        self._epoch = ""
+        self._seq = 0
+        self._post_id = "0"
+        self._opening_until = 0
+        self._opening_now = 0
+        self._opened = False
+        self._kept = _Kept(settings, "")
+        # What this process has appended and not read yet: nobody else may have seen it.
+        self._unread: dict[str, Record] = {}
+        # The counters of all: total, sent, messages, slow consumers, test notifications, and when they began.
+        self._known = [0, 0, 0, 0, 0, 0]
+        self._report = Report(0, 0)
+
+    # --- life
+
+    async def open(self, node: Node) -> None:
+        self._node = node
+        self._settled.clear()
+        self._task = asyncio.get_running_loop().create_task(self._stay())
+        await self._settled.wait()
+
+    async def close(self) -> None:
+        if (task := self._task) is None:
+            return
+        with contextlib.suppress(StoreUnavailable):
+            await self._ask("close")
+        self._task = None
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        self._drop("The store is closed")
+
+    async def _stay(self) -> None:
+        """Be joined; whenever that fails, look again until it works."""
+        while True:
+            try:
+                await self._live()
+            except _Rejoin:
+                continue
+            except (exceptions.RedisError, OSError) as error:
+                self._fail(self._reason(error))
+            except Exception:
+                logger.exception("The store in Redis failed and is joined again")
+                self._fail("an unexpected error, see the log")
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _live(self) -> None:
+        operations, log = self._kind(**self._options), self._kind(**self._options)
+        try:
+            async with asyncio.timeout(self._timeout):
+                await operations.connect()  # type: ignore[no-untyped-call]
+                await log.connect()  # type: ignore[no-untyped-call]
+            await self._join(operations)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._operate(operations))
+                tasks.create_task(self._follow(log))
+                tasks.create_task(self._renew())
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+        finally:
+            for connection in (operations, log):
+                await connection.disconnect(nowait=True)
+
+    def _fail(self, reason: str) -> None:
+        failure = f"The store is away: {reason}"
+        if self.failure is None:
+            logger.warning(failure)
+        self.failure = failure
+        self._drop(failure)
+        self._settled.set()
+
+    def _drop(self, failure: str) -> None:
+        for operation in (*self._under_way, *self._queue):
+            if operation.answer is not None and not operation.answer.done():
+                operation.answer.set_exception(StoreUnavailable(failure))
+        self._under_way = []
+        # Who leaves meanwhile does so with the next join at the latest.
+        self._queue = deque(operation for operation in self._queue if operation.answer is None)
+
+    def _reason(self, error: BaseException) -> str:
+        """Return a short text without secrets."""
+        if isinstance(error, TimeoutError | exceptions.TimeoutError):
+            return f"no answer within {self._timeout:g} s"
+        if isinstance(cause := error.__context__, OSError) and cause.errno:
+            return os.strerror(cause.errno) if cause.errno > 0 else str(cause.strerror)
+        return str(error).partition(" script: ")[0].partition("\n")[0][:120]
+
+    # --- join
+
+    async def _join(self, connection: AbstractConnection) -> None:
+        """Enter this process and its clients; where the log has lost records, fill it again first."""
+        offered = ""
+        while True:
+            seq = self._seq if self._opened else 0
+            arguments: list[_Argument] = ["join", self._kept.newest, *self._known, *self._report]
+            state, epoch, before, *joined = await self._call(connection, self._epoch, seq, arguments)
+            if state == b"joined":
+                break
+            self._fail("it has lost data and is being filled again")
+            if self._opened and offered != epoch.decode():
+                offered = epoch.decode()
+                await self._offer(connection, offered, before.decode())
+            await asyncio.sleep(0.1)
+        self._epoch = epoch.decode()
+        self._post_id = "0"
+        seq, newest, now, started, members = joined
+        if not self._opened:
+            self._seq, self._opening_until, self._opening_now = seq, newest, now
+            self._kept = _Kept(self._settings, before.decode())
+        self._known[5] = started
+        # From here on those who leave are in order behind those that are entered now.
+        self._queue = deque(operation for operation in self._queue if operation.answer is not None)
+        await self._enter_clients(connection, {member.decode() for member in members})
+        if self._opened:
+            self._check_missed(before.decode())
+            self._ready()
+        elif self._seq == self._opening_until:
+            self._open()
+
+    async def _enter_clients(self, connection: AbstractConnection, entered: set[str]) -> None:
+        clients = dict(self._node.registrations())
+        operations: list[tuple[_Argument, ...]] = [("leave", client_id) for client_id in entered - clients.keys()]
+        waiting = iter(clients.items())
+        while chunk := list(islice(waiting, CHUNK)):
+            pairs = [part for client_id, topics in chunk for part in (client_id, _packed_topics(topics))]
+            operations.append(("register", len(chunk), *pairs))
+        taken: list[str] = []
+        for start in range(0, len(operations), CHUNK):
+            for operation in operations[start : start + CHUNK] if len(operations) > CHUNK else operations:
+                reply = await self._call(connection, self._epoch, self._seq, operation)
+                if reply == b"join":
+                    raise _Rejoin
+                if operation[0] == "register":
+                    taken += [client_id.decode() for client_id in reply[0]]
+        if taken:
+            self._node.evicted(taken)
+
+    async def _offer(self, connection: AbstractConnection, epoch: str, newest: str) -> None:
+        """Offer the records that the log has not."""
+        records = [record for record in self._kept.records if record.id > newest]
+        records += [record for _, record in sorted(self._unread.items()) if record.id > newest]
+        # Also without records: those of others must reach back to where this process stands.
+        for start in range(0, len(records) or 1, CHUNK):
+            arguments: list[_Argument] = ["offer", self._kept.before]
+            for id, rest, audience, replayed, host, at in records[start : start + CHUNK]:
+                arguments += (id, round(at * 1e6), rest, _packed(audience), host, "1" if replayed else "")
+            await self._call(connection, epoch, 0, arguments)
+
+    def _open(self) -> None:
+        self._opened = True
+        age = (self._opening_now - self._known[5]) / 1e6
+        self._node.opened(Opening(self._kept.before, list(self._kept.records), self._known[5] / 1e6, age))
+        self._ready()
+
+    def _ready(self) -> None:
+        if self.failure is not None:
+            logger.info("The store is back")
+        self.failure = None
+        self._settled.set()
+
+    # --- operations
+
+    async def _call(
+        self, connection: AbstractConnection, epoch: str, seq: int, arguments: Collection[_Argument]
+    ) -> Any:
+        """Run the script once. Raises TimeoutError, or what redis-py raises."""
+        settings = self._settings
+        header: tuple[_Argument, ...] = (
+            *(1, self._prefix + "meta", self._prefix, epoch, self.node_id, self._host_id, seq, secrets.randbits(31)),
+            *(settings.max_connections, settings.history_size, settings.history_bytes),
+            *(round(seconds * 1e6) for seconds in (settings.history_ttl, LEASE_SECONDS, RESTORE_SECONDS)),
+        )
+        async with asyncio.timeout(self._timeout):
+            await connection.send_command("EVALSHA", _SHA, *header, *arguments)
+            try:
+                return await connection.read_response()
+            except exceptions.NoScriptError:
+                await connection.send_command("EVAL", _SCRIPT, *header, *arguments)
+                return await connection.read_response()
+
+    async def _operate(self, connection: AbstractConnection) -> None:
+        """Do what is asked, a group at a time."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._queue:
+                arguments: list[_Argument] = []
+                while self._queue and len(arguments) < GROUP_ARGUMENTS:
+                    self._under_way.append(operation := self._queue.popleft())
+                    arguments += operation.arguments
+                replies = await self._call(connection, self._epoch, self._seq, arguments)
+                group, self._under_way = self._under_way, []
+                if replies == b"join":
+                    self._queue.extendleft(reversed(group))
+                    raise _Rejoin
+                for operation, reply in zip(group, replies, strict=True):
+                    if operation.answer is not None and not operation.answer.done():
+                        operation.answer.set_result(reply)
+
+    async def _renew(self) -> None:
+        while True:
+            self._known = await self._ask("renew", self._post_id)
+            await asyncio.sleep(RENEW_SECONDS)
+
+    def _ask(self, *arguments: _Argument) -> asyncio.Future[Any]:
+        if self.failure is not None or self._task is None:
+            raise StoreUnavailable(self.failure or "The store is closed")
+        answer = asyncio.get_running_loop().create_future()
+        self._queue.append(_Operation(arguments, answer))
+        self._wake.set()
+        return answer
+
+    async def append(self, drafts: Sequence[Draft], once: Once | None = None, counter: int | None = None) -> Appended:
+        key, fingerprint = ("", b"") if once is None else once
+        arguments: list[_Argument] = ["append", len(drafts), "" if counter is None else counter, key, fingerprint]
+        for rest, audience, replayed, host in drafts:
+            arguments += (rest, _packed(audience), host, "1" if replayed else "")
+        reply = await self._ask(*arguments)
+        if reply == b"reused":
+            raise KeyReused("Idempotency-Key: already used for another request")
+        at, repeated = reply[0] / 1e6, bool(reply[1])
+        receipts = [Receipt(reply[n].decode(), reply[n + 1]) for n in range(2, len(reply), 2)]
+        if not repeated:
+            for receipt, draft in zip(receipts, drafts, strict=False):
+                if receipt.id > self._kept.newest:
+                    self._unread[receipt.id] = Record(receipt.id, *draft, at)
+        return Appended(receipts, at, repeated)
+
+    async def admit(self, client_id: str, topics: Collection[str]) -> str:
+        try:
+            reply = await self._ask("admit", client_id, _packed_topics(topics))
+        except asyncio.CancelledError:
+            # It may be under way already.
+            self.leave(client_id)
+            raise
+        if isinstance(reply, bytes):
+            return reply.decode()
+        if reply[0] == b"taken":
+            raise Taken(reply[1].decode())
+        raise ConnectionRefused(f"Connection limit exceeded: {reply[1]}/{self._settings.max_connections}")
+
+    async def subscribe(self, client_id: str, topics: Collection[str]) -> str:
+        newest: bytes = await self._ask("subscribe", client_id, _packed_topics(topics))
+        return newest.decode()
+
+    def leave(self, client_id: str) -> None:
+        self._queue.append(_Operation(("leave", client_id), None))
+        self._wake.set()
+
+    async def lead(self) -> int | None:
+        counter: int = await self._ask("lead")
+        return None if counter < 0 else counter
+
+    async def report(self, report: Report) -> None:
+        self._report = report
+        await self._ask("report", *report)
+
+    async def census(self) -> Census:
+        active, total, sent, messages, slow, *others = await self._ask("census")
+        return Census(active, total, sent, messages, slow, [node.decode() for node in others])
+
+    async def post(self, node_id: str, message: bytes) -> None:
+        await self._ask("post", node_id, message)
+
+    # --- the log
+
+    async def _follow(self, connection: AbstractConnection) -> None:
+        """Read what is appended and posted, as it comes."""
+        log, posts = self._prefix + "log", f"{self._prefix}posts:{self.node_id}"
+        block = round(BLOCK_SECONDS * 1000)
+        while True:
+            async with asyncio.timeout(BLOCK_SECONDS + self._timeout):
+                await connection.send_command(
+                    *("XREAD", "COUNT", READ_RECORDS, "BLOCK", block, "STREAMS", log, posts),
+                    *(f"{self._seq}-0", self._post_id),
+                )
+                streams = await connection.read_response()
+            for stream, entries in streams or ():
+                if stream.decode() == log:
+                    await self._read(connection, entries)
+                else:
+                    self._post_id = entries[-1][0].decode()
+                    for _, (_, sender, _, message) in entries:
+                        self._node.told(sender.decode(), message)
+
+    async def _read(self, connection: AbstractConnection, entries: list[tuple[bytes, list[bytes]]]) -> None:
+        if _number(entries[0]) != self._seq + 1:
+            async with asyncio.timeout(self._timeout):
+                await connection.send_command("HGET", self._prefix + "meta", "before")
+                self._check_missed((await connection.read_response() or b"").decode())
+        # Without await: what is delivered and where this process stands change together.
+        records = [record for record in map(_record, entries) if record.id > self._kept.newest]
+        self._seq = _number(entries[-1])
+        for record in records:
+            self._kept.add(record)
+            self._unread.pop(record.id, None)
+        if self._opened:
+            if records:
+                self._node.deliver(records)
+        elif self._seq >= self._opening_until:
+            self._open()
+
+    def _check_missed(self, before: str) -> None:
+        """Say so if the log begins behind what this process has delivered."""
+        if self._opened and before > self._kept.newest:
+            self._kept = _Kept(self._settings, before)
+            self._node.missed()
+
+
+def _number(entry: tuple[bytes, list[bytes]]) -> int:
+    return int(entry[0][:-2])
+
+
+def _record(entry: tuple[bytes, list[bytes]]) -> Record:
+    _, id, _, at, _, rest, _, packed, _, host, _, replayed, *_ = entry[1]
+    audience = Audience(*_unpack_audience(packed)) if packed else None
+    return Record(id.decode(), rest, audience, replayed == b"1", host.decode(), int(at) / 1e6)
+
+
+def _packed(audience: Audience | None) -> bytes:
+    return b"" if audience is None else msgspec.msgpack.encode(audience)
+
+
+def _packed_topics(topics: Collection[str]) -> bytes:
+    return msgspec.msgpack.encode(list(topics)) if topics else b""

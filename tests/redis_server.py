@@ -1,0 +1,92 @@
+"""A real redis-server for one test or many: on a free port, with its files in a temporary directory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+READY_SECONDS = 10.0
+
+
+class RedisServer:
+    """A redis-server that can be killed, stopped, started again, emptied and made to refuse."""
+
+    def __init__(self, *, append_only: bool = False, flags: tuple[str, ...] = ()) -> None:
+        program = shutil.which("redis-server")
+        if program is None:
+            reason = "redis-server is not installed (apt-get install redis-server)"
+            # Where everything has to run, a skipped test is a failed one.
+            pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+        self._directory = tempfile.TemporaryDirectory(prefix="notifyd-redis-")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.socket = Path(self._directory.name) / "redis.sock"
+        durable = ("--appendonly", "yes", "--appendfsync", "always") if append_only else ("--appendonly", "no")
+        self._command = (
+            *(program, "--port", str(self.port), "--bind", "127.0.0.1", "--unixsocket", str(self.socket)),
+            *("--dir", self._directory.name, "--save", "", "--loglevel", "warning", *durable, *flags),
+        )
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        """Start it, with the files that it left, and wait until it answers."""
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + READY_SECONDS
+        while True:
+            try:
+                if self.command("PING").startswith(b"+PONG"):
+                    return
+            except OSError:
+                pass
+            assert self._process.poll() is None, "redis-server ended at the start"
+            assert time.monotonic() < deadline, "redis-server does not answer"
+            time.sleep(0.01)
+
+    def command(self, *words: str | int) -> bytes:
+        """Send one command on a connection of its own and return the first bytes of the answer."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=READY_SECONDS) as connection:
+            encoded = [str(word).encode() for word in words]
+            parts = b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in encoded)
+            connection.sendall(b"*%d\r\n%b" % (len(encoded), parts))
+            answer: bytes = connection.recv(65536)
+        assert not answer.startswith(b"-"), answer
+        return answer
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        """Stop it as SIGSTOP does: it neither answers nor hangs up."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
+    def empty(self) -> None:
+        self.command("FLUSHALL")
+
+    def refuse_writes(self, *, refuse: bool = True) -> None:
+        """Answer every write with OOM, as a full Redis does that must not forget anything."""
+        self.command("CONFIG", "SET", "maxmemory", 1 if refuse else 0)
+
+    def follow_nobody(self, *, follow: bool = True) -> None:
+        """Become the read-only replica of a server that is not there."""
+        self.command("REPLICAOF", *(("127.0.0.1", "1") if follow else ("NO", "ONE")))
+
+    def close(self) -> None:
+        self.kill()
+        self._directory.cleanup()
