@@ -49,7 +49,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     ] = "auto"
     store_prefix: Annotated[
         str, Meta(min_length=1, max_length=64, description="what the names of all keys in Redis begin with")
-    ] = "notifyd:"
+    ] = "{notifyd}:"
     store_timeout: Annotated[
         float, Meta(ge=0.1, le=60, description="seconds after which a store that does not answer is given up on")
     ] = 2

@@ -226,10 +226,6 @@ local function join()
     restoring = (not fresh or others) and now + RESTORE or now
     call('HSET', META, 'restoring', restoring)
   end
-  if restoring then
-    if restoring > now and restoring <= now + RESTORE then return {'restoring', current, newest} end
-    restore()
-  end
   if not fresh then
     for k, name in ipairs(names) do
       call('HSET', META, name, math.max(known[k], tonumber(call('HGET', META, name) or 0)))
@@ -250,15 +246,18 @@ local function join()
   call('HSET', ROW..node, 'host', host,
     'messages', math.max(messages, row[1] or 0), 'slow', math.max(slow, row[2] or 0))
   call('DEL', POSTS..node)
+  call('ZADD', NODES, now + LEASE, node)
+  local members = call('SMEMBERS', MEMBERS..node)
+  -- No clock that jumps back makes it longer.
+  if restoring and restoring > now and restoring <= now + RESTORE then return {current, members, newest} end
+  if restoring then restore() end
   trim()
   if tail == 0 then
     local first = call('XRANGE', LOG, '-', '+', 'COUNT', 1)[1]
     tail = first and number(first) - 1 or seq
   end
-  call('ZADD', NODES, now + LEASE, node)
   call('ZADD', TAILS, tail, node)
-  return {'joined', current, before, tail, seq, now, tonumber(call('HGET', META, 'started')),
-    call('SMEMBERS', MEMBERS..node)}
+  return {current, members, before, tail, seq, now, tonumber(call('HGET', META, 'started'))}
 end
 
 local function offer()
@@ -554,54 +553,54 @@ class RedisStore:
     # --- join
 
     async def _join(self, connection: AbstractConnection) -> None:
-        """Enter this process and its clients; where the log has lost records, fill it again first."""
-        offered = ""
+        """Enter this process and its clients; where the log has lost records, first help to fill it again."""
+        entered = ""
         while True:
             seq = self._seq if self._opened else 0
             arguments: list[_Argument] = ["join", self._kept.newest, *self._known, *self._report]
-            state, epoch, before, *joined = await self._call(connection, self._epoch, seq, arguments)
-            if state == b"joined":
+            epoch, members, position, *joined = await self._call(connection, self._epoch, seq, arguments)
+            self._epoch = epoch.decode()
+            if entered != self._epoch:
+                await self._enter_clients(connection, {member.decode() for member in members})
+            if joined:
                 break
             self._fail("it has lost data and is being filled again")
-            if self._opened and offered != epoch.decode():
-                offered = epoch.decode()
-                await self._offer(connection, offered, before.decode())
+            if entered != self._epoch and self._opened:
+                await self._offer(connection, position.decode())
+            entered = self._epoch
             await asyncio.sleep(0.1)
-        self._epoch = epoch.decode()
-        self._post_id = "0"
-        seq, newest, now, started, members = joined
-        if not self._opened:
-            self._seq, self._opening_until, self._opening_now = seq, newest, now
-            self._kept = _Kept(self._settings, before.decode())
-        self._known[5] = started
-        # From here on those who leave are in order behind those that are entered now.
-        self._queue = deque(operation for operation in self._queue if operation.answer is not None)
-        await self._enter_clients(connection, {member.decode() for member in members})
+        self._post_id, before = "0", position.decode()
+        seq, newest, now, self._known[5] = joined
         if self._opened:
-            self._check_missed(before.decode())
+            self._check_missed(before)
             self._ready()
-        elif self._seq == self._opening_until:
+            return
+        self._seq, self._opening_until, self._opening_now = seq, newest, now
+        self._kept = _Kept(self._settings, before)
+        if seq == newest:
             self._open()
 
     async def _enter_clients(self, connection: AbstractConnection, entered: set[str]) -> None:
+        # From here on those who leave are in order behind those that are entered now.
+        self._queue = deque(operation for operation in self._queue if operation.answer is not None)
         clients = dict(self._node.registrations())
-        operations: list[tuple[_Argument, ...]] = [("leave", client_id) for client_id in entered - clients.keys()]
-        waiting = iter(clients.items())
-        while chunk := list(islice(waiting, CHUNK)):
-            pairs = [part for client_id, topics in chunk for part in (client_id, _packed_topics(topics))]
-            operations.append(("register", len(chunk), *pairs))
-        taken: list[str] = []
-        for start in range(0, len(operations), CHUNK):
-            for operation in operations[start : start + CHUNK] if len(operations) > CHUNK else operations:
-                reply = await self._call(connection, self._epoch, self._seq, operation)
-                if reply == b"join":
-                    raise _Rejoin
-                if operation[0] == "register":
-                    taken += [client_id.decode() for client_id in reply[0]]
+        gone = iter(entered - clients.keys())
+        while chunk := list(islice(gone, CHUNK)):
+            await self._enter(connection, [part for client_id in chunk for part in ("leave", client_id)])
+        waiting, taken = iter(clients.items()), list[str]()
+        while pairs := list(islice(waiting, CHUNK)):
+            parts = [part for client_id, topics in pairs for part in (client_id, _packed_topics(topics))]
+            (refused,) = await self._enter(connection, ["register", len(pairs), *parts])
+            taken += [client_id.decode() for client_id in refused]
         if taken:
             self._node.evicted(taken)
 
-    async def _offer(self, connection: AbstractConnection, epoch: str, newest: str) -> None:
+    async def _enter(self, connection: AbstractConnection, arguments: list[_Argument]) -> Any:
+        if (replies := await self._call(connection, self._epoch, self._seq, arguments)) == b"join":
+            raise _Rejoin
+        return replies
+
+    async def _offer(self, connection: AbstractConnection, newest: str) -> None:
         """Offer the records that the log has not."""
         records = [record for record in self._kept.records if record.id > newest]
         records += [record for _, record in sorted(self._unread.items()) if record.id > newest]
@@ -610,7 +609,7 @@ class RedisStore:
             arguments: list[_Argument] = ["offer", self._kept.before]
             for id, rest, audience, replayed, host, at in records[start : start + CHUNK]:
                 arguments += (id, round(at * 1e6), rest, _packed(audience), host, "1" if replayed else "")
-            await self._call(connection, epoch, 0, arguments)
+            await self._enter(connection, arguments)
 
     def _open(self) -> None:
         self._opened = True
