@@ -33,6 +33,7 @@ from hub import Hub
 from routes import OriginGuard, not_found, routes
 from settings import VERSION, Settings, SettingsError, from_environ, load
 from wire import StandardProtocol, WireProtocol
+from workers import Parent, check_store, read_post, signals_to, supervise
 
 try:
     import resource
@@ -47,6 +48,8 @@ LISTEN_BACKLOG = 2048
 SPARE_FILES = 64
 # In-flight HTTP requests get this long after the last client has gone.
 REQUESTS_GRACE_SECONDS = 5
+# How long a worker that got a SIGTERM waits for the parent's word, which may have got one as well.
+LEAVE_SECONDS = 0.5
 
 
 class ListenError(Exception):
@@ -87,37 +90,58 @@ def create_app(settings: Settings | None = None) -> App:
 class Server(uvicorn.Server):
     """uvicorn, with signals that drain instead of closing every socket at once."""
 
-    def __init__(self, config: uvicorn.Config, hub: Hub, url: str) -> None:
+    def __init__(self, config: uvicorn.Config, hub: Hub, url: str, parent: Parent | None) -> None:
         super().__init__(config)
         self._hub = hub
         self._url = url
+        self._parent = parent
         self._drain: asyncio.Task[None] | None = None
         self._end: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         _quiet_collector()
-        print(f"notifyd {VERSION} listens on {self._url} (Ctrl+C stops it)", file=sys.stderr, flush=True)
+        if self._parent is None:
+            _announce(self._url)
+        else:
+            await self._parent.follow(self)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(self._signalled))
-        yield
-        # What is left of the process takes milliseconds; an impatient signal must not spoil its exit status.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+        with signals_to(self._signalled):
+            yield
 
     def _signalled(self) -> None:
+        if self._parent is None and self._drain is not None:
+            self.close_now()
+            return
+        self.drain()
+        if self._parent is not None:
+            # Alone in this, unless the parent was signalled as well. Newcomers are then for the other workers.
+            asyncio.get_running_loop().call_later(LEAVE_SECONDS, self._leave)
+
+    def _leave(self) -> None:
+        assert self._parent is not None
+        if not self._parent.stops:
+            self.stop_listening()
+
+    def drain(self) -> None:
         if self._drain is None:
             logger.info("Shutting down")
             self._drain = asyncio.get_running_loop().create_task(self._hub.drain())
             self._drain.add_done_callback(self._drained)
-        elif not self._drain.done() and not self._drain.cancelling():
+
+    def close_now(self) -> None:
+        self.drain()
+        assert self._drain is not None
+        if not self._drain.done() and not self._drain.cancelling():
             logger.info("Closing everyone now")
             # Not at once: a task that is cancelled before its first step closes nobody.
             asyncio.get_running_loop().call_soon(self._drain.cancel)
+
+    def stop_listening(self) -> None:
+        for server in self.servers:
+            server.close()
 
     def _drained(self, drain: asyncio.Task[None]) -> None:
         if not drain.cancelled() and (error := drain.exception()):
@@ -129,12 +153,24 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(settings: Settings) -> None:
-    """Run a server until it has been told to stop and has drained. Raises ListenError."""
+def serve(settings: Settings) -> int:
+    """Run a server until it has been told to stop and has drained, and return the exit status.
+
+    Raises ListenError, and SettingsError for workers without a store in common.
+    """
+    check_store(settings)
     _raise_file_limit(settings.max_connections)
     listener = _listen(settings)
     host, port = listener.getsockname()[:2]
     settings = msgspec.structs.replace(settings, port=port)
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    if settings.workers > 1:
+        return supervise(settings, listener, lambda: _announce(f"{url} with {settings.workers} workers"))
+    _serve_on(listener, settings, url)
+    return 0
+
+
+def _serve_on(listener: socket.socket, settings: Settings, url: str = "", parent: Parent | None = None) -> None:
     app = create_app(settings)
     config = uvicorn.Config(
         app,
@@ -152,8 +188,11 @@ def serve(settings: Settings) -> None:
         ws_per_message_deflate=False,
         ws_max_size=settings.max_message_size,
     )
-    shown = f"[{host}]" if ":" in host else host
-    Server(config, app.state.hub, f"http://{shown}:{port}").run([listener])
+    Server(config, app.state.hub, url, parent).run([listener])
+
+
+def _announce(where: str) -> None:
+    print(f"notifyd {VERSION} listens on {where} (Ctrl+C stops it)", file=sys.stderr, flush=True)
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -205,7 +244,9 @@ def _raise_file_limit(max_connections: int) -> None:
 
 
 def _configure_logging(settings: Settings) -> None:
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    who = " [%(process)d]" if settings.workers > 1 else ""
+    format = f"%(asctime)s{who} %(levelname)s %(message)s"
+    logging.basicConfig(level=settings.log_level, format=format, stream=sys.stderr)
     # uvicorn logs a WebSocket's URL with its query at INFO, and the websockets library whole handshakes at
     # DEBUG: both may hold what nobody should read in a log.
     for name in ("uvicorn", "websockets", "asyncio"):
@@ -215,18 +256,21 @@ def _configure_logging(settings: Settings) -> None:
 def main() -> int:
     """Run the command line; return its exit status: 0 after a drain, 1 when it cannot listen, 2 for a bad setting."""
     try:
+        if (post := read_post(os.environ)) is not None:
+            _configure_logging(post.settings)
+            _serve_on(socket.socket(fileno=post.listener), post.settings, parent=Parent(post.link))
+            return 0
         settings, warnings = load(sys.argv[1:], os.environ)
         _configure_logging(settings)
         for warning in warnings:
             logger.warning(warning)
-        serve(settings)
+        return serve(settings)
     except SettingsError as error:
         print(f"notifyd: {error}", file=sys.stderr)
         return 2
     except ListenError as error:
         print(f"notifyd: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

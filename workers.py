@@ -1,0 +1,273 @@
+"""Several processes behind one listener: the parent that keeps them running, and the parent as a worker knows it.
+
+Owns the processes, the orders between them, and the temporary log that they share when no store is named. Knows
+neither Hub nor uvicorn.
+
+1. The parent binds and never accepts; a worker inherits the listener. So the port is never closed between two
+   workers, and no connection that waits to be accepted dies with one of them.
+2. Orders go over a socket pair, a byte each. Its end tells either side that the other is dead, whatever killed it.
+3. Only the parent hears Ctrl+C, which the terminal sends to the whole group. A worker that gets a SIGTERM of its own
+   drains, and is replaced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+from msgspec import Struct
+
+from settings import Settings, SettingsError
+
+logger = logging.getLogger("notifyd")
+
+# Not one of the settings' variables: nobody but the parent sets it.
+VARIABLE = "_NOTIFYD_WORKER"
+DIRECTORY_PREFIX, LOCK = "notifyd-workers-", "lock"
+READY, DRAIN, NOW = b"r", b"d", b"n"
+# A worker that dies sooner is not replaced at once: the next one is likely to die as well.
+STABLE_SECONDS = 2.0
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.25, 10.0
+# More than a worker needs to close all its connections and end: whoever takes longer hangs.
+KILL_SECONDS = 15.0
+# What a worker without a parent has for its goodbyes.
+ORPHAN_SECONDS = 1.0
+
+
+class Post(Struct):
+    """What a worker is started with: the descriptors of the listener and of the link to its parent, and settings."""
+
+    listener: int
+    link: int
+    settings: Settings
+
+
+def read_post(environ: Mapping[str, str]) -> Post | None:
+    """Return what the parent says where this process is a worker."""
+    return msgspec.json.decode(environ[VARIABLE], type=Post) if VARIABLE in environ else None
+
+
+class Drains(Protocol):
+    """What the parent may order; each may come again, and at any time."""
+
+    def drain(self) -> None: ...
+
+    def close_now(self) -> None: ...
+
+    def stop_listening(self) -> None: ...
+
+
+class Parent(asyncio.Protocol):
+    """The parent as a worker knows it."""
+
+    def __init__(self, link: int) -> None:
+        self._link = link
+        # Whether the whole server stops, and not this worker alone.
+        self.stops = False
+
+    async def follow(self, server: Drains) -> None:
+        """Report that the server is ready, and let the parent give it orders from now on."""
+        self._server = server
+        link = socket.socket(fileno=self._link)
+        transport, _ = await asyncio.get_running_loop().create_connection(lambda: self, sock=link)
+        transport.write(READY)
+
+    def data_received(self, data: bytes) -> None:
+        self.stops = True
+        if NOW in data:
+            self._server.close_now()
+        else:
+            self._server.drain()
+
+    def connection_lost(self, *_: object) -> None:
+        logger.error("The parent process is gone: closing everyone")
+        # First of all, so that the next start finds the port free.
+        self._server.stop_listening()
+        self._server.close_now()
+        asyncio.get_running_loop().call_later(ORPHAN_SECONDS, os._exit, 1)
+
+
+def supervise(settings: Settings, listener: socket.socket, announce: Callable[[], None]) -> int:
+    """Serve with several workers until told to stop, and return the exit status; announce when all of them serve."""
+    with contextlib.ExitStack() as stack:
+        store = settings.store
+        if store == "auto":
+            store = f"sqlite:{stack.enter_context(_temporary_directory()) / 'log'}"
+        drain_rate = max(1, settings.drain_rate // settings.workers)
+        settings = msgspec.structs.replace(settings, store=store, drain_rate=drain_rate)
+        return asyncio.run(_Supervisor(settings, listener, announce).run())
+
+
+def check_store(settings: Settings) -> None:
+    """Raise SettingsError where the workers would have no store in common."""
+    if settings.workers > 1 and settings.store == "memory":
+        raise SettingsError(f"--store: memory is for one process, and --workers is {settings.workers}")
+
+
+class _Worker:
+    """A worker as its parent knows it."""
+
+    def __init__(self, process: asyncio.subprocess.Process, link: socket.socket) -> None:
+        self.process = process
+        self._link = link
+
+    @classmethod
+    async def start(cls, settings: Settings, listener: socket.socket) -> _Worker:
+        link, its_link = socket.socketpair()
+        link.setblocking(False)
+        descriptors = (listener.fileno(), its_link.fileno())
+        variables = os.environ | {VARIABLE: msgspec.json.encode(Post(*descriptors, settings)).decode()}
+        # A worker inherits the mask, and so never hears Ctrl+C, not even while it starts.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, *sys.orig_argv[1:], env=variables, pass_fds=descriptors
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            its_link.close()
+        return cls(process, link)
+
+    async def ready(self) -> bool:
+        """Wait until it serves, or has ended without."""
+        with contextlib.suppress(ConnectionError):
+            return bool(await asyncio.get_running_loop().sock_recv(self._link, 1))
+        return False
+
+    def order(self, orders: bytes) -> None:
+        with contextlib.suppress(OSError):
+            self._link.send(orders)
+
+    async def ended(self) -> int:
+        """Wait for its end and return the exit status, as a shell has it."""
+        status = await self.process.wait()
+        self._link.close()
+        return status if status >= 0 else 128 - status
+
+
+class _Supervisor:
+    """The parent: starts the workers, replaces those that die, and ends when all have ended."""
+
+    def __init__(self, settings: Settings, listener: socket.socket, announce: Callable[[], None]) -> None:
+        self._settings = settings
+        self._listener = listener
+        self._announce = announce
+        self._workers: set[_Worker] = set()
+        self._ready = 0
+        self._orders = b""
+        self._status = 0
+        self._one_is_ready = asyncio.Event()
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> int:
+        with signals_to(self._signalled):
+            # The others wait for the first: what is wrong with all of them is said once.
+            first = asyncio.create_task(self._keep())
+            await self._one_is_ready.wait()
+            await asyncio.gather(first, *(self._keep() for _ in range(self._settings.workers - 1)))
+        return self._status
+
+    async def _keep(self) -> None:
+        """Keep one worker running. The first failure before all are ready is the parent's end."""
+        pause = 0.0
+        while not self._stopping.is_set():
+            started_at = time.monotonic()
+            status = await self._run_one()
+            if self._stopping.is_set():
+                self._status = self._status or status
+            elif self._ready < self._settings.workers:
+                self._status = status or 1
+                self._stop(NOW)
+            else:
+                stable = time.monotonic() - started_at > STABLE_SECONDS
+                pause = 0.0 if stable else min(max(2 * pause, FIRST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)
+                level = logging.WARNING if status else logging.INFO
+                logger.log(level, "A worker ended with status %d and is replaced in %.2f s", status, pause)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), pause)
+
+    async def _run_one(self) -> int:
+        try:
+            worker = await _Worker.start(self._settings, self._listener)
+        except OSError as error:
+            logger.error("Cannot start a worker: %s", error)
+            return 1
+        self._workers.add(worker)
+        worker.order(self._orders)
+        if await worker.ready():
+            self._one_is_ready.set()
+            self._ready += 1
+            if self._ready == self._settings.workers and not self._stopping.is_set():
+                self._announce()
+        status = await worker.ended()
+        self._workers.discard(worker)
+        return status
+
+    def _signalled(self) -> None:
+        self._stop(NOW if self._stopping.is_set() else DRAIN)
+
+    def _stop(self, order: bytes) -> None:
+        self._stopping.set()
+        self._one_is_ready.set()
+        # Where no worker listens any more, newcomers are refused instead of left waiting.
+        self._listener.close()
+        self._orders += order
+        for worker in self._workers:
+            worker.order(order)
+        if order == NOW:
+            asyncio.get_running_loop().call_later(KILL_SECONDS, self._kill)
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            logger.error("Worker %d does not end and is killed", worker.process.pid)
+            worker.process.kill()
+
+
+@contextlib.contextmanager
+def signals_to(act: Callable[[], None]) -> Iterator[None]:
+    """Call `act` on the event loop for each SIGINT and SIGTERM, and ignore those that come afterwards."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(act))
+    yield
+    # What is left of the process takes milliseconds; an impatient signal must not spoil its exit status.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _temporary_directory() -> Iterator[Path]:
+    """Make a directory that only this user can enter, locked as long as this process lives, and remove it at the end.
+
+    Removes those of dead processes first.
+    """
+    for leftover in Path(tempfile.gettempdir()).glob(f"{DIRECTORY_PREFIX}*"):
+        if leftover.lstat().st_uid == os.getuid():
+            _remove_unless_locked(leftover)
+    path = Path(tempfile.mkdtemp(prefix=DIRECTORY_PREFIX))
+    # Workers do not inherit the descriptor, and so not the lock.
+    with (path / "new").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Only now, because an unlocked one is taken for a dead process's.
+        (path / "new").rename(path / LOCK)
+        yield path
+        shutil.rmtree(path)
+
+
+def _remove_unless_locked(directory: Path) -> None:
+    with contextlib.suppress(OSError), (directory / LOCK).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(directory)
