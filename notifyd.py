@@ -33,7 +33,7 @@ from hub import Hub
 from routes import OriginGuard, not_found, routes
 from settings import VERSION, Settings, SettingsError, from_environ, load
 from wire import StandardProtocol, WireProtocol
-from workers import Parent, check_store, read_post, signals_to, supervise
+from workers import Parent, check_store, read_post, signals_to, supervise, warning_of_islands
 
 try:
     import resource
@@ -84,6 +84,8 @@ def create_app(settings: Settings | None = None) -> App:
         settings, warnings = from_environ(os.environ)
         for warning in warnings:
             logger.warning(warning)
+    if settings.store in ("auto", "memory") and (islands := warning_of_islands(os.environ, sys.argv)):
+        logger.warning(islands)
     return App(Hub(settings))
 
 

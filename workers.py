@@ -16,14 +16,16 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -255,8 +257,7 @@ def _temporary_directory() -> Iterator[Path]:
     Removes those of dead processes first.
     """
     for leftover in Path(tempfile.gettempdir()).glob(f"{DIRECTORY_PREFIX}*"):
-        if leftover.lstat().st_uid == os.getuid():
-            _remove_unless_locked(leftover)
+        _remove_if_dead(leftover)
     path = Path(tempfile.mkdtemp(prefix=DIRECTORY_PREFIX))
     # Workers do not inherit the descriptor, and so not the lock.
     with (path / "new").open("w") as lock:
@@ -267,7 +268,29 @@ def _temporary_directory() -> Iterator[Path]:
         shutil.rmtree(path)
 
 
-def _remove_unless_locked(directory: Path) -> None:
-    with contextlib.suppress(OSError), (directory / LOCK).open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(directory)
+def _remove_if_dead(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        if directory.lstat().st_uid == os.getuid():
+            with (directory / LOCK).open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(directory)
+
+
+def warning_of_islands(environ: Mapping[str, str], argv: Sequence[str]) -> str | None:
+    """Return a warning where another server runs this process as one of several; None where nothing tells.
+
+    A worker of uvicorn, hypercorn or granian is a process of multiprocessing and has its parent's command line, one of
+    gunicorn is a fork.
+    """
+    gunicorn = environ.get("SERVER_SOFTWARE", "").startswith("gunicorn/")
+    if not gunicorn and multiprocessing.parent_process() is None:
+        return None
+    concurrency = f"--workers={environ.get('WEB_CONCURRENCY', '')}"
+    flags = " ".join([concurrency, environ.get("GUNICORN_CMD_ARGS", ""), *argv])
+    counts = re.findall(r"(?<!\S)(?:-w|--workers)[ =]?(\d+)(?!\S)", flags)
+    if not counts or int(counts[-1]) < 2:
+        return None
+    return (
+        f"{counts[-1]} workers serve without a common store: a notification reaches only the clients of one of them; "
+        "set NOTIFYD_STORE to sqlite:PATH or redis://HOST:PORT"
+    )
