@@ -17,6 +17,7 @@ import contextlib
 import enum
 import itertools
 import logging
+import secrets
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
@@ -98,11 +99,13 @@ class Hub:
         clock: Callable[[], float] = time.monotonic,
         host: str = "",
     ) -> None:
-        """`host` is the same for all processes of one host, and empty where there is only this process."""
+        """`host` is the same for all processes of one host, and empty where this is the only one."""
         self.settings = settings
-        self.store = store or make_store(settings, clock, host)
+        self.host = host or secrets.token_hex(8)
+        # Whether other processes of this host announce a shutdown, too.
+        self._has_siblings = bool(host)
+        self.store = store or make_store(settings, clock, self.host)
         self.clock = clock
-        self.host = host
         self.state = HubState.STARTING
         self.directory = Directory()
         self.fanout = FanOut(
@@ -676,7 +679,7 @@ class Hub:
         rest = _compose("system", schemas.SystemData(system_time=now), sender="system")
         draft = Draft(rest, replayed=False, host=self.host)
         # All processes of a host want to say so; the first of them does.
-        once = Once(f"drain {self.host}", b"") if self.host else None
+        once = Once(f"drain {self.host}", b"") if self._has_siblings else None
         try:
             appended = await self.store.append([draft], once)
             await self._reached(appended.receipts[0].id)

@@ -75,9 +75,10 @@ class App(Router):
         self.state = State({"hub": hub})
 
 
-def create_app(settings: Settings | None = None) -> App:
+def create_app(settings: Settings | None = None, *, host: str = "") -> App:
     """Return a new server as an ASGI app, with a Hub of its own in `app.state.hub`.
 
+    `host` is the same for the workers of one host, and for nobody else.
     Without settings the NOTIFYD_* variables are read. Raises SettingsError for a bad one.
     """
     if settings is None:
@@ -86,7 +87,7 @@ def create_app(settings: Settings | None = None) -> App:
             logger.warning(warning)
     if settings.store in ("auto", "memory") and (islands := warning_of_islands(os.environ, sys.argv)):
         logger.warning(islands)
-    return App(Hub(settings))
+    return App(Hub(settings, host=host))
 
 
 class Server(uvicorn.Server):
@@ -173,7 +174,7 @@ def serve(settings: Settings) -> int:
 
 
 def _serve_on(listener: socket.socket, settings: Settings, url: str = "", parent: Parent | None = None) -> None:
-    app = create_app(settings)
+    app = create_app(settings, host="" if parent is None else parent.host)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -260,7 +261,7 @@ def main() -> int:
     try:
         if (post := read_post(os.environ)) is not None:
             _configure_logging(post.settings)
-            _serve_on(socket.socket(fileno=post.listener), post.settings, parent=Parent(post.link))
+            _serve_on(socket.socket(fileno=post.listener), post.settings, parent=Parent(post))
             return 0
         settings, warnings = load(sys.argv[1:], os.environ)
         _configure_logging(settings)

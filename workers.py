@@ -19,6 +19,7 @@ import logging
 import multiprocessing
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -50,10 +51,14 @@ ORPHAN_SECONDS = 1.0
 
 
 class Post(Struct):
-    """What a worker is started with: the descriptors of the listener and of the link to its parent, and settings."""
+    """What a worker is started with: the descriptors of the listener and of the link to its parent, and settings.
+
+    `host` is the same for all workers of one parent.
+    """
 
     listener: int
     link: int
+    host: str
     settings: Settings
 
 
@@ -75,8 +80,9 @@ class Drains(Protocol):
 class Parent(asyncio.Protocol):
     """The parent as a worker knows it."""
 
-    def __init__(self, link: int) -> None:
-        self._link = link
+    def __init__(self, post: Post) -> None:
+        self._link = post.link
+        self.host = post.host
         # Whether the whole server stops, and not this worker alone.
         self.stops = False
 
@@ -127,11 +133,11 @@ class _Worker:
         self._link = link
 
     @classmethod
-    async def start(cls, settings: Settings, listener: socket.socket) -> _Worker:
+    async def start(cls, settings: Settings, host: str, listener: socket.socket) -> _Worker:
         link, its_link = socket.socketpair()
         link.setblocking(False)
         descriptors = (listener.fileno(), its_link.fileno())
-        variables = os.environ | {VARIABLE: msgspec.json.encode(Post(*descriptors, settings)).decode()}
+        variables = os.environ | {VARIABLE: msgspec.json.encode(Post(*descriptors, host, settings)).decode()}
         # A worker inherits the mask, and so never hears Ctrl+C, not even while it starts.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -165,6 +171,7 @@ class _Supervisor:
 
     def __init__(self, settings: Settings, listener: socket.socket, announce: Callable[[], None]) -> None:
         self._settings = settings
+        self._host = secrets.token_hex(8)
         self._listener = listener
         self._announce = announce
         self._workers: set[_Worker] = set()
@@ -203,7 +210,7 @@ class _Supervisor:
 
     async def _run_one(self) -> int:
         try:
-            worker = await _Worker.start(self._settings, self._listener)
+            worker = await _Worker.start(self._settings, self._host, self._listener)
         except OSError as error:
             logger.error("Cannot start a worker: %s", error)
             return 1
