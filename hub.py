@@ -138,6 +138,8 @@ class Hub:
         self._empty = asyncio.Event()
         self._all_left = asyncio.Event()
         self._starting = asyncio.Lock()
+        # The client_ids for which a newcomer is being registered.
+        self._claims: dict[str, asyncio.Event] = {}
         # Who waits for this process to have read the log up to a position.
         self._awaited: list[tuple[str, asyncio.Future[None]]] = []
 
@@ -239,18 +241,17 @@ class Hub:
             raise InvalidRequest("Invalid client_id")
         wanted = None if since is None else schemas.position_of(since)
         names = schemas.topics_of(topics)
-        with self._held():
-            position = await self._claim(connection, client_id, names)
+        while True:
+            await self._contest_here(client_id)
+            self._check_open(connection)
             try:
-                await self._reached(position)
-                self._check_open(connection)
-                if self.directory.get(client_id) is not None:
-                    raise DuplicateClient(f"Client {client_id} is already connected")
-            except BaseException:
-                if self.directory.get(client_id) is None:
-                    self.store.leave(client_id)
-                raise
-            return self._join(connection, client_id, user_agent, wanted, names, position)
+                with self._claimed(client_id):
+                    position = await self._register(connection, client_id, names)
+                    return self._join(connection, client_id, user_agent, wanted, names, position)
+            except Taken as taken:
+                node_id = taken.node
+            await self._contest_there(client_id, node_id)
+            self._check_open(connection)
 
     def _check_open(self, connection: Connection) -> None:
         self.check_ready()
@@ -262,21 +263,45 @@ class Hub:
         if not self.is_ready():
             raise ShuttingDown
 
-    async def _claim(self, connection: Connection, client_id: str, topics: frozenset[str]) -> str:
-        """Register the client_id in the store, once nobody else has it, and return the position at that moment."""
+    @contextlib.contextmanager
+    def _claimed(self, client_id: str) -> Iterator[None]:
+        """Let no other newcomer of this process register the client_id, and keep in the ring what is appended now."""
+        claim = self._claims[client_id] = asyncio.Event()
+        self.fanout.held[claim] = self.fanout.ring.next_sequence
+        try:
+            yield
+        finally:
+            del self._claims[client_id], self.fanout.held[claim]
+            claim.set()
+
+    async def _register(self, connection: Connection, client_id: str, topics: frozenset[str]) -> str:
+        """Register the client_id in the store, and return the position from which on it is addressed."""
+        position = await self.store.admit(client_id, topics)
+        try:
+            await self._reached(position)
+            self._check_open(connection)
+        except BaseException:
+            self.store.leave(client_id)
+            raise
+        return position
+
+    async def _contest_here(self, client_id: str) -> None:
+        """Return once nobody of this process has the client_id. Raises DuplicateClient where somebody keeps it."""
         while True:
-            while (incumbent := self.directory.get(client_id)) is not None:
+            if (incumbent := self.directory.get(client_id)) is not None:
                 await self._contest(incumbent)
-                self._check_open(connection)
-            try:
-                return await self.store.admit(client_id, topics)
-            except Taken as taken:
-                question = {"ask": "contest", "client_id": client_id}
-                answer = await self.peers.ask(taken.node, question, PROBE_SECONDS + ANSWER_SECONDS)
-                # A node that does not answer is dead, and loses its clients when its lease ends; until then they stay.
-                if answer is None or answer["stays"]:
-                    raise DuplicateClient(f"Client {client_id} is already connected") from None
-                self._check_open(connection)
+            elif (claim := self._claims.get(client_id)) is not None:
+                await claim.wait()
+            else:
+                return
+
+    async def _contest_there(self, client_id: str, node_id: str) -> None:
+        """Return once the other node has let go of the client_id. Raises DuplicateClient where it does not."""
+        question = {"ask": "contest", "client_id": client_id}
+        answer = await self.peers.ask(node_id, question, PROBE_SECONDS + ANSWER_SECONDS)
+        # A node that does not answer is dead, and loses its clients when its lease ends; until then they stay.
+        if answer is None or answer["stays"]:
+            raise DuplicateClient(f"Client {client_id} is already connected")
 
     async def _contest(self, incumbent: Client) -> None:
         """Return once the incumbent is out of the directory. Raises DuplicateClient where it stays."""
@@ -288,16 +313,6 @@ class Hub:
             code, reason = INTERNAL_ERROR, "Ping timeout"
         if incumbent in self.directory:
             self._dismiss(incumbent, code, reason)
-
-    @contextlib.contextmanager
-    def _held(self) -> Iterator[None]:
-        """Keep in the ring what is appended while an admission or a subscription is under way."""
-        token = object()
-        self.fanout.held[token] = self.fanout.ring.next_sequence
-        try:
-            yield
-        finally:
-            del self.fanout.held[token]
 
     async def _reached(self, position: str) -> None:
         """Wait until this process has read the log up to a position. Raises StoreUnavailable."""
@@ -522,8 +537,7 @@ class Hub:
     async def _answer_peer(self, question: dict[str, Any]) -> Any:
         if question["ask"] == "contest":
             try:
-                if (incumbent := self.directory.get(question["client_id"])) is not None:
-                    await self._contest(incumbent)
+                await self._contest_here(question["client_id"])
             except DuplicateClient:
                 return {"stays": True}
             return {"stays": False}

@@ -328,6 +328,12 @@ def notifyd_command(*flags: str) -> list[str]:
     return [sys.executable, str(ROOT / "notifyd.py"), *flags, *Server.extra_flags]
 
 
+def workers() -> int:
+    """Return how many processes serve, where a test does not say it."""
+    found = re.search(r"--workers (\d+)", " ".join(Server.extra_flags))
+    return int(found[1]) if found else 1
+
+
 def use_extra_flags(flags: str) -> None:
     """Append these flags to every notifyd command line from now on."""
     Server.extra_flags = shlex.split(flags)

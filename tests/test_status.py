@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import StartServer
 from expected import CLIENT_ID, COUNT, SECONDS, TIME, http_error, naming, parse
-from server import Server, eventually
+from server import Server, eventually, workers
 
 
 def details(server: Server, query: str = "") -> list[Any]:
@@ -38,7 +38,7 @@ def test_the_answer_has_the_documented_fields_in_their_order(server: Server) -> 
         "configuration": {
             "host": "127.0.0.1",
             "port": COUNT,
-            "workers": 1,
+            "workers": workers(),
             "debug": False,
             "log_level": "INFO",
         },
