@@ -304,7 +304,7 @@ def reasons_in(module: str) -> Iterator[tuple[int, str]]:
                 for code, text in pairwise(node.args):
                     if isinstance(code, ast.Name) and code.id in codes and (form := form_of(text, names)):
                         yield codes[code.id], form
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and module in ("hub.py", "schemas.py"):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and module in ("hub.py", "schemas.py", "store.py"):
                 raised = classes.get(ast.unparse(node.exc.func))
                 form = form_of(node.exc.args[0], names) if raised and node.exc.args else ""
                 # Those that begin with a field's name are about a request.
