@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     use_extra_flags(config.getoption("--server-args"))
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two workers a core for the whole suite, as most tests only wait; none for a few, which they would only delay."""
+    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    return min(2 * (os.cpu_count() or 1), 8) if is_whole else 0
 
 
 def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
