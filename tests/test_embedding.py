@@ -111,17 +111,13 @@ def test_messages_are_answered(embedded: Server) -> None:
     assert client.ask("nonsense") == ws_error("Invalid JSON format")
 
 
-def test_a_duplicate_is_refused_with_code_and_reason(embedded: Server) -> None:
-    """What a client sees doesn't depend on the server."""
-    embedded.join("bob")
-    assert embedded.connect("bob").closed() == (1008, "Client bob is already connected")
-
-
-def test_the_limit_holds(embedded: Server) -> None:
-    """The fifth of four is refused with code and reason."""
-    for _ in range(4):
-        embedded.join()
-    assert embedded.connect().closed() == (1008, "Connection limit exceeded: 4/4")
+def test_a_refusal_has_its_code_and_reason(embedded: Server) -> None:
+    """What a client that is a duplicate, or the fifth of four, sees doesn't depend on the server."""
+    for client_id in ("bob", None, None, None):
+        embedded.join(client_id)
+    duplicate, fifth = embedded.connect("bob"), embedded.connect()
+    assert duplicate.closed() == (1008, "Client bob is already connected")
+    assert fifth.closed() == (1008, "Connection limit exceeded: 4/4")
 
 
 def test_who_leaves_is_gone(embedded: Server) -> None:

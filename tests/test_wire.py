@@ -481,18 +481,17 @@ def test_a_peer_that_says_goodbye_and_stays_is_aborted(fast: Apps) -> None:
     eventually(lambda: fast.descriptors() <= before)
 
 
-@pytest.mark.parametrize("app", ["echo", "dawdle", "late"])
-def test_the_servers_end_says_goodbye(app: str) -> None:
+def test_the_servers_end_says_goodbye() -> None:
     """1001 for everyone, whether the app listens, is busy or has not even answered; then the process ends."""
     server = Apps()
-    connection = server.raw(request(f"/{app}"))
-    eventually(lambda: server.active() == 1)
-    if app != "late":
+    connections = [server.raw(request(f"/{app}")) for app in ("echo", "dawdle", "late")]
+    eventually(lambda: server.active() == 3)
+    for connection in connections[:2]:
         assert connection.recv(1000).startswith(b"HTTP/1.1 101 ")
     server.signal()
-    goodbye = read_to_end(connection)
-    assert goodbye.endswith(b"\x88\x16\x03\xe9Server shutting down")
-    connection.close()
+    for connection in connections:
+        assert read_to_end(connection).endswith(b"\x88\x16\x03\xe9Server shutting down")
+        connection.close()
     assert server.exit_status() == 0
 
 
