@@ -14,6 +14,8 @@ help:
 run: $(VENV)/run
 	@exec $(BIN)/python notifyd.py $(ARGS)
 
+# Hundreds of short processes import the same modules: keep them compiled, whatever the machine does by default.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/dev
 	@$(BIN)/python -m pytest $(ARGS)
 
