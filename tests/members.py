@@ -1,0 +1,234 @@
+"""What drives a store without a Hub: members, each a store with a Node that writes down what it is told.
+
+Also run as a program: a member in a process of its own, which does what it reads from its standard input.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import pickle
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from signal import SIGCONT, SIGSTOP
+from typing import Any
+
+from clients import PATIENCE
+from server import ROOT, environment
+
+import store
+from ring import Audience
+from settings import Settings
+from store import Draft, MemoryStore, Opening, Record, Store
+
+SOMETHING = Draft(b',"type":"custom"}')
+
+
+def make(url: str, settings: Settings, host: str) -> Store:
+    """Return a store by its address, as a server would make it."""
+    kind, _, place = url.partition(":")
+    if kind == "sqlite":
+        return importlib.import_module("store_sqlite").SqliteStore(settings, place, host)  # type: ignore[no-any-return]
+    assert kind == "memory"
+    return MemoryStore(settings)
+
+
+def shorten_leases(seconds: float) -> None:
+    """Have nodes taken for dead sooner than a server would wait."""
+    store.LEASE_SECONDS = seconds
+    for name in ("store_sqlite",):
+        module = importlib.import_module(name)
+        module.LEASE_SECONDS, module.RENEW_SECONDS = seconds, seconds / 5
+
+
+def audience(clients: Iterable[str] = (), topics: Iterable[str] = ()) -> Audience:
+    return Audience(frozenset(clients), frozenset(topics))
+
+
+class Member:
+    """A process that uses the store, as far as the store sees it."""
+
+    def __init__(self, url: str, host: str = "", **settings: Any) -> None:
+        self.store = make(url, Settings(**settings), host)
+        self.openings: list[Opening] = []
+        self.records: list[Record] = []
+        self.mail: list[tuple[str, bytes]] = []
+        self.clients: dict[str, frozenset[str]] = {}
+        self.lost_clients: list[str] = []
+        self.times_missed = 0
+        self._changed = asyncio.Event()
+
+    # What the store calls.
+
+    def opened(self, opening: Opening) -> None:
+        assert not self.records
+        self.openings.append(opening)
+        self._changed.set()
+
+    def deliver(self, records: Sequence[Record]) -> None:
+        assert self.openings and records
+        self.records += records
+        self._changed.set()
+
+    def missed(self) -> None:
+        self.times_missed += 1
+        self._changed.set()
+
+    def told(self, sender: str, message: bytes) -> None:
+        self.mail.append((sender, message))
+        self._changed.set()
+
+    def registrations(self) -> Iterable[tuple[str, frozenset[str]]]:
+        return self.clients.items()
+
+    def evicted(self, client_ids: Sequence[str]) -> None:
+        self.lost_clients += client_ids
+        self._changed.set()
+
+    def active_connections(self) -> int:
+        return len(self.clients)
+
+    def recipients(self, audience: Audience | None) -> int:
+        return sum(audience is None or audience.includes(*client) for client in self.clients.items())
+
+    # What the tests call.
+
+    @property
+    def opening(self) -> Opening:
+        (opening,) = self.openings
+        return opening
+
+    @property
+    def ids(self) -> list[str]:
+        """Return the ids of all records, in the order in which they came."""
+        return [record.id for record in self.records]
+
+    async def open(self) -> Member:
+        await self.store.open(self)
+        return self
+
+    async def publish(self, *drafts: Draft) -> str:
+        """Append, and return the id of the last."""
+        appended = await self.store.append(drafts or [SOMETHING])
+        return appended.receipts[-1].id
+
+    async def publish_for_ever(self) -> None:
+        """Print each id as soon as it is known."""
+        while True:
+            print(await self.publish(), flush=True)
+
+    async def admit(self, client_id: str, *topics: str) -> str:
+        newest = await self.store.admit(client_id, topics)
+        self.clients[client_id] = frozenset(topics)
+        return newest
+
+    def leave(self, client_id: str) -> None:
+        del self.clients[client_id]
+        self.store.leave(client_id)
+
+    async def active(self) -> int:
+        return (await self.store.census()).active
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        """Wait until the condition holds; what the store tells makes that known at once."""
+        async with asyncio.timeout(PATIENCE):
+            while not condition():
+                self._changed.clear()
+                try:
+                    await asyncio.wait_for(self._changed.wait(), 0.02)
+                except TimeoutError:
+                    continue
+
+    async def eventually(self, question: Callable[[], Any]) -> None:
+        """Wait until the coroutine that the question makes returns something true."""
+        async with asyncio.timeout(PATIENCE):
+            while not await question():
+                await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def members(url: str, *hosts: str, **settings: Any) -> AsyncIterator[list[Member]]:
+    """Open as many members as hosts are named, in this process; close them at the end."""
+    opened = [await Member(url, host, **settings).open() for host in hosts]
+    yield opened
+    for member in opened:
+        await member.store.close()
+
+
+class Process:
+    """A member in a process of its own."""
+
+    def __init__(self, url: str, lease: float = store.LEASE_SECONDS) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, url, str(lease)],
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.ask("True")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def begin(self, expression: str) -> None:
+        """Have an expression evaluated over there, about `member` and the names of this module, without waiting."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{expression}\n".encode())
+        self._process.stdin.flush()
+
+    def result(self) -> Any:
+        """Return what the oldest expression came to, or raise what it raised."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the process has ended"
+        result = pickle.loads(bytes.fromhex(line.decode()))
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def ask(self, expression: str) -> Any:
+        self.begin(expression)
+        return self.result()
+
+    def answered(self, count: int) -> list[str]:
+        """Return the first lines that publish_for_ever() prints."""
+        assert self._process.stdout is not None
+        return [self._process.stdout.readline().decode().strip() for _ in range(count)]
+
+    def stop(self) -> None:
+        """Have the process do nothing, until it is told to go on."""
+        self._process.send_signal(SIGSTOP)
+
+    def go_on(self) -> None:
+        self._process.send_signal(SIGCONT)
+
+    def kill(self) -> None:
+        """End the process at once, as a power switch does."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+
+
+async def _serve(url: str) -> None:
+    member = await Member(url, store_timeout=1).open()
+    loop = asyncio.get_running_loop()
+    while expression := await loop.run_in_executor(None, sys.stdin.readline):
+        try:
+            result = eval(expression, {**vars(store), **globals(), "member": member})
+            if inspect.isawaitable(result):
+                result = await result
+        except Exception as error:
+            result = error
+        print(pickle.dumps(result).hex(), flush=True)
+
+
+if __name__ == "__main__":
+    shorten_leases(float(sys.argv[2]))
+    asyncio.run(_serve(sys.argv[1]))
