@@ -29,11 +29,13 @@ import secrets
 import select
 import socket
 import sqlite3
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import quote
 
 import msgspec
 from msgspec import Struct, field
@@ -49,12 +51,19 @@ logger = logging.getLogger("notifyd")
 
 T = TypeVar("T")
 
+# The thread has to ask for Python's lock after each statement. A loop that is busy gives it up after this time; with
+# the 5 ms that are the default a transaction among many clients takes longer than everything else together.
+SWITCH_SECONDS = 0.0005
 RENEW_SECONDS = 1.0
 TRIM_SECONDS = 1.0
 # While the store is away it is looked for so often.
 LOOK_SECONDS = 0.5
 # One transaction does at most so many operations: about 10 ms, for which the other processes wait.
 GROUP = 500
+# PATH-wal is copied into PATH when so many pages of it were written; from the second number on at all costs.
+PAGE_BYTES = 4096
+CHECKPOINT_PAGES = 2000
+MAX_WAL_PAGES = 16_000
 # Messages between nodes that are kept for all of them together; a node reads its own within milliseconds.
 MAX_MAIL = 10_000
 # The longest path that a socket is bound to, in bytes: what unix(7) and its kin elsewhere allow.
@@ -118,6 +127,7 @@ class _State(Struct):
     receipts: int = 0
     mail: int = 0
     trimmed: float = 0.0
+    unsaved_pages: int = 0
     started: float = 0.0
     started_at: float = 0.0
     total: int = 0
@@ -171,6 +181,7 @@ class SqliteStore:
         self._node = node
         self._loop = asyncio.get_running_loop()
         self.node_id, self.failure = secrets.token_hex(8), None
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
         self._bell, ear = socket.socketpair()
         self._rung = False
         self._thread_ended = self._loop.create_future()
@@ -339,6 +350,7 @@ class _Database:
         self._file = self._newest = ""
         self._sequence = self._told = 0
         self._has_mail = False
+        self._saver: threading.Thread | None = None
 
     # --- the thread's turns
 
@@ -386,6 +398,7 @@ class _Database:
         try:
             self._begin()
             self._attend(news)
+            self._operations = len(operations)
             for operation in operations:
                 if operation.future is None or not operation.future.done():
                     try:
@@ -466,6 +479,8 @@ class _Database:
             raise SettingsError(f"store: {self._path} belongs to another program")
         self._run("PRAGMA journal_mode = WAL")
         self._run("PRAGMA synchronous = NORMAL")
+        # Otherwise a COMMIT does it now and then, and everybody waits for its two fsyncs.
+        self._run("PRAGMA wal_autocheckpoint = 0")
         self._run("PRAGMA foreign_keys = ON")
         if version == 0:
             first = Positions().next()
@@ -502,9 +517,17 @@ class _Database:
             or state.bytes - state.bytes_dropped > self._settings.history_bytes * 1.1
         ):
             self._trim()
+        # About as many as were written: the row of the state, and the ends of what was changed.
+        state.unsaved_pages += 2 + self._operations + state.bytes // PAGE_BYTES - self._bytes // PAGE_BYTES
+        saves = state.unsaved_pages > CHECKPOINT_PAGES and not (self._saver and self._saver.is_alive())
+        if saves:
+            state.unsaved_pages = 0
         self._run("UPDATE state SET json = ?", (msgspec.json.encode(state),))
         self._run("COMMIT")
         fcntl.flock(self._lock, fcntl.LOCK_UN)
+        if saves:
+            self._saver = threading.Thread(target=_checkpoint, args=(self._path,), daemon=True)
+            self._saver.start()
 
     # --- reading the log, and the nodes
 
@@ -531,6 +554,7 @@ class _Database:
         """Read the state and the log, renew the lease, bury the dead; join where this node is not known."""
         self._state = state = self._load()
         self._now, self._wall = time.monotonic(), time.time()
+        self._bytes, self._operations = state.bytes, 0
         self._rows: list[tuple[Any, ...]] = []
         self._appended: list[Record] = []
         self._rung: set[str] = set()
@@ -775,6 +799,21 @@ def _record(row: tuple[Any, ...]) -> Record:
     _, id, rest, audience, replayed, host, at = row
     audience = audience and msgspec.json.decode(audience, type=Audience)
     return Record(id, rest, audience, bool(replayed), host, at)
+
+
+def _checkpoint(path: str) -> None:
+    """Copy what was committed from PATH-wal to where it belongs, so that PATH-wal can begin anew."""
+    # What fails now is done later, by the next one. The URI: a file that is gone shall not come back.
+    with (
+        contextlib.suppress(sqlite3.Error, OSError),
+        contextlib.closing(sqlite3.connect(f"file:{quote(path)}?mode=rw", uri=True)) as db,
+    ):
+        _, pages, _ = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        if pages > MAX_WAL_PAGES:
+            # It begins anew only when nobody has added to it meanwhile: have everybody wait this once.
+            with open(f"{path}-lock", "rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
 
 def _sum(reports: Iterable[Report]) -> Report:
