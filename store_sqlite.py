@@ -315,9 +315,13 @@ class SqliteStore:
                     # First this: whoever puts something into the queue from here on rings again.
                     self._rung = False
                     operations = [queue.popleft() for _ in range(min(len(queue), GROUP))]
-                    asked = kept + [operation for operation in operations if operation is not None]
-                    news = database.transact(asked) if asked else database.look()
-                    kept = [operation for operation in asked if operation.future is None] if news.failure else []
+                    asked = [operation for operation in operations if operation is not None]
+                    if asked:
+                        asked = kept + asked
+                        news = database.transact(asked)
+                        kept = [operation for operation in asked if operation.future is None] if news.failure else []
+                    else:
+                        news = database.look()
                     if news != NOTHING:
                         self._loop.call_soon_threadsafe(self._arrived, news)
             self._loop.call_soon_threadsafe(_settle, self._thread_ended, None)
@@ -344,6 +348,7 @@ class _Database:
         self._host = host_id
         self._in_use = threading.Lock()
         self._lock = self._directory = -1
+        self._is_sound = False
         self._db: sqlite3.Connection | None = None
         self._socket: socket.socket | None = None
         # How far this process knows the log, of which file; `newest` is the id of that place.
@@ -388,7 +393,7 @@ class _Database:
                 self._run("COMMIT")
                 self._has_mail = self._has_mail or bool(news.mail)
                 self._arrive(state)
-            except (sqlite3.Error, OSError) as error:
+            except Exception as error:
                 news = _News(failure=self._failure(error))
         return news
 
@@ -421,9 +426,15 @@ class _Database:
         return news
 
     def _failure(self, error: Exception) -> StoreUnavailable | SettingsError:
-        """Let go of the file, and say why: at the first attempt a wrong path is a wrong setting."""
+        """Give up the turn, and say why: at the first attempt a wrong path is a wrong setting."""
         first, self._tried = not self._tried, True
-        self._disconnect()
+        # Until the next attempt it may do for reading.
+        self._is_sound = False
+        with contextlib.suppress(sqlite3.Error):
+            if self._db is not None and self._db.in_transaction:
+                self._db.rollback()
+        if self._lock >= 0:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
         if isinstance(error, SettingsError):
             return error if first else _away(str(error))
         if isinstance(error, OSError):
@@ -445,9 +456,10 @@ class _Database:
 
     def _begin(self) -> None:
         """Take the turn and start a transaction."""
-        if self._db is None or not self._is_ours():
+        if not self._is_sound or not self._is_ours():
             self._disconnect()
             self._connect()
+            self._is_sound = True
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._run("BEGIN IMMEDIATE")
 
@@ -497,7 +509,7 @@ class _Database:
         for descriptor in (self._lock, self._directory):
             if descriptor >= 0:
                 os.close(descriptor)
-        self._db, self._lock, self._directory = None, -1, -1
+        self._db, self._lock, self._directory, self._is_sound = None, -1, -1, False
 
     def _load(self) -> _State:
         (json,) = self._run("SELECT json FROM state").fetchone()
@@ -608,6 +620,7 @@ class _Database:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._address(self._node_id))
         self._socket.bind(self._address(self._node_id))
+        os.chmod(self._address(self._node_id), 0o600)
 
     def _address(self, node_id: str) -> str:
         """Return the path of a node's socket, round about where the straight one is too long for a socket."""

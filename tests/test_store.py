@@ -669,6 +669,26 @@ async def test_a_process_that_was_taken_for_dead_joins_again(
         process.ask("member.until(lambda: member.mail)")
 
 
+@pytest.mark.usefixtures("_short_leases")
+@on_loop
+async def test_a_process_hears_that_it_missed_something(shared: str, start_process: Callable[..., Process]) -> None:
+    """The log waits for no process that was taken for dead; from where it begins, all is delivered."""
+    process = start_process(shared, SHORT_LEASE)
+    async with members(shared, "", history_size=3) as [one]:
+        process.stop()
+
+        async def is_dead() -> bool:
+            return not (await one.store.census()).others
+
+        await one.eventually(is_dead)
+        await one.publish(*[SOMETHING] * 200)
+        await asyncio.sleep(SHORT_LEASE + 0.5)
+        process.go_on()
+        process.ask("member.until(lambda: member.records)")
+        assert process.ask("member.times_missed") == 1
+        assert process.ask("member.ids") == one.ids[-3:]
+
+
 @on_loop
 async def test_what_was_appended_survives_every_process(shared: str, start_process: Callable[..., Process]) -> None:
     """Killed in the middle of appending: everything that was answered is there, once and in order."""

@@ -1,0 +1,303 @@
+"""What is particular to the store in a SQLite file: its files, and what may happen to a file."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import resource
+import sqlite3
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+from clients import PATIENCE
+from members import Member, Process, audience, members
+from test_store import SHORT_LEASE, _short_leases, on_loop, start_process  # noqa: F401
+
+import store_sqlite
+from errors import StoreUnavailable
+from settings import SettingsError
+from store import Draft
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "log.db"
+
+
+@contextmanager
+def turn_taken(path: Path) -> Iterator[None]:
+    """Hold what a process holds in a transaction, as one does that was stopped in the middle."""
+    with open(f"{path}-lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def database_locked(path: Path) -> Iterator[None]:
+    """Hold SQLite's own lock, as somebody does who looks into the file by hand."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+        connection.execute("ROLLBACK")
+
+
+@contextmanager
+def disk_full_for(process: Process) -> Iterator[None]:
+    """Let the process write into no file."""
+    hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, hard))
+    yield
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def files(path: Path) -> list[str]:
+    """Return the names of what lies beside the file, from its own name on."""
+    return sorted(name.removeprefix(path.name) for name in os.listdir(path.parent))
+
+
+# The path.
+
+
+def spoil_with_a_directory(path: Path) -> None:
+    path.mkdir()
+
+
+def spoil_with_text(path: Path) -> None:
+    path.write_text("This is no database. " * 100)
+
+
+def spoil_with_another_program(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE songs (name)")
+
+
+def spoil_with_the_future(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"PRAGMA user_version = {store_sqlite.SCHEMA_VERSION + 1}")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (spoil_with_a_directory, "Is a directory"),
+        (spoil_with_text, "file is not a database"),
+        (spoil_with_another_program, "belongs to another program"),
+        (spoil_with_the_future, "newer version"),
+    ],
+)
+@on_loop
+async def test_a_file_that_is_no_store_is_a_wrong_setting(
+    path: Path, spoil: Callable[[Path], None], reason: str
+) -> None:
+    """One clear line, and what is there is left as it was."""
+    spoil(path)
+    before = path.is_dir() or path.read_bytes()
+    with pytest.raises(SettingsError, match=reason) as error:
+        await Member(f"sqlite:{path}").open()
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert before == (path.is_dir() or path.read_bytes())
+
+
+@on_loop
+async def test_a_path_that_cannot_be_opened_is_a_wrong_setting(path: Path) -> None:
+    with pytest.raises(SettingsError, match="No such file or directory"):
+        await Member(f"sqlite:{path}/missing/log.db").open()
+
+
+@on_loop
+async def test_the_files_are_for_their_owner_only(path: Path) -> None:
+    """Those that SQLite and the nodes put beside it, too; at the end all but the log and its lock are gone."""
+    async with members(f"sqlite:{path}", "", "") as [one, other]:
+        await one.publish()
+        names = files(path)
+        assert names == sorted(["", "-lock", "-shm", "-wal", f"-{one.store.node_id}", f"-{other.store.node_id}"])
+        for name in names:
+            assert stat.S_IMODE(os.stat(f"{path}{name}").st_mode) & 0o077 == 0, name
+    assert files(path) == ["", "-lock"]
+
+
+@on_loop
+async def test_a_path_may_be_longer_than_a_sockets(tmp_path: Path) -> None:
+    """And lead over a symbolic link: it is the same store."""
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    (tmp_path / "link").symlink_to(deep)
+    async with (
+        members(f"sqlite:{deep / 'log.db'}", "") as [one],
+        members(f"sqlite:{tmp_path}/link/log.db", "") as [two],
+    ):
+        began = time.monotonic()
+        for _ in range(10):
+            await one.publish()
+            await two.publish()
+        await one.until(lambda: len(one.records) == 20)
+        await two.until(lambda: two.records == one.records)
+        assert time.monotonic() - began < 0.5, "no wake-up: only the look that comes once a second"
+
+
+@pytest.mark.usefixtures("_short_leases")
+@on_loop
+async def test_a_killed_process_leaves_no_socket(path: Path, start_process: Callable[..., Process]) -> None:  # noqa: F811
+    process = start_process(f"sqlite:{path}", SHORT_LEASE)
+    async with members(f"sqlite:{path}", "") as [one]:
+        process.kill()
+        await one.until(lambda: len(files(path)) == 5)
+
+
+@on_loop
+async def test_the_write_ahead_log_begins_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it never comes to rest, at the second bound."""
+    monkeypatch.setattr(store_sqlite, "CHECKPOINT_PAGES", 50)
+    monkeypatch.setattr(store_sqlite, "MAX_WAL_PAGES", 200)
+    async with members(f"sqlite:{path}", "", "") as both:
+
+        async def publish_until_it_has_begun_anew(member: Member) -> None:
+            # Its header counts how often (sqlite.org/fileformat2.html, "WAL File Format").
+            while int.from_bytes(Path(f"{path}-wal").read_bytes()[12:16]) < 2:
+                await member.publish()
+
+        async with asyncio.timeout(PATIENCE):
+            await asyncio.gather(*(publish_until_it_has_begun_anew(member) for member in both))
+
+
+# Away, and back.
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"), [(turn_taken, "no answer within 0.2 s"), (database_locked, "database is locked|no answer")]
+)
+@on_loop
+async def test_a_locked_store_is_away_until_it_is_free(
+    path: Path, trouble: Callable[[Path], Iterator[None]], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is asked for meanwhile is refused; who leaves meanwhile has left. One line says so, one when it is over."""
+    caplog.set_level("INFO", "notifyd")
+    async with members(f"sqlite:{path}", "", store_timeout=0.2) as [one]:
+        await one.admit("a")
+        await one.admit("b")
+        with trouble(path):  # type: ignore[attr-defined]
+            began = time.monotonic()
+            with pytest.raises(StoreUnavailable, match=f"The store is away: ({reason})"):
+                await one.publish()
+            assert time.monotonic() - began < 1
+            assert one.store.failure is not None
+            began = time.monotonic()
+            with pytest.raises(StoreUnavailable):
+                await one.admit("c")
+            assert time.monotonic() - began < 0.1, "it is known to be away"
+            one.leave("a")
+            await one.until(lambda: "back" not in caplog.text)
+        await one.until(lambda: one.store.failure is None)
+        assert await one.active() == 1
+        await one.publish()
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
+@on_loop
+async def test_a_lease_that_cannot_be_renewed_is_a_failure(path: Path) -> None:
+    """Nobody has to ask for anything."""
+    async with members(f"sqlite:{path}", "", store_timeout=0.2) as [one]:
+        with turn_taken(path):
+            await one.until(lambda: one.store.failure)
+        await one.until(lambda: one.store.failure is None)
+
+
+@on_loop
+async def test_an_admission_that_was_given_up_takes_no_slot(path: Path) -> None:
+    """Whether or not it was done, once the store is back."""
+    async with members(f"sqlite:{path}", "", store_timeout=0.2) as [one]:
+        with turn_taken(path), pytest.raises(StoreUnavailable):
+            await one.admit("a")
+        await one.until(lambda: one.store.failure is None)
+        admission = asyncio.create_task(one.admit("b"))
+        await asyncio.sleep(0)
+        admission.cancel()
+        assert await one.active() == 0
+
+
+@on_loop
+async def test_a_process_may_start_while_the_store_is_away(path: Path) -> None:
+    """It is told the log when the store is back."""
+    async with members(f"sqlite:{path}", "") as [one]:
+        await one.publish()
+        late = Member(f"sqlite:{path}", store_timeout=0.2)
+        with turn_taken(path):
+            await late.open()
+            assert late.store.failure is not None
+            assert late.openings == []
+        await late.until(lambda: late.openings)
+        await late.until(lambda: late.store.failure is None)
+        assert late.opening.records == one.records
+        await late.store.close()
+
+
+@on_loop
+async def test_a_process_may_end_while_the_store_is_away(path: Path) -> None:
+    """Within the time that it gives the store; it has left when the store is back."""
+    async with members(f"sqlite:{path}", "") as [one]:
+        going = await Member(f"sqlite:{path}", store_timeout=0.2).open()
+        await going.admit("a")
+        with turn_taken(path):
+            await asyncio.wait_for(going.store.close(), 1)
+        await one.admit("a")
+
+
+@on_loop
+async def test_a_full_disk(path: Path, start_process: Callable[..., Process]) -> None:  # noqa: F811
+    """A process that cannot write is away. It reads on, and is back by itself; nothing is lost, and nothing twice."""
+    process = start_process(f"sqlite:{path}")
+    async with members(f"sqlite:{path}", "") as [one]:
+        ids = [process.ask("member.publish()")]
+        process.ask("member.admit('a')")
+        with disk_full_for(process):
+            with pytest.raises(StoreUnavailable, match=r"away: (database or disk is full|disk I/O error)"):
+                process.ask("member.publish()")
+            process.ask("member.leave('a')")
+            ids += [await one.publish() for _ in range(3)]
+            process.ask("member.until(lambda: len(member.records) == 4)")
+            assert process.ask("member.store.failure").startswith("The store is away: ")
+        process.ask("member.until(lambda: member.store.failure is None)")
+        ids += [process.ask("member.publish()")]
+        await one.until(lambda: len(one.records) == 5)
+        assert process.ask("member.ids") == one.ids == ids
+        assert await one.active() == 0
+
+
+@on_loop
+async def test_a_file_that_was_deleted(path: Path) -> None:
+    """All processes go on with a new one, in which their clients are; the ids go on increasing."""
+    async with members(f"sqlite:{path}", "", "") as [one, other]:
+        await one.admit("a", "t")
+        await other.admit("b")
+        before = await one.publish()
+        await other.until(lambda: other.records)
+        for name in ("", "-wal", "-shm", "-lock"):
+            os.unlink(f"{path}{name}")
+        after = await one.publish()
+        await other.until(lambda: len(other.records) == 2)
+        assert other.ids == one.ids == [before, after]
+        assert (one.times_missed, other.times_missed) == (1, 1)
+
+        async def all_are_back() -> bool:
+            return await one.active() == 2
+
+        await one.eventually(all_are_back)
+        assert after > before
+        assert (await other.store.append([Draft(b"{}", audience([], ["t"]))])).receipts[0].recipients == 1
+
+
+@on_loop
+async def test_an_unexpected_error_is_a_failure_that_passes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread goes on."""
+    async with members(f"sqlite:{path}", "") as [one]:
+        with monkeypatch.context() as patch:
+            patch.setattr(store_sqlite, "msgspec", None)
+            with pytest.raises(StoreUnavailable, match="internal error"):
+                await one.publish()
+        await one.until(lambda: one.store.failure is None)
+        await one.publish()
