@@ -238,8 +238,8 @@ local function join()
   local row, fold = call('HMGET', ROW..node, 'messages', 'slow'), call('GET', folded(node))
   if fold then
     local m, s = fold:match('(%d+) (%d+)')
-    call('HINCRBY', META, 'messages', -m)
-    call('HINCRBY', META, 'slow', -s)
+    call('HINCRBY', META, 'messages', 0 - m)
+    call('HINCRBY', META, 'slow', 0 - s)
     call('DEL', folded(node))
     messages, slow = math.max(messages, m), math.max(slow, s)
   end
@@ -497,7 +497,8 @@ class RedisStore:
 
     async def _stay(self) -> None:
         """Be joined; whenever that fails, look again until it works."""
-        while True:
+        # Not while True: an error in a task of the group can swallow the cancellation.
+        while self._task is not None:
             try:
                 await self._live()
             except _Rejoin:
@@ -663,7 +664,7 @@ class RedisStore:
                         operation.answer.set_result(reply)
 
     async def _renew(self) -> None:
-        while True:
+        while self._task is not None:
             self._known = await self._ask("renew", self._post_id)
             await asyncio.sleep(RENEW_SECONDS)
 
