@@ -5,7 +5,8 @@ one for operations, one that waits for the log. Supported: redis://, rediss:// (
 and database in the URL; Redis 6.2 or later, and Valkey. Not supported: Sentinel and Cluster.
 
 1. Operations that arrive while others are under way go with the next call of the script, in order: one group, one
-   round trip, one atomic step. A group is done whole or, where the process has to join first, not at all.
+   round trip, one atomic step. A group is done whole or, where the process has to join first, not at all. It is
+   answered when this process has read the log up to there: so what was appended has been delivered here before.
 2. The log is a stream whose entries are numbered without a gap by `seq`. A reader that sees a gap asks for `before`,
    the id in front of the first entry: if that is newer than what it has delivered, it has missed something.
 3. Nothing is trimmed that a live process has not read yet; each group tells how far its process is.
@@ -93,11 +94,11 @@ local function next_id(last)
     math.floor(c / 4294967296), c % 4294967296)
 end
 
-local function add(id, at, rest, audience, to_host, replayed, once)
-  newest, seq, bytes = id, seq + 1, bytes + #rest + #audience
+local function add(id, at, rest, size, audience, to_host, replayed, once)
+  newest, seq, bytes = id, seq + 1, bytes + size
   if replayed == '1' then kept = kept + 1 end
   call('XADD', LOG, string.format('%.0f-0', seq), 'i', id, 't', at, 'r', rest, 'a', audience, 'h', to_host,
-    'p', replayed, 'o', once)
+    'p', replayed, 'o', once, 'z', size)
 end
 
 local function number(entry) return tonumber(entry[1]:sub(1, -3)) end
@@ -113,7 +114,7 @@ local function trim()
       local f = entry[2]
       local fits = kept <= SIZE and bytes <= BYTES and tonumber(f[4]) + TTL >= now
       if fits or number(entry) > slowest then full = false; break end
-      before, bytes, from = f[2], bytes - #f[6] - #f[8], string.format('%.0f-0', number(entry) + 1)
+      before, bytes, from = f[2], bytes - f[16], string.format('%.0f-0', number(entry) + 1)
       if f[12] == '1' then kept = kept - 1 end
       if f[14] ~= '' then call('DEL', P..'once:'..f[14]) end
     end
@@ -195,9 +196,9 @@ local function restore()
     newest, before, kept, bytes = offered, offered, 0, 0
   end
   if newest == '' then newest = next_id(''); before = newest end
-  seq = math.max(seq, now)
   local ids = call('HKEYS', OFFERS)
   table.sort(ids)
+  if #ids > 0 and ids[#ids] > newest then seq = math.max(seq, now) end
   for _, id in ipairs(ids) do
     if id > newest then add(id, unpack(cmsgpack.unpack(call('HGET', OFFERS, id)))) end
   end
@@ -252,10 +253,8 @@ local function join()
   if restoring and restoring > now and restoring <= now + RESTORE then return {current, members, newest} end
   if restoring then restore() end
   trim()
-  if tail == 0 then
-    local first = call('XRANGE', LOG, '-', '+', 'COUNT', 1)[1]
-    tail = first and number(first) - 1 or seq
-  end
+  local first = call('XRANGE', LOG, '-', '+', 'COUNT', 1)[1]
+  tail = math.min(math.max(tail, first and number(first) - 1 or seq), seq)
   call('ZADD', TAILS, tail, node)
   return {current, members, before, tail, seq, now, tonumber(call('HGET', META, 'started'))}
 end
@@ -265,8 +264,8 @@ local function offer()
   local front = arg()
   if front > (call('HGET', META, 'offered') or '') then call('HSET', META, 'offered', front) end
   while i < #ARGV do
-    local id, at, rest, audience, to_host, replayed = arg(), arg(), arg(), arg(), arg(), arg()
-    call('HSET', OFFERS, id, cmsgpack.pack({at, rest, audience, to_host, replayed, ''}))
+    local id, at, rest, size, audience, to_host, replayed = arg(), arg(), arg(), arg(), arg(), arg(), arg()
+    call('HSET', OFFERS, id, cmsgpack.pack({at, rest, size, audience, to_host, replayed, ''}))
   end
   return 'offered'
 end
@@ -276,7 +275,7 @@ local ops = {}
 function ops.append()
   local n, counter, key, print = tonumber(arg()), arg(), arg(), arg()
   local draft = i
-  i = i + 4 * n
+  i = i + 5 * n
   if key ~= '' then
     local found = call('GET', P..'once:'..key)
     if found then
@@ -291,9 +290,9 @@ function ops.append()
   end
   local reply = {now, 0}
   for d = 1, n do
-    local rest, audience, to_host, replayed = ARGV[draft + 1], ARGV[draft + 2], ARGV[draft + 3], ARGV[draft + 4]
-    draft = draft + 4
-    add(next_id(newest), now, rest, audience, to_host, replayed, d == n and key or '')
+    local rest, size, audience, to_host, replayed = unpack(ARGV, draft + 1, draft + 5)
+    draft = draft + 5
+    add(next_id(newest), now, rest, size, audience, to_host, replayed, d == n and key or '')
     reply[#reply + 1] = newest
     reply[#reply + 1] = recipients(audience, to_host)
   end
@@ -387,13 +386,14 @@ if call('HGET', META, 'epoch') ~= epoch or not call('ZSCORE', NODES, node) then 
 call('ZADD', NODES, now + LEASE, node)
 call('ZADD', TAILS, tail, node)
 load()
-local replies = {}
+local replies = {0}
 while i < #ARGV do replies[#replies + 1] = ops[arg()]() end
 if sent > 0 then
   save()
   call('HINCRBY', META, 'sent', sent)
   if kept > SIZE or bytes > BYTES then trim() end
 end
+replies[1] = seq
 return replies
 """
 _SHA = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
@@ -437,7 +437,7 @@ class _Kept:
 
     def _count(self, record: Record, by: int) -> None:
         self._held += by * record.replayed
-        self._held_bytes += by * (len(record.rest) + len(_packed(record.audience)))
+        self._held_bytes += by * _size(record)
 
 
 class RedisStore:
@@ -471,8 +471,8 @@ class RedisStore:
         self._opening_now = 0
         self._opened = False
         self._kept = _Kept(settings, "")
-        # What this process has appended and not read yet: nobody else may have seen it.
-        self._unread: dict[str, Record] = {}
+        # What was done at a place of the log that this process has not read up to yet, with the replies.
+        self._done: deque[tuple[int, list[_Operation], list[Any]]] = deque()
         # The counters of all: total, sent, messages, slow consumers, test notifications, and when they began.
         self._known = [0, 0, 0, 0, 0, 0]
         self._report = Report(0, 0)
@@ -536,9 +536,11 @@ class RedisStore:
         self._settled.set()
 
     def _drop(self, failure: str) -> None:
-        for operation in (*self._under_way, *self._queue):
+        done = [operation for _, group, _ in self._done for operation in group]
+        for operation in (*done, *self._under_way, *self._queue):
             if operation.answer is not None and not operation.answer.done():
                 operation.answer.set_exception(StoreUnavailable(failure))
+        self._done.clear()
         self._under_way = []
         # Who leaves meanwhile does so with the next join at the latest.
         self._queue = deque(operation for operation in self._queue if operation.answer is None)
@@ -571,14 +573,15 @@ class RedisStore:
             entered = self._epoch
             await asyncio.sleep(0.1)
         self._post_id, before = "0", position.decode()
-        seq, newest, now, self._known[5] = joined
+        self._seq, newest, now, self._known[5] = joined
         if self._opened:
             self._check_missed(before)
             self._ready()
+            self._answer()
             return
-        self._seq, self._opening_until, self._opening_now = seq, newest, now
+        self._opening_until, self._opening_now = newest, now
         self._kept = _Kept(self._settings, before)
-        if seq == newest:
+        if self._seq == newest:
             self._open()
 
     async def _enter_clients(self, connection: AbstractConnection, entered: set[str]) -> None:
@@ -591,7 +594,7 @@ class RedisStore:
         waiting, taken = iter(clients.items()), list[str]()
         while pairs := list(islice(waiting, CHUNK)):
             parts = [part for client_id, topics in pairs for part in (client_id, _packed_topics(topics))]
-            (refused,) = await self._enter(connection, ["register", len(pairs), *parts])
+            _, refused = await self._enter(connection, ["register", len(pairs), *parts])
             taken += [client_id.decode() for client_id in refused]
         if taken:
             self._node.evicted(taken)
@@ -604,12 +607,11 @@ class RedisStore:
     async def _offer(self, connection: AbstractConnection, newest: str) -> None:
         """Offer the records that the log has not."""
         records = [record for record in self._kept.records if record.id > newest]
-        records += [record for _, record in sorted(self._unread.items()) if record.id > newest]
         # Also without records: those of others must reach back to where this process stands.
         for start in range(0, len(records) or 1, CHUNK):
             arguments: list[_Argument] = ["offer", self._kept.before]
-            for id, rest, audience, replayed, host, at in records[start : start + CHUNK]:
-                arguments += (id, round(at * 1e6), rest, _packed(audience), host, "1" if replayed else "")
+            for record in records[start : start + CHUNK]:
+                arguments += (record.id, round(record.at * 1e6), *_flat(record))
             await self._enter(connection, arguments)
 
     def _open(self) -> None:
@@ -659,9 +661,17 @@ class RedisStore:
                 if replies == b"join":
                     self._queue.extendleft(reversed(group))
                     raise _Rejoin
-                for operation, reply in zip(group, replies, strict=True):
-                    if operation.answer is not None and not operation.answer.done():
-                        operation.answer.set_result(reply)
+                seq, *replies = replies
+                self._done.append((seq, group, replies))
+                self._answer()
+
+    def _answer(self) -> None:
+        """Answer what was done at a place that this process has read up to: the log comes first."""
+        while self._done and self._done[0][0] <= self._seq:
+            _, group, replies = self._done.popleft()
+            for operation, reply in zip(group, replies, strict=True):
+                if operation.answer is not None and not operation.answer.done():
+                    operation.answer.set_result(reply)
 
     async def _renew(self) -> None:
         while self._task is not None:
@@ -679,18 +689,13 @@ class RedisStore:
     async def append(self, drafts: Sequence[Draft], once: Once | None = None, counter: int | None = None) -> Appended:
         key, fingerprint = ("", b"") if once is None else once
         arguments: list[_Argument] = ["append", len(drafts), "" if counter is None else counter, key, fingerprint]
-        for rest, audience, replayed, host in drafts:
-            arguments += (rest, _packed(audience), host, "1" if replayed else "")
+        for draft in drafts:
+            arguments += _flat(draft)
         reply = await self._ask(*arguments)
         if reply == b"reused":
             raise KeyReused("Idempotency-Key: already used for another request")
-        at, repeated = reply[0] / 1e6, bool(reply[1])
         receipts = [Receipt(reply[n].decode(), reply[n + 1]) for n in range(2, len(reply), 2)]
-        if not repeated:
-            for receipt, draft in zip(receipts, drafts, strict=False):
-                if receipt.id > self._kept.newest:
-                    self._unread[receipt.id] = Record(receipt.id, *draft, at)
-        return Appended(receipts, at, repeated)
+        return Appended(receipts, reply[0] / 1e6, bool(reply[1]))
 
     async def admit(self, client_id: str, topics: Collection[str]) -> str:
         try:
@@ -759,12 +764,12 @@ class RedisStore:
         self._seq = _number(entries[-1])
         for record in records:
             self._kept.add(record)
-            self._unread.pop(record.id, None)
         if self._opened:
             if records:
                 self._node.deliver(records)
         elif self._seq >= self._opening_until:
             self._open()
+        self._answer()
 
     def _check_missed(self, before: str) -> None:
         """Say so if the log begins behind what this process has delivered."""
@@ -783,8 +788,14 @@ def _record(entry: tuple[bytes, list[bytes]]) -> Record:
     return Record(id.decode(), rest, audience, replayed == b"1", host.decode(), int(at) / 1e6)
 
 
-def _packed(audience: Audience | None) -> bytes:
-    return b"" if audience is None else msgspec.msgpack.encode(audience)
+def _flat(draft: Draft | Record) -> tuple[_Argument, ...]:
+    audience = b"" if draft.audience is None else msgspec.msgpack.encode(draft.audience)
+    return draft.rest, _size(draft), audience, draft.host, "1" if draft.replayed else ""
+
+
+def _size(draft: Draft | Record) -> int:
+    """Return what counts towards the bytes of the history."""
+    return len(draft.rest) + sum(len(name) for names in draft.audience or () for name in names)
 
 
 def _packed_topics(topics: Collection[str]) -> bytes:
