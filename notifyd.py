@@ -163,7 +163,7 @@ def serve(settings: Settings) -> int:
     """
     check_store(settings)
     _raise_file_limit(settings.max_connections)
-    listener = _listen(settings)
+    listener = _bind(settings)
     host, port = listener.getsockname()[:2]
     settings = msgspec.structs.replace(settings, port=port)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -198,17 +198,21 @@ def _announce(where: str) -> None:
     print(f"notifyd {VERSION} listens on {where} (Ctrl+C stops it)", file=sys.stderr, flush=True)
 
 
-def _listen(settings: Settings) -> socket.socket:
+def _bind(settings: Settings) -> socket.socket:
     """Bind here and not in uvicorn, so that a taken port is one clear line and port 0 has a number."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.create_server(address[:2], family=family, backlog=LISTEN_BACKLOG)
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+        if settings.workers == 1:
+            listener.listen(LISTEN_BACKLOG)
     except OSError as error:
-        # create_server() adds a remark that says the address a second time.
-        reason = str(error.strerror or error).partition(" (while ")[0]
-        raise ListenError(f"cannot listen on {settings.host}:{settings.port}: {reason}") from None
+        raise ListenError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from None
     # Accepted sockets inherit these. uvloop sets the first by itself, asyncio does not for a socket made here, and
     # Nagle's algorithm would hold back every second small write for 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

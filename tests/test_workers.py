@@ -1,0 +1,355 @@
+"""Several workers under one parent: they start, die, drain and end as one server."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from signal import SIGINT, SIGKILL, SIGTERM
+
+import pytest
+from clients import Client
+from conftest import StartServer
+from expected import PONG, SHUTDOWN, SYSTEM
+from server import ROOT, Server, environment, eventually, free_port, notifyd_command
+from websockets.exceptions import ConnectionClosed
+
+from workers import VARIABLE, warning_of_islands
+
+GONE = (1001, "Server shutting down")
+
+
+def workers(server: Server) -> set[int]:
+    """Return the process ids of the server's workers."""
+    with suppress(ProcessLookupError, FileNotFoundError):
+        return {int(pid) for pid in Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()}
+    return set()
+
+
+def sockets(pid: int) -> set[str]:
+    """Return what identifies the open sockets of a process."""
+    names = set()
+    with suppress(FileNotFoundError):
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                names.add(str(descriptor.readlink()))
+    return {name for name in names if name.startswith("socket:")}
+
+
+def runs(pid: int) -> bool:
+    """Whether the process is there, and not only its exit status for a parent that is slow to ask for it."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def listens(pid: int, port: int) -> bool:
+    """Whether the process listens on the port of 127.0.0.1."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    return any(
+        f"socket:[{row[9]}]" in sockets(pid) for row in rows if row[1] == f"0100007F:{port:04X}" and row[3] == "0A"
+    )
+
+
+def join_each_worker(server: Server) -> list[Client]:
+    """Join until every worker has a client."""
+    before = {pid: len(sockets(pid)) for pid in workers(server)}
+    clients: list[Client] = []
+
+    def each_has_one() -> bool:
+        clients.append(server.join())
+        return all(len(sockets(pid)) > count for pid, count in before.items())
+
+    eventually(each_has_one)
+    return clients
+
+
+@pytest.fixture
+def server(start_server: StartServer) -> Server:
+    """A server with two workers."""
+    return start_server("--workers", "2")
+
+
+def run(*flags: str, **variables: str) -> tuple[int, list[str]]:
+    """Run notifyd, which must end by itself; return its status and what it said."""
+    command = notifyd_command("--port", "0", "--workers", "2", *flags)
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment(variables), capture_output=True, text=True, timeout=20, check=False
+    )
+    return ended.returncode, ended.stderr.splitlines()
+
+
+# The start.
+
+
+def test_the_start_is_told_once(start_server: StartServer) -> None:
+    """One line for all the workers, with their number, when all of them serve."""
+    server = start_server("--workers", "3")
+    assert [line.split(" (")[0] for line in server.stderr] == [f"notifyd 0.1.0 listens on {server.url} with 3 workers"]
+    assert len(workers(server)) == 3
+
+
+def test_status_shows_the_workers_and_the_port(server: Server) -> None:
+    """The number is the host's own, and port 0 has become the parent's."""
+    configuration = server.read("/status")["configuration"]
+    assert (configuration["workers"], configuration["port"]) == (2, server.port)
+
+
+def test_every_worker_accepts(server: Server) -> None:
+    """Newcomers are dealt out among them, even when they come at once, and all are welcomed."""
+    before = {pid: len(sockets(pid)) for pid in workers(server)}
+    with ThreadPoolExecutor(10) as newcomers:
+        list(newcomers.map(lambda _: server.join(), range(40)))
+    assert all(len(sockets(pid)) - count >= 5 for pid, count in before.items())
+
+
+def test_the_limit_of_open_files_is_raised_in_each_and_warned_about_once() -> None:
+    """A worker can have as many clients as one process could."""
+    command = notifyd_command("--port", "0", "--workers", "2", "--notification-interval", "0")
+    server = Server(["sh", "-c", 'ulimit -S -n 64; ulimit -H -n 200; exec "$@"', "sh", *command])
+    assert {resource.prlimit(pid, resource.RLIMIT_NOFILE) for pid in workers(server)} == {(200, 200)}
+    assert sum("open files" in line for line in server.stderr) == 1
+    server.stop()
+
+
+def test_a_port_in_use_stops_the_start_with_one_line(server: Server) -> None:
+    """The parent finds it out before there is any worker."""
+    status, lines = run("--port", str(server.port))
+    assert (status, len(lines)) == (1, 1)
+    assert str(server.port) in lines[0]
+
+
+def test_a_store_for_one_process_is_refused() -> None:
+    """Workers with a memory each would be islands: one line names the setting, and the status is 2."""
+    status, lines = run("--store", "memory")
+    assert (status, len(lines)) == (2, 1)
+    assert "--store" in lines[0]
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_worker_that_fails_at_the_start_stops_the_start(tmp_path: Path, good: int) -> None:
+    """The parent ends with the status and the one line of the first worker that cannot start, be it not the first."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        f"if {VARIABLE!r} in os.environ:\n"
+        f"    with open({str(tmp_path / 'count')!r}, 'a+') as count:\n"
+        "        count.write('x'); count.flush()\n"
+        f"        if count.tell() > {good}:\n"
+        "            print('notifyd: on purpose', file=sys.stderr, flush=True); os._exit(3)\n"
+    )
+    status, lines = run(PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert status == 3
+    assert [line for line in lines if "INFO" not in line] == ["notifyd: on purpose"]
+
+
+def test_a_signal_during_the_start_ends_it() -> None:
+    """Ctrl+C before the workers serve quits without a word about exceptions, and no worker stays."""
+    with subprocess.Popen(
+        notifyd_command("--port", "0", "--workers", "2"),
+        cwd=ROOT,
+        env=environment({"NOTIFYD_UNKNOWN": "1"}),
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        eventually(children.read_text)
+        os.killpg(process.pid, SIGINT)
+        # The end of stderr is the end of all who have it.
+        _, text = process.communicate(timeout=10)
+    assert b"Traceback" not in text and process.returncode == 0
+
+
+# Workers die.
+
+
+def test_a_killed_worker_is_replaced_and_the_others_go_on(server: Server) -> None:
+    """Only its own clients lose their connection, and the new one serves."""
+    clients = join_each_worker(server)
+    killed, other = workers(server)
+    os.kill(killed, SIGKILL)
+    alive = 0
+    for client in clients:
+        with suppress(ConnectionClosed):
+            alive += client.ask({"type": "ping"}) == PONG
+    assert 0 < alive < len(clients)
+    eventually(lambda: any(listens(pid, server.port) for pid in workers(server) - {killed, other}))
+    join_each_worker(server)
+
+
+def test_a_worker_that_keeps_dying_is_replaced_ever_later(server: Server) -> None:
+    """A fault that kills every worker at its start must not keep the machine busy."""
+    steady = min(workers(server))
+    for pause in ("0.25", "0.50"):
+        eventually(lambda: workers(server) - {steady})
+        os.kill((workers(server) - {steady}).pop(), SIGKILL)
+        server.wait_for_line(rf"status 137 and is replaced in {pause} s")
+        eventually(lambda: workers(server) == {steady})
+
+
+def test_a_worker_that_is_asked_to_leave_drains_alone(server: Server) -> None:
+    """SIGTERM to one worker: its clients are told, newcomers go to the other, and when it has ended it is replaced."""
+    clients = join_each_worker(server)
+    leaving, other = workers(server)
+    os.kill(leaving, SIGTERM)
+    eventually(lambda: not listens(leaving, server.port))
+    told = [client for client in clients if client.ask({"type": "ping"}) == SYSTEM]
+    assert 0 < len(told) < len(clients)
+    for _ in range(5):
+        server.join()
+    for client in told:
+        client.leave()
+    eventually(lambda: len(workers(server) - {leaving, other}) == 1)
+    assert other in workers(server)
+
+
+# The parent dies.
+
+
+def test_a_killed_parent_leaves_nothing_that_stops_the_next(start_server: StartServer, tmp_path: Path) -> None:
+    """Its workers close their clients and end, the same port serves again, and the log of the dead is removed."""
+    first = start_server("--workers", "2", variables={"TMPDIR": str(tmp_path)})
+    clients, orphans = join_each_worker(first), workers(first)
+    first.join_bare()  # It never answers a close, and is not waited for.
+    [leftover] = tmp_path.iterdir()
+    first.process.kill()
+    assert [client.closed() for client in clients] == [GONE] * len(clients)
+    eventually(lambda: not any(runs(pid) for pid in orphans), 3)
+    second = start_server("--workers", "2", "--port", str(first.port), variables={"TMPDIR": str(tmp_path)})
+    assert second.join().ask({"type": "ping"}) == PONG
+    assert len(list(tmp_path.iterdir())) == 1 and not leftover.exists()
+
+
+def test_the_port_is_free_at_once_after_a_killed_parent(server: Server, start_server: StartServer) -> None:
+    """Whoever starts it again need not wait."""
+    server.process.kill()
+    assert start_server("--workers", "2", "--port", str(server.port)).read("/health")["status"] == "healthy"
+
+
+# The temporary log.
+
+
+def test_the_log_is_private_and_goes_with_the_server(start_server: StartServer, tmp_path: Path) -> None:
+    """Nobody else can enter its directory, another start leaves it alone, and the end removes it."""
+    first = start_server("--workers", "2", variables={"TMPDIR": str(tmp_path)})
+    [directory] = tmp_path.iterdir()
+    assert directory.stat().st_mode & 0o777 == 0o700
+    second = start_server("--workers", "2", variables={"TMPDIR": str(tmp_path)})
+    assert directory.exists() and len(list(tmp_path.iterdir())) == 2
+    for server in (first, second):
+        server.signal()
+        assert server.exit_status() == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+# The end.
+
+
+def test_a_signal_drains_all_workers(server: Server) -> None:
+    """The clients of each are told, and when the last has left, the status is 0."""
+    clients = join_each_worker(server)
+    server.signal()
+    assert [client.receive_many(2) for client in clients] == [[SYSTEM, SHUTDOWN]] * len(clients)
+    assert clients[-1].ask({"type": "ping"}) == PONG
+    server.forget_clients()
+    assert server.exit_status() == 0
+
+
+def test_a_second_signal_closes_everyone_now(server: Server) -> None:
+    """On every worker, and the status is still 0."""
+    clients = join_each_worker(server)
+    server.signal()
+    assert [client.receive_many(2) for client in clients] == [[SYSTEM, SHUTDOWN]] * len(clients)
+    server.signal(SIGINT)
+    assert [client.closed() for client in clients] == [GONE] * len(clients)
+    assert server.exit_status() == 0
+
+
+@pytest.mark.parametrize("number", [SIGINT, SIGTERM])
+def test_a_signal_to_the_whole_group_counts_once(server: Server, number: int) -> None:
+    """Ctrl+C goes to parent and workers alike, as does what systemd sends: it is one signal, and two are two."""
+    clients = join_each_worker(server)
+    os.killpg(server.pid, number)
+    assert [client.receive_many(2) for client in clients] == [[SYSTEM, SHUTDOWN]] * len(clients)
+    assert server.connect().closed() == GONE
+    assert [client.ask({"type": "ping"}) for client in clients] == [PONG] * len(clients)
+    os.killpg(server.pid, number)
+    assert [client.closed() for client in clients] == [GONE] * len(clients)
+    assert server.exit_status() == 0
+
+
+def test_the_workers_share_the_pace(start_server: StartServer) -> None:
+    """--drain-rate is the host's: at 20 a second, two workers need about a second to tell twenty clients."""
+    server = start_server("--workers", "2", "--drain-rate", "20")
+    clients = [server.join() for _ in range(20)]
+    began = time.monotonic()
+    server.signal()
+    for client in clients:
+        client.receive_many(2)
+    assert 0.8 < time.monotonic() - began < 3
+
+
+# Workers of others.
+
+
+HOSTS = {
+    "uvicorn": ["uvicorn", "hosts:alone", "--port", "PORT"],
+    "gunicorn": [
+        "gunicorn",
+        "hosts:alone",
+        "--bind",
+        "127.0.0.1:PORT",
+        "--worker-class",
+        "uvicorn_worker.UvicornWorker",
+    ],
+    "hypercorn": ["hypercorn", "hosts:alone", "--bind", "127.0.0.1:PORT"],
+    "granian": ["granian", "hosts:alone", "--interface", "asgi", "--port", "PORT"],
+}
+
+
+@pytest.fixture(params=HOSTS)
+def two_workers(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """An app with notifyd inside, served by two workers of another server."""
+    port = str(free_port())
+    command = [word.replace("PORT", port) for word in HOSTS[request.param]]
+    server = Server([sys.executable, "-m", *command, "--workers", "2"], url=f"http://127.0.0.1:{port}")
+    yield server
+    server.kill()
+
+
+def test_an_app_says_that_its_workers_are_islands(two_workers: Server) -> None:
+    """Three quarters of all broadcasts must not get lost in silence."""
+    two_workers.wait_for_line("2 workers serve without a common store.*NOTIFYD_STORE")
+
+
+@pytest.mark.parametrize(
+    ("environ", "argv"),
+    [
+        ({}, ["gunicorn", "-w", "4"]),
+        ({"SERVER_SOFTWARE": "gunicorn/27.0"}, ["gunicorn", "app:app"]),
+        ({"SERVER_SOFTWARE": "gunicorn/27.0", "WEB_CONCURRENCY": "4"}, ["gunicorn", "--workers=1"]),
+    ],
+)
+def test_one_process_is_not_warned_about(environ: dict[str, str], argv: list[str]) -> None:
+    """Neither one that no other server runs, nor the only worker."""
+    assert warning_of_islands(environ, argv) is None
+
+
+@pytest.mark.parametrize(
+    ("environ", "argv"),
+    [
+        ({"WEB_CONCURRENCY": "4"}, ["gunicorn", "app:app"]),
+        ({"GUNICORN_CMD_ARGS": "--workers 4"}, ["gunicorn", "app:app"]),
+        ({}, ["gunicorn", "-w4", "app:app"]),
+        ({"WEB_CONCURRENCY": "1"}, ["gunicorn", "--workers=4"]),
+    ],
+)
+def test_the_number_of_workers_may_be_said_anywhere(environ: dict[str, str], argv: list[str]) -> None:
+    """In a variable or in a flag, which goes before it."""
+    warning = warning_of_islands({"SERVER_SOFTWARE": "gunicorn/27.0"} | environ, argv)
+    assert warning is not None and warning.startswith("4 workers")
