@@ -1,15 +1,18 @@
-"""uvicorn's HTTP protocol with what it lacks: deadlines and a limit on what comes before the body.
+"""uvicorn's HTTP protocol with what it lacks: deadlines, a limit on what comes before the body, and an order.
 
 Owns how long a request may take to arrive and how long its head may be. What an HTTP body may be is routes.py's.
+
+1. One request is read at a time: the parser gets no byte of the next before the last is answered. So `cycle`, which
+   is uvicorn's word for a request and its response, is always the one under way, and an upgrade always has its turn.
+2. A request is answered once, by the app or here.
 """
 
 from __future__ import annotations
 
 import asyncio
-import sys
 from typing import Any
 
-from httptools import HttpParserUpgrade
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from opening_handshake import error_response
@@ -21,6 +24,7 @@ LINGER_SECONDS = 1.0
 LINGER_BYTES = 1_048_576
 # Request line and headers together; what servers usually allow.
 MAX_HEAD_BYTES = 65_536
+_BLANK_LINE = b"\r\n\r\n"
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -29,15 +33,16 @@ class HttpProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._deadline: asyncio.TimerHandle | None = None
-        self._head_bytes = 0
+        # What the parser has not been given yet.
+        self._unread = b""
+        # So many bytes of the head were read, and so many of a body of known length are to come.
+        self._head_bytes = self._body_left = 0
         self._in_head = True
         # Whether bytes of the request are still to come. So it is from the start: a silent connection must end.
         self._incomplete = True
         # Whether the request was answered here and not by the app. What still comes of it is dropped.
         self._refused = False
         self._dropped_bytes = 0
-        # Where in the segment the request for an upgrade ended.
-        self._upgraded_at: int | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -52,42 +57,88 @@ class HttpProtocol(HttpToolsProtocol):
             self._dropped_bytes += len(data)
             if self._dropped_bytes > LINGER_BYTES:
                 self.transport.abort()
+        elif self._incomplete or self.cycle is None or self.cycle.keep_alive:
+            self._unread += data
+            self._read_on()
+            if len(self._unread) > HIGH_WATER_LIMIT:
+                self.flow.pause_reading()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._read_on()
+
+    def _read_on(self) -> None:
+        data, position = self._unread, 0
+        while position < len(data) and self._is_reading():
+            start, position = position, self._end_of_piece(data, position)
+            if start == position:
+                break
+            if self._in_head:
+                self._head_bytes += position - start
+                if self._head_bytes > MAX_HEAD_BYTES:
+                    self._refuse(431, f"request head: larger than the limit of {MAX_HEAD_BYTES} bytes")
+                    break
+            super().data_received(data[start:position])
+        self._unread = data[position:]
+        if self._refused or self.transport.is_closing():
             return
-        if self._in_head:
-            self._head_bytes += len(data)
-        super().data_received(data)
-        if self._upgraded_at is not None:
-            # uvicorn forgets what an eager client has sent in the same segment.
-            if (early := data[self._upgraded_at :]) and not self.transport.is_closing():
-                self.transport.get_protocol().data_received(early)  # type: ignore[attr-defined]
-        elif self._in_head and self._head_bytes > MAX_HEAD_BYTES:
-            self._refuse(431, f"request head: larger than the limit of {MAX_HEAD_BYTES} bytes")
+        if self.parser is None:
+            # An eager client's frames, which uvicorn would forget.
+            if self._unread:
+                self.transport.get_protocol().data_received(self._unread)
         elif not self._incomplete:
             self._disarm()
-        elif self._deadline is None and not self.transport.is_closing():
+        elif self._deadline is None:
             # A request that arrives in one piece, as nearly all do, costs no timer.
             self._arm()
 
+    def _is_reading(self) -> bool:
+        if self._refused or self.parser is None or self.transport.is_closing():
+            return False
+        return self._incomplete or self.cycle is None or self.cycle.response_complete
+
+    def _end_of_piece(self, data: bytes, start: int) -> int:
+        """Return how far the parser may read: where a head or a request ends, it ends there.
+
+        Every head and every body of unknown length ends with a blank line; the beginning of one waits for the rest.
+        """
+        if self._body_left:
+            end = min(len(data), start + self._body_left)
+            self._body_left -= end - start
+            return end
+        if (end := data.find(_BLANK_LINE, start)) >= 0:
+            return end + len(_BLANK_LINE)
+        return len(data) - next((size for size in (3, 2, 1) if data.endswith(_BLANK_LINE[:size], start)), 0)
+
     def handle_websocket_upgrade(self) -> None:
-        upgrade = sys.exception()
-        assert isinstance(upgrade, HttpParserUpgrade)
-        self._upgraded_at = upgrade.args[0]
-        self._incomplete = False
         self._disarm()
         super().handle_websocket_upgrade()
+        self.parser = None  # type: ignore[assignment]
 
     def on_message_begin(self) -> None:
-        self._incomplete = self._in_head = True
-        self._head_bytes = 0
+        self._incomplete = True
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        self._body_left = next((int(value) for name, value in self.headers if name == b"content-length"), 0)
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         self._incomplete = False
+        self._in_head = True
+        self._head_bytes = self._body_left = 0
         super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        if self._is_answered():
+            self.transport.close()
+        else:
+            super().send_400_response(msg)
+
+    def _is_answered(self) -> bool:
+        """Whether the app has begun to answer the request that is being read."""
+        return not self._in_head and self.cycle.response_started
 
     def shutdown(self) -> None:
         if self._incomplete and not self._in_head:
@@ -116,7 +167,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._disarm()
         self._refused = True
         cycle = self.cycle
-        if cycle is None or cycle.response_complete or not cycle.response_started:
+        if not self._is_answered():
             self.transport.write(error_response(status, message, category))
         if cycle is not None:
             cycle.disconnected = True

@@ -1,0 +1,143 @@
+"""One HTTP connection as http_wire.py reads it: one request after the other, deadlines, and how a head may come."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+from clients import PATIENCE
+from server import Server, eventually
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+LAST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+EVENTS = b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n"
+HANDSHAKE = (
+    b"GET /ws HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+HALF_A_POST = b"POST /notify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{"
+# A server whose patience is a matter of fractions of seconds.
+IMPATIENT = """
+import sys, http_wire, notifyd
+http_wire.REQUEST_SECONDS = 0.5
+sys.exit(notifyd.main())
+"""
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[Server]:
+    """A server that waits half a second for a request."""
+    flags = ["--port", "0", "--notification-interval", "0", "--ping-interval", "0", *Server.extra_flags]
+    server = Server([sys.executable, "-c", IMPATIENT, *flags])
+    yield server
+    server.stop()
+
+
+def read_until(connection: socket.socket, wanted: bytes) -> bytes:
+    """Read until these bytes have come, and return all that came."""
+    connection.settimeout(PATIENCE)
+    received = b""
+    while wanted not in received:
+        data = connection.recv(65_536)
+        assert data, f"the end comes before {wanted!r}: {received!r}"
+        received += data
+    return received
+
+
+def rest(connection: socket.socket) -> bytes:
+    """Read to the end."""
+    received = b""
+    with suppress(ConnectionResetError):
+        while data := connection.recv(65_536):
+            received += data
+    return received
+
+
+# One request after the other.
+
+
+@pytest.mark.parametrize("behind", [HEALTH, HALF_A_POST, HANDSHAKE], ids=lambda data: str(len(data)))
+def test_a_stream_ends_with_its_socket_whatever_is_pipelined_behind_it(server: Server, behind: bytes) -> None:
+    """It keeps no slot."""
+    connection = server.raw(EVENTS)
+    read_until(connection, b"event: welcome")
+    connection.settimeout(0.2)
+    with suppress(TimeoutError):
+        connection.sendall(behind)
+    connection.close()
+    eventually(lambda: server.active() == 0)
+
+
+def test_nothing_is_written_into_a_stream_for_what_is_pipelined_behind_it(impatient: Server) -> None:
+    """Half a request has its deadline when its turn comes, and behind a stream that is never."""
+    connection = impatient.raw(EVENTS + HALF_A_POST)
+    read_until(connection, b"event: welcome")
+    assert rest(impatient.raw(HALF_A_POST)).startswith(b"HTTP/1.1 408 ")  # As much time has passed here, too.
+    impatient.notify("the next")
+    assert b"HTTP/1.1" not in read_until(connection, b"the next")
+
+
+def test_a_handshake_may_come_behind_a_request(server: Server) -> None:
+    """It is answered when its turn comes."""
+    answer = read_until(server.raw(HEALTH + HANDSHAKE), b'"type":"welcome"')
+    assert answer.index(b"healthy") < answer.index(b"HTTP/1.1 101 ")
+
+
+def test_many_requests_may_come_at_once(server: Server) -> None:
+    """Each is answered in its order, whether it has a body and of what kind."""
+    body = b'{"message": "hi"}\r\n\r\n'
+    sized = b"POST /notify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    chunked = b"POST /notify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n"
+    requests = b"\r\n" + sized + HEALTH + chunked % (len(body), body) + HEALTH + sized
+    answer = server.answer_to(requests * 3 + LAST)
+    assert answer.count(b"HTTP/1.1 200 ") == 16
+
+
+# The head.
+
+
+def head(size: int) -> bytes:
+    """A request of so many bytes."""
+    return LAST.replace(b"\r\n\r\n", b"\r\nX-Long: ") + b"x" * (size - len(LAST) - 10) + b"\r\n\r\n"
+
+
+@pytest.mark.parametrize(("size", "status"), [(65_536, b"200"), (65_537, b"431")])
+@pytest.mark.parametrize("before", [b"", HEALTH], ids=["first", "pipelined"])
+@pytest.mark.parametrize("cut", [0, 1, 2, 3, 60_000])
+def test_a_head_has_a_limit_however_it_is_cut(
+    server: Server, before: bytes, size: int, status: bytes, cut: int
+) -> None:
+    """65,536 bytes are a head and one more is too many, whatever comes in the same segment."""
+    request = before + head(size)
+    connection = server.raw(request[: len(request) - cut])
+    server.get("/health")  # The server has read the first part.
+    connection.sendall(request[len(request) - cut :])
+    assert rest(connection).split(b"HTTP/1.1 ")[-1].startswith(status)
+
+
+def test_a_body_in_the_segment_of_its_head_is_no_part_of_it(server: Server) -> None:
+    """However large."""
+    body = b"x" * 70_000
+    request = b"POST /notify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n" % len(body)
+    connection = server.raw(request)
+    server.get("/health")
+    connection.sendall(b"\r\n" + body + LAST)
+    assert [answer[:3] for answer in rest(connection).split(b"HTTP/1.1 ")[1:]] == [b"413", b"200"]
+
+
+# One answer.
+
+
+SIZED, CHUNKED = b"Content-Length: 70000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n11170\r\n"
+
+
+@pytest.mark.parametrize(("length", "then"), [(SIZED, b""), (CHUNKED, b""), (CHUNKED, b"x" * 1000 + b"no chunk\r\n")])
+def test_a_request_is_answered_once(impatient: Server, length: bytes, then: bytes) -> None:
+    """What else is wrong with a body that was too large is told by nothing but the end of the connection."""
+    connection = impatient.raw(b"POST /notify HTTP/1.1\r\nHost: localhost\r\n" + length + b"x" * 69_000)
+    assert read_until(connection, b"}}\n").startswith(b"HTTP/1.1 413 ")
+    connection.sendall(then)
+    assert rest(connection) == b""
