@@ -21,9 +21,11 @@ from starlette.types import Receive, Send
 
 from frames import payloads
 
-# Where a server puts what it offers beyond ASGI, in scope["extensions"]: a Connection, or a Probe.
+# Where a server puts what it offers beyond ASGI, in scope["extensions"]: a Connection, a Probe, or for a response a
+# function that gives it the whole connection, on which no request is read any more, and returns what aborts it.
 WIRE_EXTENSION = "notifyd.wire"
 PROBE_EXTENSION = "notifyd.probe"
+STREAM_EXTENSION = "notifyd.stream"
 CLOSE_DEADLINE_SECONDS = 5.0
 
 logger = logging.getLogger("notifyd.connection")
@@ -91,6 +93,7 @@ class SendConnection:
     """
 
     __slots__ = (
+        "_abort",
         "_deadline",
         "_goodbye",
         "_out",
@@ -110,6 +113,7 @@ class SendConnection:
         self._receive = receive
         self._send = send
         self._probe = probe
+        self._abort = None if probe is None else probe.abort
         self.hears_pongs = probe is not None
         self._receiver: Receiver | None = None
         self._out: deque[bytes] = deque()
@@ -165,9 +169,7 @@ class SendConnection:
                 logger.debug("A peer did not take its goodbye and is given up on")
         finally:
             self._deadline = None
-            self._abort_later(
-                0 if not writer.done() and self.state is ConnectionState.CLOSING else CLOSE_DEADLINE_SECONDS
-            )
+            self._end(took_goodbye=writer.done() or self.state is not ConnectionState.CLOSING)
             writer.cancel()
             self.state = ConnectionState.CLOSED
             self.writable = False
@@ -179,10 +181,12 @@ class SendConnection:
         if self._deadline is not None:
             self._deadline.reschedule(0)
 
-    def _abort_later(self, seconds: float) -> None:
+    def _end(self, *, took_goodbye: bool) -> None:
         # The server waits for the peer's goodbye, and a peer that reads nothing would keep it.
-        if self._probe is not None:
-            asyncio.get_running_loop().call_later(seconds, self._probe.abort)
+        if self._abort is not None and took_goodbye:
+            asyncio.get_running_loop().call_later(CLOSE_DEADLINE_SECONDS, self._abort)
+        elif self._abort is not None:
+            self._abort()
 
     async def _read(self) -> None:
         while (event := await self._receive())["type"] not in ("websocket.disconnect", "http.disconnect"):

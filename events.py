@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from starlette.types import Message, Receive, Scope, Send
 
-from connection import SendConnection
+from connection import STREAM_EXTENSION, SendConnection
 from frames import payloads
 
 # What a browser waits before it reconnects.
@@ -42,8 +42,10 @@ class EventStream(SendConnection):
     async def _unready(self, message: Message) -> None:
         raise RuntimeError(f"{message['type']} before the response has begun")
 
-    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
         self._send = send
+        if take_connection := (scope.get("extensions") or {}).get(STREAM_EXTENSION):
+            self._abort = take_connection()
         await self.serve()
 
     async def _open(self) -> None:

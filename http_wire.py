@@ -10,11 +10,13 @@ Owns how long a request may take to arrive and how long its head may be. What an
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from connection import STREAM_EXTENSION
 from opening_handshake import error_response
 
 # From the first byte of a connection or request to the last byte of the request.
@@ -122,6 +124,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._body_left = next((int(value) for name, value in self.headers if name == b"content-length"), 0)
+        self.scope["extensions"] = {STREAM_EXTENSION: self.give_to_stream}  # type: ignore[dict-item]
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -139,6 +142,16 @@ class HttpProtocol(HttpToolsProtocol):
     def _is_answered(self) -> bool:
         """Whether the app has begun to answer the request that is being read."""
         return not self._in_head and self.cycle.response_started
+
+    def give_to_stream(self) -> Callable[[], None]:
+        """Read no more requests, so that the end is seen whatever has been sent; return what aborts the connection."""
+        self.cycle.keep_alive = False
+        return self._abort
+
+    def _abort(self) -> None:
+        # uvicorn would log that the response is not complete.
+        self.cycle.disconnected = True
+        self.transport.abort()
 
     def shutdown(self) -> None:
         if self._incomplete and not self._in_head:

@@ -6,7 +6,8 @@ import json
 import shutil
 import subprocess
 import time
-from http.client import HTTPResponse
+from http.client import HTTPResponse, IncompleteRead
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -16,6 +17,8 @@ from clients import PATIENCE
 from conftest import StartServer
 from expected import CLIENT_ID, SHUTDOWN, SYSTEM, TIME, http_error, naming, parse, welcome
 from server import Server, eventually
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
 
 class Event(NamedTuple):
@@ -335,6 +338,25 @@ def test_a_stream_that_is_not_read_is_told_where_to_resume(start_server: StartSe
         publish(server, "big", data={"pad": "x" * 60_000})
     last = slow.rest()[-1]
     assert slow.comments[-1] == naming("1008", "Slow consumer: ", f"resume with since={last.id}")
+
+
+@needs_proc
+def test_a_stream_that_takes_no_goodbye_is_aborted(server: Server) -> None:
+    """After a deadline nothing is left of it, though it reads nothing."""
+    stalled = join(server, "client_id=ann")
+    line = len(server.stderr)
+
+    def descriptors() -> int:
+        server.get("/health")  # Its own connection is open then.
+        return server.descriptors()
+
+    before = descriptors()
+    publish(server, *["large"] * 250, data={"pad": "x" * 60_000})
+    join(server, "client_id=ann")
+    eventually(lambda: descriptors() == before, 9)
+    with pytest.raises((IncompleteRead, ConnectionResetError)):
+        stalled.response.read()
+    assert [each for each in server.stderr[line:] if "ERROR" in each] == []
 
 
 # Who has the client_id.

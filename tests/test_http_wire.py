@@ -59,7 +59,7 @@ def rest(connection: socket.socket) -> bytes:
 # One request after the other.
 
 
-@pytest.mark.parametrize("behind", [HEALTH, HALF_A_POST, HANDSHAKE], ids=lambda data: str(len(data)))
+@pytest.mark.parametrize("behind", [HEALTH, HALF_A_POST, HANDSHAKE, HEALTH * 10_000], ids=lambda data: str(len(data)))
 def test_a_stream_ends_with_its_socket_whatever_is_pipelined_behind_it(server: Server, behind: bytes) -> None:
     """It keeps no slot."""
     connection = server.raw(EVENTS)
