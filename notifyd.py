@@ -216,7 +216,7 @@ def _bind(settings: Settings) -> socket.socket:
     # Accepted sockets inherit these. uvloop sets the first by itself, asyncio does not for a socket made here, and
     # Nagle's algorithm would hold back every second small write for 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if settings.ping_interval and hasattr(socket, "TCP_USER_TIMEOUT"):
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
         # A peer that takes nothing for so long is dropped by the kernel, whoever holds the descriptor.
         milliseconds = int((settings.ping_timeout + 5) * 1000)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(milliseconds, 2**31 - 1))

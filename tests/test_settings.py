@@ -15,6 +15,7 @@ from conftest import StartServer
 from expected import welcome
 from server import ROOT, Server, environment, notifyd_command
 
+import notifyd
 from settings import Settings, SettingsError
 
 DEFAULTS = {
@@ -282,6 +283,14 @@ def test_ipv6_is_served(start_server: StartServer) -> None:
             pytest.skip("this machine has no IPv6")
     server = start_server("--host", "::1")
     assert server.connect("bob").receive() == welcome("bob")
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="needs Linux")
+@pytest.mark.parametrize("ping_interval", [30, 0])
+def test_the_kernel_drops_a_peer_that_takes_nothing(ping_interval: int) -> None:
+    """A little after the ping would have, and where there are no pings, too."""
+    with notifyd._listen(Settings(port=0, ping_interval=ping_interval, ping_timeout=7)) as listener:
+        assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 12_000
 
 
 @pytest.mark.parametrize("level", ["DEBUG", "WARNING", "ERROR", "CRITICAL"])
