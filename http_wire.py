@@ -10,6 +10,10 @@ Owns how long a request may take to arrive and how long its head may be. What an
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
+import sys
+import termios
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +25,8 @@ from opening_handshake import error_response
 
 # From the first byte of a connection or request to the last byte of the request.
 REQUEST_SECONDS = 10.0
+# A response of which the peer has taken nothing for so long is given up on.
+STALLED_SECONDS = 30.0
 # What is still under way of a request that was refused is read for this long, and up to this size.
 LINGER_SECONDS = 1.0
 LINGER_BYTES = 1_048_576
@@ -35,6 +41,7 @@ class HttpProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._deadline: asyncio.TimerHandle | None = None
+        self._stalled: asyncio.TimerHandle | None = None
         # What the parser has not been given yet.
         self._unread = b""
         # So many bytes of the head were read, and so many of a body of known length are to come.
@@ -52,6 +59,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
+        self._watch_no_more()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -112,8 +120,41 @@ class HttpProtocol(HttpToolsProtocol):
             return end + len(_BLANK_LINE)
         return len(data) - next((size for size in (3, 2, 1) if data.endswith(_BLANK_LINE[:size], start)), 0)
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        # The peer of a stream, which alone has no length, may take its time: the Hub has its rule for that.
+        if not self.cycle.chunked_encoding:
+            self._watch()
+
+    def resume_writing(self) -> None:
+        self._watch_no_more()
+        super().resume_writing()
+
+    def _watch(self) -> None:
+        self._stalled = self.loop.call_later(STALLED_SECONDS, self._check_progress, self._untaken())
+
+    def _check_progress(self, before: int) -> None:
+        if self._untaken() < before:
+            self._watch()
+        else:
+            self.transport.abort()
+
+    def _untaken(self) -> int:
+        size = self.transport.get_write_buffer_size()
+        # The kernel holds megabytes, too, and asks for more only when a good part of them has gone.
+        with contextlib.suppress(OSError):
+            held = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+            size += int.from_bytes(held, sys.byteorder)
+        return size
+
+    def _watch_no_more(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
     def handle_websocket_upgrade(self) -> None:
         self._disarm()
+        self._watch_no_more()
         super().handle_websocket_upgrade()
         self.parser = None  # type: ignore[assignment]
 

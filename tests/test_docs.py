@@ -162,6 +162,7 @@ def test_limits_are_the_codes_own() -> None:
         hub.PROBE_SECONDS,
         hub.CLOSE_DEADLINE_SECONDS,
         http_wire.REQUEST_SECONDS,
+        http_wire.STALLED_SECONDS,
         http_wire.MAX_HEAD_BYTES,
         routes.STATUS_DETAILS,
     ]

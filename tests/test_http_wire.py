@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from clients import PATIENCE
@@ -19,17 +21,18 @@ HANDSHAKE = (
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
 )
 HALF_A_POST = b"POST /notify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{"
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 # A server whose patience is a matter of fractions of seconds.
 IMPATIENT = """
 import sys, http_wire, notifyd
-http_wire.REQUEST_SECONDS = 0.5
+http_wire.REQUEST_SECONDS, http_wire.STALLED_SECONDS = 0.5, 0.5
 sys.exit(notifyd.main())
 """
 
 
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[Server]:
-    """A server that waits half a second for a request."""
+    """A server that waits half a second for a request, or for its answer to be taken."""
     flags = ["--port", "0", "--notification-interval", "0", "--ping-interval", "0", *Server.extra_flags]
     server = Server([sys.executable, "-c", IMPATIENT, *flags])
     yield server
@@ -141,3 +144,43 @@ def test_a_request_is_answered_once(impatient: Server, length: bytes, then: byte
     assert read_until(connection, b"}}\n").startswith(b"HTTP/1.1 413 ")
     connection.sendall(then)
     assert rest(connection) == b""
+
+
+# A peer that does not read.
+
+
+@pytest.fixture
+def history(impatient: Server) -> bytes:
+    """A request whose answer is larger than what the kernel holds for a peer."""
+    for _ in range(300):
+        impatient.notify("large", data={"pad": "x" * 60_000})
+    return b"GET /notifications?limit=300 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+
+@needs_proc
+def test_an_answer_that_nobody_takes_is_given_up(impatient: Server, history: bytes) -> None:
+    """The descriptor is free again, long before the peer looks."""
+
+    def descriptors() -> int:
+        impatient.get("/health")  # Its own connection is open then.
+        return impatient.descriptors()
+
+    before = descriptors()
+    connection = impatient.raw(history)
+    read_until(connection, b"200 OK")
+    assert descriptors() == before + 1
+    eventually(lambda: descriptors() == before)
+    assert len(rest(connection)) < 300 * 60_000
+
+
+def test_an_answer_that_is_taken_slowly_comes_whole(impatient: Server, history: bytes) -> None:
+    """Whatever time it takes, as long as it goes on."""
+    connection = impatient.raw(b"")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 500_000)
+    connection.sendall(history)
+    received, began = 0, time.monotonic()
+    while data := connection.recv(200_000):
+        received += len(data)
+        if time.monotonic() < began + 1.5:
+            time.sleep(0.1)
+    assert received > 300 * 60_000
