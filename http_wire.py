@@ -17,6 +17,7 @@ import termios
 from collections.abc import Callable
 from typing import Any
 
+from httptools import HttpRequestParser
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -123,7 +124,7 @@ class HttpProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         # The peer of a stream, which alone has no length, may take its time: the Hub has its rule for that.
-        if not self.cycle.chunked_encoding:
+        if self.cycle is not None and not self.cycle.chunked_encoding:
             self._watch()
 
     def resume_writing(self) -> None:
@@ -153,22 +154,42 @@ class HttpProtocol(HttpToolsProtocol):
             self._stalled = None
 
     def handle_websocket_upgrade(self) -> None:
+        super().handle_websocket_upgrade()
+        # From here on the other protocol is told, but not of what was before.
         self._disarm()
         self._watch_no_more()
-        super().handle_websocket_upgrade()
         self.parser = None  # type: ignore[assignment]
 
     def on_message_begin(self) -> None:
         self._incomplete = True
         super().on_message_begin()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        if not self._ignores_upgrade():
+            # CONNECT, which needs no header to be one. We are no proxy, and what follows is not for us.
+            self.cycle.keep_alive = False
+            return
+        # The parser has stopped at the head: read it again, without what we may ignore (RFC 9110, section 7.8).
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (method, self.url, version)]
+        lines += [b"%s: %s" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        self.parser = HttpRequestParser(self)
+        super().data_received(b"\r\n".join(lines) + _BLANK_LINE)
+
+    def _ignores_upgrade(self) -> bool:
+        return self.parser.should_upgrade() and not self._should_upgrade() and self.parser.get_method() != b"CONNECT"
+
     def on_headers_complete(self) -> None:
-        self._in_head = False
+        if self._ignores_upgrade():
+            return
         self._body_left = next((int(value) for name, value in self.headers if name == b"content-length"), 0)
         self.scope["extensions"] = {STREAM_EXTENSION: self.give_to_stream}  # type: ignore[dict-item]
         super().on_headers_complete()
+        self._in_head = False
 
     def on_message_complete(self) -> None:
+        if self._ignores_upgrade():
+            return
         self._incomplete = False
         self._in_head = True
         self._head_bytes = self._body_left = 0
