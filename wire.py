@@ -101,7 +101,9 @@ class WireProtocol(asyncio.Protocol):
         # The kernel's buffer is the backlog that a client may have: the transport says that it is full as soon as
         # the kernel takes no more. Only so may the Hub write past it: while it is writable, it holds nothing.
         plain = os.name == "posix" and self._transport.get_extra_info("sslcontext") is None
-        self._descriptor = self._transport.get_extra_info("socket").fileno() if plain else -1
+        # What is left of an HTTP response before the handshake must not be overtaken.
+        past = plain and not self._transport.get_write_buffer_size()
+        self._descriptor = self._transport.get_extra_info("socket").fileno() if past else -1
         # A TLS transport would take an empty buffer for a full one at 0.
         self._transport.set_write_buffer_limits(high=0 if plain else 1)
         self._server_state.connections.add(self)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import sys
 import time
@@ -87,6 +88,22 @@ def test_a_handshake_may_come_behind_a_request(server: Server) -> None:
     """It is answered when its turn comes."""
     answer = read_until(server.raw(HEALTH + HANDSHAKE), b'"type":"welcome"')
     assert answer.index(b"healthy") < answer.index(b"HTTP/1.1 101 ")
+
+
+def test_a_handshake_waits_for_what_was_asked_before_it(server: Server) -> None:
+    """No notification gets into the answer before it, of which the peer has yet to take megabytes."""
+    for _ in range(200):
+        server.notify("large", data={"pad": "x" * 60_000})
+    connection = server.raw(b"GET /notifications?limit=200 HTTP/1.1\r\nHost: localhost\r\n\r\n" + HANDSHAKE)
+    eventually(lambda: server.active() == 1)
+    received = b""
+    for _ in range(50):
+        received += connection.recv(200_000)
+        server.notify("in between")
+    received += read_until(connection, b"HTTP/1.1 101 ")
+    before, _, behind = received.partition(b"\r\n\r\n")
+    length = int(re.search(rb"content-length: (\d+)", before)[1])  # type: ignore[index]
+    assert behind[length:].startswith(b"HTTP/1.1 101 ")
 
 
 def test_many_requests_may_come_at_once(server: Server) -> None:
