@@ -17,7 +17,7 @@ import termios
 from collections.abc import Callable
 from typing import Any
 
-from httptools import HttpRequestParser
+from httptools import HttpRequestParser, parse_url
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -183,6 +183,10 @@ class HttpProtocol(HttpToolsProtocol):
         if self._ignores_upgrade():
             return
         self._body_left = next((int(value) for name, value in self.headers if name == b"content-length"), 0)
+        if not self.url.startswith(b"/"):
+            # RFC 9112, section 3.2.2: a target may come in absolute form.
+            target = parse_url(self.url)
+            self.url = (target.path or b"/") + (b"?" + target.query if target.query else b"")
         self.scope["extensions"] = {STREAM_EXTENSION: self.give_to_stream}  # type: ignore[dict-item]
         super().on_headers_complete()
         self._in_head = False

@@ -150,6 +150,23 @@ def test_connect_gets_one_answer(server: Server, target: bytes) -> None:
 # The head.
 
 
+@pytest.mark.parametrize(
+    "host", [b"http://localhost", b"http://elsewhere:80", b"HTTP://localhost", b"https://[::1]:8000"]
+)
+@pytest.mark.parametrize(
+    ("path", "status"), [(b"/health?a=b", 200), (b"/status?limit=x", 400), (b"", 404), (b"?a", 404)]
+)
+def test_a_target_may_come_in_absolute_form(server: Server, host: bytes, path: bytes, status: int) -> None:
+    """RFC 9112, section 3.2.2: it is answered as the same without a host."""
+    assert server.response_to(LAST.replace(b"/health", host + path))[0] == status
+
+
+def test_the_target_of_a_handshake_may_come_in_absolute_form(server: Server) -> None:
+    """With its query."""
+    connection = server.raw(HANDSHAKE.replace(b"/ws", b"http://localhost/ws?client_id=bob"))
+    assert b'"client_id":"bob"' in read_until(connection, b'"type":"welcome"')
+
+
 def head(size: int) -> bytes:
     """A request of so many bytes."""
     return LAST.replace(b"\r\n\r\n", b"\r\nX-Long: ") + b"x" * (size - len(LAST) - 10) + b"\r\n\r\n"
