@@ -154,6 +154,10 @@ class HttpProtocol(HttpToolsProtocol):
             self._stalled = None
 
     def handle_websocket_upgrade(self) -> None:
+        if self.parser.get_http_version() != "1.1":
+            # RFC 6455, section 4.2.1. The protocol that takes over would never know.
+            self._refuse(400, "A WebSocket handshake is an HTTP/1.1 request", "connection")
+            return
         super().handle_websocket_upgrade()
         # From here on the other protocol is told, but not of what was before.
         self._disarm()

@@ -62,12 +62,16 @@ def check_handshake(method: str, headers: Iterable[tuple[bytes, bytes]]) -> byte
     """Return the key of an opening handshake. Raises HandshakeError for what RFC 6455, section 4.2.1 forbids."""
     if method != "GET":
         raise HandshakeError("A WebSocket handshake is a GET request", 405, ((b"allow", b"GET"),))
-    versions, keys = [], []
+    hosts, versions, keys = [], [], []
     for name, value in headers:
-        if name == b"sec-websocket-version":
+        if name == b"host":
+            hosts.append(value)
+        elif name == b"sec-websocket-version":
             versions.append(value)
         elif name == b"sec-websocket-key":
             keys.append(value)
+    if len(hosts) != 1:
+        raise HandshakeError("Host must come once")
     if versions != [b"13"]:
         raise HandshakeError("Sec-WebSocket-Version must be 13", 426, ((b"sec-websocket-version", b"13"),))
     # Each comes once: sections 11.3.1 and 11.3.5.

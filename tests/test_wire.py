@@ -172,6 +172,19 @@ def test_a_handshake_without_a_valid_key_is_400(anyone: Apps, changes: dict[str,
     assert (status, parse(body)) == (400, http_error("connection", naming("Sec-WebSocket-Key")))
 
 
+@pytest.mark.parametrize("changes", [{"Host": None}, {"host": "elsewhere"}], ids=["none", "two"])
+def test_a_handshake_has_one_host(anyone: Apps, changes: dict[str, str | None]) -> None:
+    """RFC 6455, section 4.2.1, and RFC 9112, section 3.2."""
+    status, _, body = anyone.response_to(request(**changes))
+    assert (status, parse(body)) == (400, http_error("connection", naming("Host")))
+
+
+def test_a_handshake_is_http_1_1(anyone: Apps) -> None:
+    """RFC 6455, section 4.2.1."""
+    status, _, body = anyone.response_to(request().replace(b"HTTP/1.1", b"HTTP/1.0"))
+    assert (status, parse(body)) == (400, http_error("connection", naming("HTTP/1.1")))
+
+
 @pytest.mark.parametrize("version", ["12", "8", "", "13, 8", "+13", None])
 def test_another_version_is_426_and_told_the_right_one(anyone: Apps, version: str | None) -> None:
     """RFC 6455, section 4.2.2: so that the client can try again."""
