@@ -360,6 +360,12 @@ class StandardProtocol(WebSocketsSansIOProtocol):
             self.receiver.heard()
         super().data_received(data)
 
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if self.initial_response is not None and self.close_sent:
+            # The app has answered, if with a refusal. uvicorn would log that it has not.
+            self.handshake_complete = True
+
     def send_receive_event_to_app(self) -> None:
         """Refuse bad UTF-8 as the base class does, but without its traceback in the log."""
         try:

@@ -255,11 +255,13 @@ def test_an_app_that_fails_before_it_answers_is_500(failing: Apps) -> None:
     failing.wait_for_line("Error: on purpose")
 
 
-def test_an_app_that_forgets_to_answer_is_500(fast: Apps) -> None:
-    """Which is logged."""
-    line = len(fast.stderr)
-    assert fast.response_to(request("/forget"))[0] == 500
-    fast.wait_for_line("without answering", after=line)
+def test_only_an_app_that_forgets_to_answer_is_logged(anyone: Apps) -> None:
+    """Its client gets a 500. A refusal is an answer."""
+    line = len(anyone.stderr)
+    assert anyone.response_to(request("/deny"))[0] == 418
+    assert anyone.response_to(request("/forget"))[0] == 500
+    anyone.wait_for_line("without", after=line)
+    assert sum("without" in each for each in anyone.stderr[line:]) == 1
 
 
 def test_what_an_eager_client_sends_is_read_after_the_handshake(fast: Apps) -> None:
