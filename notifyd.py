@@ -17,10 +17,12 @@ if __name__ == "__main__":
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import socket
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import msgspec
 import uvicorn
@@ -44,6 +46,8 @@ except ImportError:
 logger = logging.getLogger("notifyd")
 
 LISTEN_BACKLOG = 2048
+# asyncio tries so often in a row to accept, also when each attempt fails for want of descriptors.
+ACCEPTS_AT_ONCE = 100
 # Descriptors that are no clients: listeners, log, HTTP requests.
 SPARE_FILES = 64
 # In-flight HTTP requests get this long after the last client has gone.
@@ -100,14 +104,28 @@ class Server(uvicorn.Server):
         self._parent = parent
         self._drain: asyncio.Task[None] | None = None
         self._end: asyncio.Task[None] | None = None
+        self._complains_again_at = 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._handle_exception)
         await super().startup(sockets)
+        for listener in sockets or ():
+            # The loop has taken its number of accepts for this one, too.
+            listener.listen(LISTEN_BACKLOG)
         _quiet_collector()
         if self._parent is None:
             _announce(self._url)
         else:
             await self._parent.follow(self)
+
+    def _handle_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log what nobody has caught; for want of descriptors, one line a second and not one for each attempt."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif loop.time() >= self._complains_again_at:
+            self._complains_again_at = loop.time() + 1
+            logger.error("Cannot accept connections: %s", error.strerror)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -186,7 +204,7 @@ def _serve_on(listener: socket.socket, settings: Settings, url: str = "", parent
         ws=WireProtocol if settings.wire == "fast" else StandardProtocol,
         # The Hub's heartbeat does this, and knows who has proved alive.
         ws_ping_interval=None,
-        backlog=LISTEN_BACKLOG,
+        backlog=ACCEPTS_AT_ONCE,
         timeout_graceful_shutdown=REQUESTS_GRACE_SECONDS,
         ws_per_message_deflate=False,
         ws_max_size=settings.max_message_size,

@@ -34,6 +34,7 @@ from notifyd import create_app
 FILES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
 README, PROTOCOL, DESIGN = PAGES["README.md"], PAGES["docs/protocol.md"], PAGES["docs/design.md"]
+REASONED = ("hub.py", "schemas.py", "store.py")
 MODULES = {path.name: path.read_text() for path in ROOT.glob("*.py")}
 
 # Flags of other programs that the pages name.
@@ -305,7 +306,7 @@ def reasons_in(module: str) -> Iterator[tuple[int, str]]:
                 for code, text in pairwise(node.args):
                     if isinstance(code, ast.Name) and code.id in codes and (form := form_of(text, names)):
                         yield codes[code.id], form
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and module in ("hub.py", "schemas.py", "store.py"):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and module in REASONED:
                 raised = classes.get(ast.unparse(node.exc.func))
                 form = form_of(node.exc.args[0], names) if raised and node.exc.args else ""
                 # Those that begin with a field's name are about a request.

@@ -8,12 +8,14 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
+import httpx
 import pytest
 from conftest import StartServer
-from expected import welcome
-from server import ROOT, Server, environment, notifyd_command
+from expected import PONG, welcome
+from server import ROOT, Server, environment, eventually, notifyd_command
 
 import notifyd
 from settings import Settings, SettingsError
@@ -303,12 +305,12 @@ def test_the_address_is_told_at_every_log_level(start_server: StartServer, level
 
 
 @pytest.fixture
-def limited() -> Iterator[Callable[[str], Server]]:
+def limited() -> Iterator[Callable[..., Server]]:
     """Start servers under a shell's limits of open files."""
     servers = []
 
-    def start(limits: str) -> Server:
-        command = notifyd_command("--port", "0", "--notification-interval", "0")
+    def start(limits: str, *flags: str) -> Server:
+        command = notifyd_command("--port", "0", "--notification-interval", "0", *flags)
         servers.append(Server(["sh", "-c", f'{limits}; exec "$@"', "sh", *command]))
         return servers[-1]
 
@@ -317,14 +319,14 @@ def limited() -> Iterator[Callable[[str], Server]]:
         server.stop()
 
 
-def test_the_soft_limit_of_open_files_is_raised(limited: Callable[[str], Server]) -> None:
+def test_the_soft_limit_of_open_files_is_raised(limited: Callable[..., Server]) -> None:
     """A shell's low default doesn't limit the connections; the hard limit does."""
     server = limited("ulimit -S -n 64")
     soft, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
     assert soft == hard
 
 
-def test_too_low_a_hard_limit_is_warned_about(limited: Callable[[str], Server]) -> None:
+def test_too_low_a_hard_limit_is_warned_about(limited: Callable[..., Server]) -> None:
     """The log says it when there can't be as many connections as allowed."""
     assert "WARNING" in limited("ulimit -n 200").wait_for_line(r"(?i)open files|descriptors|nofile").upper()
 
@@ -336,6 +338,27 @@ def test_a_platform_without_such_limits_is_served() -> None:
     server = Server([interpreter, "-c", program, *flags])
     assert server.get("/health").status_code == 200
     server.stop()
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_who_is_there_is_served_when_there_are_no_descriptors(limited: Callable[..., Server], loop: str) -> None:
+    """That is told in a line or two, and over when some have left."""
+    server = limited("ulimit -n 40", "--loop", loop)
+    client, line = server.join(), len(server.stderr)
+    crowd = [server.raw(b"") for _ in range(80)]
+    if loop == "asyncio":
+        assert "Too many open files" in server.wait_for_line("Cannot accept", after=line)
+    assert client.ask({"type": "ping"}) == PONG
+    for connection in crowd:
+        connection.close()
+    eventually(lambda: is_served(server))
+    assert len(server.stderr[line:]) < 5
+
+
+def is_served(server: Server) -> bool:
+    with suppress(httpx.TransportError):
+        return server.get("/health").status_code == 200
+    return False
 
 
 def test_a_signal_during_the_start_ends_it() -> None:
