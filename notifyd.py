@@ -229,6 +229,8 @@ def _bind(settings: Settings) -> socket.socket:
         listener.bind(address)
         if settings.workers == 1:
             listener.listen(LISTEN_BACKLOG)
+    except UnicodeError:
+        raise ListenError(f"cannot listen on {settings.host}:{settings.port}: not a host name") from None
     except OSError as error:
         raise ListenError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from None
     # Accepted sockets inherit these. uvloop sets the first by itself, asyncio does not for a socket made here, and

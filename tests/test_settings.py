@@ -160,11 +160,16 @@ def test_a_port_in_use_stops_the_start_with_one_line(server: Server) -> None:
     assert str(server.port) in text
 
 
-def test_a_host_that_is_not_ours_stops_the_start_with_one_line() -> None:
-    """An address of another machine can't be listened on."""
-    status, lines, text = said_in_one_line(run("--host", "203.0.113.1", "--port", "0"))
+@pytest.mark.parametrize(
+    "host",
+    ["203.0.113.1", "no such host", "x" * 64, "two..dots"],
+    ids=["another machine's", "unknown", "too long", "empty label"],
+)
+def test_a_host_that_is_not_ours_stops_the_start_with_one_line(host: str) -> None:
+    """Where nobody can listen, the line names it, and the exit status is 1."""
+    status, lines, text = said_in_one_line(run("--host", host, "--port", "0"))
     assert (status, lines) == (1, 1), text
-    assert "203.0.113.1" in text
+    assert host in text
 
 
 @pytest.mark.parametrize(
