@@ -176,7 +176,7 @@ def test_a_host_that_is_not_ours_stops_the_start_with_one_line(host: str) -> Non
     "bad",
     [
         {"port": "8000"},
-        {"port": object()},
+        {"port": b"8000"},
         {"debug": 1},
         {"host": None},
         {"log_level": 5},
