@@ -27,6 +27,9 @@ WIRE_EXTENSION = "notifyd.wire"
 PROBE_EXTENSION = "notifyd.probe"
 STREAM_EXTENSION = "notifyd.stream"
 CLOSE_DEADLINE_SECONDS = 5.0
+# A send that took at least so long has waited for the peer. One that ended at once shows that the server took it, which
+# it does for a dead peer, too.
+WAITED_SECONDS = 1.0
 
 logger = logging.getLogger("notifyd.connection")
 
@@ -200,7 +203,9 @@ class SendConnection:
         try:
             await self._wake.wait()
             await self._open()
+            clock = asyncio.get_running_loop().time
             while True:
+                began = clock()
                 # What was handed over goes out before any goodbye.
                 while self._out:
                     await self._send_batch(self._out[0])
@@ -209,17 +214,20 @@ class SendConnection:
                     await self._say_goodbye(*self._goodbye)
                     return
                 self._wake.clear()
-                self._drained()
+                self._drained(waited=clock() - began)
                 if not self._out:
                     await self._wake.wait()
         except OSError:
             # The peer is gone (ASGI spec 2.4: send() raises OSError); the reader sees the disconnect.
             logger.debug("A peer left while it was written to")
 
-    def _drained(self) -> None:
+    def _drained(self, waited: float) -> None:
         if self.state is ConnectionState.OPEN and not self.writable:
             self.writable = True
             if self._receiver is not None:
+                # Who takes what it was sent is alive; of a stream nothing else is ever heard.
+                if self.is_stream or waited >= WAITED_SECONDS:
+                    self._receiver.heard()
                 self._receiver.drained()
 
     # --- what is a WebSocket's about it; a stream has others

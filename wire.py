@@ -137,6 +137,8 @@ class WireProtocol(asyncio.Protocol):
         if self._session is not None:
             self._session.drained()
         elif self.writable and self._receiver is not None:
+            # Who takes what it was sent is alive.
+            self._receiver.heard()
             self._receiver.drained()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -95,6 +96,29 @@ def test_a_protocol_pong_moves_last_ping_too(server: Server) -> None:
     before = detail(server, "alice")["last_ping"]
     eventually(lambda: server.read("/metrics")["timestamp"] > before)
     client.connection.pong(b"")
+    eventually(lambda: detail(server, "alice")["last_ping"] > before)
+
+
+def test_who_takes_what_it_was_owed_is_alive(server: Server) -> None:
+    """One that could not be pinged for all that waited for it need say nothing."""
+    client = server.join_bare("alice", receive_buffer=65_536)
+    before, began = detail(server, "alice")["last_ping"], time.monotonic()
+    for number in range(150):
+        server.notify(str(number), data={"pad": "x" * 60_000})
+    eventually(lambda: time.monotonic() > began + 1.5)
+    assert detail(server, "alice")["last_ping"] == before
+    for _ in range(150):
+        client.receive()
+    eventually(lambda: detail(server, "alice")["last_ping"] > before)
+
+
+def test_a_stream_that_takes_events_is_alive(server: Server) -> None:
+    """It has no other way to show it."""
+    read = server.raw(b"GET /events?client_id=alice HTTP/1.1\r\nHost: localhost\r\n\r\n").recv
+    eventually(lambda: b"welcome" in read(65_536))
+    before = detail(server, "alice")["last_ping"]
+    eventually(lambda: server.read("/metrics")["timestamp"] > before)
+    server.notify("hi")
     eventually(lambda: detail(server, "alice")["last_ping"] > before)
 
 
