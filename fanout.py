@@ -26,12 +26,12 @@ SLICE_CLIENTS = 250
 # The longest that a pass waits to collect publishes into one write for each client.
 COLLECT_SECONDS = 0.05
 
-_NOBODY = Audience(frozenset(), frozenset())
+NOBODY = Audience(frozenset(), frozenset())
 
 
-def payload(record: Record) -> bytes:
-    """Return the notification as it is sent."""
-    return b'{"id":"%s"%s' % (record.id.encode(), record.rest)
+def payload(id: str, rest: bytes) -> bytes:
+    """Return a notification as it is sent; `rest` is its JSON behind the id."""
+    return b'{"id":"%s"%s' % (id.encode(), rest)
 
 
 class FanOut:
@@ -62,24 +62,24 @@ class FanOut:
         # Admissions that are under way: what is newer than their sequences is not trimmed.
         self.held: dict[object, int] = {}
 
-    def begin(self, before: str, records: Sequence[Record], host: str) -> None:
+    def begin(self, before: str, records: Sequence[Record]) -> None:
         """Take the log as it is found; `before` is the id before its first record."""
         self.ring.begin(before)
         now = time.time()
         for record in records:
-            self._put(record, host, self._clock() - max(0.0, now - record.at))
+            self._put(record, self._clock() - max(0.0, now - record.at))
         self._settled = self._passed = self.ring.next_sequence
 
-    def append(self, records: Sequence[Record], host: str) -> None:
-        """Append what comes next in the log, and have it handed out. `host` is this one."""
+    def append(self, records: Sequence[Record]) -> None:
+        """Append what comes next in the log, and have it handed out."""
         now = self._clock()
         targeted: list[tuple[int, Audience]] = []
         for record in records:
-            sequence, audience = self._put(record, host, now)
-            if audience is None:
+            sequence = self._put(record, now)
+            if record.audience is None:
                 self._for_everyone = True
-            elif audience is not _NOBODY:
-                targeted.append((sequence, audience))
+            else:
+                targeted.append((sequence, record.audience))
         if targeted:
             joined: Joined = {}
             for client, sequences in self._directory.owed(targeted):
@@ -87,10 +87,9 @@ class FanOut:
                 self._owed.add(client)
         self._published.set()
 
-    def _put(self, record: Record, host: str, at: float) -> tuple[int, Audience | None]:
-        audience = _NOBODY if record.host and record.host != host else record.audience
-        sequence = self.ring.append(record.id, frame(payload(record)), at, replayed=record.replayed, audience=audience)
-        return sequence, audience
+    def _put(self, record: Record, at: float) -> int:
+        data = frame(payload(record.id, record.rest))
+        return self.ring.append(record.id, data, at, replayed=record.replayed, audience=record.audience)
 
     def owe(self, client: Client, sequences: list[int]) -> None:
         """Owe one client these entries beside the broadcasts from its cursor on."""

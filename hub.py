@@ -17,7 +17,6 @@ import contextlib
 import enum
 import itertools
 import logging
-import secrets
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
@@ -40,7 +39,7 @@ from errors import (
     StoreUnavailable,
     TooLarge,
 )
-from fanout import FanOut
+from fanout import NOBODY, FanOut, payload
 from frames import frame, payloads
 from heartbeat import PROBE_SECONDS, Heartbeat
 from keys import Appended, Once, Receipt
@@ -93,18 +92,10 @@ class Hub:
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        store: Store | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        host: str = "",
+        self, settings: Settings, store: Store | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`host` is the same for all processes of one host, and empty where this is the only one."""
         self.settings = settings
-        self.host = host or secrets.token_hex(8)
-        # Whether other processes of this host announce a shutdown, too.
-        self._has_siblings = bool(host)
-        self.store = store or make_store(settings, clock, self.host)
+        self.store = store or make_store(settings, clock)
         self.clock = clock
         self.state = HubState.STARTING
         self.directory = Directory()
@@ -498,11 +489,11 @@ class Hub:
         """Take the log as it is."""
         self.started_at = opening.started_at
         self._started_clock = self.clock() - opening.age
-        self.fanout.begin(opening.before, opening.records, self.host)
+        self.fanout.begin(opening.before, opening.records)
 
     def deliver(self, records: Sequence[Record]) -> None:
         """Take the next records of the log, and hand them to the clients that they are for."""
-        self.fanout.append(records, self.host)
+        self.fanout.append(records)
         if any(not record.replayed and record.rest.startswith(_TEST_START) for record in records):
             self._last_test_clock = self.clock()
         for position, reached in self._awaited:
@@ -662,11 +653,11 @@ class Hub:
 
     # --- the drain
 
-    async def drain(self) -> None:
+    async def drain(self, host: str = "") -> None:
         """Announce the shutdown, wait until the clients have left or shutdown_timeout is over, close the rest.
 
-        Only this host's clients. Cancelled, it closes them at once. Closed means told: wait_closed() waits for the
-        peers' answers.
+        Only this process's clients; those of one `host` who drain together announce it once. Cancelled, it closes
+        the clients at once. Closed means told: wait_closed() waits for the peers' answers.
         """
         await self._on_first_use()
         self._become(HubState.DRAINING)
@@ -675,7 +666,7 @@ class Hub:
             async with drain.reported():
                 # The lock waits for the pass that is under way, and keeps the next one from telling everyone at once.
                 async with self.fanout.passing:
-                    await self._announce_shutdown()
+                    await self._announce_shutdown(Once(f"drain {host}", b"") if host else None)
                     await drain.tell(self.advance)
                 await drain.wait_until_empty(self._empty)
             await drain.close(self._close_going_away)
@@ -687,20 +678,20 @@ class Hub:
         self.advance(client)
         self._dismiss(client, GOING_AWAY, "Server shutting down")
 
-    async def _announce_shutdown(self) -> None:
-        """Put what everyone on this host is to be told at the end of the ring."""
+    async def _announce_shutdown(self, once: Once | None) -> None:
+        """Put what everyone on this host is to be told at the end of the ring.
+
+        In the log the notification is for nobody: a place to resume from, the same for all processes of the host.
+        """
         now = timestamp()
-        rest = _compose("system", schemas.SystemData(system_time=now), sender="system")
-        draft = Draft(rest, replayed=False, host=self.host)
-        # All processes of a host want to say so; the first of them does.
-        once = Once(f"drain {self.host}", b"") if self._has_siblings else None
+        draft = Draft(_compose("system", schemas.SystemData(system_time=now), sender="system"), NOBODY, replayed=False)
         try:
-            appended = await self.store.append([draft], once)
-            await self._reached(appended.receipts[0].id)
+            position = (await self.store.append([draft], once)).receipts[0].id
+            await self._reached(position)
         except StoreUnavailable:
             position = schemas.Positions(self.fanout.ring.position).next()
-            self.deliver([Record(position, *draft, time.time())])
-        self.fanout.ring.append_farewell(frame(encode(schemas.ShutdownMessage(timestamp=now))))
+        message = encode(schemas.ShutdownMessage(timestamp=now))
+        self.fanout.ring.append_farewell(frame(payload(position, draft.rest)), frame(message))
 
     async def wait_closed(self) -> None:
         """Wait until every connection has ended, for as long as a connection takes at most to give up."""

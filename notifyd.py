@@ -79,10 +79,9 @@ class App(Router):
         self.state = State({"hub": hub})
 
 
-def create_app(settings: Settings | None = None, *, host: str = "") -> App:
+def create_app(settings: Settings | None = None) -> App:
     """Return a new server as an ASGI app, with a Hub of its own in `app.state.hub`.
 
-    `host` is the same for the workers of one host, and for nobody else.
     Without settings the NOTIFYD_* variables are read. Raises SettingsError for a bad one.
     """
     if settings is None:
@@ -91,7 +90,7 @@ def create_app(settings: Settings | None = None, *, host: str = "") -> App:
             logger.warning(warning)
     if settings.store in ("auto", "memory") and (islands := warning_of_islands(os.environ, sys.argv)):
         logger.warning(islands)
-    return App(Hub(settings, host=host))
+    return App(Hub(settings))
 
 
 class Server(uvicorn.Server):
@@ -149,7 +148,8 @@ class Server(uvicorn.Server):
     def drain(self) -> None:
         if self._drain is None:
             logger.info("Shutting down")
-            self._drain = asyncio.get_running_loop().create_task(self._hub.drain())
+            host = self._parent.host if self._parent is not None and self._parent.stops else ""
+            self._drain = asyncio.get_running_loop().create_task(self._hub.drain(host))
             self._drain.add_done_callback(self._drained)
 
     def close_now(self) -> None:
@@ -192,7 +192,7 @@ def serve(settings: Settings) -> int:
 
 
 def _serve_on(listener: socket.socket, settings: Settings, url: str = "", parent: Parent | None = None) -> None:
-    app = create_app(settings, host="" if parent is None else parent.host)
+    app = create_app(settings)
     config = uvicorn.Config(
         app,
         log_config=None,

@@ -87,7 +87,7 @@ class Ring:
         self._broadcasts: list[Entry] = []
         self._front_turn = 0  # the turn of _broadcasts[0]
         self._bytes = 0
-        self._farewell = -1  # the cursor behind the farewell, once there is one
+        self._farewell = -1  # the cursor behind the two frames of the farewell, once there is one
         self._replayed = 0  # entries that count towards max_entries
         self._batches: dict[int, Batch] = {}
 
@@ -136,9 +136,10 @@ class Ring:
         self._replayed += replayed
         return entry.sequence
 
-    def append_farewell(self, frame: bytes) -> None:
-        """Add a last frame for everyone that is no notification: it has no id and is not in the log."""
-        self._broadcasts.append(Entry(self.next_sequence, self.head, self.position, frame, 0, 0.0, False, None))
+    def append_farewell(self, notification: bytes, message: bytes) -> None:
+        """Add the last two frames for everyone. They are not in the log: of the first, that is another entry."""
+        for frame in (notification, message):
+            self._broadcasts.append(Entry(self.next_sequence, self.head, self.position, frame, 0, 0.0, False, None))
         self._farewell = self.head
         self._batches.clear()
 
@@ -158,7 +159,7 @@ class Ring:
                 break
             size += len(frame)
         end = cursor + len(frames)
-        return Batch(b"".join(frames), end, len(frames) - (end == self._farewell))
+        return Batch(b"".join(frames), end, len(frames) - (cursor < self._farewell <= end))
 
     def merge(self, cursor: int, pending: list[int]) -> tuple[Batch, list[int]]:
         """Return the next batch of a client that is also owed the entries `pending`, and what of these is left.
@@ -188,7 +189,7 @@ class Ring:
         return min(owed, pending[0]) if pending else owed
 
     def behind(self, cursor: int) -> int:
-        """Return how many broadcasts lie between the cursor and the head; the farewell is none."""
+        """Return how many broadcasts lie between the cursor and the head; the message of the farewell is none."""
         return self.head - cursor - (cursor < self._farewell)
 
     def id_before(self, sequence: int) -> str:
@@ -218,7 +219,9 @@ class Ring:
     def _turn_of(self, sequence: int) -> int:
         """Return the first turn at or after the entry with this sequence. The farewell stays, whatever is trimmed."""
         index = sequence - self._front
-        return self._entries[index].turn if index < len(self._entries) else self.head - (self._farewell == self.head)
+        if index < len(self._entries):
+            return self._entries[index].turn
+        return self.head - 2 * (self._farewell == self.head)
 
     def trim(self, sequence: int) -> None:
         """Forget the entries before `sequence`."""

@@ -88,27 +88,27 @@ def test_one_entry_is_never_too_large_for_a_batch() -> None:
         assert ring.batch(0) == (b"<1>", 1, 1)
 
 
-def test_the_farewell_is_handed_out_and_counts_as_no_notification() -> None:
-    """Its frame comes last; it is neither in the log nor in the count."""
+def test_of_the_farewell_one_frame_is_a_notification() -> None:
+    """Both come last and are not in the log; the message is not in the count either."""
     ring = ring_of(2)
-    ring.append_farewell(b"<bye>")
-    assert ring.batch(0) == (b"<1><2><bye>", 3, 2)
+    ring.append_farewell(b"<soon>", b"<bye>")
+    assert ring.batch(0) == (b"<1><2><soon><bye>", 4, 3)
     assert (len(ring), ring.position) == (2, "id-02")
 
 
 def test_the_farewell_is_handed_out_by_itself() -> None:
     """Who has everything else gets it alone."""
     ring = ring_of(2)
-    ring.append_farewell(b"<bye>")
-    assert ring.batch(2) == (b"<bye>", 3, 0)
+    ring.append_farewell(b"<soon>", b"<bye>")
+    assert ring.batch(2) == (b"<soon><bye>", 4, 1)
 
 
-def test_how_far_behind_counts_broadcasts_and_not_the_farewell() -> None:
-    """Three broadcasts are three behind, before and after the farewell."""
+def test_how_far_behind_counts_notifications() -> None:
+    """Three broadcasts are three behind, and one more with the farewell."""
     ring = ring_of(3)
     assert [ring.behind(cursor) for cursor in range(4)] == [3, 2, 1, 0]
-    ring.append_farewell(b"<bye>")
-    assert [ring.behind(cursor) for cursor in range(5)] == [3, 2, 1, 0, 0]
+    ring.append_farewell(b"<soon>", b"<bye>")
+    assert [ring.behind(cursor) for cursor in range(6)] == [4, 3, 2, 1, 0, 0]
 
 
 # What a client is handed that is owed more than the broadcasts.
@@ -143,8 +143,17 @@ def test_a_merged_farewell_comes_last_and_is_not_counted() -> None:
     """Also who is owed a replay is told goodbye, after it."""
     ring = ring_of(1)
     pending = add(ring, [2], audience=RED)
-    ring.append_farewell(b"<bye>")
-    assert ring.merge(0, pending) == ((b"<1><2><bye>", 2, 2), [])
+    ring.append_farewell(b"<soon>", b"<bye>")
+    assert ring.merge(0, pending) == ((b"<1><2><soon><bye>", 3, 3), [])
+
+
+def test_what_comes_behind_the_farewell_is_counted() -> None:
+    """Other hosts go on publishing while this one drains."""
+    ring = ring_of(1)
+    ring.append_farewell(b"<soon>", b"<bye>")
+    add(ring, [2])
+    assert ring.batch(0) == (b"<1><soon><bye><2>", 4, 3)
+    assert ring.batch(3) == (b"<2>", 4, 1)
 
 
 def test_the_next_that_is_owed_is_the_older_of_both() -> None:
@@ -233,9 +242,9 @@ def test_a_log_that_was_trimmed_to_nothing_goes_on() -> None:
 def test_the_farewell_outlives_the_log() -> None:
     """Who has yet to be told goodbye is told when everything else is gone."""
     ring = ring_of(2)
-    ring.append_farewell(b"<bye>")
+    ring.append_farewell(b"<soon>", b"<bye>")
     ring.trim(ring.expired(NEVER, NEVER))
-    assert ring.batch(2) == (b"<bye>", 3, 0)
+    assert ring.batch(2) == (b"<soon><bye>", 4, 1)
 
 
 # Where a client resumes.
