@@ -23,6 +23,7 @@ import secrets
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -95,6 +96,7 @@ class Parent(asyncio.Protocol):
         link = socket.socket(fileno=self._link)
         transport, _ = await asyncio.get_running_loop().create_connection(lambda: self, sock=link)
         transport.write(READY)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     def data_received(self, data: bytes) -> None:
         self.stops = True
@@ -138,42 +140,45 @@ def check_store(settings: Settings) -> None:
 class _Worker:
     """A worker as its parent knows it."""
 
-    def __init__(self, process: asyncio.subprocess.Process, link: socket.socket) -> None:
-        self.process = process
-        self._link = link
-
-    @classmethod
-    async def start(cls, settings: Settings, host: str, port: socket.socket) -> _Worker:
+    def __init__(self, settings: Settings, host: str, port: socket.socket) -> None:
+        """Start it. Raises OSError."""
+        self._link, link = socket.socketpair()
+        self._link.setblocking(False)
         listener = _twin(port) if DEALS_OUT else port.dup()
-        link, its_link = socket.socketpair()
-        link.setblocking(False)
-        descriptors = (listener.fileno(), its_link.fileno())
+        descriptors = (listener.fileno(), link.fileno())
         variables = os.environ | {VARIABLE: msgspec.json.encode(Post(*descriptors, host, settings)).decode()}
-        # A worker inherits the mask, and so never hears Ctrl+C, not even while it starts.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # A worker inherits the mask: it never hears Ctrl+C, and a SIGTERM waits until it can drain.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, *sys.orig_argv[1:], env=variables, pass_fds=descriptors
+            self.process = subprocess.Popen(  # noqa: S603 - the command line is this process's own
+                [sys.executable, *sys.orig_argv[1:]], env=variables, pass_fds=descriptors
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            its_link.close()
+            link.close()
             listener.close()
-        return cls(process, link)
+
+    async def _hear(self) -> bytes:
+        """Return what it says next, nothing where it has ended."""
+        with contextlib.suppress(ConnectionError):
+            return await asyncio.get_running_loop().sock_recv(self._link, 1)
+        return b""
 
     async def ready(self) -> bool:
         """Wait until it serves, or has ended without."""
-        with contextlib.suppress(ConnectionError):
-            return bool(await asyncio.get_running_loop().sock_recv(self._link, 1))
-        return False
+        return await self._hear() == READY
 
-    def order(self, orders: bytes) -> None:
+    def order(self, order: bytes) -> None:
         with contextlib.suppress(OSError):
-            self._link.send(orders)
+            self._link.send(order)
 
     async def ended(self) -> int:
         """Wait for its end and return the exit status, as a shell has it."""
-        status = await self.process.wait()
+        while await self._hear():
+            pass
+        # A matter of milliseconds, for which a blocked event loop would be too long all the same.
+        while (status := self.process.poll()) is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
         self._link.close()
         return status if status >= 0 else 128 - status
 
@@ -201,7 +206,6 @@ class _Supervisor:
         self._announce = announce
         self._workers: set[_Worker] = set()
         self._ready = 0
-        self._orders = b""
         self._status = 0
         self._one_is_ready = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -235,15 +239,14 @@ class _Supervisor:
 
     async def _run_one(self) -> int:
         try:
-            worker = await _Worker.start(self._settings, self._host, self._port)
+            worker = _Worker(self._settings, self._host, self._port)
         except OSError as error:
             logger.error("Cannot start a worker: %s", error)
             return 1
         self._workers.add(worker)
-        worker.order(self._orders)
         if await worker.ready():
-            self._one_is_ready.set()
             self._ready += 1
+            self._one_is_ready.set()
             if self._ready == self._settings.workers and not self._stopping.is_set():
                 self._announce()
         status = await worker.ended()
@@ -257,7 +260,6 @@ class _Supervisor:
         self._stopping.set()
         self._one_is_ready.set()
         self._port.close()
-        self._orders += order
         for worker in self._workers:
             worker.order(order)
         if order == NOW:
