@@ -22,6 +22,8 @@ from websockets.exceptions import ConnectionClosed
 
 from workers import VARIABLE, warning_of_islands
 
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+
 GONE = (1001, "Server shutting down")
 
 
@@ -70,6 +72,14 @@ def join_each_worker(server: Server) -> list[Client]:
     return clients
 
 
+@pytest.fixture(scope="module")
+def healthy() -> Iterator[Server]:
+    """A server with two workers, to which nothing happens."""
+    server = Server.notifyd("--workers", "2", "--notification-interval", "0", "--ping-interval", "0")
+    yield server
+    server.stop()
+
+
 @pytest.fixture
 def server(start_server: StartServer) -> Server:
     """A server with two workers."""
@@ -97,17 +107,17 @@ def test_start_and_end_of_three_workers(start_server: StartServer) -> None:
     assert server.exit_status() == 0
 
 
-def test_status_shows_the_workers_and_the_port(server: Server) -> None:
+def test_status_shows_the_workers_and_the_port(healthy: Server) -> None:
     """The number is the host's own, and port 0 has become the parent's."""
-    configuration = server.read("/status")["configuration"]
-    assert (configuration["workers"], configuration["port"]) == (2, server.port)
+    configuration = healthy.read("/status")["configuration"]
+    assert (configuration["workers"], configuration["port"]) == (2, healthy.port)
 
 
-def test_every_worker_accepts(server: Server) -> None:
+def test_every_worker_accepts(healthy: Server) -> None:
     """Newcomers are dealt out among them, even when they come at once, and all are welcomed."""
-    before = {pid: len(sockets(pid)) for pid in workers(server)}
+    before = {pid: len(sockets(pid)) for pid in workers(healthy)}
     with ThreadPoolExecutor(10) as newcomers:
-        list(newcomers.map(lambda _: server.join(), range(40)))
+        list(newcomers.map(lambda _: healthy.join(), range(40)))
     assert all(len(sockets(pid)) - count >= 5 for pid, count in before.items())
 
 
@@ -120,11 +130,11 @@ def test_the_limit_of_open_files_is_raised_in_each_and_warned_about_once() -> No
     server.stop()
 
 
-def test_a_port_in_use_stops_the_start_with_one_line(server: Server) -> None:
+def test_a_port_in_use_stops_the_start_with_one_line(healthy: Server) -> None:
     """The parent finds it out before there is any worker."""
-    status, lines = run("--port", str(server.port))
+    status, lines = run("--port", str(healthy.port))
     assert (status, len(lines)) == (1, 1)
-    assert str(server.port) in lines[0]
+    assert str(healthy.port) in lines[0]
 
 
 def test_a_store_for_one_process_is_refused() -> None:
