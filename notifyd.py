@@ -107,6 +107,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().set_exception_handler(self._handle_exception)
+        # Before the lifespan does it: a store that is a wrong setting is one line, and no traceback.
+        await self._hub.start()
         await super().startup(sockets)
         for listener in sockets or ():
             # The loop has taken its number of accepts for this one, too.
