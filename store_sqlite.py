@@ -1,16 +1,14 @@
 """The log and the registry of all processes of one machine, in one SQLite file.
 
-SqliteStore lives on the event loop; _Database does the work, in a thread of its own. They share the queue of
-operations and nothing else. Beside the file PATH lie SQLite's own PATH-wal and PATH-shm, the lock PATH-lock, and one
-socket for each node, PATH-<node>.
+SqliteStore lives on the event loop; the work is done by a thread of its own, in sqlite_database.py. They share the
+queue of operations and nothing else. Beside the file PATH lie SQLite's own PATH-wal and PATH-shm, the lock PATH-lock,
+and one socket for each node, PATH-<node>.
 
 1. The thread takes all operations that wait, and does them in one transaction: so many at once as arrived during the
-   last one. A refused operation has changed nothing, so it need not be undone. What the transaction found in the log
-   and what it answers reach the loop together, the log first.
+   last one. What the transaction found in the log and what it answers reach the loop together, the log first.
 2. Processes take turns by a lock on PATH-lock. SQLite's own way to wait, asleep for up to 100 ms, would be the latency.
 3. Whoever appends or posts wakes the others by a datagram; a node reads the log then, and once a second in any case.
-4. Whatever changes with almost every transaction is one row, _State: read at its beginning, written at its end.
-5. A transaction begins with its node's lease renewed and the nodes buried whose lease has run out.
+4. The thread may be stuck in a lock, so the loop keeps the time. What it has given up may still be done.
 
 What was committed survives the death of every process. The newest of it may not survive a power cut, since the file
 is synchronised now and then and not at each commit; what is left is never damaged. A process that is stopped in the
@@ -21,31 +19,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import fcntl
 import logging
-import os
 import secrets
-import select
 import socket
-import sqlite3
 import sys
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
-from urllib.parse import quote
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar
 
-import msgspec
-from msgspec import Struct, field
-
-from errors import ConnectionRefused, KeyReused, StoreUnavailable
-from keys import Appended, Once, Receipt, check_reuse
-from ring import Audience
-from schemas import Positions
+from errors import StoreUnavailable
+from keys import Appended, Once
 from settings import Settings, SettingsError, number
-from store import LEASE_SECONDS, Census, Draft, Node, Opening, Record, Report, Taken
+from sqlite_database import Database, News, Operation, away
+from store import Census, Draft, Node, Report
 
 logger = logging.getLogger("notifyd")
 
@@ -55,115 +42,13 @@ T = TypeVar("T")
 # the 5 ms that are the default a transaction among many clients takes longer than everything else together.
 SWITCH_SECONDS = 0.0005
 RENEW_SECONDS = 1.0
-TRIM_SECONDS = 1.0
 # While the store is away it is looked for so often.
 LOOK_SECONDS = 0.5
 # One transaction does at most so many operations: about 10 ms, for which the other processes wait.
 GROUP = 500
-# PATH-wal is copied into PATH when so many pages of it were written; from the second number on at all costs.
-PAGE_BYTES = 4096
-CHECKPOINT_PAGES = 2000
-MAX_WAL_PAGES = 16_000
-# Messages between nodes that are kept for all of them together; a node reads its own within milliseconds.
-MAX_MAIL = 10_000
-# The longest path that a socket is bound to, in bytes: what unix(7) and its kin elsewhere allow.
-MAX_SOCKET_PATH = 100
-
 CLOSED = "The store is away: it is closed"
 
-SCHEMA_VERSION = 1
-# replayed_before and bytes_before are what all records before this one add up to, so that trimming finds the first
-# that stays by reading no further; receipts_total is what the keys up to this one do.
-SCHEMA = """
-CREATE TABLE state (json BLOB NOT NULL);
-CREATE TABLE log (
-    sequence INTEGER PRIMARY KEY, id TEXT NOT NULL, replayed INTEGER NOT NULL, at REAL NOT NULL, host TEXT NOT NULL,
-    replayed_before INTEGER NOT NULL, bytes_before INTEGER NOT NULL, audience BLOB, rest BLOB NOT NULL
-);
-CREATE TABLE once (
-    number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, fingerprint BLOB NOT NULL, receipts BLOB NOT NULL,
-    at REAL NOT NULL, receipts_total INTEGER NOT NULL
-);
-CREATE TABLE client (id TEXT PRIMARY KEY, node TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE topic (
-    name TEXT NOT NULL, client TEXT NOT NULL REFERENCES client ON DELETE CASCADE, PRIMARY KEY (name, client)
-) WITHOUT ROWID;
-CREATE INDEX topic_client ON topic (client);
-CREATE TABLE mail (number INTEGER PRIMARY KEY, node TEXT NOT NULL, sender TEXT NOT NULL, message BLOB NOT NULL);
-"""
-RECORDS = "SELECT sequence, id, rest, audience, replayed, host, at FROM log WHERE sequence > ? ORDER BY sequence"
-
-# A path that is wrong from the start, as opposed to a store that is away.
-WRONG_PATH = frozenset(("EACCES", "EPERM", "ENOENT", "ENOTDIR", "EISDIR", "EROFS", "ENAMETOOLONG", "ELOOP")).union(
-    ("SQLITE_NOTADB", "SQLITE_CANTOPEN", "SQLITE_READONLY")
-)
-
-
-class _Peer(Struct):
-    """A node: its lease on CLOCK_MONOTONIC, and how far it has read the log."""
-
-    host: str
-    renewed: float
-    read: int
-    clients: int = 0
-    report: Report = Report(0, 0)
-
-
-class _State(Struct):
-    """What changes all the time. `started` is on CLOCK_MONOTONIC, `started_at` in seconds since the epoch.
-
-    `replayed`, `bytes` and `receipts` count all that was ever kept, the `dropped` ones what is gone of it.
-    """
-
-    # A file that was deleted and made anew is another.
-    file: str
-    last: str
-    before: str
-    sequence: int = 0
-    replayed: int = 0
-    replayed_dropped: int = 0
-    bytes: int = 0
-    bytes_dropped: int = 0
-    receipts: int = 0
-    mail: int = 0
-    trimmed: float = 0.0
-    unsaved_pages: int = 0
-    started: float = 0.0
-    started_at: float = 0.0
-    total: int = 0
-    notifications_sent: int = 0
-    # Of the nodes that are gone.
-    report: Report = Report(0, 0)
-    leader: str = ""
-    led: float = 0.0
-    counter: int = 0
-    nodes: dict[str, _Peer] = field(default_factory=dict)
-
-    def active(self) -> int:
-        return sum(peer.clients for peer in self.nodes.values())
-
-
-class _Operation(NamedTuple):
-    """What the thread is asked for. Without a future nobody waits, and it is kept until it could be done."""
-
-    run: Callable[[_Database], Any]
-    future: asyncio.Future[Any] | None = None
-    then: Callable[[Any], None] | None = None
-
-
-class _News(Struct):
-    """What a turn of the thread has to tell the loop."""
-
-    outcomes: list[tuple[_Operation, Any]] = []
-    opening: Opening | None = None
-    missed: bool = False
-    records: list[Record] = []
-    mail: list[tuple[str, bytes]] = []
-    evicted: bool = False
-    failure: StoreUnavailable | SettingsError | None = None
-
-
-NOTHING = _News()
+NOTHING = News()
 
 
 class SqliteStore:
@@ -173,7 +58,7 @@ class SqliteStore:
         self.node_id = ""
         self.failure: str | None = CLOSED
         self._timeout = settings.store_timeout
-        self._database = _Database(settings, path, host_id)
+        self._database = Database(settings, path, host_id)
         self._shut()
 
     async def open(self, node: Node) -> None:
@@ -189,7 +74,7 @@ class SqliteStore:
         threading.Thread(target=self._work, args=arguments, name="notifyd-store", daemon=True).start()
         self._keeper = self._loop.create_task(self._keep())
         try:
-            await self._ask(_Database.renew)
+            await self._ask(Database.renew)
         except StoreUnavailable:
             pass
         except SettingsError:
@@ -198,7 +83,7 @@ class SqliteStore:
 
     async def close(self) -> None:
         self._keeper.cancel()
-        self._put(_Operation(_Database.depart))
+        self._put(Operation(Database.depart))
         self._put(None)
         self._shut()
         with contextlib.suppress(TimeoutError):
@@ -208,54 +93,53 @@ class SqliteStore:
 
     def _shut(self) -> None:
         """Let whatever is asked for from now on go nowhere."""
-        self._queue: deque[_Operation | None] = deque()
+        self._queue: deque[Operation | None] = deque()
         self._rung = True
 
     async def append(self, drafts: Sequence[Draft], once: Once | None = None, counter: int | None = None) -> Appended:
         return await self._do(lambda database: database.append(drafts, once, counter))
 
     async def admit(self, client_id: str, topics: Collection[str]) -> str:
-        try:
-            return await self._do(lambda database: database.admit(client_id, topics))
-        except (StoreUnavailable, asyncio.CancelledError):
-            # It may have been done all the same, and nobody would ever take the client out.
-            self.leave(client_id)
-            raise
+        # One that was given up may be done all the same, and nobody would ever take the client out.
+        return await self._do(lambda database: database.admit(client_id, topics), lambda: self.leave(client_id))
 
     async def subscribe(self, client_id: str, topics: Collection[str]) -> str:
         return await self._do(lambda database: database.subscribe(client_id, topics))
 
     def leave(self, client_id: str) -> None:
-        self._put(_Operation(lambda database: database.leave(client_id)))
+        self._put(Operation(lambda database: database.leave(client_id)))
 
     async def lead(self) -> int | None:
-        return await self._do(_Database.lead)
+        return await self._do(Database.lead)
 
     async def report(self, report: Report) -> None:
         await self._do(lambda database: database.report(report))
 
     async def census(self) -> Census:
-        return await self._do(_Database.census)
+        return await self._do(Database.census)
 
     async def post(self, node_id: str, message: bytes) -> None:
         await self._do(lambda database: database.post(node_id, message))
 
-    async def _do(self, run: Callable[[_Database], T]) -> T:
+    async def _do(self, run: Callable[[Database], T], give_up: Callable[[], None] | None = None) -> T:
         if self.failure is not None:
             raise StoreUnavailable(self.failure)
-        return await self._ask(run)
+        return await self._ask(run, give_up)
 
-    async def _ask(self, run: Callable[[_Database], T]) -> T:
-        """Have it done, also while the store is away. The thread may be stuck, so this is where the time is kept."""
+    async def _ask(self, run: Callable[[Database], T], give_up: Callable[[], None] | None = None) -> T:
+        """Have it done, also while the store is away."""
         future: asyncio.Future[T] = self._loop.create_future()
-        self._put(_Operation(run, future))
+        self._put(Operation(run, future))
         try:
             async with asyncio.timeout(self._timeout):
                 return await future
         except TimeoutError:
-            raise self._fail(_away(f"no answer within {number(self._timeout)} s")) from None
+            raise self._fail(away(f"no answer within {number(self._timeout)} s")) from None
+        finally:
+            if give_up is not None and future.cancelled():
+                give_up()
 
-    def _put(self, operation: _Operation | None) -> None:
+    def _put(self, operation: Operation | None) -> None:
         self._queue.append(operation)
         if not self._rung:
             self._rung = True
@@ -266,7 +150,7 @@ class SqliteStore:
         while True:
             await asyncio.sleep(RENEW_SECONDS if self.failure is None else LOOK_SECONDS)
             with contextlib.suppress(StoreUnavailable):
-                await self._ask(_Database.renew)
+                await self._ask(Database.renew)
 
     def _fail(self, error: StoreUnavailable) -> StoreUnavailable:
         if self.failure is None:
@@ -274,7 +158,7 @@ class SqliteStore:
         self.failure = error.message
         return error
 
-    def _arrived(self, news: _News) -> None:
+    def _arrived(self, news: News) -> None:
         """Hand on what the thread has found, the log before the answers."""
         if isinstance(news.failure, StoreUnavailable):
             self._fail(news.failure)
@@ -296,19 +180,19 @@ class SqliteStore:
                 operation.then(outcome)
         if news.evicted:
             registrations = list(self._node.registrations())
-            self._put(_Operation(lambda database: database.restore(registrations), then=self._restored))
+            self._put(Operation(lambda database: database.restore(registrations), then=self._restored))
 
     def _restored(self, taken: list[str]) -> None:
         if taken:
             self._node.evicted(taken)
 
-    def _work(self, node_id: str, queue: deque[_Operation | None], ear: socket.socket) -> None:
+    def _work(self, node_id: str, queue: deque[Operation | None], ear: socket.socket) -> None:
         """Be the thread, until the queue holds None or the loop has closed."""
         # call_soon_threadsafe() raises RuntimeError when the loop has closed.
         with ear, contextlib.suppress(RuntimeError):
             with self._database.used_by(node_id) as database:
-                kept: list[_Operation] = []
-                operations: list[_Operation | None] = []
+                kept: list[Operation] = []
+                operations: list[Operation | None] = []
                 while None not in operations:
                     if not queue:
                         database.wait(ear)
@@ -327,507 +211,9 @@ class SqliteStore:
             self._loop.call_soon_threadsafe(_settle, self._thread_ended, None)
 
 
-def _away(reason: str) -> StoreUnavailable:
-    return StoreUnavailable(f"The store is away: {reason}")
-
-
 def _settle(future: asyncio.Future[Any], outcome: Any) -> None:
     if not future.done():
         if isinstance(outcome, Exception):
             future.set_exception(outcome)
         else:
             future.set_result(outcome)
-
-
-class _Database:
-    """The file, as the thread works on it. Operations are its public methods, called by transact() alone."""
-
-    def __init__(self, settings: Settings, path: str, host_id: str) -> None:
-        self._settings = settings
-        self._path = os.path.realpath(path)
-        self._host = host_id
-        self._in_use = threading.Lock()
-        self._lock = self._directory = -1
-        self._is_sound = False
-        self._db: sqlite3.Connection | None = None
-        self._socket: socket.socket | None = None
-        # How far this process knows the log, of which file; `newest` is the id of that place.
-        self._file = self._newest = ""
-        self._sequence = self._told = 0
-        self._has_mail = False
-        self._saver: threading.Thread | None = None
-
-    # --- the thread's turns
-
-    @contextlib.contextmanager
-    def used_by(self, node_id: str) -> Iterator[_Database]:
-        """Be this node's. One that is opened again waits for the thread that it had before."""
-        with self._in_use:
-            self._node_id, self._tried = node_id, False
-            yield self
-            self._disconnect()
-            if self._socket is not None:
-                self._socket.close()
-                self._socket = None
-
-    def wait(self, ear: socket.socket) -> None:
-        """Sleep until the loop or another node rings."""
-        sockets = [ear] if self._socket is None else [ear, self._socket]
-        poll = select.poll()
-        for one in sockets:
-            poll.register(one, select.POLLIN)
-        poll.poll()
-        for one in sockets:
-            with contextlib.suppress(BlockingIOError):
-                while one.recv(4096, socket.MSG_DONTWAIT):
-                    pass
-
-    def look(self) -> _News:
-        """Read what is new; that needs no turn."""
-        news = _News()
-        if self._db is not None and self._file:
-            try:
-                self._run("BEGIN")
-                state = self._load()
-                self._read(state, news)
-                self._run("COMMIT")
-                self._has_mail = self._has_mail or bool(news.mail)
-                self._arrive(state)
-            except Exception as error:
-                news = _News(failure=self._failure(error))
-        return news
-
-    def transact(self, operations: Sequence[_Operation]) -> _News:
-        """Do all operations for which somebody waits, or none."""
-        news = _News()
-        try:
-            self._begin()
-            self._attend(news)
-            self._operations = len(operations)
-            for operation in operations:
-                if operation.future is None or not operation.future.done():
-                    try:
-                        outcome = operation.run(self)
-                    except (KeyReused, Taken, ConnectionRefused) as refusal:
-                        outcome = refusal
-                    news.outcomes.append((operation, outcome))
-            self._commit()
-        except Exception as error:
-            failure = self._failure(error)
-            outcomes = [(operation, failure) for operation in operations if operation.future is not None]
-            return _News(failure=failure, outcomes=outcomes)
-        news.records += self._appended
-        self._arrive(self._state)
-        assert self._socket is not None
-        for node_id in self._rung:
-            # One that has many wake-ups to read needs no more, and one that is gone none.
-            with contextlib.suppress(OSError):
-                self._socket.sendto(b"!", socket.MSG_DONTWAIT, self._address(node_id))
-        return news
-
-    def _failure(self, error: Exception) -> StoreUnavailable | SettingsError:
-        """Give up the turn, and say why: at the first attempt a wrong path is a wrong setting."""
-        first, self._tried = not self._tried, True
-        # Until the next attempt it may do for reading.
-        self._is_sound = False
-        with contextlib.suppress(sqlite3.Error):
-            if self._db is not None and self._db.in_transaction:
-                self._db.rollback()
-        if self._lock >= 0:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)
-        if isinstance(error, SettingsError):
-            return error if first else _away(str(error))
-        if isinstance(error, OSError):
-            code, reason = errno.errorcode.get(error.errno or 0, ""), error.strerror or str(error)
-        elif isinstance(error, sqlite3.Error):
-            code, reason = getattr(error, "sqlite_errorname", ""), str(error)
-        else:
-            logger.error("The store failed", exc_info=error)
-            code, reason = "", "internal error"
-        if first and code in WRONG_PATH:
-            return SettingsError(f"store: cannot use {self._path}: {reason}")
-        return _away(reason)
-
-    # --- the file
-
-    def _run(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
-        assert self._db is not None
-        return self._db.execute(sql, values)
-
-    def _begin(self) -> None:
-        """Take the turn and start a transaction."""
-        if not self._is_sound or not self._is_ours():
-            self._disconnect()
-            self._connect()
-            self._is_sound = True
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        self._run("BEGIN IMMEDIATE")
-
-    def _is_ours(self) -> bool:
-        """Return whether the path still leads to the file that is open; somebody may have deleted it."""
-        try:
-            status = os.stat(self._path)
-        except FileNotFoundError:
-            return False
-        return (status.st_dev, status.st_ino) == self._identity
-
-    def _connect(self) -> None:
-        if os.path.isdir(self._path):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        self._lock = os.open(f"{self._path}-lock", os.O_RDWR | os.O_CREAT, 0o600)
-        self._directory = os.open(os.path.dirname(self._path), os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        with contextlib.suppress(FileExistsError):
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        status = os.stat(self._path)
-        self._identity = status.st_dev, status.st_ino
-        # isolation_level None: transactions begin where they are begun here.
-        self._db = sqlite3.connect(self._path, timeout=self._settings.store_timeout, isolation_level=None)
-        (version,) = self._run("PRAGMA user_version").fetchone()
-        (tables,) = self._run("SELECT count(*) FROM sqlite_master").fetchone()
-        if version > SCHEMA_VERSION:
-            raise SettingsError(f"store: {self._path} was written by a newer version of notifyd")
-        if version == 0 and tables:
-            raise SettingsError(f"store: {self._path} belongs to another program")
-        self._run("PRAGMA journal_mode = WAL")
-        self._run("PRAGMA synchronous = NORMAL")
-        # Otherwise a COMMIT does it now and then, and everybody waits for its two fsyncs.
-        self._run("PRAGMA wal_autocheckpoint = 0")
-        self._run("PRAGMA foreign_keys = ON")
-        if version == 0:
-            first = Positions().next()
-            self._db.executescript(f"BEGIN; {SCHEMA}; PRAGMA user_version = {SCHEMA_VERSION}")
-            state = _State(file=secrets.token_hex(8), last=first, before=first)
-            self._run("INSERT INTO state VALUES (?)", (msgspec.json.encode(state),))
-            self._run("COMMIT")
-
-    def _disconnect(self) -> None:
-        """Close everything; a transaction is rolled back before the turn is given up."""
-        if self._db is not None:
-            with contextlib.suppress(sqlite3.Error):
-                self._db.close()
-        for descriptor in (self._lock, self._directory):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._db, self._lock, self._directory, self._is_sound = None, -1, -1, False
-
-    def _load(self) -> _State:
-        (json,) = self._run("SELECT json FROM state").fetchone()
-        return msgspec.json.decode(json, type=_State)
-
-    def _commit(self) -> None:
-        """Write what the operations left for the end, and give up the turn."""
-        assert self._db is not None
-        state = self._state
-        self._db.executemany("INSERT INTO log VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", self._rows)
-        if self._node_id in state.nodes:
-            state.nodes[self._node_id].read = state.sequence
-        excess = max(self._settings.history_size // 10, 100)
-        if (
-            self._now - state.trimmed > TRIM_SECONDS
-            or state.replayed - state.replayed_dropped > self._settings.history_size + excess
-            or state.bytes - state.bytes_dropped > self._settings.history_bytes * 1.1
-        ):
-            self._trim()
-        # About as many as were written: the row of the state, and the ends of what was changed.
-        state.unsaved_pages += 2 + self._operations + state.bytes // PAGE_BYTES - self._bytes // PAGE_BYTES
-        saves = state.unsaved_pages > CHECKPOINT_PAGES and not (self._saver and self._saver.is_alive())
-        if saves:
-            state.unsaved_pages = 0
-        self._run("UPDATE state SET json = ?", (msgspec.json.encode(state),))
-        self._run("COMMIT")
-        fcntl.flock(self._lock, fcntl.LOCK_UN)
-        if saves:
-            self._saver = threading.Thread(target=_checkpoint, args=(self._path,), daemon=True)
-            self._saver.start()
-
-    # --- reading the log, and the nodes
-
-    def _arrive(self, state: _State) -> None:
-        self._file, self._newest, self._sequence, self._told = state.file, state.last, state.sequence, state.mail
-        self._tried = True
-
-    def _read(self, state: _State, news: _News) -> None:
-        """Find what lies between the place of this process and the end of the log."""
-        sequence, told = self._sequence, self._told
-        if state.file != self._file:
-            news.missed = True
-            found = self._run("SELECT coalesce(max(sequence), 0) FROM log WHERE id <= ?", (self._newest,))
-            (sequence,), told = found.fetchone(), 0
-        if state.sequence > sequence:
-            rows = self._run(RECORDS, (sequence,)).fetchall()
-            news.missed = news.missed or not rows or rows[0][0] != sequence + 1
-            news.records = [_record(row) for row in rows]
-        if state.mail > told:
-            sql = "SELECT sender, message FROM mail WHERE node = ? AND number > ? ORDER BY number"
-            news.mail = self._run(sql, (self._node_id, told)).fetchall()
-
-    def _attend(self, news: _News) -> None:
-        """Read the state and the log, renew the lease, bury the dead; join where this node is not known."""
-        self._state = state = self._load()
-        self._now, self._wall = time.monotonic(), time.time()
-        self._bytes, self._operations = state.bytes, 0
-        self._rows: list[tuple[Any, ...]] = []
-        self._appended: list[Record] = []
-        self._rung: set[str] = set()
-        for node_id, peer in list(state.nodes.items()):
-            # One from the future is from before the machine was started.
-            if node_id != self._node_id and not 0 <= self._now - peer.renewed < LEASE_SECONDS:
-                self._bury(node_id)
-        if self._file:
-            self._read(state, news)
-            # Ids go on increasing even where the file was deleted and the clock put back.
-            state.last = max(state.last, self._newest)
-        if self._node_id not in state.nodes:
-            self._join(news)
-        state.nodes[self._node_id].renewed = self._now
-        if self._has_mail or news.mail:
-            self._run("DELETE FROM mail WHERE node = ? AND number <= ?", (self._node_id, state.mail))
-            self._has_mail = False
-        self._positions = Positions(state.last)
-
-    def _join(self, news: _News) -> None:
-        state = self._state
-        if not state.nodes:
-            state.total = state.notifications_sent = state.counter = 0
-            state.report = Report(0, 0)
-            state.started, state.started_at = self._now, self._wall
-        self._bind()
-        state.nodes[self._node_id] = _Peer(self._host, self._now, state.sequence)
-        if self._file:
-            news.evicted = True
-        else:
-            self._trim()
-            records = [_record(row) for row in self._run(RECORDS, (0,))]
-            news.opening = Opening(state.before, records, state.started_at, self._now - state.started)
-
-    def _bury(self, node_id: str) -> None:
-        """Take a node out with its clients; what it has counted stays in the sums."""
-        state = self._state
-        gone = state.nodes.pop(node_id)
-        state.report = _sum([state.report, gone.report])
-        if state.leader == node_id:
-            state.leader = ""
-        self._run("DELETE FROM client WHERE node = ?", (node_id,))
-        self._run("DELETE FROM mail WHERE node = ?", (node_id,))
-        with contextlib.suppress(OSError):
-            os.unlink(self._address(node_id))
-
-    def _bind(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._address(self._node_id))
-        self._socket.bind(self._address(self._node_id))
-        os.chmod(self._address(self._node_id), 0o600)
-
-    def _address(self, node_id: str) -> str:
-        """Return the path of a node's socket, round about where the straight one is too long for a socket."""
-        directory, name = os.path.split(self._path)
-        name = f"{name[:40]}-{node_id}"
-        path = os.path.join(directory, name)
-        return path if len(os.fsencode(path)) <= MAX_SOCKET_PATH else f"/proc/self/fd/{self._directory}/{name}"
-
-    def _trim(self) -> None:
-        """Let go of what is beyond the bounds, but of no record that a living node has yet to read."""
-        state, settings, expired = self._state, self._settings, self._wall - self._settings.history_ttl
-        state.trimmed = self._now
-        read = min(peer.read for peer in state.nodes.values()) if state.nodes else state.sequence
-        bounds = read, state.replayed - settings.history_size, state.bytes - settings.history_bytes, expired
-        front = self._run(
-            "SELECT sequence, replayed_before, bytes_before FROM log"
-            " WHERE sequence > ? OR (replayed_before >= ? AND bytes_before >= ? AND at >= ?) ORDER BY sequence LIMIT 1",
-            bounds,
-        ).fetchone()
-        sequence, state.replayed_dropped, state.bytes_dropped = front or (
-            state.sequence + 1,
-            state.replayed,
-            state.bytes,
-        )
-        last = self._run("SELECT id FROM log WHERE sequence = ?", (sequence - 1,)).fetchone()
-        if last is not None:
-            (state.before,) = last
-            self._run("DELETE FROM log WHERE sequence < ?", (sequence,))
-        self._run(
-            "DELETE FROM once WHERE number < (SELECT coalesce(min(number), 9e18) FROM"
-            " (SELECT number FROM once WHERE receipts_total > ? AND at >= ? ORDER BY number LIMIT 1))",
-            (state.receipts - settings.history_size, expired),
-        )
-
-    # --- the operations
-
-    def renew(self) -> None:
-        """Nothing more: every transaction renews the lease."""
-
-    def depart(self) -> None:
-        self._bury(self._node_id)
-
-    def append(self, drafts: Sequence[Draft], once: Once | None, counter: int | None) -> Appended:
-        state, at = self._state, self._wall
-        if once is not None and (known := self._known(once)) is not None:
-            return known
-        if counter is not None:
-            if state.leader != self._node_id or counter != state.counter + 1:
-                return Appended([], at)
-            state.counter, state.led = counter, self._now
-        receipts = []
-        for draft in drafts:
-            record = Record(self._positions.next(), *draft, at)
-            receipts.append(Receipt(record.id, self._recipients(draft)))
-            state.last = record.id
-            state.sequence += 1
-            self._appended.append(record)
-            size, audience = len(record.rest), None
-            if record.audience is not None:
-                size += sum(len(name) for names in record.audience for name in names)
-                audience = msgspec.json.encode(record.audience)
-            self._rows.append(
-                (
-                    state.sequence,
-                    record.id,
-                    record.replayed,
-                    at,
-                    record.host,
-                    state.replayed,
-                    state.bytes,
-                    audience,
-                    record.rest,
-                )
-            )
-            state.replayed += record.replayed
-            state.bytes += size
-        state.notifications_sent += len(drafts)
-        if once is not None:
-            state.receipts += len(receipts)
-            row = once.key, once.fingerprint, msgspec.json.encode(receipts), at, state.receipts
-            self._run(
-                "INSERT OR REPLACE INTO once (key, fingerprint, receipts, at, receipts_total) VALUES (?, ?, ?, ?, ?)",
-                row,
-            )
-        self._rung.update(state.nodes.keys() - {self._node_id})
-        return Appended(receipts, at)
-
-    def _known(self, once: Once) -> Appended | None:
-        bounds = self._state.receipts - self._settings.history_size, self._wall - self._settings.history_ttl
-        row = self._run(
-            "SELECT fingerprint, receipts, at FROM once WHERE key = ? AND receipts_total > ? AND at >= ?",
-            (once.key, *bounds),
-        ).fetchone()
-        if row is None:
-            return None
-        fingerprint, receipts, at = row
-        check_reuse(once, fingerprint)
-        return Appended(msgspec.json.decode(receipts, type=list[Receipt]), at, True)
-
-    def _recipients(self, draft: Draft) -> int:
-        if draft.host:
-            return sum(peer.clients for peer in self._state.nodes.values() if peer.host == draft.host)
-        if draft.audience is None:
-            return self._state.active()
-        clients, topics = map(list, draft.audience)
-        if not clients and len(topics) == 1:
-            # The usual case, spared the union that would copy a large topic.
-            found = self._run("SELECT count(*) FROM topic WHERE name = ?", topics)
-        else:
-            found = self._run(
-                "SELECT count(*) FROM (SELECT id FROM client WHERE id IN (SELECT value FROM json_each(?))"
-                " UNION SELECT client FROM topic WHERE name IN (SELECT value FROM json_each(?)))",
-                (msgspec.json.encode(clients).decode(), msgspec.json.encode(topics).decode()),
-            )
-        return int(found.fetchone()[0])
-
-    def admit(self, client_id: str, topics: Collection[str]) -> str:
-        state, limit = self._state, self._settings.max_connections
-        owner = self._owner(client_id)
-        if owner is None:
-            if (active := state.active()) >= limit:
-                raise ConnectionRefused(f"Connection limit exceeded: {active}/{limit}")
-            self._register(client_id, topics)
-        elif owner == self._node_id:
-            self.subscribe(client_id, topics)
-        else:
-            raise Taken(owner)
-        state.total += 1
-        return state.last
-
-    def _owner(self, client_id: str) -> str | None:
-        row = self._run("SELECT node FROM client WHERE id = ?", (client_id,)).fetchone()
-        return None if row is None else row[0]
-
-    def _register(self, client_id: str, topics: Collection[str]) -> None:
-        self._run("INSERT INTO client VALUES (?, ?)", (client_id, self._node_id))
-        for topic in topics:
-            self._run("INSERT OR IGNORE INTO topic VALUES (?, ?)", (topic, client_id))
-        self._state.nodes[self._node_id].clients += 1
-
-    def subscribe(self, client_id: str, topics: Collection[str]) -> str:
-        if self._owner(client_id) == self._node_id:
-            self._run("DELETE FROM topic WHERE client = ?", (client_id,))
-            for topic in topics:
-                self._run("INSERT OR IGNORE INTO topic VALUES (?, ?)", (topic, client_id))
-        return self._state.last
-
-    def leave(self, client_id: str) -> None:
-        gone = self._run("DELETE FROM client WHERE id = ? AND node = ?", (client_id, self._node_id))
-        self._state.nodes[self._node_id].clients -= gone.rowcount
-
-    def restore(self, registrations: Iterable[tuple[str, frozenset[str]]]) -> list[str]:
-        """Enter clients that this node had before it was taken for dead; return those that others have by now."""
-        taken = []
-        for client_id, topics in registrations:
-            owner = self._owner(client_id)
-            if owner is None:
-                self._register(client_id, topics)
-            elif owner != self._node_id:
-                taken.append(client_id)
-        return taken
-
-    def lead(self) -> int | None:
-        state = self._state
-        if state.leader not in ("", self._node_id) and self._now - state.led < LEASE_SECONDS:
-            return None
-        state.leader, state.led = self._node_id, self._now
-        return state.counter
-
-    def report(self, report: Report) -> None:
-        self._state.nodes[self._node_id].report = report
-
-    def census(self) -> Census:
-        state = self._state
-        counted = _sum([state.report, *(peer.report for peer in state.nodes.values())])
-        others = [node_id for node_id in state.nodes if node_id != self._node_id]
-        return Census(state.active(), state.total, state.notifications_sent, *counted, others)
-
-    def post(self, node_id: str, message: bytes) -> None:
-        state = self._state
-        if node_id in state.nodes:
-            state.mail += 1
-            self._run("INSERT INTO mail VALUES (?, ?, ?, ?)", (state.mail, node_id, self._node_id, message))
-            self._run("DELETE FROM mail WHERE number <= ?", (state.mail - MAX_MAIL,))
-            self._rung.add(node_id)
-
-
-def _record(row: tuple[Any, ...]) -> Record:
-    _, id, rest, audience, replayed, host, at = row
-    audience = audience and msgspec.json.decode(audience, type=Audience)
-    return Record(id, rest, audience, bool(replayed), host, at)
-
-
-def _checkpoint(path: str) -> None:
-    """Copy what was committed from PATH-wal to where it belongs, so that PATH-wal can begin anew."""
-    # What fails now is done later, by the next one. The URI: a file that is gone shall not come back.
-    with (
-        contextlib.suppress(sqlite3.Error, OSError),
-        contextlib.closing(sqlite3.connect(f"file:{quote(path)}?mode=rw", uri=True)) as db,
-    ):
-        _, pages, _ = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-        if pages > MAX_WAL_PAGES:
-            # It begins anew only when nobody has added to it meanwhile: have everybody wait this once.
-            with open(f"{path}-lock", "rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-
-
-def _sum(reports: Iterable[Report]) -> Report:
-    return Report(*map(sum, zip(*reports, strict=True)))

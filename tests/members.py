@@ -38,10 +38,9 @@ def make(url: str, settings: Settings, host: str) -> Store:
 
 def shorten_leases(seconds: float) -> None:
     """Have nodes taken for dead sooner than a server would wait."""
-    store.LEASE_SECONDS = seconds
-    for name in ("store_sqlite",):
+    for name in ("store", "store_sqlite", "sqlite_database"):
         module = importlib.import_module(name)
-        module.LEASE_SECONDS, module.RENEW_SECONDS = seconds, seconds / 5
+        module.LEASE_SECONDS, module.RENEW_SECONDS, module.TRIM_SECONDS = seconds, seconds / 5, seconds / 5
 
 
 def audience(clients: Iterable[str] = (), topics: Iterable[str] = ()) -> Audience:
