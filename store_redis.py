@@ -27,6 +27,7 @@ import hashlib
 import logging
 import os
 import secrets
+import ssl
 from collections import deque
 from collections.abc import Collection, Sequence
 from itertools import islice
@@ -52,7 +53,7 @@ RESTORE_SECONDS = 1.5
 # How long one read of the log waits on Redis; a connection that says nothing for store_timeout longer is dead.
 BLOCK_SECONDS = 1.0
 # What one call may hold, so that Redis is not busy with it for more than about 10 ms: arguments, and records read.
-GROUP_ARGUMENTS, READ_RECORDS, CHUNK = 4000, 500, 500
+GROUP_ARGUMENTS, READ_RECORDS, CHUNK = 4000, 200, 500
 
 _SCRIPT = r"""
 local P, epoch, node, host, tail = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
@@ -138,7 +139,6 @@ local function enter(id, packed)
 end
 
 local function remove(id, owner)
-  call('SREM', MEMBERS..owner, id)
   if call('HGET', CLIENTS, id) == owner then call('HDEL', CLIENTS, id); set_topics(id, '') end
 end
 
@@ -151,7 +151,7 @@ local function put_out(dead)
   call('HINCRBY', META, 'slow', row[2] or 0)
   -- It may only have been stopped: then it counts on from here, and this is taken out of the sums again.
   call('SET', folded(dead), (row[1] or 0)..' '..(row[2] or 0), 'EX', 86400)
-  call('DEL', ROW..dead, POSTS..dead)
+  call('DEL', ROW..dead, POSTS..dead, MEMBERS..dead)
   call('ZREM', NODES, dead)
   call('ZREM', TAILS, dead)
 end
@@ -332,7 +332,12 @@ function ops.register()
   return taken
 end
 
-function ops.leave() remove(arg(), node); return 0 end
+function ops.leave()
+  local id = arg()
+  call('SREM', MEMBERS..node, id)
+  remove(id, node)
+  return 0
+end
 
 function ops.lead()
   local held = call('HMGET', META, 'leader', 'leads_until')
@@ -445,7 +450,8 @@ class RedisStore:
 
     def __init__(self, settings: Settings, url: str, host_id: str = "") -> None:
         try:
-            options: dict[str, Any] = dict(parse_url(url))
+            # Without the slashes it would be taken for the default, localhost.
+            options: dict[str, Any] = dict(parse_url(url if "://" in url else ""))
         except ValueError:
             # What parse_url says may repeat a part of the password.
             raise SettingsError("--store: expected a URL such as redis://localhost:6379/0") from None
@@ -549,7 +555,10 @@ class RedisStore:
         """Return a short text without secrets."""
         if isinstance(error, TimeoutError | exceptions.TimeoutError):
             return f"no answer within {self._timeout:g} s"
-        if isinstance(cause := error.__context__, OSError) and cause.errno:
+        cause = error.__context__
+        if isinstance(cause, ssl.SSLError):
+            return f"TLS: {cause.reason}"
+        if isinstance(cause, OSError) and cause.errno:
             return os.strerror(cause.errno) if cause.errno > 0 else str(cause.strerror)
         return str(error).partition(" script: ")[0].partition("\n")[0][:120]
 

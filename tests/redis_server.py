@@ -10,8 +10,10 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import redis
 
 READY_SECONDS = 10.0
 
@@ -47,23 +49,21 @@ class RedisServer:
         deadline = time.monotonic() + READY_SECONDS
         while True:
             try:
-                if self.command("PING").startswith(b"+PONG"):
+                if self.command("PING"):
                     return
-            except OSError:
+            except redis.RedisError:
                 pass
             assert self._process.poll() is None, "redis-server ended at the start"
             assert time.monotonic() < deadline, "redis-server does not answer"
             time.sleep(0.01)
 
-    def command(self, *words: str | int) -> bytes:
-        """Send one command on a connection of its own and return the first bytes of the answer."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=READY_SECONDS) as connection:
-            encoded = [str(word).encode() for word in words]
-            parts = b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in encoded)
-            connection.sendall(b"*%d\r\n%b" % (len(encoded), parts))
-            answer: bytes = connection.recv(65536)
-        assert not answer.startswith(b"-"), answer
-        return answer
+    def command(self, *words: str | int, database: int = 0) -> Any:
+        """Send one command on a connection of its own and return the answer."""
+        with redis.Redis(port=self.port, db=database, decode_responses=True, retry=None) as client:
+            return client.execute_command(*words)
+
+    def keys(self, database: int) -> set[str]:
+        return set(self.command("KEYS", "*", database=database))
 
     def kill(self) -> None:
         self._process.kill()

@@ -1,0 +1,353 @@
+"""What is particular to the store in Redis: how it is reached, and what happens while it is away or loses its data."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from members import SOMETHING, Member, Process, members, shorten_leases
+from redis_server import RedisServer
+from test_store import on_loop, start_process  # noqa: F401
+
+from errors import StoreUnavailable
+from keys import Once
+from settings import Settings, SettingsError
+from store import LEASE_SECONDS, Report
+from store_redis import RedisStore
+
+SHORT_LEASE = 1.0
+
+StartRedis = Callable[..., RedisServer]
+
+
+@pytest.fixture
+def start_redis() -> Iterator[StartRedis]:
+    servers: list[RedisServer] = []
+
+    def start(*flags: str, append_only: bool = False) -> RedisServer:
+        servers.append(RedisServer(flags=flags, append_only=append_only))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def _short_leases() -> Iterator[None]:
+    shorten_leases(SHORT_LEASE)
+    yield
+    shorten_leases(LEASE_SECONDS)
+
+
+async def publish_until_it_works(member: Member) -> str:
+    """Publish as a publisher does that is answered 503: again."""
+    while True:
+        try:
+            return await member.publish()
+        except StoreUnavailable:
+            await asyncio.sleep(0.05)
+
+
+async def is_away(member: Member, reason: str) -> None:
+    await member.until(lambda: member.store.failure == f"The store is away: {reason}")
+    began = time.monotonic()
+    with pytest.raises(StoreUnavailable, match=reason):
+        await member.publish()
+    assert time.monotonic() - began < 0.1
+
+
+async def is_back(*everyone: Member) -> None:
+    for member in everyone:
+        await member.until(lambda member=member: member.store.failure is None)
+
+
+async def has_lost_nothing(answered: list[str], url: str, *everyone: Member) -> None:
+    """Everyone was delivered all that was answered, once and in order; so finds it who comes later."""
+    for member in everyone:
+        await member.until(lambda member=member: member.ids[-1:] >= answered[-1:])
+        assert member.ids == sorted(set(member.ids))
+        assert set(answered) <= set(member.ids)
+        assert member.times_missed == 0
+    async with members(url, "") as [late]:
+        assert [record.id for record in late.opening.records] == everyone[0].ids
+        assert late.opening.records == everyone[0].records
+
+
+# How it is reached.
+
+
+@on_loop
+async def test_a_user_a_password_a_database_and_a_prefix(start_redis: StartRedis) -> None:
+    """All keys are in this database and begin with the prefix; a wrong password is told without it."""
+    redis = start_redis()
+    redis.command("ACL", "SETUSER", "notifyd", "on", ">pa:ss", "~mine:*", "+@all")
+    url = f"redis://notifyd:pa%3Ass@127.0.0.1:{redis.port}/3"
+    async with members(url, "", store_prefix="mine:") as [one]:
+        await one.admit("a", "t")
+        await one.publish()
+        assert redis.keys(0) == set()
+        assert redis.keys(3) and all(key.startswith("mine:") for key in redis.keys(3))
+    async with members(url.replace("pa%3Ass", "guess"), "") as [one]:
+        assert one.store.failure == "The store is away: invalid username-password pair or user is disabled."
+
+
+@on_loop
+async def test_a_socket_in_the_file_system(start_redis: StartRedis) -> None:
+    async with members(f"unix://{start_redis().socket}", "") as [one]:
+        await one.publish()
+        assert one.records
+
+
+@pytest.mark.parametrize("url", ["redis:nowhere", "http://:secret@host/", "redis://:sec:ret@host:port/"])
+def test_a_wrong_url_is_refused_without_repeating_it(url: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        RedisStore(Settings(), url)
+    assert "secret" not in str(error.value)
+    assert "sec:ret" not in str(error.value)
+
+
+@on_loop
+async def test_all_keys_are_in_one_slot(start_redis: StartRedis) -> None:
+    """By the default prefix."""
+    redis = start_redis()
+    async with members(redis.url, "") as [one]:
+        await one.admit("a", "t")
+        await one.store.append([SOMETHING], Once("key", b"r"))
+        assert redis.keys(0)
+        assert all(key.startswith("{notifyd}:") for key in redis.keys(0))
+
+
+@on_loop
+async def test_the_script_is_loaded_again(start_redis: StartRedis) -> None:
+    redis = start_redis()
+    async with members(redis.url, "") as [one]:
+        await one.publish()
+        redis.command("SCRIPT", "FLUSH")
+        await one.publish()
+        assert len(one.ids) == 2
+        assert one.store.failure is None
+
+
+# While it is away.
+
+
+@on_loop
+async def test_it_may_come_later(start_redis: StartRedis, caplog: pytest.LogCaptureFixture) -> None:
+    """open() returns, the reason is known, and one line each is logged."""
+    caplog.set_level(logging.INFO, "notifyd")
+    redis = start_redis()
+    redis.kill()
+    async with members(redis.url, "") as [one]:
+        await is_away(one, "Connection refused")
+        assert one.openings == []
+        await asyncio.sleep(0.6)
+        redis.start()
+        await one.until(lambda: one.openings)
+        await one.publish()
+        assert [record.message for record in caplog.records] == [
+            "The store is away: Connection refused",
+            "The store is back",
+        ]
+
+
+@on_loop
+async def test_killed_and_started_with_its_file(start_redis: StartRedis) -> None:
+    """In the middle of publishing: what was answered is there, once, and the clients are too."""
+    redis = start_redis(append_only=True)
+    async with members(redis.url, "", "") as [one, other]:
+        await one.admit("a", "t")
+        await other.admit("b")
+        await other.admit("c")
+        await one.store.report(Report(7, 1))
+        answered = []
+
+        async def publish() -> None:
+            with contextlib.suppress(StoreUnavailable):
+                while True:
+                    answered.append(await one.publish())
+
+        publishers = [asyncio.create_task(publish()) for _ in range(5)]
+        await one.until(lambda: len(answered) > 50)
+        redis.kill()
+        await asyncio.gather(*publishers)
+        # Who leaves now has left afterwards.
+        other.leave("c")
+        redis.start()
+        answered.append(await publish_until_it_works(one))
+        await is_back(one, other)
+        census = await other.store.census()
+        assert (census.active, census.total, census.messages_sent) == (2, 3, 7)
+        assert (await one.store.append([SOMETHING])).receipts[0].recipients == 2
+        await has_lost_nothing(sorted(answered), redis.url, one, other)
+
+
+@pytest.mark.usefixtures("_short_leases")
+@on_loop
+async def test_stopped_for_longer_than_a_lease(start_redis: StartRedis) -> None:
+    """It is given up on after store_timeout, also where nobody asks for anything."""
+    redis = start_redis()
+    async with members(redis.url, "", "", store_timeout=0.3) as [one, other]:
+        await one.admit("a")
+        await other.admit("b")
+        await one.store.report(Report(7, 1))
+        answered = [await one.publish()]
+        redis.stop()
+        began = time.monotonic()
+        await is_away(other, "no answer within 0.3 s")
+        assert time.monotonic() - began < 1.5
+        await asyncio.sleep(2 * SHORT_LEASE)
+        redis.resume()
+        answered.append(await publish_until_it_works(one))
+        await is_back(one, other)
+        assert await one.store.census() == (2, 2, 2, 7, 1, [other.store.node_id])
+        assert one.lost_clients == other.lost_clients == []
+        await has_lost_nothing(answered, redis.url, one, other)
+
+
+async def loses_everything(lose: Callable[[], None], url: str) -> None:
+    async with members(url, "", "") as [one, other]:
+        await one.admit("a")
+        await other.admit("b", "t")
+        await one.store.report(Report(7, 1))
+        answered = [await member.publish() for member in (one, other) for _ in range(20)]
+        assert await one.store.lead() == 0
+        answered += [receipt.id for receipt in (await one.store.append([SOMETHING], None, 1)).receipts]
+        # The counters are as old as the last renewal.
+        await asyncio.sleep(1.2)
+        lose()
+        answered.append(await publish_until_it_works(other))
+        await is_back(one, other)
+        assert await one.store.census() == (2, 2, 42, 7, 1, [other.store.node_id])
+        assert await one.store.lead() == 1
+        assert (await one.store.append([SOMETHING])).receipts[0].recipients == 2
+        await has_lost_nothing(answered, url, one, other)
+
+
+@on_loop
+async def test_emptied(start_redis: StartRedis) -> None:
+    """The processes put everything back, and nobody is told anything twice."""
+    redis = start_redis()
+    await loses_everything(redis.empty, redis.url)
+
+
+@on_loop
+async def test_started_without_its_file(start_redis: StartRedis) -> None:
+    redis = start_redis()
+
+    def lose() -> None:
+        redis.kill()
+        redis.start()
+
+    await loses_everything(lose, redis.url)
+
+
+@on_loop
+async def test_started_with_an_old_file(start_redis: StartRedis) -> None:
+    """As a snapshot is, or a replica that was behind: what it lacks is put back."""
+    redis = start_redis()
+    async with members(redis.url, "", "") as [one, other]:
+        answered = [await one.publish() for _ in range(20)]
+        redis.command("SAVE")
+        answered += [await other.publish() for _ in range(20)]
+        redis.kill()
+        redis.start()
+        answered.append(await publish_until_it_works(one))
+        await is_back(one, other)
+        await has_lost_nothing(answered, redis.url, one, other)
+
+
+@on_loop
+async def test_emptied_while_everybody_publishes(start_redis: StartRedis) -> None:
+    redis = start_redis()
+    async with members(redis.url, "", "") as everyone:
+        answered = []
+
+        async def publish(member: Member) -> None:
+            while len(answered) < 800:
+                answered.append(await publish_until_it_works(member))
+
+        publishers = [asyncio.create_task(publish(member)) for member in everyone for _ in range(3)]
+        await everyone[0].until(lambda: len(answered) > 300)
+        redis.empty()
+        await asyncio.gather(*publishers)
+        await is_back(*everyone)
+        await has_lost_nothing(sorted(answered), redis.url, *everyone)
+
+
+@on_loop
+async def test_a_full_redis(start_redis: StartRedis) -> None:
+    """One that may not forget anything refuses to write."""
+    redis = start_redis()
+    async with members(redis.url, "", "") as [one, other]:
+        answered = [await one.publish()]
+        redis.refuse_writes()
+        await is_away(other, "command not allowed when used memory > 'maxmemory'.")
+        redis.refuse_writes(refuse=False)
+        answered.append(await publish_until_it_works(one))
+        await is_back(one, other)
+        await has_lost_nothing(answered, redis.url, one, other)
+
+
+@on_loop
+async def test_a_read_only_replica(start_redis: StartRedis) -> None:
+    redis = start_redis()
+    async with members(redis.url, "", "") as [one, other]:
+        answered = [await one.publish()]
+        redis.follow_nobody()
+        await is_away(other, "You can't write against a read only replica.")
+        redis.follow_nobody(follow=False)
+        answered.append(await publish_until_it_works(one))
+        await is_back(one, other)
+        await has_lost_nothing(answered, redis.url, one, other)
+
+
+# Clocks and processes.
+
+
+@pytest.mark.usefixtures("_short_leases")
+@on_loop
+async def test_the_clock_of_redis_jumps_back(start_redis: StartRedis, start_process: Callable[..., Process]) -> None:  # noqa: F811
+    """An hour: what it wrote before lies in the future. Ids go on, and a dead process is free all the same."""
+    redis = start_redis()
+    async with members(redis.url, "") as [one]:
+        process = start_process(redis.url, SHORT_LEASE)
+        process.ask("member.admit('a')")
+        dead = (await one.store.census()).others[0]
+        process.kill()
+        hour = 3600 * 1000
+        redis.command("ZADD", "{notifyd}:nodes", "XX", round((time.time() + 3600) * 1e6), dead)
+        later = f"{round(time.time() * 1000) + hour:012x}"
+        newest = f"{later[:8]}-{later[8:]}-7fff-bfff-fffffffffff0"
+        redis.command("HSET", "{notifyd}:meta", "newest", newest)
+        ids = [newest, *[await one.publish() for _ in range(3)]]
+        assert ids == sorted(set(ids))
+
+        async def is_free() -> bool:
+            return await one.active() == 0
+
+        await one.eventually(is_free)
+
+
+@on_loop
+async def test_a_cancelled_admission_is_taken_back(start_redis: StartRedis) -> None:
+    """The store may have done it by then."""
+    async with members(start_redis().url, "", "") as [one, other]:
+        admission = asyncio.create_task(one.store.admit("a", ["t"]))
+        await asyncio.sleep(0)
+        admission.cancel()
+        await one.publish()
+        assert await other.active() == 0
+        await other.admit("a")
+
+
+@on_loop
+async def test_a_store_that_is_closed_answers_nothing(start_redis: StartRedis) -> None:
+    async with members(start_redis().url, "") as [one]:
+        await one.store.close()
+        with pytest.raises(StoreUnavailable):
+            await one.publish()
