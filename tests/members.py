@@ -32,6 +32,8 @@ def make(url: str, settings: Settings, host: str) -> Store:
     kind, _, place = url.partition(":")
     if kind == "sqlite":
         return importlib.import_module("store_sqlite").SqliteStore(settings, place, host)  # type: ignore[no-any-return]
+    if kind in {"redis", "rediss", "unix"}:
+        return importlib.import_module("store_redis").RedisStore(settings, url, host)  # type: ignore[no-any-return]
     assert kind == "memory"
     return MemoryStore(settings)
 

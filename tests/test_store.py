@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from members import SOMETHING, Member, Process, audience, members, shorten_leases
+from redis_server import RedisServer
 
 from errors import ConnectionRefused, KeyReused
 from keys import Once
@@ -31,20 +32,32 @@ def on_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
     return run
 
 
-def address(kind: str, tmp_path: Path) -> str:
+@pytest.fixture(scope="session")
+def redis() -> Iterator[Callable[[], RedisServer]]:
+    """Give a Redis, the same for all tests; it is started for the first that asks."""
+    start = functools.cache(RedisServer)
+    yield start
+    if start.cache_info().currsize:
+        start().close()
+
+
+def address(kind: str, tmp_path: Path, redis: Callable[[], RedisServer]) -> str:
+    if kind == "redis":
+        redis().empty()
+        return redis().url
     return f"sqlite:{tmp_path / 'log.db'}" if kind == "sqlite" else kind
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+@pytest.fixture(params=["memory", "sqlite", "redis"])
+def any_store(request: pytest.FixtureRequest, tmp_path: Path, redis: Callable[[], RedisServer]) -> str:
     """The address of an empty store."""
-    return address(request.param, tmp_path)
+    return address(request.param, tmp_path, redis)
 
 
-@pytest.fixture(params=["sqlite"])
-def shared(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+@pytest.fixture(params=["sqlite", "redis"])
+def shared(request: pytest.FixtureRequest, tmp_path: Path, redis: Callable[[], RedisServer]) -> str:
     """The address of an empty store that processes share."""
-    return address(request.param, tmp_path)
+    return address(request.param, tmp_path, redis)
 
 
 @pytest.fixture
