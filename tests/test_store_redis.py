@@ -333,6 +333,56 @@ async def test_the_clock_of_redis_jumps_back(start_redis: StartRedis, start_proc
         await one.eventually(is_free)
 
 
+@pytest.mark.usefixtures("_short_leases")
+@on_loop
+async def test_a_process_that_finds_the_log_empty_goes_on(
+    start_redis: StartRedis,
+    start_process: Callable[..., Process],  # noqa: F811
+) -> None:
+    """It was taken for dead, and what came meanwhile is too old by now: there is nothing for it to wait for."""
+    redis = start_redis()
+    async with members(redis.url, "", history_ttl=0.2) as [one]:
+        process = start_process(redis.url, SHORT_LEASE)
+        process.stop()
+
+        async def is_dead() -> bool:
+            return not (await one.store.census()).others
+
+        await one.eventually(is_dead)
+        await one.publish()
+        await one.until(lambda: redis.command("XLEN", "{notifyd}:log") == 0)
+        process.go_on()
+        process.ask("member.until(lambda: member.times_missed)")
+        newest = process.ask("member.publish()")
+        assert (process.ask("member.ids"), process.ask("member.times_missed")) == ([newest], 1)
+
+
+@on_loop
+async def test_close_ends_whatever_is_under_way(start_redis: StartRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error at the same moment must not swallow the end: renewals without a pause make for that."""
+    monkeypatch.setattr("store_redis.RENEW_SECONDS", 0)
+    redis = start_redis()
+    for _ in range(50):
+        member = await Member(redis.url).open()
+        await asyncio.wait_for(member.store.close(), 5)
+
+
+@on_loop
+async def test_messages_to_one_that_does_not_read_are_bounded(
+    start_redis: StartRedis,
+    start_process: Callable[..., Process],  # noqa: F811
+) -> None:
+    redis = start_redis()
+    async with members(redis.url, "") as [one]:
+        process = start_process(redis.url)
+        process.stop()
+        (node,) = (await one.store.census()).others
+        await asyncio.gather(*(one.store.post(node, b"%d" % number) for number in range(1100)))
+        process.go_on()
+        process.ask("member.until(lambda: member.mail and member.mail[-1][1] == b'1099')")
+        assert process.ask("len(member.mail)") <= 1001
+
+
 @on_loop
 async def test_a_cancelled_admission_is_taken_back(start_redis: StartRedis) -> None:
     """The store may have done it by then."""
