@@ -176,8 +176,10 @@ class SendConnection:
             writer.cancel()
             self.state = ConnectionState.CLOSED
             self.writable = False
-            if self._receiver is not None:
-                self._receiver.left()
+            # They refer to each other. Cut, they go now and need no collector.
+            receiver, self._receiver = self._receiver, None
+            if receiver is not None:
+                receiver.left()
 
     def _said_goodbye(self, _: object) -> None:
         # Our part is over: some servers tell of the end only when the app has returned.

@@ -59,9 +59,15 @@ class HttpProtocol(HttpToolsProtocol):
         self._arm()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._let_go()
+        super().connection_lost(exc)
+
+    def _let_go(self) -> None:
         self._disarm()
         self._watch_no_more()
-        super().connection_lost(exc)
+        if self.cycle is not None:
+            # It refers to this one. Cut, they go now and need no collector.
+            self.cycle.scope.pop("extensions", None)
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
@@ -159,9 +165,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._refuse(400, "A WebSocket handshake is an HTTP/1.1 request", "connection")
             return
         super().handle_websocket_upgrade()
-        # From here on the other protocol is told, but not of what was before.
-        self._disarm()
-        self._watch_no_more()
+        self._let_go()
         self.parser = None  # type: ignore[assignment]
 
     def on_message_begin(self) -> None:
@@ -191,9 +195,10 @@ class HttpProtocol(HttpToolsProtocol):
             # RFC 9112, section 3.2.2: a target may come in absolute form.
             target = parse_url(self.url)
             self.url = (target.path or b"/") + (b"?" + target.query if target.query else b"")
-        self.scope["extensions"] = {STREAM_EXTENSION: self.give_to_stream}  # type: ignore[dict-item]
         super().on_headers_complete()
         self._in_head = False
+        if not self.parser.should_upgrade():
+            self.scope["extensions"] = {STREAM_EXTENSION: self.give_to_stream}  # type: ignore[dict-item]
 
     def on_message_complete(self) -> None:
         if self._ignores_upgrade():
