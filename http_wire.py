@@ -82,7 +82,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._read_on()
+        if self._unread:
+            self._read_on()
 
     def _read_on(self) -> None:
         data, position = self._unread, 0
@@ -190,7 +191,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self._ignores_upgrade():
             return
-        self._body_left = next((int(value) for name, value in self.headers if name == b"content-length"), 0)
+        self._body_left = int(dict(self.headers).get(b"content-length", 0))
         if not self.url.startswith(b"/"):
             # RFC 9112, section 3.2.2: a target may come in absolute form.
             target = parse_url(self.url)
