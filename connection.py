@@ -101,6 +101,7 @@ class SendConnection:
         "_goodbye",
         "_out",
         "_probe",
+        "_reader",
         "_receive",
         "_receiver",
         "_send",
@@ -123,6 +124,7 @@ class SendConnection:
         self._wake = asyncio.Event()
         self._goodbye: tuple[int, str] | None = None
         self._deadline: asyncio.Timeout | None = None
+        self._reader: asyncio.Task[None] | None = None
         self.state = ConnectionState.CONNECTING
         self.writable = False
 
@@ -154,6 +156,9 @@ class SendConnection:
         self._goodbye = code, reason
         if self._deadline is not None:
             self._deadline.reschedule(self._give_up_at())
+        if self._reader is not None:
+            # Some servers send nothing while the app waits for the peer, and what it says now is of no use.
+            self._reader.cancel()
         self._wake.set()
 
     def _give_up_at(self) -> float | None:
@@ -162,17 +167,23 @@ class SendConnection:
 
     async def serve(self) -> None:
         """Read and write until the connection has ended."""
+        reader = self._reader = asyncio.ensure_future(self._read())
         writer = asyncio.ensure_future(self._write_out())
-        writer.add_done_callback(self._said_goodbye)
         try:
             async with asyncio.timeout_at(self._give_up_at()) as self._deadline:
-                await self._read()
+                if self.state is ConnectionState.CLOSING:
+                    reader.cancel()
+                await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+                # Either ends with the connection: some servers tell of the end only when the app has returned.
+                if reader.cancelled():
+                    await asyncio.wait({writer})
+                (writer if writer.done() else reader).result()
         except TimeoutError:
-            if not writer.done():
-                logger.debug("A peer did not take its goodbye and is given up on")
+            logger.debug("A peer did not take its goodbye and is given up on")
         finally:
-            self._deadline = None
+            self._reader = self._deadline = None
             self._end(took_goodbye=writer.done() or self.state is not ConnectionState.CLOSING)
+            reader.cancel()
             writer.cancel()
             self.state = ConnectionState.CLOSED
             self.writable = False
@@ -180,11 +191,6 @@ class SendConnection:
             receiver, self._receiver = self._receiver, None
             if receiver is not None:
                 receiver.left()
-
-    def _said_goodbye(self, _: object) -> None:
-        # Our part is over: some servers tell of the end only when the app has returned.
-        if self._deadline is not None:
-            self._deadline.reschedule(0)
 
     def _end(self, *, took_goodbye: bool) -> None:
         # The server waits for the peer's goodbye, and a peer that reads nothing would keep it.
