@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from expected import Record, order_differs
+from redis_server import RedisServer
 from server import Server, use_extra_flags
 
 StartServer = Callable[..., Server]
@@ -15,6 +16,7 @@ StartServer = Callable[..., Server]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--server-args", default="", help="flags to append to the command line of every server")
+    parser.addoption("--store", choices=["sqlite", "redis"], help="the store of every server, each with its own")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,7 +48,21 @@ def _nothing_left_behind() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _every_server_ends() -> Iterator[None]:
+def _store(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Put every server on a store of its own in the one that --store names."""
+    store = pytestconfig.getoption("--store")
+    if store == "sqlite":
+        use_extra_flags(f"--store sqlite:{tmp_path_factory.mktemp('stores')}/{{new}}")
+    redis = RedisServer() if store == "redis" else None
+    if redis is not None:
+        use_extra_flags(f"--store {redis.url} --store-prefix {{new}}:")
+    yield
+    if redis is not None:
+        redis.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _every_server_ends(_store: None) -> Iterator[None]:
     """At the end, wait for the servers that were still stopping."""
     yield
     for server in Server.started:

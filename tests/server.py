@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shlex
 import socket
 import subprocess
@@ -222,16 +223,24 @@ class Server:
             lines, self._shown = self.stderr[self._shown :], len(self.stderr)
         return "\n".join(lines)
 
+    def processes(self) -> list[int]:
+        """Return the pid of the server and those of its workers."""
+        pids = [int(entry) for entry in os.listdir("/proc") if entry.isdecimal()]
+        return [pid for pid in pids if _group(pid) == self.pid]
+
     def memory(self) -> int:
-        """Return the bytes that the process holds in memory."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
-        assert found
-        return int(found[1]) * 1024
+        """Return the bytes that its processes hold in memory."""
+        texts = [Path(f"/proc/{pid}/status").read_text() for pid in self.processes()]
+        return sum(int(size) * 1024 for text in texts for size in re.findall(r"VmRSS:\s+(\d+) kB", text))
 
     def descriptors(self) -> int:
-        """Return how many files and sockets the process has open."""
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
+        """Return how many files and sockets its processes have open."""
+        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self.processes())
+
+    def sockets(self) -> int:
+        """Return how many of these are sockets: what clients and requests take."""
+        links = [path.readlink() for pid in self.processes() for path in Path(f"/proc/{pid}/fd").iterdir()]
+        return sum(str(link).startswith("socket:") for link in links)
 
     # HTTP.
 
@@ -325,7 +334,17 @@ class Server:
 
 def notifyd_command(*flags: str) -> list[str]:
     """Return the command line that starts notifyd."""
-    return [sys.executable, str(ROOT / "notifyd.py"), *flags, *Server.extra_flags]
+    # A store of its own for each server: those on one store are one server.
+    own = secrets.token_hex(8)
+    extra = [flag.replace("{new}", own) for flag in Server.extra_flags]
+    return [sys.executable, str(ROOT / "notifyd.py"), *flags, *extra]
+
+
+def _group(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return 0
 
 
 def workers() -> int:
@@ -336,4 +355,4 @@ def workers() -> int:
 
 def use_extra_flags(flags: str) -> None:
     """Append these flags to every notifyd command line from now on."""
-    Server.extra_flags = shlex.split(flags)
+    Server.extra_flags += shlex.split(flags)

@@ -346,14 +346,14 @@ def test_a_stream_that_takes_no_goodbye_is_aborted(server: Server) -> None:
     stalled = join(server, "client_id=ann")
     line = len(server.stderr)
 
-    def descriptors() -> int:
+    def sockets() -> int:
         server.get("/health")  # Its own connection is open then.
-        return server.descriptors()
+        return server.sockets()
 
-    before = descriptors()
+    before = sockets()
     publish(server, *["large"] * 250, data={"pad": "x" * 60_000})
     join(server, "client_id=ann")
-    eventually(lambda: descriptors() == before, 9)
+    eventually(lambda: sockets() == before, 9)
     with pytest.raises((IncompleteRead, ConnectionResetError)):
         stalled.response.read()
     assert [each for each in server.stderr[line:] if "ERROR" in each] == []

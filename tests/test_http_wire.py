@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from clients import PATIENCE
-from server import Server, eventually
+from server import Server, eventually, notifyd_command
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 LAST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -34,7 +34,7 @@ sys.exit(notifyd.main())
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[Server]:
     """A server that waits half a second for a request, or for its answer to be taken."""
-    flags = ["--port", "0", "--notification-interval", "0", "--ping-interval", "0", *Server.extra_flags]
+    _, _, *flags = notifyd_command("--port", "0", "--notification-interval", "0", "--ping-interval", "0")
     server = Server([sys.executable, "-c", IMPATIENT, *flags])
     yield server
     server.stop()
