@@ -223,7 +223,9 @@ class Database:
             self._commit()
         except Exception as error:
             failure = self._failure(error)
-            outcomes = [(operation, failure) for operation in operations if operation.future is not None]
+            waiting = [operation for operation in operations if operation.future is not None]
+            # Each raises its own: an exception that is raised again and again keeps every traceback.
+            outcomes = [(operation, type(failure)(*failure.args)) for operation in waiting]
             return News(failure=failure, outcomes=outcomes)
         news.records += self._appended
         self._arrive(self._state)

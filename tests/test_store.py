@@ -699,7 +699,6 @@ async def test_a_process_hears_that_it_missed_something(shared: str, start_proce
 
         await one.eventually(is_dead)
         await one.publish(*[SOMETHING] * 200)
-        await asyncio.sleep(SHORT_LEASE + 0.5)
         process.go_on()
         process.ask("member.until(lambda: member.records)")
         assert process.ask("member.times_missed") == 1

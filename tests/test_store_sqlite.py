@@ -188,7 +188,7 @@ async def test_a_locked_store_is_away_until_it_is_free(
             assert one.store.failure is not None
             began = time.monotonic()
             with pytest.raises(StoreUnavailable):
-                await one.admit("c")
+                await one.admit("b")
             assert time.monotonic() - began < 0.1, "it is known to be away"
             one.leave("a")
             await one.until(lambda: "back" not in caplog.text)
