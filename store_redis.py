@@ -341,12 +341,15 @@ class RedisStore:
 
     async def _renew(self) -> None:
         while self._task is not None:
-            self._known = await self._ask("renew", self._post_id)
+            self._known = await self._put("renew", self._post_id)
             await asyncio.sleep(RENEW_SECONDS)
 
     def _ask(self, *arguments: _Argument) -> asyncio.Future[Any]:
         if self.failure is not None or self._task is None:
             raise StoreUnavailable(self.failure or "The store is closed")
+        return self._put(*arguments)
+
+    def _put(self, *arguments: _Argument) -> asyncio.Future[Any]:
         answer = asyncio.get_running_loop().create_future()
         self._queue.append(_Operation(arguments, answer))
         self._wake.set()

@@ -156,6 +156,21 @@ async def test_it_may_come_later(start_redis: StartRedis, caplog: pytest.LogCapt
 
 
 @on_loop
+async def test_it_may_come_later_with_a_log(start_redis: StartRedis, caplog: pytest.LogCaptureFixture) -> None:
+    """That takes several reads; the store is away until the last."""
+    redis = start_redis(append_only=True)
+    async with members(redis.url, "") as [one]:
+        await one.publish(*[SOMETHING] * 1000)
+    redis.kill()
+    caplog.clear()
+    async with members(redis.url, "") as [late]:
+        redis.start()
+        await late.until(lambda: late.openings)
+        assert late.opening.records == one.records
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+@on_loop
 async def test_killed_and_started_with_its_file(start_redis: StartRedis) -> None:
     """In the middle of publishing: what was answered is there, once, and the clients are too."""
     redis = start_redis(append_only=True)
