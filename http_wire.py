@@ -45,8 +45,10 @@ class HttpProtocol(HttpToolsProtocol):
         self._stalled: asyncio.TimerHandle | None = None
         # What the parser has not been given yet.
         self._unread = b""
-        # So many bytes of the head were read, and so many of a body of known length are to come.
-        self._head_bytes = self._body_left = 0
+        # Bytes of the head, or read since the last of the body: trailers may be no larger than a head.
+        self._head_bytes = 0
+        # What is to come of a body of known length.
+        self._body_left = 0
         self._in_head = True
         # Whether bytes of the request are still to come. So it is from the start: a silent connection must end.
         self._incomplete = True
@@ -91,12 +93,12 @@ class HttpProtocol(HttpToolsProtocol):
             start, position = position, self._end_of_piece(data, position)
             if start == position:
                 break
-            if self._in_head:
-                self._head_bytes += position - start
-                if self._head_bytes > MAX_HEAD_BYTES:
-                    self._refuse(431, f"request head: larger than the limit of {MAX_HEAD_BYTES} bytes")
-                    break
-            super().data_received(data[start:position])
+            self._head_bytes += position - start
+            if not self._in_head or self._head_bytes <= MAX_HEAD_BYTES:
+                super().data_received(data[start:position])
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._refuse(431, f"request head: larger than the limit of {MAX_HEAD_BYTES} bytes")
+                break
         self._unread = data[position:]
         if self._refused or self.transport.is_closing():
             return
@@ -198,8 +200,13 @@ class HttpProtocol(HttpToolsProtocol):
             self.url = (target.path or b"/") + (b"?" + target.query if target.query else b"")
         super().on_headers_complete()
         self._in_head = False
+        self._head_bytes = 0
         if not self.parser.should_upgrade():
             self.scope["extensions"] = {STREAM_EXTENSION: self.give_to_stream}  # type: ignore[dict-item]
+
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         if self._ignores_upgrade():

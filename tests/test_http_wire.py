@@ -186,6 +186,17 @@ def test_a_head_has_a_limit_however_it_is_cut(
     assert rest(connection).split(b"HTTP/1.1 ")[-1].startswith(status)
 
 
+@pytest.mark.parametrize("trailer", [b"X: y\r\n", b"x" * 6], ids=["many", "one"])
+def test_trailers_have_a_limit_too(server: Server, trailer: bytes) -> None:
+    """Nobody's memory is filled behind the body."""
+    connection = server.raw(
+        b"POST /notify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nX: y\r\n"
+    )
+    with suppress(ConnectionError):
+        connection.sendall(b"Y: " + trailer * 80_000)
+    assert rest(connection).startswith(b"HTTP/1.1 431 ")
+
+
 def test_a_body_in_the_segment_of_its_head_is_no_part_of_it(server: Server) -> None:
     """However large."""
     body = b"x" * 70_000
