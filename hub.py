@@ -18,23 +18,23 @@ import enum
 import itertools
 import logging
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import orjson
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, UnsetType
 
 import schemas
+from accounts import ANSWER_SECONDS, Accounts
 from client import Client
 from connection import CLOSE_DEADLINE_SECONDS, Connection, ConnectionState
+from conversation import Conversation
 from directory import Directory
 from drain import Drain
 from errors import (
     ConnectionRefused,
     DuplicateClient,
     InvalidRequest,
-    NotifydError,
     ShuttingDown,
     StoreUnavailable,
     TooLarge,
@@ -47,24 +47,16 @@ from peers import Peers
 from ring import Audience, Entry, Ring
 from schemas import GOING_AWAY, INTERNAL_ERROR, POLICY_VIOLATION, TRY_AGAIN_LATER, encode, timestamp
 from settings import Settings, number
-from store import Census, Draft, Opening, Record, Report, Store, Taken, make_store
+from store import Draft, Opening, Record, Report, Store, Taken, make_store
 
 logger = logging.getLogger("notifyd")
 
-# Answers that a client does not read are kept up to this size; then it is closed.
-UNREAD_BYTES = 1_048_576
 # What a notification may be longer than the request it came from: id, type, timestamps, sender.
 ENVELOPE_BYTES = 1024
 # The JSON before the rest of a notification: {"id":"..."
 ID_BYTES = 44
 # A page of the history is no longer than this, unless one notification is.
 PAGE_BYTES = 1_048_576
-# How long another process gets to say what it has counted.
-ANSWER_SECONDS = 1.0
-# How often this process tells the store what it has counted, and asks whether it leads.
-REPORT_SECONDS = 1.0
-# What clients ask that other processes have a part in.
-_ASKS_THE_STORE = frozenset(("status_request", "subscribe", "unsubscribe"))
 _TEST_START = b',"type":"test_notification"'
 
 
@@ -109,18 +101,14 @@ class Hub:
             self.directory, clock, settings.ping_interval, settings.ping_timeout, self._close_silent
         )
         self.peers = Peers(self.store, self._answer_peer)
+        self.accounts = Accounts(self.directory, self.store, self.peers, clock, self._counted)
+        self.conversation = Conversation(self.directory, self.store, self.accounts.census, self._reached, self._dismiss)
         # Out of the directory, but their connection has not ended yet.
         self._leaving: set[Client] = set()
-        # Messages of clients that wait for the answer to an earlier one, which asks the store.
-        self._waiting: dict[Client, deque[dict[str, Any] | InvalidRequest]] = {}
-        self._answering: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self.started_at = time.time()
-        self._started_clock = clock()
         self._last_test_clock = clock()
-        self._census = Census(0, 0, 0, 0, 0, [])
         self.slow_consumers = 0
         self._make_primitives()
 
@@ -146,6 +134,8 @@ class Hub:
     async def start(self) -> None:
         """Open the store, and start the background tasks on the running loop; once they run, do nothing."""
         loop = asyncio.get_running_loop()
+        if self._loop is loop and self._tasks:
+            return
         if self._loop is not loop:
             self._leave_loop()
             self._loop = loop
@@ -165,16 +155,16 @@ class Hub:
         self._leaving.clear()
         for client in list(self.directory):
             self._leave(client)
-        self._waiting.clear()
+        self.conversation.restart()
         self._make_primitives()
         self.fanout.restart()
 
-    async def _on_first_use(self) -> None:
-        if not self._tasks or self._loop is not asyncio.get_running_loop():
-            await self.start()
-
     def _background(self) -> list[Callable[[], Awaitable[None]]]:
-        works: list[Callable[[], Awaitable[None]]] = [self.fanout.run, self.fanout.keep_short, self._report]
+        works: list[Callable[[], Awaitable[None]]] = [
+            self.fanout.run,
+            self.fanout.keep_short,
+            self.accounts.report_regularly,
+        ]
         if self.settings.ping_interval:
             works.append(self.heartbeat.run)
         if self.settings.notification_interval:
@@ -225,7 +215,7 @@ class Hub:
         ShuttingDown, InvalidRequest, DuplicateClient, ConnectionRefused or StoreUnavailable, with the reason for the
         close frame; the connection is then still the caller's to close.
         """
-        await self._on_first_use()
+        await self.start()
         client_id = client_id or schemas.new_client_id()
         self._check_open(connection)
         if not schemas.CLIENT_ID.match(client_id):
@@ -444,7 +434,7 @@ class Hub:
         With `once` a repetition publishes nothing and returns what the first did; raises KeyReused. Errors of
         `numbered` requests name the place, counted from 0.
         """
-        await self._on_first_use()
+        await self.start()
         self.check_ready()
         drafts = [self._draft(request, f"[{place}]." if numbered else "") for place, request in enumerate(requests)]
         return await self.store.append(drafts, once)
@@ -466,7 +456,7 @@ class Hub:
 
     async def history(self, since: str | None, limit: int, topics: str, client_id: str | None) -> schemas.History:
         """Return what a client with these parameters would be replayed, oldest first, `limit` at most."""
-        await self._on_first_use()
+        await self.start()
         if client_id is not None and not schemas.CLIENT_ID.match(client_id):
             raise InvalidRequest("Invalid client_id")
         wanted = None if since is None else schemas.position_of(since)
@@ -487,8 +477,7 @@ class Hub:
 
     def opened(self, opening: Opening) -> None:
         """Take the log as it is."""
-        self.started_at = opening.started_at
-        self._started_clock = self.clock() - opening.age
+        self.accounts.started(opening.started_at, opening.age)
         self.fanout.begin(opening.before, opening.records)
 
     def deliver(self, records: Sequence[Record]) -> None:
@@ -532,93 +521,14 @@ class Hub:
             except DuplicateClient:
                 return {"stays": True}
             return {"stays": False}
-        await self.store.report(self._counted())
-        return schemas.to_plain(self.details(question["limit"]))
+        await self.accounts.report()
+        return schemas.to_plain(self.accounts.details(question["limit"]))
 
-    # --- messages from clients
+    def _counted(self) -> Report:
+        return Report(self.fanout.messages_sent, self.slow_consumers)
 
     def receive(self, client: Client, message: str | bytes) -> None:
-        """Act on one message of a client."""
-        client.speaks = True
-        if not client.take_token():
-            self._dismiss(client, POLICY_VIOLATION, "Message rate exceeded")
-            return
-        try:
-            value: dict[str, Any] | InvalidRequest = _read(message)
-        except InvalidRequest as error:
-            value = error
-        if (waiting := self._waiting.get(client)) is not None:
-            waiting.append(value)
-        elif isinstance(value, dict) and value["type"] in _ASKS_THE_STORE:
-            self._waiting[client] = deque([value])
-            self._in_background(self._answer_in_order(client))
-        else:
-            self._reply(client, _answer(value))
-
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
-        # The loop itself holds tasks only weakly.
-        self._answering.add(task)
-        task.add_done_callback(self._answering.discard)
-
-    async def _answer_in_order(self, client: Client) -> None:
-        """Answer a client's messages from the first that asks the store on, until all are answered."""
-        waiting = self._waiting[client]
-        try:
-            while waiting and client in self.directory:
-                value = waiting.popleft()
-                answer = _answer(value)
-                if isinstance(value, dict) and value["type"] in _ASKS_THE_STORE:
-                    try:
-                        answer = await self._ask_the_store(client, value)
-                    except (InvalidRequest, StoreUnavailable) as error:
-                        answer = _error_message(error)
-                if client in self.directory:
-                    self._reply(client, answer)
-        finally:
-            del self._waiting[client]
-
-    async def _ask_the_store(self, client: Client, value: dict[str, Any]) -> Struct:
-        if value["type"] != "status_request":
-            return await self._change_topics(client, value)
-        census, now = await self.census(), timestamp()
-        data = schemas.StatusData(active_connections=census.active, total_connections=census.total, server_time=now)
-        return schemas.StatusMessage(data=data, timestamp=now)
-
-    async def _change_topics(self, client: Client, value: dict[str, Any]) -> schemas.Subscribed:
-        named = frozenset(schemas.check(value, schemas.TopicsRequest).topics)
-        before = client.topics
-        if value["type"] == "unsubscribe":
-            topics = before - named
-            # What was addressed to the client until now is still to come.
-            await self._reached(await self.store.subscribe(client.client_id, topics))
-        else:
-            topics = before | named
-            if len(topics) > schemas.MAX_TOPICS:
-                raise InvalidRequest(
-                    f"topics: at most {schemas.MAX_TOPICS} a client, and this would make {len(topics)}"
-                )
-            # Here first: nothing that is addressed to the client from now on may pass by.
-            self.directory.subscribe(client, topics)
-            try:
-                await self.store.subscribe(client.client_id, topics)
-            except StoreUnavailable:
-                self._follow(client, before)
-                raise
-        self._follow(client, topics)
-        return schemas.Subscribed(topics=sorted(topics), timestamp=timestamp())
-
-    def _follow(self, client: Client, topics: frozenset[str]) -> None:
-        if client in self.directory:
-            self.directory.subscribe(client, topics)
-
-    def _reply(self, client: Client, answer: Struct | None) -> None:
-        if answer is None:
-            return
-        if client.connection.buffered() > UNREAD_BYTES:
-            self._dismiss(client, POLICY_VIOLATION, "Slow consumer: answers are not read")
-            return
-        client.connection.write(frame(encode(answer)))
+        self.conversation.receive(client, message)
 
     # --- test notifications
 
@@ -644,8 +554,8 @@ class Hub:
         data = schemas.TestData(
             message=f"Test notification #{counter + 1}",
             counter=counter + 1,
-            uptime_seconds=self.uptime(),
-            active_connections=(await self.census()).active,
+            uptime_seconds=self.accounts.uptime(),
+            active_connections=(await self.accounts.census()).active,
             server_time=timestamp(),
         )
         draft = Draft(_compose("test_notification", data), replayed=False)
@@ -659,7 +569,7 @@ class Hub:
         Only this process's clients; those of one `host` who drain together announce it once. Cancelled, it closes
         the clients at once. Closed means told: wait_closed() waits for the peers' answers.
         """
-        await self._on_first_use()
+        await self.start()
         self._become(HubState.DRAINING)
         drain = Drain(self.directory, self.clock, self.settings.drain_rate, self.settings.shutdown_timeout)
         try:
@@ -700,65 +610,9 @@ class Hub:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._all_left.wait(), CLOSE_DEADLINE_SECONDS + 1)
 
-    # --- figures
-
-    def uptime(self) -> float:
-        """Return the seconds since the first of the running processes started, to the millisecond."""
-        return round(self.clock() - self._started_clock, 3)
-
     def is_ready(self) -> bool:
         """Whether clients and notifications are taken."""
         return self.state in (HubState.STARTING, HubState.READY)
-
-    def _counted(self) -> Report:
-        return Report(self.fanout.messages_sent, self.slow_consumers)
-
-    async def _report(self) -> None:
-        """Tell the store regularly what this process has counted, and stay the leader where it is one."""
-        while True:
-            with contextlib.suppress(StoreUnavailable):
-                await self.store.report(self._counted())
-                await self.store.lead()
-            await asyncio.sleep(REPORT_SECONDS)
-
-    async def census(self) -> Census:
-        """Return the figures of all processes; of before, while the store is away."""
-        await self._on_first_use()
-        with contextlib.suppress(StoreUnavailable):
-            await self.store.report(self._counted())
-            self._census = await self.store.census()
-        return self._census
-
-    async def exact_census(self, limit: int = 0) -> tuple[Census, list[schemas.ClientDetails]]:
-        """Return the figures of all processes as of now, and the details of the first `limit` clients.
-
-        Every process is asked what it has counted; one that does not answer stands with its last report.
-        """
-        census, details = await self.census(), self.details(limit)
-        if census.others:
-            with contextlib.suppress(StoreUnavailable):
-                asked = {"ask": "report", "limit": limit}
-                for answer in await self.peers.ask_all(census.others, asked, ANSWER_SECONDS):
-                    details += schemas.check(answer, list[schemas.ClientDetails])
-            census = await self.census()
-            details = sorted(details, key=lambda one: one.connected_at)[:limit]
-        return census, details
-
-    def details(self, limit: int) -> list[schemas.ClientDetails]:
-        """Return this process's first clients, in the order of their admission."""
-        return [
-            schemas.ClientDetails(
-                client_id=client.client_id,
-                connected_at=timestamp(self._wall_time(client.connected_at)),
-                last_ping=timestamp(self._wall_time(client.heard_at)),
-                user_agent=client.user_agent,
-            )
-            for client in itertools.islice(self.directory, limit)
-        ]
-
-    def _wall_time(self, clock: float) -> float:
-        """Return a moment of `clock` in seconds since the epoch."""
-        return self.started_at + clock - self._started_clock
 
 
 def _is_for(entry: Entry, client: Client) -> bool:
@@ -771,29 +625,3 @@ def _compose(
     """Return a notification's JSON behind its id."""
     notification = schemas.Notification(type=type, timestamp=timestamp(), data=data, topics=topics, sender=sender)
     return encode(notification).removeprefix(b'{"id":""')
-
-
-def _read(message: str | bytes) -> dict[str, Any]:
-    """Return a client's message. Raises InvalidRequest."""
-    try:
-        value = orjson.loads(message)
-    except orjson.JSONDecodeError:
-        raise InvalidRequest("Invalid JSON format") from None
-    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
-        raise InvalidRequest("Invalid message format")
-    return value
-
-
-def _answer(value: dict[str, Any] | InvalidRequest) -> Struct | None:
-    """Return the answer to a message that needs nothing from the store."""
-    if isinstance(value, InvalidRequest):
-        return _error_message(value)
-    if value["type"] == "pong":
-        return None
-    if value["type"] == "ping":
-        return schemas.Pong(timestamp=timestamp())
-    return _error_message(InvalidRequest(f"Unknown message type: {value['type'][:64]}"))
-
-
-def _error_message(error: NotifydError) -> schemas.ErrorMessage:
-    return schemas.ErrorMessage(error_id=schemas.new_error_id(), message=error.message, timestamp=timestamp())

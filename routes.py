@@ -281,6 +281,7 @@ class Endpoint:
             return self._options(Headers(scope=scope))
         if (handler := self.handlers.get(method)) is None:
             raise MethodNotAllowed(f"Method {method[:32]} is not allowed here", {"Allow": self.allow})
+        await self.hub.start()
         return await handler(self.hub, Request(scope, receive))
 
     def _options(self, asked: Headers) -> Response:

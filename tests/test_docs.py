@@ -22,6 +22,7 @@ from expected import Record, parse
 from server import ROOT, Server, environment
 
 import client
+import conversation
 import errors
 import events
 import http_wire
@@ -34,7 +35,7 @@ from notifyd import create_app
 FILES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
 README, PROTOCOL, DESIGN = PAGES["README.md"], PAGES["docs/protocol.md"], PAGES["docs/design.md"]
-REASONED = ("hub.py", "schemas.py", "store.py")
+REASONED = ("hub.py", "heartbeat.py", "schemas.py", "store.py")
 MODULES = {path.name: path.read_text() for path in ROOT.glob("*.py")}
 
 # Flags of other programs that the pages name.
@@ -159,7 +160,7 @@ def test_limits_are_the_codes_own() -> None:
         routes.RETRY_AFTER_SECONDS,
         client.MESSAGE_BURST,
         client.MESSAGES_PER_SECOND,
-        hub.UNREAD_BYTES,
+        conversation.UNREAD_BYTES,
         hub.PROBE_SECONDS,
         hub.CLOSE_DEADLINE_SECONDS,
         http_wire.REQUEST_SECONDS,

@@ -355,7 +355,7 @@ class HubMachine(RuleBasedStateMachine):
         self.loop = VirtualLoop()
         self.stack.callback(self.loop.close)
         self.hub = Hub(SMALL, clock=self.loop.time)
-        self.hub.uptime = lambda: 0.0  # type: ignore[method-assign]  # as many digits each time
+        self.hub.accounts.uptime = lambda: 0.0  # type: ignore[method-assign]  # as many digits each time
         self.loop.run_until_complete(self.hub.start())
         self.model = Model(self.hub, self.loop)
         self.stack.enter_context(mock.patch.object(logger, "handlers", [_Alarm(self.model.faults)]))
@@ -599,7 +599,7 @@ class HubMachine(RuleBasedStateMachine):
 
     def _count(self) -> None:
         self.model.observe()
-        census = now(self.hub.census())
+        census = now(self.hub.accounts.census())
         handed = sum(one != SHUTDOWN for session in self.model.everyone() for one in session.received)
         assert census.messages_sent == handed
         assert census.notifications_sent == len(self.model.log)
