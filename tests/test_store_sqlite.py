@@ -216,6 +216,10 @@ async def test_an_admission_that_was_given_up_takes_no_slot(path: Path) -> None:
         await one.until(lambda: one.store.failure is None)
         admission = asyncio.create_task(one.admit("b"))
         await asyncio.sleep(0)
+        with closing(sqlite3.connect(path)) as connection:
+            # The loop stands still, so that it is done, and yet given up.
+            while not connection.execute("SELECT 1 FROM client WHERE id = 'b'").fetchone():
+                pass
         admission.cancel()
         assert await one.active() == 0
 
