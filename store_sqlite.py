@@ -134,11 +134,12 @@ class SqliteStore:
         try:
             async with asyncio.timeout(self._timeout):
                 return await future
-        except TimeoutError:
-            raise self._fail(away(f"no answer within {number(self._timeout)} s")) from None
-        finally:
-            if give_up is not None and future.cancelled():
+        except (TimeoutError, asyncio.CancelledError) as reason:
+            if give_up is not None:
                 give_up()
+            if isinstance(reason, TimeoutError):
+                raise self._fail(away(f"no answer within {number(self._timeout)} s")) from None
+            raise
 
     def _put(self, operation: Operation | None) -> None:
         self._queue.append(operation)

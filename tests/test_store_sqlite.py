@@ -221,6 +221,8 @@ async def test_an_admission_that_was_given_up_takes_no_slot(path: Path) -> None:
             while not connection.execute("SELECT 1 FROM client WHERE id = 'b'").fetchone():
                 pass
         admission.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await admission
         assert await one.active() == 0
 
 
