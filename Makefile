@@ -5,10 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help run test check format bench bench-quick autobahn clean
+.PHONY: help run test test-stores check format bench bench-quick autobahn clean
 
 help:
 	@echo "make run [ARGS='--port 8000']  serve        make test [ARGS='-k health']  run the tests"
+	@echo "make test-stores               the tests of the API for each store, and for several processes"
 	@echo "make check                     lint, types  make bench, make bench-quick  measure beside the peers"
 
 run: $(VENV)/run
@@ -18,6 +19,15 @@ run: $(VENV)/run
 test: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/dev
 	@$(BIN)/python -m pytest $(ARGS)
+
+# What clients and publishers see, again for each store, and with several processes.
+API := $(addprefix tests/test_,$(addsuffix .py,batch drain events health heartbeat history hostile http_errors \
+	http_wire limits metrics notify origin plain_text publish_once resume scale status targets ws_messages))
+test-stores: export PYTHONDONTWRITEBYTECODE :=
+test-stores: $(VENV)/dev
+	@$(BIN)/python -m pytest -n 4 --server-args='--workers 2' $(API) $(ARGS)
+	@$(BIN)/python -m pytest -n 4 --store sqlite $(API) $(ARGS)
+	@$(BIN)/python -m pytest -n 4 --store redis $(API) $(ARGS)
 
 check: $(VENV)/dev
 	@$(BIN)/ruff check .
