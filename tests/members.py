@@ -40,7 +40,7 @@ def make(url: str, settings: Settings, host: str) -> Store:
 
 def shorten_leases(seconds: float) -> None:
     """Have nodes taken for dead sooner than a server would wait."""
-    for name in ("store", "store_sqlite", "sqlite_database"):
+    for name in ("store", "store_sqlite", "sqlite_database", "store_redis"):
         module = importlib.import_module(name)
         module.LEASE_SECONDS, module.RENEW_SECONDS, module.TRIM_SECONDS = seconds, seconds / 5, seconds / 5
 
