@@ -246,6 +246,15 @@ class Server:
                     count += os.readlink(f"/proc/{pid}/fd/{descriptor}").startswith("socket:")
         return count
 
+    def holds(self, connection: socket.socket) -> bool:
+        """Return whether the process has its end of this connection open."""
+        ends = [f":{port:04X}" for port in (self.port, connection.getsockname()[1])]
+        for line in Path("/proc/net/tcp").read_text().splitlines():
+            _, ours, theirs, *fields = line.split()
+            if [ours[-5:], theirs[-5:]] == ends:
+                return fields[6] != "0"  # The inode, which a socket has no longer when only the kernel knows it.
+        return False
+
     # HTTP.
 
     def get(self, path: str, **options: Any) -> httpx.Response:
