@@ -237,15 +237,6 @@ class Server:
         """Return how many files and sockets its processes have open."""
         return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self.processes())
 
-    def sockets(self) -> int:
-        """Return how many of these are sockets: what clients and requests take."""
-        count = 0
-        for pid in self.processes():
-            for descriptor in os.listdir(f"/proc/{pid}/fd"):
-                with suppress(FileNotFoundError):  # It was open a moment ago.
-                    count += os.readlink(f"/proc/{pid}/fd/{descriptor}").startswith("socket:")
-        return count
-
     def holds(self, connection: socket.socket) -> bool:
         """Return whether the process has its end of this connection open."""
         ends = [f":{port:04X}" for port in (self.port, connection.getsockname()[1])]
