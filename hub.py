@@ -328,18 +328,21 @@ class Hub:
             notification_interval=number(self.settings.notification_interval),
         )
         greeting = frame(encode(welcome))
-        if since is not None:
+        if since:
             greeting += frame(encode(self._resume(client, since)))
-        elif position != ring.position:
-            # Another process was faster than this one: what came after the admission is the client's too.
+        else:
+            # Another process may have been faster than this one: what came after the admission is the client's too.
             self.fanout.owe(client, [entry.sequence for entry in self._since(position) if _is_for(entry, client)])
+            if since is not None:
+                data = schemas.ResumeData(position=position, replayed=0, complete=True)
+                greeting += frame(encode(schemas.Resume(timestamp=timestamp(), data=data)))
         connection.accept(client, greeting)
         self.fanout.advance(client)
         return client
 
     def _since(self, position: str) -> Iterable[Entry]:
         ring = self.fanout.ring
-        start = ring.find(position)
+        start = None if position == ring.position else ring.find(position)
         return () if start is None else ring.since(start)
 
     def _resume(self, client: Client, since: str) -> schemas.Resume:

@@ -14,15 +14,16 @@ import json
 import logging
 import os
 import re
-from collections.abc import Collection, Coroutine, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from random import Random
 from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
 import hypothesis.strategies as st
 import orjson
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from virtual import FakeConnection, VirtualLoop
 
@@ -32,8 +33,11 @@ from connection import ConnectionState, Receiver
 from errors import ConnectionRefused, DuplicateClient, NotifydError, ShuttingDown
 from frames import payloads
 from hub import Hub
+from keys import Appended, Once, Receipt
+from ring import Audience
 from schemas import NotifyRequest
 from settings import Settings
+from store import Draft, MemoryStore, Record
 
 logger = logging.getLogger("notifyd")
 
@@ -632,6 +636,116 @@ TestHub.settings = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     deadline=None,
 )
+
+
+# --- a Hub whose store is shared
+
+
+class Registration(NamedTuple):
+    """A client_id in the registry, and the ids of what was addressed to it since."""
+
+    topics: frozenset[str]
+    owed: list[str]
+
+
+class LaggingStore(MemoryStore):
+    """A shared store as one of its processes knows it: it answers when it likes, and the log comes later still.
+
+    What it is asked it does as one step each. What the Hub may rely on is in store.py.
+    """
+
+    def __init__(self, settings: Settings, clock: Callable[[], float], chance: Random) -> None:
+        super().__init__(settings, clock)
+        self.chance = chance
+        self.registered: dict[str, Registration] = {}
+        self.tail: list[Record] = []
+
+    async def lag(self) -> None:
+        await asyncio.sleep(self.chance.choice([0, 0, 0.001, 0.01, 0.3]))
+
+    def add(self, drafts: Sequence[Draft]) -> Appended:
+        """Append, as another process does."""
+        records = [Record(self._positions.next(), *draft, 0.0) for draft in drafts]
+        self._newest = records[-1].id
+        receipts = []
+        for record in records:
+            audience = record.audience
+            addressed = [
+                one for name, one in self.registered.items() if audience is None or audience.includes(name, one.topics)
+            ]
+            for one in addressed:
+                one.owed.append(record.id)
+            receipts.append(Receipt(record.id, len(addressed)))
+        self.tail += records
+        asyncio.get_running_loop().call_later(self.chance.choice([0, 0.002, 0.02, 0.4]), self.tell)
+        return Appended(receipts, 0.0)
+
+    def tell(self) -> None:
+        records, self.tail = self.tail, []
+        if records:
+            self._node.deliver(records)
+
+    async def append(self, drafts: Sequence[Draft], once: Once | None = None, counter: int | None = None) -> Appended:
+        await self.lag()
+        appended = self.add(drafts)
+        await self.lag()
+        return appended
+
+    async def admit(self, client_id: str, topics: Collection[str]) -> str:
+        await self.lag()
+        assert client_id not in self.registered, "registered twice"
+        self.registered[client_id] = Registration(frozenset(topics), [])
+        position = self._newest
+        await self.lag()
+        return position
+
+    def leave(self, client_id: str) -> None:
+        del self.registered[client_id]
+
+
+AUDIENCES = [None, None, Audience(frozenset(["a", "b"]), frozenset()), Audience(frozenset(), frozenset(["red"]))]
+
+
+@settings(max_examples=int(os.environ.get("HUB_EXAMPLES", "100")), deadline=None)
+@given(seed=st.integers(0, 2**32), history_size=st.sampled_from([2, 1000]))
+def test_with_a_shared_store_each_gets_what_is_addressed_to_it(seed: int, history_size: int) -> None:
+    """However slowly the store answers and the log comes, and whatever is published elsewhere meanwhile."""
+    chance, loop = Random(seed), VirtualLoop()
+    quiet = Settings(notification_interval=0, ping_interval=0, history_size=history_size)
+    store = LaggingStore(quiet, loop.time, chance)
+    hub = Hub(quiet, store, loop.time)
+    met: list[tuple[FakeConnection, Registration]] = []
+
+    async def come_and_go(client_id: str) -> None:
+        for _ in range(3):
+            await asyncio.sleep(chance.choice([0, 0.003, 0.3]))
+            connection = FakeConnection(one_at_a_time=chance.random() < 0.5)
+            with suppress(DuplicateClient):
+                await hub.admit(connection, client_id, None, chance.choice([None, ""]), chance.choice(["", "red"]))
+                met.append((connection, store.registered[client_id]))
+                await asyncio.sleep(chance.choice([0, 0.01, 1]))
+                if chance.random() < 0.7:
+                    connection.end()
+
+    async def scenario() -> None:
+        await hub.start()
+        clients = [asyncio.ensure_future(come_and_go(name)) for name in ("a", "b", "c", "c")]
+        for number in range(60):
+            rest = b',"type":"custom","data":{"message":"%d"}}' % number
+            store.add([Draft(rest, chance.choice(AUDIENCES))] * chance.choice([1, 1, 5]))
+            await asyncio.sleep(chance.choice([0, 0, 0.001, 0.05]))
+        await asyncio.gather(*clients)
+        await asyncio.sleep(5)
+
+    try:
+        loop.run_until_complete(scenario())
+        for connection, registration in met:
+            received = [message["id"] for message in connection.messages if "id" in message]
+            is_there = connection.state is ConnectionState.OPEN
+            assert received == (registration.owed if is_there else registration.owed[: len(received)])
+        loop.run_until_complete(hub.stop())
+    finally:
+        loop.close()
 
 
 # --- what chance would take long to find
