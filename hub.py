@@ -462,8 +462,11 @@ class Hub:
         await self.start()
         if client_id is not None and not schemas.CLIENT_ID.match(client_id):
             raise InvalidRequest("Invalid client_id")
-        wanted = None if since is None else schemas.position_of(since)
-        entries, complete = self._missed(wanted, client_id, schemas.topics_of(topics))
+        wanted, names = None if since is None else schemas.position_of(since), schemas.topics_of(topics)
+        # Whatever the store answers, by then this process has read the log up to now.
+        with contextlib.suppress(StoreUnavailable):
+            await self.store.report(self._counted())
+        entries, complete = self._missed(wanted, client_id, names)
         page, size = entries[:limit], 0
         for count, entry in enumerate(page):
             size += len(entry.frame)

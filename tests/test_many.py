@@ -267,7 +267,7 @@ def test_the_limit_is_for_all_together(many: Many) -> None:
     refusal = (1008, f"Connection limit exceeded: {LIMIT}/{LIMIT}")
     assert [place.connect().closed() for place in many.places] == [refusal] * len(many.places)
     clients[0].leave()
-    eventually(lambda: many.counts()["active"] == LIMIT - 1)
+    eventually(lambda: many.servers[0].active() == LIMIT - 1)
     many.places[-1].join()
 
 
@@ -371,6 +371,15 @@ def test_all_clients_receive_one_order(many: Many) -> None:
     first, *others = [ids(client.receive_many(60)) for client in clients]
     assert first == sorted(set(first)) and others == [first] * 5
     assert ids(many.read("/notifications?limit=1000")["notifications"])[-60:] == first
+
+
+def test_history_is_the_same_everywhere_at_once(many: Many) -> None:
+    """What one process has answered 200, every other one has in its history, and knows as a position."""
+    for here, there in permutations(many.places, 2):
+        for _ in range(20):
+            published = here.request("POST", "/notify", {"message": "m"}).headers["Notification-Id"]
+            since = there.read(f"/notifications?since={published}")
+            assert (since["notifications"], since["complete"], since["position"]) == ([], True, published)
 
 
 def test_resume_on_another_process(many: Many) -> None:
