@@ -54,7 +54,7 @@ SCHEMA_VERSION = 1
 SCHEMA = """
 CREATE TABLE state (json BLOB NOT NULL);
 CREATE TABLE log (
-    sequence INTEGER PRIMARY KEY, id TEXT NOT NULL, replayed INTEGER NOT NULL, at REAL NOT NULL, host TEXT NOT NULL,
+    sequence INTEGER PRIMARY KEY, id TEXT NOT NULL, replayed INTEGER NOT NULL, at REAL NOT NULL,
     replayed_before INTEGER NOT NULL, bytes_before INTEGER NOT NULL, audience BLOB, rest BLOB NOT NULL
 );
 CREATE TABLE once (
@@ -69,10 +69,10 @@ CREATE INDEX topic_client ON topic (client);
 CREATE TABLE mail (number INTEGER PRIMARY KEY, node TEXT NOT NULL, sender TEXT NOT NULL, message BLOB NOT NULL);
 """
 APPEND = (
-    "INSERT INTO log (sequence, replayed_before, bytes_before, id, rest, audience, replayed, host, at)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "INSERT INTO log (sequence, replayed_before, bytes_before, id, rest, audience, replayed, at)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 )
-RECORDS = "SELECT sequence, id, rest, audience, replayed, host, at FROM log WHERE sequence > ? ORDER BY sequence"
+RECORDS = "SELECT sequence, id, rest, audience, replayed, at FROM log WHERE sequence > ? ORDER BY sequence"
 
 # A path that is wrong from the start, as opposed to a store that is away.
 WRONG_PATH = frozenset(("EACCES", "EPERM", "ENOENT", "ENOTDIR", "EISDIR", "EROFS", "ENAMETOOLONG", "ELOOP")).union(
@@ -83,7 +83,6 @@ WRONG_PATH = frozenset(("EACCES", "EPERM", "ENOENT", "ENOTDIR", "EISDIR", "EROFS
 class Peer(Struct):
     """A node: its lease on CLOCK_MONOTONIC, and how far it has read the log."""
 
-    host: str
     renewed: float
     read: int
     clients: int = 0
@@ -150,10 +149,9 @@ def away(reason: str) -> StoreUnavailable:
 class Database:
     """The file, as the thread works on it. Operations are its public methods, called by transact() alone."""
 
-    def __init__(self, settings: Settings, path: str, host_id: str) -> None:
+    def __init__(self, settings: Settings, path: str) -> None:
         self._settings = settings
         self._path = os.path.realpath(path)
-        self._host = host_id
         self._in_use = threading.Lock()
         self._lock = self._directory = -1
         self._is_sound = False
@@ -404,7 +402,7 @@ class Database:
             state.report = Report(0, 0)
             state.started, state.started_at = self._now, self._wall
         self._bind()
-        state.nodes[self._node_id] = Peer(self._host, self._now, state.sequence)
+        state.nodes[self._node_id] = Peer(self._now, state.sequence)
         if self._file:
             news.evicted = True
         else:
@@ -483,7 +481,7 @@ class Database:
         receipts = []
         for draft in drafts:
             record = Record(self._positions.next(), *draft, at)
-            receipts.append(Receipt(record.id, self._recipients(draft)))
+            receipts.append(Receipt(record.id, self._recipients(draft.audience)))
             state.last = record.id
             state.sequence += 1
             self._appended.append(record)
@@ -492,7 +490,7 @@ class Database:
                 audience = msgspec.json.encode(record.audience)
                 size += sum(len(name) for names in record.audience for name in names)
             counts = state.sequence, state.replayed, state.bytes
-            self._rows.append((*counts, record.id, record.rest, audience, record.replayed, record.host, at))
+            self._rows.append((*counts, record.id, record.rest, audience, record.replayed, at))
             state.replayed += record.replayed
             state.bytes += size
         state.notifications_sent += len(drafts)
@@ -518,12 +516,10 @@ class Database:
         check_reuse(once, fingerprint)
         return Appended(msgspec.json.decode(receipts, type=list[Receipt]), at, True)
 
-    def _recipients(self, draft: Draft) -> int:
-        if draft.host:
-            return sum(peer.clients for peer in self._state.nodes.values() if peer.host == draft.host)
-        if draft.audience is None:
+    def _recipients(self, audience: Audience | None) -> int:
+        if audience is None:
             return self._state.active()
-        clients, topics = map(list, draft.audience)
+        clients, topics = map(list, audience)
         if not clients and len(topics) == 1:
             # The usual case, spared the union that would copy a large topic.
             found = self._run("SELECT count(*) FROM topic WHERE name = ?", topics)
@@ -607,9 +603,9 @@ class Database:
 
 
 def _record(row: tuple[Any, ...]) -> Record:
-    _, id, rest, audience, replayed, host, at = row
+    _, id, rest, audience, replayed, at = row
     audience = audience and msgspec.json.decode(audience, type=Audience)
-    return Record(id, rest, audience, bool(replayed), host, at)
+    return Record(id, rest, audience, bool(replayed), at)
 
 
 def _checkpoint(path: str) -> None:

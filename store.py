@@ -30,15 +30,11 @@ LEASE_SECONDS = 5.0
 
 
 class Draft(NamedTuple):
-    """A notification that has no place in the log yet.
-
-    `rest` is its JSON behind the id, from the comma on. `host` not empty: only for the clients of that host.
-    """
+    """A notification that has no place in the log yet; `rest` is its JSON behind the id, from the comma on."""
 
     rest: bytes
     audience: Audience | None = None
     replayed: bool = True
-    host: str = ""
 
 
 class Record(NamedTuple):
@@ -48,7 +44,6 @@ class Record(NamedTuple):
     rest: bytes
     audience: Audience | None
     replayed: bool
-    host: str
     at: float
 
 
@@ -229,15 +224,15 @@ class MemoryStore:
         pass
 
 
-def make_store(settings: Settings, clock: Callable[[], float], host: str = "") -> Store:
-    """Return the store that `settings.store` names, for a process of this host."""
+def make_store(settings: Settings, clock: Callable[[], float]) -> Store:
+    """Return the store that `settings.store` names."""
     kind, _, place = settings.store.partition(":")
     if kind == "sqlite":
         from store_sqlite import SqliteStore  # noqa: PLC0415
 
-        return SqliteStore(settings, place, host)
+        return SqliteStore(settings, place)
     if kind not in ("auto", "memory"):
         from store_redis import RedisStore  # noqa: PLC0415
 
-        return RedisStore(settings, settings.store, host)
+        return RedisStore(settings, settings.store)
     return MemoryStore(settings, clock)

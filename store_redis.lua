@@ -1,27 +1,27 @@
 -- What store_redis.py has done in Redis: one call is one group of operations of one node, and one atomic step.
 --
--- KEYS[1] is the hash `meta`. ARGV begins with 12 words about the node and its settings, in the order below; then come
+-- KEYS[1] is the hash `meta`. ARGV begins with 11 words about the node and its settings, in the order below; then come
 -- the operations, each its name and its arguments. The answer is 'join' where nothing was done, since the node is not
 -- alive or of another epoch; else the number of the newest entry, and an answer for each operation. 'join' and 'offer'
 -- stand alone. Times are microseconds of Redis's clock.
 --
 -- The keys, behind the prefix:
 --   meta           hash    what there is once, and the sums of what dead nodes have counted
---   log            stream  the entries <seq>-0: Id, Time, Rest, Audience, Host, rePlayed, Once, siZe
+--   log            stream  the entries <seq>-0: Id, Time, Rest, Audience, rePlayed, Once, siZe
 --   once:KEY       string  the fingerprint and the answer of an append that may be repeated
 --   nodes, tails   zsets   the nodes that are alive: when the lease ends, and the last number read
---   node:NODE      hash    the host, and what it has counted;  folded:STARTED:NODE  the same, as added to the sums
+--   node:NODE      hash    what it has counted;  folded:STARTED:NODE  the same, as added to the sums
 --   members:NODE   set     its clients
 --   posts:NODE     stream  messages to it
 --   clients        hash    the node of each client;  topics  its topics, packed
 --   topic:NAME     set     the clients
 --   offers         hash    records to fill the log with
 
-local P, epoch, node, host, tail = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
-math.randomseed(tonumber(ARGV[6]))
-local MAX, SIZE, BYTES, TTL = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
-local LEASE, RESTORE = tonumber(ARGV[11]), tonumber(ARGV[12])
-local i = 12
+local P, epoch, node, tail = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+math.randomseed(tonumber(ARGV[5]))
+local MAX, SIZE, BYTES, TTL = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
+local LEASE, RESTORE = tonumber(ARGV[10]), tonumber(ARGV[11])
+local i = 11
 local function arg() i = i + 1; return ARGV[i] end
 
 local call = redis.call
@@ -56,11 +56,11 @@ local function next_id(last)
     math.floor(c / 4294967296), c % 4294967296)
 end
 
-local function add(id, at, rest, size, audience, to_host, replayed, once)
+local function add(id, at, rest, size, audience, replayed, once)
   newest, seq, bytes = id, seq + 1, bytes + size
   if replayed == '1' then kept = kept + 1 end
-  call('XADD', LOG, string.format('%.0f-0', seq), 'i', id, 't', at, 'r', rest, 'a', audience, 'h', to_host,
-    'p', replayed, 'o', once, 'z', size)
+  call('XADD', LOG, string.format('%.0f-0', seq), 'i', id, 't', at, 'r', rest, 'a', audience, 'p', replayed,
+    'o', once, 'z', size)
 end
 
 local function number(entry) return tonumber(entry[1]:sub(1, -3)) end
@@ -76,9 +76,9 @@ local function trim()
       local f = entry[2]
       local fits = kept <= SIZE and bytes <= BYTES and tonumber(f[4]) + TTL >= now
       if fits or number(entry) > slowest then full = false; break end
-      before, bytes, from = f[2], bytes - f[16], string.format('%.0f-0', number(entry) + 1)
-      if f[12] == '1' then kept = kept - 1 end
-      if f[14] ~= '' then call('DEL', P..'once:'..f[14]) end
+      before, bytes, from = f[2], bytes - f[14], string.format('%.0f-0', number(entry) + 1)
+      if f[10] == '1' then kept = kept - 1 end
+      if f[12] ~= '' then call('DEL', P..'once:'..f[12]) end
     end
   end
   if from ~= '-' then call('XTRIM', LOG, 'MINID', '=', from); save() end
@@ -121,16 +121,10 @@ local function put_out_the_dead()
   for _, dead in ipairs(call('ZRANGEBYSCORE', NODES, '-inf', now)) do put_out(dead) end
 end
 
-local function recipients(audience, to_host)
-  local count = 0
-  if to_host ~= '' then
-    for _, one in ipairs(call('ZRANGE', NODES, 0, -1)) do
-      if call('HGET', ROW..one, 'host') == to_host then count = count + call('SCARD', MEMBERS..one) end
-    end
-    return count
-  elseif audience == '' then return call('HLEN', CLIENTS) end
+local function recipients(audience)
+  if audience == '' then return call('HLEN', CLIENTS) end
   local clients, topics = unpack(cmsgpack.unpack(audience))
-  local largest
+  local count, largest = 0, nil
   for _, topic in ipairs(topics) do
     local size = call('SCARD', TOPIC..topic)
     if size > count then largest, count = TOPIC..topic, size end
@@ -205,8 +199,7 @@ local function join()
     call('DEL', folded(node))
     messages, slow = math.max(messages, m), math.max(slow, s)
   end
-  call('HSET', ROW..node, 'host', host,
-    'messages', math.max(messages, row[1] or 0), 'slow', math.max(slow, row[2] or 0))
+  call('HSET', ROW..node, 'messages', math.max(messages, row[1] or 0), 'slow', math.max(slow, row[2] or 0))
   call('DEL', POSTS..node)
   call('ZADD', NODES, now + LEASE, node)
   local members = call('SMEMBERS', MEMBERS..node)
@@ -225,8 +218,8 @@ local function offer()
   local front = arg()
   if front > (call('HGET', META, 'offered') or '') then call('HSET', META, 'offered', front) end
   while i < #ARGV do
-    local id, at, rest, size, audience, to_host, replayed = arg(), arg(), arg(), arg(), arg(), arg(), arg()
-    call('HSET', OFFERS, id, cmsgpack.pack({at, rest, size, audience, to_host, replayed, ''}))
+    local id, at, rest, size, audience, replayed = arg(), arg(), arg(), arg(), arg(), arg()
+    call('HSET', OFFERS, id, cmsgpack.pack({at, rest, size, audience, replayed, ''}))
   end
   return 'offered'
 end
@@ -236,7 +229,7 @@ local ops = {}
 function ops.append()
   local n, counter, key, print = tonumber(arg()), arg(), arg(), arg()
   local draft = i
-  i = i + 5 * n
+  i = i + 4 * n
   if key ~= '' then
     local found = call('GET', P..'once:'..key)
     if found then
@@ -251,11 +244,11 @@ function ops.append()
   end
   local reply = {now, 0}
   for d = 1, n do
-    local rest, size, audience, to_host, replayed = unpack(ARGV, draft + 1, draft + 5)
-    draft = draft + 5
-    add(next_id(newest), now, rest, size, audience, to_host, replayed, d == n and key or '')
+    local rest, size, audience, replayed = unpack(ARGV, draft + 1, draft + 4)
+    draft = draft + 4
+    add(next_id(newest), now, rest, size, audience, replayed, d == n and key or '')
     reply[#reply + 1] = newest
-    reply[#reply + 1] = recipients(audience, to_host)
+    reply[#reply + 1] = recipients(audience)
   end
   sent = sent + n
   if key ~= '' then
@@ -345,8 +338,8 @@ end
 
 function ops.close() put_out(node); return 0 end
 
-if ARGV[13] == 'join' then i = 13; return join() end
-if ARGV[13] == 'offer' then i = 13; return offer() end
+if ARGV[12] == 'join' then i = 12; return join() end
+if ARGV[12] == 'offer' then i = 12; return offer() end
 put_out_the_dead()
 if call('HGET', META, 'epoch') ~= epoch or not call('ZSCORE', NODES, node) then return 'join' end
 call('ZADD', NODES, now + LEASE, node)

@@ -105,7 +105,7 @@ class _Kept:
 class RedisStore:
     """One process's side of a log and a registry in Redis. Raises SettingsError where the URL is none."""
 
-    def __init__(self, settings: Settings, url: str, host_id: str = "") -> None:
+    def __init__(self, settings: Settings, url: str) -> None:
         try:
             # Without the slashes it would be taken for the default, localhost.
             options: dict[str, Any] = dict(parse_url(url if "://" in url else ""))
@@ -117,7 +117,6 @@ class RedisStore:
         self._settings = settings
         self._prefix = settings.store_prefix
         self._timeout = settings.store_timeout
-        self._host_id = host_id
         self._kind: type[AbstractConnection] = options.pop("connection_class", Connection)
         # Our own deadlines go for whole groups; the protocol is the one that Redis 6 and Valkey answer alike.
         self._options = options | {"protocol": 2, "socket_timeout": None, "socket_connect_timeout": self._timeout}
@@ -300,7 +299,7 @@ class RedisStore:
         """Run the script once. Raises TimeoutError, or what redis-py raises."""
         settings = self._settings
         header: tuple[_Argument, ...] = (
-            *(1, self._prefix + "meta", self._prefix, epoch, self.node_id, self._host_id, seq, secrets.randbits(31)),
+            *(1, self._prefix + "meta", self._prefix, epoch, self.node_id, seq, secrets.randbits(31)),
             *(settings.max_connections, settings.history_size, settings.history_bytes),
             *(round(seconds * 1e6) for seconds in (settings.history_ttl, LEASE_SECONDS, RESTORE_SECONDS)),
         )
@@ -452,14 +451,14 @@ def _number(entry: tuple[bytes, list[bytes]]) -> int:
 
 
 def _record(entry: tuple[bytes, list[bytes]]) -> Record:
-    _, id, _, at, _, rest, _, packed, _, host, _, replayed, *_ = entry[1]
+    _, id, _, at, _, rest, _, packed, _, replayed, *_ = entry[1]
     audience = Audience(*_unpack_audience(packed)) if packed else None
-    return Record(id.decode(), rest, audience, replayed == b"1", host.decode(), int(at) / 1e6)
+    return Record(id.decode(), rest, audience, replayed == b"1", int(at) / 1e6)
 
 
 def _flat(draft: Draft | Record) -> tuple[_Argument, ...]:
     audience = b"" if draft.audience is None else msgspec.msgpack.encode(draft.audience)
-    return draft.rest, _size(draft), audience, draft.host, "1" if draft.replayed else ""
+    return draft.rest, _size(draft), audience, "1" if draft.replayed else ""
 
 
 def _size(draft: Draft | Record) -> int:

@@ -55,11 +55,11 @@ NOTHING = News()
 class SqliteStore:
     """The Store of one process, on its event loop."""
 
-    def __init__(self, settings: Settings, path: str, host_id: str = "") -> None:
+    def __init__(self, settings: Settings, path: str) -> None:
         self.node_id = ""
         self.failure: str | None = CLOSED
         self._timeout = settings.store_timeout
-        self._database = Database(settings, path, host_id)
+        self._database = Database(settings, path)
         self._shut()
 
     async def open(self, node: Node) -> None:

@@ -27,13 +27,13 @@ from store import Draft, MemoryStore, Opening, Record, Store
 SOMETHING = Draft(b',"type":"custom"}')
 
 
-def make(url: str, settings: Settings, host: str) -> Store:
+def make(url: str, settings: Settings) -> Store:
     """Return a store by its address, as a server would make it."""
     kind, _, place = url.partition(":")
     if kind == "sqlite":
-        return importlib.import_module("store_sqlite").SqliteStore(settings, place, host)  # type: ignore[no-any-return]
+        return importlib.import_module("store_sqlite").SqliteStore(settings, place)  # type: ignore[no-any-return]
     if kind in {"redis", "rediss", "unix"}:
-        return importlib.import_module("store_redis").RedisStore(settings, url, host)  # type: ignore[no-any-return]
+        return importlib.import_module("store_redis").RedisStore(settings, url)  # type: ignore[no-any-return]
     assert kind == "memory"
     return MemoryStore(settings)
 
@@ -52,8 +52,8 @@ def audience(clients: Iterable[str] = (), topics: Iterable[str] = ()) -> Audienc
 class Member:
     """A process that uses the store, as far as the store sees it."""
 
-    def __init__(self, url: str, host: str = "", **settings: Any) -> None:
-        self.store = make(url, Settings(**settings), host)
+    def __init__(self, url: str, **settings: Any) -> None:
+        self.store = make(url, Settings(**settings))
         self.openings: list[Opening] = []
         self.records: list[Record] = []
         self.mail: list[tuple[str, bytes]] = []
@@ -151,9 +151,9 @@ class Member:
 
 
 @asynccontextmanager
-async def members(url: str, *hosts: str, **settings: Any) -> AsyncIterator[list[Member]]:
-    """Open as many members as hosts are named, in this process; close them at the end."""
-    opened = [await Member(url, host, **settings).open() for host in hosts]
+async def members(url: str, count: int = 1, **settings: Any) -> AsyncIterator[list[Member]]:
+    """Open so many members in this process; close them at the end."""
+    opened = [await Member(url, **settings).open() for _ in range(count)]
     yield opened
     for member in opened:
         await member.store.close()

@@ -87,7 +87,7 @@ def start_process() -> Iterator[Callable[..., Process]]:
 @on_loop
 async def test_an_empty_log_has_a_position(any_store: str) -> None:
     """It is the one that a client is given, so that it may resume there."""
-    async with members(any_store, "") as [one]:
+    async with members(any_store) as [one]:
         assert UUID7.match(one.opening.before)
         assert await one.admit("a") == one.opening.before
         assert one.opening.records == []
@@ -98,11 +98,10 @@ async def test_an_empty_log_has_a_position(any_store: str) -> None:
 @on_loop
 async def test_what_is_appended_is_delivered(any_store: str) -> None:
     """To the process that appended it, whole and before it has the receipt."""
-    async with members(any_store, "") as [one]:
+    async with members(any_store) as [one]:
         drafts = [
             SOMETHING,
             Draft(b',"x":"\xc3\xa9"}', audience(["a", "b"], ["news"]), False),
-            Draft(b"}", host="here"),
             Draft(b"}", audience()),
         ]
         appended = await one.store.append(drafts)
@@ -116,7 +115,7 @@ async def test_what_is_appended_is_delivered(any_store: str) -> None:
 
 @on_loop
 async def test_ids_increase(any_store: str) -> None:
-    async with members(any_store, "") as [one]:
+    async with members(any_store) as [one]:
         await one.publish(*[SOMETHING] * 50)
         for _ in range(50):
             await one.publish()
@@ -130,7 +129,7 @@ async def test_ids_increase_over_all_processes_while_the_clock_jumps(
     shared: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An hour back, and forth again."""
-    async with members(shared, "", "") as [one, other]:
+    async with members(shared, 2) as [one, other]:
         await one.publish()
         with monkeypatch.context() as patch:
             now, now_ns = time.time(), time.time_ns()
@@ -147,7 +146,7 @@ async def test_ids_increase_over_all_processes_while_the_clock_jumps(
 @on_loop
 async def test_every_process_is_told_everything_in_one_order(shared: str) -> None:
     """Whoever appended it, and however many do so at once."""
-    async with members(shared, "", "", "") as everyone:
+    async with members(shared, 3) as everyone:
         ids = await asyncio.gather(*(member.publish() for _ in range(100) for member in everyone))
         for member in everyone:
             await member.until(lambda member=member: len(member.records) >= 300)
@@ -158,7 +157,7 @@ async def test_every_process_is_told_everything_in_one_order(shared: str) -> Non
 @on_loop
 async def test_a_batch_stays_together(shared: str) -> None:
     """Nothing comes between its notifications."""
-    async with members(shared, "", "") as [one, other]:
+    async with members(shared, 2) as [one, other]:
         batches = [one.store.append([SOMETHING] * 10), other.store.append([SOMETHING] * 10)]
         appended = await asyncio.gather(*batches, *(member.publish() for member in (one, other) for _ in range(10)))
         await one.until(lambda: len(one.records) == 40)
@@ -171,9 +170,9 @@ async def test_a_batch_stays_together(shared: str) -> None:
 @on_loop
 async def test_a_process_finds_the_log_as_it_is(shared: str) -> None:
     """What was there is in its opening, and what comes later is delivered."""
-    async with members(shared, "") as [one]:
-        await one.publish(Draft(b'"1"}', audience(["a"], ["t", "u"])), Draft(b'"2"}', None, False, "host"))
-        async with members(shared, "") as [late]:
+    async with members(shared) as [one]:
+        await one.publish(Draft(b'"1"}', audience(["a"], ["t", "u"])), Draft(b'"2"}', audience(), False))
+        async with members(shared) as [late]:
             assert late.opening.records == one.records
             assert late.opening.before == one.opening.before
             assert late.opening.started_at == one.opening.started_at
@@ -185,7 +184,7 @@ async def test_a_process_finds_the_log_as_it_is(shared: str) -> None:
 @on_loop
 async def test_a_wake_up_takes_milliseconds(shared: str) -> None:
     """Not the second after which a process looks in any case."""
-    async with members(shared, "", "") as [one, other]:
+    async with members(shared, 2) as [one, other]:
         times = []
         for count in range(1, 51):
             began = time.monotonic()
@@ -201,11 +200,11 @@ async def test_a_wake_up_takes_milliseconds(shared: str) -> None:
 @on_loop
 async def test_the_log_keeps_as_many_as_are_replayed(shared: str) -> None:
     """The newest of them; what is not replayed counts for nothing. The id before the first is known."""
-    async with members(shared, "", history_size=3) as [one]:
+    async with members(shared, history_size=3) as [one]:
         for number in range(6):
             await one.publish(Draft(b"%d}" % number), Draft(b"{}", None, False))
         ids = one.ids
-    async with members(shared, "", history_size=3) as [late]:
+    async with members(shared, history_size=3) as [late]:
         assert [record.rest for record in late.opening.records] == [b"{}", b"3}", b"{}", b"4}", b"{}", b"5}", b"{}"]
         assert late.opening.before == ids[4]
 
@@ -213,20 +212,20 @@ async def test_the_log_keeps_as_many_as_are_replayed(shared: str) -> None:
 @on_loop
 async def test_the_log_is_bounded_in_bytes(shared: str) -> None:
     """The names in an audience count."""
-    async with members(shared, "", history_bytes=100) as [one]:
+    async with members(shared, history_bytes=100) as [one]:
         for number in range(5):
             await one.publish(Draft(b"%d" % number * 30, audience(["c" * 10], ["t" * 10])))
-    async with members(shared, "", history_bytes=100) as [late]:
+    async with members(shared, history_bytes=100) as [late]:
         assert [record.rest[:1] for record in late.opening.records] == [b"3", b"4"]
 
 
 @on_loop
 async def test_the_log_is_bounded_in_age(shared: str) -> None:
     """Where nothing is left, the position is still known."""
-    async with members(shared, "", history_ttl=0.1) as [one]:
+    async with members(shared, history_ttl=0.1) as [one]:
         newest = await one.publish()
         await asyncio.sleep(0.15)
-    async with members(shared, "", history_ttl=0.1) as [late]:
+    async with members(shared, history_ttl=0.1) as [late]:
         assert late.opening.records == []
         assert late.opening.before == newest
         assert await late.admit("a") == newest
@@ -236,11 +235,11 @@ async def test_the_log_is_bounded_in_age(shared: str) -> None:
 @on_loop
 async def test_bounds_hold_while_nobody_appends_and_none_joins(shared: str) -> None:
     """A record that is too old goes by itself: one that joins with a longer memory does not find it."""
-    async with members(shared, "", history_ttl=0.1) as [one]:
+    async with members(shared, history_ttl=0.1) as [one]:
         newest = await one.publish()
 
         async def is_forgotten() -> bool:
-            async with members(shared, "") as [late]:
+            async with members(shared) as [late]:
                 return (late.opening.records, late.opening.before) == ([], newest)
 
         await one.eventually(is_forgotten)
@@ -251,7 +250,7 @@ async def test_bounds_hold_while_nobody_appends_and_none_joins(shared: str) -> N
 
 @on_loop
 async def test_recipients_of_everyone(any_store: str) -> None:
-    async with members(any_store, "") as [one]:
+    async with members(any_store) as [one]:
         for client_id in ("a", "b", "c"):
             await one.admit(client_id)
         one.leave("b")
@@ -261,7 +260,7 @@ async def test_recipients_of_everyone(any_store: str) -> None:
 @on_loop
 async def test_recipients_on_all_processes(shared: str) -> None:
     """Clients by id and subscribers of topics, each once, those that are connected."""
-    async with members(shared, "here", "there", "there") as [one, other, third]:
+    async with members(shared, 3) as [one, other, third]:
         await one.admit("a", "t")
         await one.admit("b", "t", "u")
         await other.admit("c", "u")
@@ -274,9 +273,6 @@ async def test_recipients_on_all_processes(shared: str) -> None:
             Draft(b"{}", audience([], ["nothing"])): 0,
             Draft(b"{}", audience([], ["t", "u"])): 3,
             Draft(b"{}", audience(["a", "d"], ["t"])): 3,
-            Draft(b"{}", host="here"): 2,
-            Draft(b"{}", host="there"): 2,
-            Draft(b"{}", host="elsewhere"): 0,
         }
         for member in (one, other):
             appended = await member.store.append(list(drafts))
@@ -284,9 +280,20 @@ async def test_recipients_on_all_processes(shared: str) -> None:
 
 
 @on_loop
+async def test_what_is_for_nobody_is_told_to_every_process(shared: str) -> None:
+    """It is a place in the log that all of them know."""
+    async with members(shared, 2) as [one, other]:
+        await one.admit("a", "t")
+        (receipt,) = (await one.store.append([Draft(b"{}", audience(), False)])).receipts
+        await other.until(lambda: other.ids == one.ids == [receipt.id])
+        assert receipt.recipients == 0
+        assert one.records[0].audience == other.records[0].audience == audience()
+
+
+@on_loop
 async def test_topics_may_change(shared: str) -> None:
     """A change is told the newest id, and takes all topics together; one who leaves has none."""
-    async with members(shared, "", "") as [one, other]:
+    async with members(shared, 2) as [one, other]:
 
         async def subscribers(topic: str) -> int:
             return (await other.store.append([Draft(b"{}", audience([], [topic]))])).receipts[0].recipients
@@ -306,7 +313,7 @@ async def test_topics_may_change(shared: str) -> None:
 @on_loop
 async def test_a_client_that_is_gone_subscribes_to_nothing(shared: str) -> None:
     """Nor does one of another process."""
-    async with members(shared, "", "") as [one, other]:
+    async with members(shared, 2) as [one, other]:
         await other.admit("a")
         await one.store.subscribe("a", ["t"])
         await one.store.subscribe("b", ["t"])
@@ -316,7 +323,7 @@ async def test_a_client_that_is_gone_subscribes_to_nothing(shared: str) -> None:
 @on_loop
 async def test_an_admission_falls_between_two_notifications(shared: str) -> None:
     """The one whose id it is told has not counted the client, the next one has."""
-    async with members(shared, "", "") as [one, other]:
+    async with members(shared, 2) as [one, other]:
         publishes = [asyncio.create_task(other.store.append([SOMETHING])) for _ in range(50)]
         admissions = [asyncio.create_task(one.admit(str(number))) for number in range(50)]
         recipients = {(await publish).receipts[0].id: (await publish).receipts[0].recipients for publish in publishes}
@@ -331,7 +338,7 @@ async def test_an_admission_falls_between_two_notifications(shared: str) -> None
 @on_loop
 async def test_a_client_id_is_taken_once(shared: str) -> None:
     """The refused process is told whose it is, and nothing is counted for it."""
-    async with members(shared, "", "") as [one, other]:
+    async with members(shared, 2) as [one, other]:
         await one.admit("a")
         with pytest.raises(Taken) as refusal:
             await other.admit("a")
@@ -342,7 +349,7 @@ async def test_a_client_id_is_taken_once(shared: str) -> None:
 
 @on_loop
 async def test_of_a_hundred_claims_one_wins(shared: str) -> None:
-    async with members(shared, "", "") as both:
+    async with members(shared, 2) as both:
         one, other = both
         claims = [member.admit("a") for _ in range(50) for member in both]
         results = await asyncio.gather(*claims, return_exceptions=True)
@@ -355,7 +362,7 @@ async def test_of_a_hundred_claims_one_wins(shared: str) -> None:
 @on_loop
 async def test_a_process_may_claim_again_what_it_holds(shared: str) -> None:
     """The Hub knows its own clients; it takes no second slot, and counts as a connection."""
-    async with members(shared, "", max_connections=1) as [one]:
+    async with members(shared, max_connections=1) as [one]:
         await one.admit("a", "t")
         await one.admit("a", "u")
         census = await one.store.census()
@@ -367,7 +374,7 @@ async def test_a_process_may_claim_again_what_it_holds(shared: str) -> None:
 @on_loop
 async def test_who_left_may_be_admitted_elsewhere(shared: str) -> None:
     """As soon as this process has done anything else, since it leaves in order."""
-    async with members(shared, "", "") as [one, other]:
+    async with members(shared, 2) as [one, other]:
         await one.admit("a")
         one.leave("a")
         await one.publish()
@@ -377,7 +384,7 @@ async def test_who_left_may_be_admitted_elsewhere(shared: str) -> None:
 @on_loop
 async def test_who_leaves_and_comes_back_at_once_stays(shared: str) -> None:
     """A client that is taken out is not the one that is admitted after it."""
-    async with members(shared, "", "") as [one, other]:
+    async with members(shared, 2) as [one, other]:
         await one.admit("a")
         one.leave("a")
         await one.admit("a")
@@ -388,7 +395,7 @@ async def test_who_leaves_and_comes_back_at_once_stays(shared: str) -> None:
 
 @on_loop
 async def test_a_process_takes_out_its_own_clients_only(shared: str) -> None:
-    async with members(shared, "", "") as [one, other]:
+    async with members(shared, 2) as [one, other]:
         await one.admit("a")
         other.store.leave("a")
         await other.publish()
@@ -397,7 +404,7 @@ async def test_a_process_takes_out_its_own_clients_only(shared: str) -> None:
 
 @on_loop
 async def test_the_limit_holds_over_all_processes(shared: str) -> None:
-    async with members(shared, "", "", max_connections=10) as both:
+    async with members(shared, 2, max_connections=10) as both:
         admissions = (member.admit(f"{index}{number}") for index, member in enumerate(both) for number in range(8))
         results = await asyncio.gather(*admissions, return_exceptions=True)
         refusals = {str(result) for result in results if isinstance(result, ConnectionRefused)}
@@ -408,7 +415,7 @@ async def test_the_limit_holds_over_all_processes(shared: str) -> None:
 
 @on_loop
 async def test_a_taken_id_comes_before_the_limit(shared: str) -> None:
-    async with members(shared, "", "", max_connections=1) as [one, other]:
+    async with members(shared, 2, max_connections=1) as [one, other]:
         await one.admit("a")
         with pytest.raises(Taken):
             await other.admit("a")
@@ -419,7 +426,7 @@ async def test_a_taken_id_comes_before_the_limit(shared: str) -> None:
 @on_loop
 async def test_a_closed_process_has_no_clients(shared: str) -> None:
     """What it left and posted before is still done."""
-    async with members(shared, "", "") as [one, other]:
+    async with members(shared, 2) as [one, other]:
         going = await Member(shared).open()
         await going.admit("a", "t")
         await going.admit("b")
@@ -440,7 +447,7 @@ async def test_a_closed_process_has_no_clients(shared: str) -> None:
 @on_loop
 async def test_a_repeat_gets_the_first_receipts(any_store: str) -> None:
     """Nothing is appended, and nothing is counted."""
-    async with members(any_store, "") as [one]:
+    async with members(any_store) as [one]:
         first = await one.store.append([SOMETHING] * 2, Once("key", b"request"))
         again = await one.store.append([SOMETHING] * 2, Once("key", b"request"))
         assert again == first._replace(repeated=True)
@@ -451,7 +458,7 @@ async def test_a_repeat_gets_the_first_receipts(any_store: str) -> None:
 @on_loop
 async def test_a_repeat_gets_them_on_every_process(shared: str) -> None:
     """Of repeats at the same time, one is the first; all have the same receipts."""
-    async with members(shared, "", "") as [one, other]:
+    async with members(shared, 2) as [one, other]:
         requests = (member.store.append([SOMETHING], Once("key", b"r")) for _ in range(5) for member in (one, other))
         appended = await asyncio.gather(*requests)
         assert sum(not answer.repeated for answer in appended) == 1
@@ -460,7 +467,7 @@ async def test_a_repeat_gets_them_on_every_process(shared: str) -> None:
 
 @on_loop
 async def test_a_key_belongs_to_its_request(any_store: str) -> None:
-    async with members(any_store, "") as [one]:
+    async with members(any_store) as [one]:
         await one.store.append([SOMETHING], Once("key", b"request"))
         with pytest.raises(KeyReused):
             await one.store.append([SOMETHING], Once("key", b"another"))
@@ -470,7 +477,7 @@ async def test_a_key_belongs_to_its_request(any_store: str) -> None:
 @on_loop
 async def test_a_key_is_forgotten_with_the_history(any_store: str) -> None:
     """By its age."""
-    async with members(any_store, "", history_ttl=0.1) as [one]:
+    async with members(any_store, history_ttl=0.1) as [one]:
         await one.store.append([SOMETHING], Once("key", b"request"))
         await asyncio.sleep(0.15)
         assert not (await one.store.append([SOMETHING], Once("key", b"another"))).repeated
@@ -479,7 +486,7 @@ async def test_a_key_is_forgotten_with_the_history(any_store: str) -> None:
 
 @on_loop
 async def test_as_many_keys_are_kept_as_notifications(any_store: str) -> None:
-    async with members(any_store, "", history_size=3) as [one]:
+    async with members(any_store, history_size=3) as [one]:
         for number in range(4):
             await one.store.append([SOMETHING], Once(str(number), b"r"))
         assert not (await one.store.append([SOMETHING], Once("0", b"r"))).repeated
@@ -491,7 +498,7 @@ async def test_as_many_keys_are_kept_as_notifications(any_store: str) -> None:
 
 @on_loop
 async def test_every_process_counts_the_same(shared: str) -> None:
-    async with members(shared, "", "") as [one, other]:
+    async with members(shared, 2) as [one, other]:
         await one.admit("a")
         await other.admit("b")
         other.leave("b")
@@ -506,8 +513,8 @@ async def test_every_process_counts_the_same(shared: str) -> None:
 
 @on_loop
 async def test_counters_keep_what_a_closed_process_counted(shared: str) -> None:
-    async with members(shared, "") as [one]:
-        async with members(shared, "") as [going]:
+    async with members(shared) as [one]:
+        async with members(shared) as [going]:
             await going.admit("a")
             await going.publish()
             await going.store.report(Report(7, 2))
@@ -517,13 +524,13 @@ async def test_counters_keep_what_a_closed_process_counted(shared: str) -> None:
 @on_loop
 async def test_counters_begin_again_when_nobody_is_left(shared: str) -> None:
     """The history stays, and so do the keys."""
-    async with members(shared, "") as [one]:
+    async with members(shared) as [one]:
         await one.admit("a")
         await one.store.append([SOMETHING], Once("key", b"r"))
         await one.store.report(Report(7, 2))
         assert await one.store.lead() == 0
         await one.store.append([SOMETHING], None, 1)
-    async with members(shared, "") as [late]:
+    async with members(shared) as [late]:
         assert await late.store.census() == (0, 0, 0, 0, 0, [])
         assert late.opening.started_at > one.opening.started_at
         assert late.opening.age < 1
@@ -538,8 +545,8 @@ async def test_counters_begin_again_when_nobody_is_left(shared: str) -> None:
 @on_loop
 async def test_one_process_leads(shared: str) -> None:
     """The first that asks; the other one when it is gone, with the number that was reached."""
-    async with members(shared, "") as [other]:
-        async with members(shared, "") as [one]:
+    async with members(shared) as [other]:
+        async with members(shared) as [one]:
             assert await one.store.lead() == 0
             assert await other.store.lead() is None
             assert await one.store.lead() == 0
@@ -551,7 +558,7 @@ async def test_one_process_leads(shared: str) -> None:
 @on_loop
 async def test_a_test_notification_is_appended_once(shared: str) -> None:
     """Neither by one that doesn't lead, nor with a number that isn't the next."""
-    async with members(shared, "", "") as [one, other]:
+    async with members(shared, 2) as [one, other]:
         assert (await one.store.append([SOMETHING], None, 1)).receipts == []
         await one.store.lead()
         assert (await other.store.append([SOMETHING], None, 1)).receipts == []
@@ -565,7 +572,7 @@ async def test_a_test_notification_is_appended_once(shared: str) -> None:
 @on_loop
 async def test_one_that_asks_no_more_leads_no_more(shared: str) -> None:
     """A process that drains sends no test notifications; what it tries too late is not appended."""
-    async with members(shared, "", "") as [one, other]:
+    async with members(shared, 2) as [one, other]:
         await one.store.lead()
 
         async def leads() -> bool:
@@ -580,7 +587,7 @@ async def test_one_that_asks_no_more_leads_no_more(shared: str) -> None:
 
 @on_loop
 async def test_messages_arrive_in_order(shared: str) -> None:
-    async with members(shared, "", "", "") as [one, other, third]:
+    async with members(shared, 3) as [one, other, third]:
         for number in range(20):
             await one.store.post(other.store.node_id, b"%d" % number)
             await third.store.post(other.store.node_id, b"%d" % number)
@@ -593,7 +600,7 @@ async def test_messages_arrive_in_order(shared: str) -> None:
 
 @on_loop
 async def test_a_message_takes_milliseconds(shared: str) -> None:
-    async with members(shared, "", "") as [one, other]:
+    async with members(shared, 2) as [one, other]:
         times = []
         for count in range(1, 21):
             began = time.monotonic()
@@ -605,7 +612,7 @@ async def test_a_message_takes_milliseconds(shared: str) -> None:
 
 @on_loop
 async def test_a_message_to_nobody_is_lost(any_store: str) -> None:
-    async with members(any_store, "") as [one]:
+    async with members(any_store) as [one]:
         await one.store.post("nobody", b"hello")
 
 
@@ -619,7 +626,7 @@ async def test_a_killed_process_leaves_its_ids_slots_and_figures(
 ) -> None:
     """What it appended and was answered for is there; its clients are gone when its lease is."""
     process = start_process(shared, SHORT_LEASE)
-    async with members(shared, "", max_connections=2) as [one]:
+    async with members(shared, max_connections=2) as [one]:
         process.ask("member.admit('a', 't')")
         process.ask("member.admit('b')")
         process.ask("member.store.report(Report(5, 1))")
@@ -644,7 +651,7 @@ async def test_a_killed_process_leaves_its_ids_slots_and_figures(
 @on_loop
 async def test_the_lead_of_a_killed_process_is_taken_over(shared: str, start_process: Callable[..., Process]) -> None:
     process = start_process(shared, SHORT_LEASE)
-    async with members(shared, "") as [one]:
+    async with members(shared) as [one]:
         process.ask("member.store.lead()")
         process.ask("member.store.append([SOMETHING], None, 1)")
         process.kill()
@@ -663,7 +670,7 @@ async def test_a_process_that_was_taken_for_dead_joins_again(
 ) -> None:
     """With all clients but those that others took meanwhile; it gets what it has missed, once."""
     process = start_process(shared, SHORT_LEASE)
-    async with members(shared, "") as [one]:
+    async with members(shared) as [one]:
         for client_id in ("a", "b"):
             process.ask(f"member.admit('{client_id}', 't')")
         before = await one.publish()
@@ -691,7 +698,7 @@ async def test_a_process_that_was_taken_for_dead_joins_again(
 async def test_a_process_hears_that_it_missed_something(shared: str, start_process: Callable[..., Process]) -> None:
     """The log waits for no process that was taken for dead; from where it begins, all is delivered."""
     process = start_process(shared, SHORT_LEASE)
-    async with members(shared, "", history_size=3) as [one]:
+    async with members(shared, history_size=3) as [one]:
         process.stop()
 
         async def is_dead() -> bool:
@@ -716,7 +723,7 @@ async def test_what_was_appended_survives_every_process(shared: str, start_proce
     answered = [process.answered(200) for process in processes]
     for process in processes:
         process.kill()
-    async with members(shared, "") as [late]:
+    async with members(shared) as [late]:
         ids = [record.id for record in late.opening.records]
         assert ids == sorted(set(ids))
         for published in answered:
@@ -727,7 +734,7 @@ async def test_what_was_appended_survives_every_process(shared: str, start_proce
 async def test_processes_together_deliver_everything_once(shared: str, start_process: Callable[..., Process]) -> None:
     """Two of them append at full speed while a third only reads; all have the same in the end."""
     processes = [start_process(shared), start_process(shared)]
-    async with members(shared, "") as [reader]:
+    async with members(shared) as [reader]:
         for process in processes:
             process.begin("asyncio.gather(*(member.publish() for _ in range(500)))")
         ids = sorted(id for process in processes for id in process.result())

@@ -73,7 +73,7 @@ async def has_lost_nothing(answered: list[str], url: str, *everyone: Member) -> 
         assert member.ids == sorted(set(member.ids))
         assert set(answered) <= set(member.ids)
         assert member.times_missed == 0
-    async with members(url, "") as [late]:
+    async with members(url) as [late]:
         assert [record.id for record in late.opening.records] == everyone[0].ids
         assert late.opening.records == everyone[0].records
 
@@ -87,18 +87,18 @@ async def test_a_user_a_password_a_database_and_a_prefix(start_redis: StartRedis
     redis = start_redis()
     redis.command("ACL", "SETUSER", "notifyd", "on", ">pa:ss", "~mine:*", "+@all")
     url = f"redis://notifyd:pa%3Ass@127.0.0.1:{redis.port}/3"
-    async with members(url, "", store_prefix="mine:") as [one]:
+    async with members(url, store_prefix="mine:") as [one]:
         await one.admit("a", "t")
         await one.publish()
         assert redis.keys(0) == set()
         assert redis.keys(3) and all(key.startswith("mine:") for key in redis.keys(3))
-    async with members(url.replace("pa%3Ass", "guess"), "") as [one]:
+    async with members(url.replace("pa%3Ass", "guess")) as [one]:
         assert one.store.failure == "The store is away: invalid username-password pair or user is disabled."
 
 
 @on_loop
 async def test_a_socket_in_the_file_system(start_redis: StartRedis) -> None:
-    async with members(f"unix://{start_redis().socket}", "") as [one]:
+    async with members(f"unix://{start_redis().socket}") as [one]:
         await one.publish()
         assert one.records
 
@@ -115,7 +115,7 @@ def test_a_wrong_url_is_refused_without_repeating_it(url: str) -> None:
 async def test_all_keys_are_in_one_slot(start_redis: StartRedis) -> None:
     """By the default prefix."""
     redis = start_redis()
-    async with members(redis.url, "") as [one]:
+    async with members(redis.url) as [one]:
         await one.admit("a", "t")
         await one.store.append([SOMETHING], Once("key", b"r"))
         assert redis.keys(0)
@@ -125,7 +125,7 @@ async def test_all_keys_are_in_one_slot(start_redis: StartRedis) -> None:
 @on_loop
 async def test_the_script_is_loaded_again(start_redis: StartRedis) -> None:
     redis = start_redis()
-    async with members(redis.url, "") as [one]:
+    async with members(redis.url) as [one]:
         await one.publish()
         redis.command("SCRIPT", "FLUSH")
         await one.publish()
@@ -142,7 +142,7 @@ async def test_it_may_come_later(start_redis: StartRedis, caplog: pytest.LogCapt
     caplog.set_level(logging.INFO, "notifyd")
     redis = start_redis()
     redis.kill()
-    async with members(redis.url, "") as [one]:
+    async with members(redis.url) as [one]:
         await is_away(one, "Connection refused")
         assert one.openings == []
         await asyncio.sleep(0.6)
@@ -159,11 +159,11 @@ async def test_it_may_come_later(start_redis: StartRedis, caplog: pytest.LogCapt
 async def test_it_may_come_later_with_a_log(start_redis: StartRedis, caplog: pytest.LogCaptureFixture) -> None:
     """That takes several reads; the store is away until the last."""
     redis = start_redis(append_only=True)
-    async with members(redis.url, "") as [one]:
+    async with members(redis.url) as [one]:
         await one.publish(*[SOMETHING] * 1000)
     redis.kill()
     caplog.clear()
-    async with members(redis.url, "") as [late]:
+    async with members(redis.url) as [late]:
         redis.start()
         await late.until(lambda: late.openings)
         assert late.opening.records == one.records
@@ -174,7 +174,7 @@ async def test_it_may_come_later_with_a_log(start_redis: StartRedis, caplog: pyt
 async def test_killed_and_started_with_its_file(start_redis: StartRedis) -> None:
     """In the middle of publishing: what was answered is there, once, and the clients are too."""
     redis = start_redis(append_only=True)
-    async with members(redis.url, "", "") as [one, other]:
+    async with members(redis.url, 2) as [one, other]:
         await one.admit("a", "t")
         await other.admit("b")
         await other.admit("c")
@@ -206,7 +206,7 @@ async def test_killed_and_started_with_its_file(start_redis: StartRedis) -> None
 async def test_stopped_for_longer_than_a_lease(start_redis: StartRedis) -> None:
     """It is given up on after store_timeout, also where nobody asks for anything."""
     redis = start_redis()
-    async with members(redis.url, "", "", store_timeout=0.3) as [one, other]:
+    async with members(redis.url, 2, store_timeout=0.3) as [one, other]:
         await one.admit("a")
         await other.admit("b")
         await one.store.report(Report(7, 1))
@@ -225,7 +225,7 @@ async def test_stopped_for_longer_than_a_lease(start_redis: StartRedis) -> None:
 
 
 async def loses_everything(lose: Callable[[], None], url: str) -> None:
-    async with members(url, "", "") as [one, other]:
+    async with members(url, 2) as [one, other]:
         await one.admit("a")
         await other.admit("b", "t")
         await one.store.report(Report(7, 1))
@@ -267,7 +267,7 @@ async def test_started_without_its_file(start_redis: StartRedis) -> None:
 async def test_started_with_an_old_file(start_redis: StartRedis) -> None:
     """As a snapshot is, or a replica that was behind: what it lacks is put back."""
     redis = start_redis()
-    async with members(redis.url, "", "") as [one, other]:
+    async with members(redis.url, 2) as [one, other]:
         answered = [await one.publish() for _ in range(20)]
         redis.command("SAVE")
         answered += [await other.publish() for _ in range(20)]
@@ -281,7 +281,7 @@ async def test_started_with_an_old_file(start_redis: StartRedis) -> None:
 @on_loop
 async def test_emptied_while_everybody_publishes(start_redis: StartRedis) -> None:
     redis = start_redis()
-    async with members(redis.url, "", "") as everyone:
+    async with members(redis.url, 2) as everyone:
         answered = []
 
         async def publish(member: Member) -> None:
@@ -300,7 +300,7 @@ async def test_emptied_while_everybody_publishes(start_redis: StartRedis) -> Non
 async def test_a_full_redis(start_redis: StartRedis) -> None:
     """One that may not forget anything refuses to write."""
     redis = start_redis()
-    async with members(redis.url, "", "") as [one, other]:
+    async with members(redis.url, 2) as [one, other]:
         answered = [await one.publish()]
         redis.refuse_writes()
         await is_away(other, "command not allowed when used memory > 'maxmemory'.")
@@ -313,7 +313,7 @@ async def test_a_full_redis(start_redis: StartRedis) -> None:
 @on_loop
 async def test_a_read_only_replica(start_redis: StartRedis) -> None:
     redis = start_redis()
-    async with members(redis.url, "", "") as [one, other]:
+    async with members(redis.url, 2) as [one, other]:
         answered = [await one.publish()]
         redis.follow_nobody()
         await is_away(other, "You can't write against a read only replica.")
@@ -331,7 +331,7 @@ async def test_a_read_only_replica(start_redis: StartRedis) -> None:
 async def test_the_clock_of_redis_jumps_back(start_redis: StartRedis, start_process: Callable[..., Process]) -> None:  # noqa: F811
     """An hour: what it wrote before lies in the future. Ids go on, and a dead process is free all the same."""
     redis = start_redis()
-    async with members(redis.url, "") as [one]:
+    async with members(redis.url) as [one]:
         process = start_process(redis.url, SHORT_LEASE)
         process.ask("member.admit('a')")
         dead = (await one.store.census()).others[0]
@@ -358,7 +358,7 @@ async def test_a_process_that_finds_the_log_empty_goes_on(
 ) -> None:
     """It was taken for dead, and what came meanwhile is too old by now: there is nothing for it to wait for."""
     redis = start_redis()
-    async with members(redis.url, "", history_ttl=0.2) as [one]:
+    async with members(redis.url, history_ttl=0.2) as [one]:
         process = start_process(redis.url, SHORT_LEASE)
         process.stop()
 
@@ -390,7 +390,7 @@ async def test_messages_to_one_that_does_not_read_are_bounded(
     start_process: Callable[..., Process],  # noqa: F811
 ) -> None:
     redis = start_redis()
-    async with members(redis.url, "") as [one]:
+    async with members(redis.url) as [one]:
         process = start_process(redis.url)
         process.stop()
         (node,) = (await one.store.census()).others
@@ -403,7 +403,7 @@ async def test_messages_to_one_that_does_not_read_are_bounded(
 @on_loop
 async def test_a_cancelled_admission_is_taken_back(start_redis: StartRedis) -> None:
     """The store may have done it by then."""
-    async with members(start_redis().url, "", "") as [one, other]:
+    async with members(start_redis().url, 2) as [one, other]:
         admission = asyncio.create_task(one.store.admit("a", ["t"]))
         await asyncio.sleep(0)
         admission.cancel()
@@ -414,7 +414,7 @@ async def test_a_cancelled_admission_is_taken_back(start_redis: StartRedis) -> N
 
 @on_loop
 async def test_a_store_that_is_closed_answers_nothing(start_redis: StartRedis) -> None:
-    async with members(start_redis().url, "") as [one]:
+    async with members(start_redis().url) as [one]:
         await one.store.close()
         with pytest.raises(StoreUnavailable):
             await one.publish()

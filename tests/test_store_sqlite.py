@@ -112,7 +112,7 @@ async def test_a_path_that_cannot_be_opened_is_a_wrong_setting(path: Path) -> No
 @on_loop
 async def test_the_files_are_for_their_owner_only(path: Path) -> None:
     """Those that SQLite and the nodes put beside it, too; at the end all but the log and its lock are gone."""
-    async with members(f"sqlite:{path}", "", "") as [one, other]:
+    async with members(f"sqlite:{path}", 2) as [one, other]:
         await one.publish()
         names = files(path)
         assert names == sorted(["", "-lock", "-shm", "-wal", f"-{one.store.node_id}", f"-{other.store.node_id}"])
@@ -128,8 +128,8 @@ async def test_a_path_may_be_longer_than_a_sockets(tmp_path: Path) -> None:
     deep.mkdir()
     (tmp_path / "link").symlink_to(deep)
     async with (
-        members(f"sqlite:{deep / 'log.db'}", "") as [one],
-        members(f"sqlite:{tmp_path}/link/log.db", "") as [two],
+        members(f"sqlite:{deep / 'log.db'}") as [one],
+        members(f"sqlite:{tmp_path}/link/log.db") as [two],
     ):
         began = time.monotonic()
         for _ in range(10):
@@ -144,7 +144,7 @@ async def test_a_path_may_be_longer_than_a_sockets(tmp_path: Path) -> None:
 @on_loop
 async def test_a_killed_process_leaves_no_socket(path: Path, start_process: Callable[..., Process]) -> None:  # noqa: F811
     process = start_process(f"sqlite:{path}", SHORT_LEASE)
-    async with members(f"sqlite:{path}", "") as [one]:
+    async with members(f"sqlite:{path}") as [one]:
         process.kill()
         await one.until(lambda: len(files(path)) == 5)
 
@@ -154,7 +154,7 @@ async def test_the_write_ahead_log_begins_anew(path: Path, monkeypatch: pytest.M
     """Also where it never comes to rest, at the second bound."""
     monkeypatch.setattr(sqlite_database, "CHECKPOINT_PAGES", 50)
     monkeypatch.setattr(sqlite_database, "MAX_WAL_PAGES", 200)
-    async with members(f"sqlite:{path}", "", "") as both:
+    async with members(f"sqlite:{path}", 2) as both:
 
         async def publish_until_it_has_begun_anew(member: Member) -> None:
             # Its header counts how often (sqlite.org/fileformat2.html, "WAL File Format").
@@ -177,7 +177,7 @@ async def test_a_locked_store_is_away_until_it_is_free(
 ) -> None:
     """What is asked for meanwhile is refused; who leaves meanwhile has left. One line says so, one when it is over."""
     caplog.set_level("INFO", "notifyd")
-    async with members(f"sqlite:{path}", "", store_timeout=0.2) as [one]:
+    async with members(f"sqlite:{path}", store_timeout=0.2) as [one]:
         await one.admit("a")
         await one.admit("b")
         with trouble(path):  # type: ignore[attr-defined]
@@ -201,7 +201,7 @@ async def test_a_locked_store_is_away_until_it_is_free(
 @on_loop
 async def test_a_lease_that_cannot_be_renewed_is_a_failure(path: Path) -> None:
     """Nobody has to ask for anything."""
-    async with members(f"sqlite:{path}", "", store_timeout=0.2) as [one]:
+    async with members(f"sqlite:{path}", store_timeout=0.2) as [one]:
         with turn_taken(path):
             await one.until(lambda: one.store.failure)
         await one.until(lambda: one.store.failure is None)
@@ -210,7 +210,7 @@ async def test_a_lease_that_cannot_be_renewed_is_a_failure(path: Path) -> None:
 @on_loop
 async def test_an_admission_that_was_given_up_takes_no_slot(path: Path) -> None:
     """Whether or not it was done, once the store is back."""
-    async with members(f"sqlite:{path}", "", store_timeout=0.2) as [one]:
+    async with members(f"sqlite:{path}", store_timeout=0.2) as [one]:
         with turn_taken(path), pytest.raises(StoreUnavailable):
             await one.admit("a")
         await one.until(lambda: one.store.failure is None)
@@ -229,7 +229,7 @@ async def test_an_admission_that_was_given_up_takes_no_slot(path: Path) -> None:
 @on_loop
 async def test_a_process_may_start_while_the_store_is_away(path: Path) -> None:
     """It is told the log when the store is back."""
-    async with members(f"sqlite:{path}", "") as [one]:
+    async with members(f"sqlite:{path}") as [one]:
         await one.publish()
         late = Member(f"sqlite:{path}", store_timeout=0.2)
         with turn_taken(path):
@@ -245,7 +245,7 @@ async def test_a_process_may_start_while_the_store_is_away(path: Path) -> None:
 @on_loop
 async def test_a_process_may_end_while_the_store_is_away(path: Path) -> None:
     """Within the time that it gives the store; it has left when the store is back."""
-    async with members(f"sqlite:{path}", "") as [one]:
+    async with members(f"sqlite:{path}") as [one]:
         going = await Member(f"sqlite:{path}", store_timeout=0.2).open()
         await going.admit("a")
         with turn_taken(path):
@@ -257,7 +257,7 @@ async def test_a_process_may_end_while_the_store_is_away(path: Path) -> None:
 async def test_a_full_disk(path: Path, start_process: Callable[..., Process]) -> None:  # noqa: F811
     """A process that cannot write is away. It reads on, and is back by itself; nothing is lost, and nothing twice."""
     process = start_process(f"sqlite:{path}")
-    async with members(f"sqlite:{path}", "") as [one]:
+    async with members(f"sqlite:{path}") as [one]:
         ids = [process.ask("member.publish()")]
         process.ask("member.admit('a')")
         with disk_full_for(process):
@@ -277,7 +277,7 @@ async def test_a_full_disk(path: Path, start_process: Callable[..., Process]) ->
 @on_loop
 async def test_a_file_that_was_deleted(path: Path) -> None:
     """All processes go on with a new one, in which their clients are; the ids go on increasing."""
-    async with members(f"sqlite:{path}", "", "") as [one, other]:
+    async with members(f"sqlite:{path}", 2) as [one, other]:
         await one.admit("a", "t")
         await other.admit("b")
         before = await one.publish()
@@ -300,7 +300,7 @@ async def test_a_file_that_was_deleted(path: Path) -> None:
 @on_loop
 async def test_an_unexpected_error_is_a_failure_that_passes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread goes on."""
-    async with members(f"sqlite:{path}", "") as [one]:
+    async with members(f"sqlite:{path}") as [one]:
         with monkeypatch.context() as patch:
             patch.setattr(sqlite_database, "msgspec", None)
             with pytest.raises(StoreUnavailable, match="internal error"):
