@@ -109,17 +109,20 @@ class RedisStore:
         try:
             # Without the slashes it would be taken for the default, localhost.
             options: dict[str, Any] = dict(parse_url(url if "://" in url else ""))
-        except ValueError:
-            # What parse_url says may repeat a part of the password.
+            self._kind: type[AbstractConnection] = options.pop("connection_class", Connection)
+            # Our own deadlines go for whole groups; the protocol is the one that Redis 6 and Valkey answer alike.
+            deadlines = {"socket_timeout": None, "socket_connect_timeout": settings.store_timeout}
+            self._options = options | deadlines | {"protocol": 2}
+            # Options that it does not know are noticed only here.
+            self._kind(**self._options)
+        except (ValueError, TypeError, exceptions.RedisError):
+            # What redis-py says may repeat a part of the password.
             raise SettingsError("--store: expected a URL such as redis://localhost:6379/0") from None
         self.node_id = secrets.token_hex(8)
         self.failure: str | None = None
         self._settings = settings
         self._prefix = settings.store_prefix
         self._timeout = settings.store_timeout
-        self._kind: type[AbstractConnection] = options.pop("connection_class", Connection)
-        # Our own deadlines go for whole groups; the protocol is the one that Redis 6 and Valkey answer alike.
-        self._options = options | {"protocol": 2, "socket_timeout": None, "socket_connect_timeout": self._timeout}
         self._task: asyncio.Task[None] | None = None
         self._queue: deque[_Operation] = deque()
         self._under_way: list[_Operation] = []

@@ -79,6 +79,8 @@ class SqliteStore:
         except StoreUnavailable:
             pass
         except SettingsError:
+            # Closing fails for the same reason, of which nobody need be warned as well.
+            self.failure = CLOSED
             await self.close()
             raise
 

@@ -172,6 +172,15 @@ def test_a_host_that_is_not_ours_stops_the_start_with_one_line(host: str) -> Non
     assert host in text
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("store", ["sqlite:/nonexistent/log.db", "sqlite:/", "redis://:secret@host:port"])
+def test_a_store_that_cannot_be_used_stops_the_start_with_one_line(store: str, workers: str) -> None:
+    """Without a warning before it, and without the password; the exit status is 2."""
+    status, lines, text = said_in_one_line(run("--store", store, "--workers", workers, "--port", "0"))
+    assert (status, lines) == (2, 1), text
+    assert "store" in text and "secret" not in text
+
+
 @pytest.mark.parametrize(
     "bad",
     [

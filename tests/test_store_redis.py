@@ -103,7 +103,13 @@ async def test_a_socket_in_the_file_system(start_redis: StartRedis) -> None:
         assert one.records
 
 
-@pytest.mark.parametrize("url", ["redis:nowhere", "http://:secret@host/", "redis://:sec:ret@host:port/"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("redis:nowhere", "http://:secret@host/", "redis://:sec:ret@host:port/"),
+        *("redis://host/?secret=1", "rediss://host/?ssl_cert_reqs=secret"),
+    ],
+)
 def test_a_wrong_url_is_refused_without_repeating_it(url: str) -> None:
     with pytest.raises(SettingsError) as error:
         RedisStore(Settings(), url)
