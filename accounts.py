@@ -85,7 +85,7 @@ class Accounts:
                 for answer in await self._peers.ask_all(census.others, asked, ANSWER_SECONDS):
                     details += schemas.check(answer, list[ClientDetails])
             census = await self.census()
-            details = sorted(details, key=lambda one: one.connected_at)[:limit]
+            details = sorted(details, key=lambda one: (one.connected_at, one.client_id))[:limit]
         return census, details
 
     def details(self, limit: int) -> list[ClientDetails]:
