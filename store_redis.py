@@ -399,6 +399,8 @@ class RedisStore:
 
     async def census(self) -> Census:
         active, total, sent, messages, slow, *others = await self._ask("census")
+        # What was stated once is no less after Redis has lost its data.
+        self._known[:2] = total, sent
         return Census(active, total, sent, messages, slow, [node.decode() for node in others])
 
     async def post(self, node_id: str, message: bytes) -> None:

@@ -259,6 +259,20 @@ async def test_emptied(start_redis: StartRedis) -> None:
 
 @pytest.mark.usefixtures("_short_leases")
 @on_loop
+async def test_emptied_counters_are_no_less_than_was_stated(start_redis: StartRedis) -> None:
+    """Also what was counted after the last renewal."""
+    redis = start_redis()
+    async with members(redis.url, "", "") as [one, other]:
+        await one.admit("a")
+        await publish_until_it_works(other)
+        stated = await one.store.census()
+        redis.empty()
+        await publish_until_it_works(one)
+        await is_back(one, other)
+        assert await one.store.census() == stated._replace(notifications_sent=2)
+
+
+@on_loop
 async def test_started_without_its_file(start_redis: StartRedis) -> None:
     redis = start_redis()
 
