@@ -182,7 +182,9 @@ class SendConnection:
             logger.debug("A peer did not take its goodbye and is given up on")
         finally:
             self._reader = self._deadline = None
-            self._end(took_goodbye=writer.done() or self.state is not ConnectionState.CLOSING)
+            # A stream of which the server has told the end has nobody to wait for.
+            if not (self.is_stream and reader.done() and not reader.cancelled()):
+                self._end(took_goodbye=writer.done() or self.state is not ConnectionState.CLOSING)
             reader.cancel()
             writer.cancel()
             self.state = ConnectionState.CLOSED

@@ -6,10 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 from client import Client
 from ring import Audience
+
+# So many audiences are remembered with those who are in them.
+REMEMBERED = 8
 
 
 class Directory:
@@ -18,6 +21,8 @@ class Directory:
     def __init__(self) -> None:
         self._clients: dict[str, Client] = {}
         self._topics: dict[str, set[Client]] = {}
+        # Whom the last notifications were addressed to: it is asked twice for each, and the next is often alike.
+        self._addressed: dict[Audience, Set[Client]] = {}
 
     def __len__(self) -> int:
         return len(self._clients)
@@ -41,6 +46,7 @@ class Directory:
 
     def subscribe(self, client: Client, topics: frozenset[str]) -> None:
         """Change what a client is subscribed to."""
+        self._addressed.clear()
         for topic in client.topics - topics:
             self._topics[topic].discard(client)
             if not self._topics[topic]:
@@ -51,39 +57,40 @@ class Directory:
 
     def count(self, audience: Audience | None) -> int:
         """Return how many clients a notification is addressed to."""
-        if audience is None:
-            return len(self._clients)
-        named = {client for name in audience.clients if (client := self._clients.get(name)) is not None}
-        groups = sorted((*self._followers(audience.topics), named), key=len)
-        # The largest is only counted, not copied: a topic that all follow costs as much as one that few follow.
-        largest = groups.pop()
-        return len(largest) + len(set().union(*groups) - largest)
+        return len(self._clients) if audience is None else len(self.addressed(audience))
 
-    def _followers(self, topics: Iterable[str]) -> Iterator[set[Client]]:
-        for topic in topics:
-            if (followers := self._topics.get(topic)) is not None:
-                yield followers
+    def addressed(self, audience: Audience) -> Set[Client]:
+        """Return whom a notification is addressed to. Valid until somebody comes, goes, or changes topics."""
+        if (known := self._addressed.get(audience)) is None:
+            groups = [followers for topic in audience.topics if (followers := self._topics.get(topic)) is not None]
+            if audience.clients:
+                groups.append({client for name in audience.clients if (client := self._clients.get(name)) is not None})
+            if len(self._addressed) >= REMEMBERED:
+                self._addressed.clear()
+            # Copied only where there are several: a topic that all follow costs no more than one that few follow.
+            known = self._addressed[audience] = groups[0] if len(groups) == 1 else set().union(*groups)
+        return known
 
     def owed(self, targeted: Sequence[tuple[int, Audience]]) -> Iterator[tuple[Client, list[int]]]:
         """Yield who is owed which of these (sequence, audience); all who are owed the same get the same list.
 
-        Each client is visited once for each of its topics that is used, not once for each notification.
+        Each client is visited once for each different audience that it is in, not once for each notification.
         """
-        by_topic: dict[str, list[int]] = {}
-        by_client: dict[str, list[int]] = {}
+        by_audience: dict[Audience, list[int]] = {}
         for sequence, audience in targeted:
-            for topic in audience.topics:
-                by_topic.setdefault(topic, []).append(sequence)
-            for client_id in audience.clients:
-                by_client.setdefault(client_id, []).append(sequence)
-        followed: dict[Client, list[str]] = {}
-        for topic in by_topic:
-            for client in self._topics.get(topic, ()):
-                followed.setdefault(client, []).append(topic)
-        named = {self._clients[name]: own for name, own in by_client.items() if name in self._clients}
-        merged: dict[tuple[tuple[int, ...], tuple[str, ...]], list[int]] = {}
-        for client in {**followed, **named}:
-            own, topics = named.get(client, ()), followed.get(client, ())
-            if (sequences := merged.get(key := (tuple(own), tuple(topics)))) is None:
-                sequences = merged[key] = sorted(set(own).union(*(by_topic[topic] for topic in topics)))
-            yield client, sequences
+            by_audience.setdefault(audience, []).append(sequence)
+        if len(by_audience) == 1:
+            [(audience, sequences)] = by_audience.items()
+            for client in self.addressed(audience):
+                yield client, sequences
+            return
+        included: dict[Client, list[Audience]] = {}
+        for audience in by_audience:
+            for client in self.addressed(audience):
+                included.setdefault(client, []).append(audience)
+        merged: dict[tuple[Audience, ...], list[int]] = {}
+        for client, audiences in included.items():
+            key = tuple(audiences)
+            if key not in merged:
+                merged[key] = sorted(sequence for one in audiences for sequence in by_audience[one])
+            yield client, merged[key]

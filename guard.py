@@ -25,7 +25,7 @@ class Origins:
     """The origins from which pages may come in, beside the server's own: `allowed`, in the form of normal_origin()."""
 
     def __init__(self, allowed: Collection[str]) -> None:
-        self._allowed = frozenset(allowed)
+        self.allowed = frozenset(allowed)
         # When each of the last refused origins was told.
         self._warned: dict[str, float] = {}
 
@@ -47,7 +47,7 @@ class Origins:
             return None
         page = normal_origin(b", ".join(origins).decode("latin-1"))
         if len(origins) == 1:
-            if not self._allowed.isdisjoint((page, "*")):
+            if not self.allowed.isdisjoint((page, "*")):
                 return origins[0]
             scheme = page.partition("://")[0]
             if hosts and hosts[0] and page == normal_origin(f"{scheme}://{hosts[0]}"):

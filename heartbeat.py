@@ -10,6 +10,7 @@ transport that has drained.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable
 
@@ -23,6 +24,7 @@ logger = logging.getLogger("notifyd")
 
 # How long a client whose client_id is claimed by a newcomer has to prove that it is alive.
 PROBE_SECONDS = 2.0
+PROBE_TURN_SECONDS = 0.02
 # Newcomers that wait for the result of a probe, beside the clients: no more than may be connected, or this many.
 MAX_WAITING = 1000
 # A large crowd is pinged in portions of this many.
@@ -52,20 +54,25 @@ class Heartbeat:
         self._waiting = 0
 
     async def run(self) -> None:
-        """Ping every client once an interval. Each has a phase, so that a newcomer waits no longer for its first."""
+        """Ping every client once an interval. Each has a phase, so that a newcomer waits no longer for its first.
+
+        What is late is made up for at once: pauses of this process must not add up to a longer interval.
+        """
         step = self._interval / HEARTBEAT_PHASES
-        while True:
-            for phase in range(HEARTBEAT_PHASES):
-                asked_at = self._clock()
-                await asyncio.sleep(step)
-                self._notice_pause(self._clock() - asked_at - step)
-                self._close_all_silent()
-                ping = _ping_message()
-                due = [client for client in self._directory if client.phase == phase]
-                for count, client in enumerate(due, 1):
-                    _ping(client, ping)
-                    if not count % SLICE_CLIENTS:
-                        await asyncio.sleep(0)
+        due = self._clock()
+        for phase in itertools.cycle(range(HEARTBEAT_PHASES)):
+            due += step
+            await asyncio.sleep(max(0.0, due - self._clock()))
+            if (late := self._clock() - due) > self._interval:
+                # Everyone is pinged once, not once for each interval that nothing ran.
+                due += late - self._interval
+            self._notice_pause(late)
+            self._close_all_silent()
+            ping = _ping_message()
+            for count, client in enumerate([client for client in self._directory if client.phase == phase], 1):
+                _ping(client, ping)
+                if not count % SLICE_CLIENTS:
+                    await asyncio.sleep(0)
 
     def _notice_pause(self, overslept: float) -> None:
         """Give everyone the whole time again after this process has not run for a while: nobody could be heard.
@@ -104,8 +111,10 @@ class Heartbeat:
     async def _probe(self, client: Client) -> bool:
         """Ping the client and wait for anything from it; where it could not be heard, take it for alive."""
         asked_at = self._clock()
-        turn = 0
-        while client in self._directory and self._clock() < asked_at + PROBE_SECONDS:
+        # Turns and not the clock: while this process does not run, nobody can be heard.
+        for turn in range(int(PROBE_SECONDS / PROBE_TURN_SECONDS)):
+            if client not in self._directory:
+                return False
             if client.heard_at > asked_at or not client.can_prove_life():
                 return True
             if client.connection.hears_pongs and turn % 25 == 0:
@@ -113,9 +122,8 @@ class Heartbeat:
                 client.connection.ping()
             elif turn == 0:
                 _ping(client, _ping_message())
-            turn += 1
-            await asyncio.sleep(0.02)
-        return False
+            await asyncio.sleep(PROBE_TURN_SECONDS)
+        return client in self._directory and client.heard_at > asked_at
 
 
 def _ping_message() -> bytes:

@@ -48,6 +48,7 @@ from ring import Audience, Entry, Ring
 from schemas import GOING_AWAY, INTERNAL_ERROR, POLICY_VIOLATION, TRY_AGAIN_LATER, encode, timestamp
 from settings import Settings, number
 from store import Draft, Opening, Record, Report, Store, Taken, make_store
+from turns import in_slices
 
 logger = logging.getLogger("notifyd")
 
@@ -150,7 +151,9 @@ class Hub:
     def _leave_loop(self) -> None:
         """Let go of what belongs to an event loop that is gone, such as a test client's: its clients went with it."""
         if self._tasks and self._loop is not None and not self._loop.is_closed():
-            raise RuntimeError("a Hub belongs to one event loop at a time")
+            raise RuntimeError(
+                "a Hub belongs to one event loop at a time; with a test client: `with TestClient(app) as client:`"
+            )
         self._tasks = []
         self._leaving.clear()
         for client in list(self.directory):
@@ -438,8 +441,10 @@ class Hub:
         `numbered` requests name the place, counted from 0.
         """
         await self.start()
+        drafts = []
+        async for place, request in in_slices(requests):
+            drafts.append(self._draft(request, f"[{place}]." if numbered else ""))
         self.check_ready()
-        drafts = [self._draft(request, f"[{place}]." if numbered else "") for place, request in enumerate(requests)]
         return await self.store.append(drafts, once)
 
     def _draft(self, request: schemas.NotifyRequest, place: str) -> Draft:

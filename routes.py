@@ -32,6 +32,7 @@ from guard import Origins
 from hub import Hub
 from keys import Appended, Once
 from schemas import encode, timestamp
+from turns import in_slices
 
 logger = logging.getLogger("notifyd.routes")
 
@@ -122,7 +123,10 @@ async def notify_batch(hub: Hub, request: Request) -> Response:
     body = await request.body(MAX_BATCH_BYTES)
     hub.check_ready()
     _check_content_type(request.media_type())
-    appended = await hub.publish(schemas.decode(body, schemas.NotifyRequests), _once(request, body), numbered=True)
+    wanted = []
+    async for place, value in in_slices(schemas.decode(body, schemas.NotifyRequests)):
+        wanted.append(schemas.check(value, schemas.NotifyRequest, f"[{place}]"))
+    appended = await hub.publish(wanted, _once(request, body), numbered=True)
     receipts = [schemas.BatchReceipt(id=one.id, recipients=one.recipients) for one in appended.receipts]
     response = schemas.BatchResponse(count=len(receipts), notifications=receipts, timestamp=timestamp(appended.at))
     return _published(response, appended)
@@ -200,9 +204,12 @@ async def _admit_or_close(hub: Hub, connection: Connection, scope: Scope) -> Non
 
 def _once(request: Request, body: bytes) -> Once | None:
     """Return the request's Idempotency-Key with what it stands for, if it has one. Raises InvalidRequest."""
-    key = request.headers.get("idempotency-key")
-    if key is None:
+    keys = request.headers.getlist("idempotency-key")
+    if not keys:
         return None
+    if len(keys) > 1:
+        raise InvalidRequest("Idempotency-Key: expected one, got several")
+    [key] = keys
     if not 1 <= len(key) <= MAX_KEY_LENGTH:
         raise InvalidRequest(f"Idempotency-Key: expected 1 to {MAX_KEY_LENGTH} characters, got {len(key)}")
     stated = (request.scope["path"].encode(), request.media_type().encode(), body)
@@ -339,16 +346,17 @@ class OriginGuard:
         except NotifydError as error:
             await refuse(error, scope, receive, send)
             return
-        await self.app(scope, receive, readable(send, page) if page and scope["type"] == "http" else send)
+        if scope["type"] == "http" and self.origins.allowed:
+            send = readable(send, page)
+        await self.app(scope, receive, send)
 
 
-def readable(send: Send, page: bytes) -> Send:
-    """Return a `send` whose response a page of this origin may read."""
-    headers = [
-        (b"access-control-allow-origin", page),
-        (b"access-control-expose-headers", EXPOSED),
-        (b"vary", b"Origin"),
-    ]
+def readable(send: Send, page: bytes | None) -> Send:
+    """Return a `send` whose response a page of this origin may read, if there is one."""
+    # Also without a page: a cache must not give one's answer to another.
+    headers = [(b"vary", b"Origin")]
+    if page:
+        headers += [(b"access-control-allow-origin", page), (b"access-control-expose-headers", EXPOSED)]
 
     async def send_readable(message: Message) -> None:
         if message["type"] == "http.response.start":

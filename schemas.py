@@ -138,18 +138,18 @@ def _check_integers(body: bytes) -> None:
             raise InvalidRequest(f"data: integer out of the 64-bit range: {token[:64].decode()}")
 
 
-def check(value: Any, kind: Any) -> Any:
-    """Make plain values into a Struct. Raises InvalidRequest as decode() does."""
+def check(value: Any, kind: Any, place: str = "") -> Any:
+    """Make plain values into a Struct. Raises InvalidRequest as decode() does; its message begins with the place."""
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(explain(error)) from None
+        raise InvalidRequest(explain(error, place)) from None
 
 
-def explain(error: msgspec.ValidationError) -> str:
+def explain(error: msgspec.ValidationError, place: str = "") -> str:
     """Turn msgspec's "Expected `str`, got `int` - at `$.message`" into "message: expected string, got integer"."""
-    text, _, place = str(error).partition(" - at ")
-    path = place.strip("`").removeprefix("$")
+    text, _, path = str(error).partition(" - at ")
+    path = place + path.strip("`").removeprefix("$")
     for name, json_name in _JSON_NAMES.items():
         text = text.replace(name, json_name)
     if missing := re.search(r"missing required field `(.+)`", text):
@@ -195,8 +195,8 @@ class NotifyRequest(Struct, forbid_unknown_fields=True, kw_only=True):
             raise ValueError(f"type: {self.type!r} is one of the protocol's own types")
 
 
-# The body of POST /notify/batch.
-NotifyRequests = Annotated[list[NotifyRequest], Meta(min_length=1, max_length=MAX_BATCH)]
+# The body of POST /notify/batch: requests, each to be checked by itself.
+NotifyRequests = Annotated[list[Any], Meta(min_length=1, max_length=MAX_BATCH)]
 
 
 class TopicsRequest(Struct, kw_only=True):

@@ -27,7 +27,8 @@ Positive = Annotated[int, Meta(ge=1, le=1_000_000_000)]
 # Kubernetes injects NOTIFYD_PORT=tcp://10.0.0.1:8000 for a service called notifyd (and siblings of these forms).
 _KUBERNETES = re.compile(rf"{PREFIX}(PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?|SERVICE_(HOST|PORT(_\w+)?))\Z")
 _STORE = re.compile(r"(auto|memory|sqlite:.+|(rediss?|unix)://.+)\Z", re.DOTALL)
-_ORIGIN = re.compile(r"https?://[^/\s?#@]+\Z", re.IGNORECASE)
+# "null" is what a page without an origin sends: of a file, or in a sandbox.
+_ORIGIN = re.compile(r"(https?://[^/\s?#@*]+|null)\Z", re.IGNORECASE)
 
 
 class SettingsError(Exception):

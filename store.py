@@ -15,6 +15,7 @@ store_sqlite.py and store_redis.py. Knows ids, payloads and audiences; no socket
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple, Protocol
@@ -24,6 +25,7 @@ from keys import Appended, Keys, Once, Receipt
 from ring import Audience
 from schemas import Positions
 from settings import Settings
+from turns import SLICE_SECONDS
 
 # A process that has not renewed its lease for so long is dead: its client ids and slots are free.
 LEASE_SECONDS = 5.0
@@ -155,7 +157,7 @@ class Store(Protocol):
 
 
 class MemoryStore:
-    """The log and the registry of one process: the Hub's own. Nothing here waits."""
+    """The log and the registry of one process: the Hub's own. Nothing here waits, but for the others' turn."""
 
     node_id = ""
     failure: str | None = None
@@ -167,6 +169,8 @@ class MemoryStore:
         self._newest = self._positions.next()
         self._keys = Keys(settings.history_size, settings.history_ttl)
         self._opened = False
+        # The keys of what is being appended.
+        self._under_way: dict[str, asyncio.Event] = {}
         self._counter = 0
         self._total = 0
         self._notifications_sent = 0
@@ -183,20 +187,45 @@ class MemoryStore:
         pass
 
     async def append(self, drafts: Sequence[Draft], once: Once | None = None, counter: int | None = None) -> Appended:
-        if once is not None and (known := self._keys.find(once, self._clock())) is not None:
-            return known
         if counter is not None:
             self._counter = counter
-        now, node = time.time(), self._node
-        records = [Record(self._positions.next(), *draft, now) for draft in drafts]
-        receipts = [Receipt(record.id, node.recipients(record.audience)) for record in records]
+        if once is None:
+            return await self._append(drafts)
+        while (under_way := self._under_way.get(once.key)) is not None:
+            await under_way.wait()
+        if (known := self._keys.find(once, self._clock())) is not None:
+            return known
+        done = self._under_way[once.key] = asyncio.Event()
+        try:
+            appended = await self._append(drafts)
+            self._keys.keep(once, appended, self._clock())
+        finally:
+            del self._under_way[once.key]
+            done.set()
+        return appended
+
+    async def _append(self, drafts: Sequence[Draft]) -> Appended:
+        now, began, node = time.time(), self._clock(), self._node
+        records: list[Record] = []
+        receipts = []
+        for draft in drafts:
+            record = Record(self._positions.next(), *draft, now)
+            records.append(record)
+            receipts.append(Receipt(record.id, node.recipients(record.audience)))
+            if self._clock() > began + SLICE_SECONDS:
+                # A large batch for large audiences: the others' turn.
+                self._hand_over(records)
+                records = []
+                await asyncio.sleep(0)
+                began = self._clock()
+        if records:
+            self._hand_over(records)
+        return Appended(receipts, now)
+
+    def _hand_over(self, records: Sequence[Record]) -> None:
         self._newest = records[-1].id
         self._notifications_sent += len(records)
-        node.deliver(records)
-        appended = Appended(receipts, now)
-        if once is not None:
-            self._keys.keep(once, appended, self._clock())
-        return appended
+        self._node.deliver(records)
 
     async def admit(self, client_id: str, topics: Collection[str]) -> str:  # noqa: ARG002
         if (active := self._node.active_connections()) >= self._max_connections:

@@ -342,6 +342,8 @@ class StandardProtocol(WebSocketsSansIOProtocol):
     """uvicorn's own class (`--wire standard`), with what ASGI leaves out: protocol pings, and pongs that count."""
 
     receiver: Receiver | None = None
+    # What an eager client has sent before its handshake was answered. The base class would act on it at once.
+    _early = b""
 
     def handle_connect(self, event: Request) -> None:
         items = event.headers.raw_items()
@@ -358,15 +360,28 @@ class StandardProtocol(WebSocketsSansIOProtocol):
             extensions[PROBE_EXTENSION] = self
 
     def data_received(self, data: bytes) -> None:
+        if self.handshake_initiated and not self.handshake_complete:
+            self._early += data
+            self.transport.pause_reading()
+            return
         if self.receiver is not None:
             self.receiver.heard()
         super().data_received(data)
 
     async def send(self, message: Any) -> None:
         await super().send(message)
+        if self._early and self.handshake_complete:
+            # Not at once: the app may have something to say first.
+            self.loop.call_soon(self._read_early)
         if self.initial_response is not None and self.close_sent:
             # The app has answered, if with a refusal. uvicorn would log that it has not.
             self.handshake_complete = True
+
+    def _read_early(self) -> None:
+        early, self._early = self._early, b""
+        if early and not self.transport.is_closing():
+            self.transport.resume_reading()
+            self.data_received(early)
 
     def send_receive_event_to_app(self) -> None:
         """Refuse bad UTF-8 as the base class does, but without its traceback in the log."""

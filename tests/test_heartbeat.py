@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from signal import SIGCONT, SIGSTOP
 
 import pytest
 from conftest import StartServer
-from expected import PING
+from expected import PING, PONG
 from server import Server, eventually
 from websockets.frames import Opcode
 
@@ -128,3 +131,21 @@ def test_pings_are_spread_over_the_interval(start_server: StartServer) -> None:
         client.receive()  # The first ping of each; the second is in the steady state.
     times = sorted(datetime.fromisoformat(client.receive()["timestamp"]) for client in clients)
     assert (times[-1] - times[0]).total_seconds() > 0.4
+
+
+def test_an_incumbent_that_answered_during_a_pause_stays(start_server: StartServer) -> None:
+    """The pong is there, and the process did not run: that is no reason to drop a client."""
+    server = start_server()
+    incumbent = server.join_bare("ann")
+    with ThreadPoolExecutor() as pool:
+        newcomer = pool.submit(lambda: server.connect("ann").closed())
+        ping = incumbent.next_frame(Opcode.PING)
+        for process in server.processes():
+            os.kill(process, SIGSTOP)
+        incumbent.send_frame(Opcode.PONG, bytes(ping.data))
+        time.sleep(2.2)  # Longer than a probe takes.
+        for process in server.processes():
+            os.kill(process, SIGCONT)
+        assert newcomer.result() == (1008, "Client ann is already connected")
+    incumbent.send({"type": "ping"})
+    assert incumbent.receive() == PONG

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 from clients import PATIENCE
+from conftest import StartServer
 from server import Server, eventually, notifyd_command
+from websockets.frames import Frame, Opcode
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 LAST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -88,6 +90,14 @@ def test_a_handshake_may_come_behind_a_request(server: Server) -> None:
     """It is answered when its turn comes."""
     answer = read_until(server.raw(HEALTH + HANDSHAKE), b'"type":"welcome"')
     assert answer.index(b"healthy") < answer.index(b"HTTP/1.1 101 ")
+
+
+@pytest.mark.parametrize("wire", ["fast", "standard"])
+def test_a_goodbye_may_come_with_the_handshake(start_server: StartServer, wire: str) -> None:
+    """An eager client is welcomed first."""
+    server = start_server("--wire", wire)
+    answer = rest(server.raw(HANDSHAKE + Frame(Opcode.CLOSE, b"\x03\xe8").serialize(mask=True)))
+    assert b'"type":"welcome"' in answer and answer.endswith(b"\x88\x02\x03\xe8")
 
 
 def test_a_handshake_waits_for_what_was_asked_before_it(server: Server) -> None:

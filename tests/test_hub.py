@@ -29,6 +29,8 @@ from virtual import FakeConnection, VirtualLoop
 
 import fanout as fanout_module
 import ring as ring_module
+import schemas
+import store as store_module
 from connection import ConnectionState, Receiver
 from errors import ConnectionRefused, DuplicateClient, NotifydError, ShuttingDown
 from frames import payloads
@@ -924,3 +926,52 @@ def test_a_hub_is_used_from_one_event_loop_after_another() -> None:
         return receipt.recipients, [message["type"] for message in connection.messages]
 
     assert [asyncio.run(scenario()) for _ in range(3)] == [(1, ["welcome", "custom"])] * 3
+
+
+def test_many_short_pauses_are_nobodys_silence_either(loop: VirtualLoop) -> None:
+    """What is late is pinged at once: pauses do not add up to a longer interval."""
+    hub = hub_on(loop, ping_interval=1, ping_timeout=2)
+    connections = [join(loop, hub, f"c{number}") for number in range(20)]
+    for _ in range(30):
+        loop.pause(0.45)
+        loop.run_until_complete(asyncio.sleep(0.1))
+    assert [connection.goodbye for connection in connections] == [None] * 20
+
+
+def test_a_notification_is_encoded_once_for_all(loop: VirtualLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many clients there are."""
+    hub = hub_on(loop)
+    for number in range(100):
+        join(loop, hub, f"c{number}")
+    encoded: list[Any] = []
+    monkeypatch.setattr(schemas.orjson, "dumps", lambda *given, **options: encoded.append(given) or b'{"id":""}')
+    loop.run_until_complete(hub.notify("hello"))
+    loop.run_until_complete(asyncio.sleep(1))
+    assert len(encoded) == 1
+    assert all(len(client.connection.messages) == 2 for client in hub.directory)  # type: ignore[attr-defined]
+
+
+def test_a_batch_lets_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large batch for large audiences is no reason to wait; nor is it sent twice when it is repeated meanwhile."""
+    monkeypatch.setattr(store_module, "SLICE_SECONDS", 0.0)
+
+    async def scenario() -> tuple[int, list[str], bool]:
+        hub = Hub(Settings(notification_interval=0, ping_interval=0))
+        connection = FakeConnection()
+        await hub.admit(connection, "ann", None, None, "t")
+        requests = [NotifyRequest(message=str(number), topics=["t"]) for number in range(50)]
+        first = asyncio.ensure_future(hub.publish(requests, Once("key", b"")))
+        turns = 0
+        while not first.done():
+            await asyncio.sleep(0)
+            turns += 1
+            if turns == 5:
+                again = asyncio.ensure_future(hub.publish(requests, Once("key", b"")))
+        repeated = (await again).receipts == first.result().receipts
+        await asyncio.sleep(0.1)
+        await hub.stop()
+        return turns, [message["data"]["message"] for message in connection.messages[1:]], repeated
+
+    turns, messages, repeated = asyncio.run(scenario())
+    assert turns > 20 and repeated
+    assert messages == [str(number) for number in range(50)]

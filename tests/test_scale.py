@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
+from signal import SIGUSR1
 from typing import Any
 
 import pytest
 from conftest import StartServer
 from expected import parse
-from server import Server
+from server import Server, eventually, notifyd_command
 from websockets.asyncio.client import connect
 
 CLIENTS = 1000
@@ -78,3 +80,34 @@ def test_clients_that_stop_reading_cost_the_ring_and_no_more(start_server: Start
         server.notify(str(number), data={"pad": "x" * 60_000})
     reader.receive_many(100)
     assert server.memory() - before < 24 * MEGABYTE
+
+
+COUNTS_GARBAGE = """
+import gc, signal, sys, notifyd
+def collect(*_):
+    print("unreachable:", gc.collect(), file=sys.stderr, flush=True)
+signal.signal(signal.SIGUSR1, collect)
+sys.exit(notifyd.main())
+"""
+
+
+def test_connections_leave_nothing_for_the_collector() -> None:
+    """It hardly ever runs: whatever a connection was made of must go when the connection does."""
+    _, _, *flags = notifyd_command("--port", "0", "--notification-interval", "0")
+    server = Server([sys.executable, "-c", COUNTS_GARBAGE, *flags])
+    server.join().leave()
+    server.get("/health")
+    server.signal(SIGUSR1)
+    server.wait_for_line("unreachable")
+    seen = len(server.stderr)
+    for number in range(100):
+        server.join(f"ws{number}").leave()
+        stream = server.raw(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert stream.recv(65_536)
+        stream.close()
+        assert server.answer_to(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    eventually(lambda: server.active() == 0)
+    server.signal(SIGUSR1)
+    found = int(server.wait_for_line("unreachable", after=seen).split()[-1])
+    assert found < 300, "more than one object for each connection"
+    server.stop()
