@@ -59,10 +59,13 @@ class Accounts:
         await self._store.report(self._counted())
 
     async def report_regularly(self) -> None:
-        """Report for ever, so that little is lost with this process, and stay the leader where it is one."""
+        """Report for ever, so that little is lost with this process, and stay the leader where it is one.
+
+        What all have counted is asked for as well: it is what this process states while the store is away.
+        """
         while True:
+            await self.census()
             with contextlib.suppress(StoreUnavailable):
-                await self.report()
                 await self._store.lead()
             await asyncio.sleep(REPORT_SECONDS)
 

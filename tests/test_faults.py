@@ -336,6 +336,17 @@ def test_redis_is_killed_and_started_again(two: list[Server], redis: RedisServer
         traffic.is_whole(connections=1)
 
 
+def test_figures_while_redis_is_away(start_server: StartServer, redis: RedisServer) -> None:
+    """They are those of a second before, also where nobody had asked for them."""
+    flags = ("--store", redis.url, "--notification-interval", "0.3")
+    _, server = [start_server(*flags, quiet=False) for _ in range(2)]
+    server.join().receive_many(6)
+    redis.kill()
+    eventually(lambda: health(server) == (503, "unhealthy"))
+    connections = server.get("/health").json()["connections"]
+    assert (connections["active"], connections["total"]) == (1, 1)
+
+
 @on_redis
 def test_redis_stops_for_10_s(two: list[Server], redis: RedisServer) -> None:
     """Longer than any lease: the servers come back before anybody is taken for dead."""
