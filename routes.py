@@ -23,6 +23,7 @@ from errors import (
     MethodNotAllowed,
     NotFound,
     NotifydError,
+    StoreUnavailable,
     TooLarge,
     UnsupportedMediaType,
     UpgradeRequired,
@@ -31,7 +32,7 @@ from events import EventStream
 from guard import Origins
 from hub import Hub
 from keys import Appended, Once
-from schemas import encode, timestamp
+from schemas import TRY_AGAIN_LATER, encode, timestamp
 from turns import in_slices
 
 logger = logging.getLogger("notifyd.routes")
@@ -195,6 +196,9 @@ async def _admit_or_close(hub: Hub, connection: Connection, scope: Scope) -> Non
             parameters.get("since"),
             parameters.get("topics", ""),
         )
+    except StoreUnavailable:
+        # What is wrong inside is for the operator, on /health.
+        connection.close(TRY_AGAIN_LATER, "Try again later")
     except NotifydError as refusal:
         connection.close(refusal.close_code, refusal.message)
 

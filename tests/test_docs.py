@@ -40,8 +40,11 @@ MODULES = {path.name: path.read_text() for path in ROOT.glob("*.py")}
 
 # Flags of other programs that the pages name.
 FOREIGN_FLAGS = {"experimental-websocket", "factory"}
-# Raised in the Hub's part of the code, and never the reason of a close: one is for nobody, one is an answer over HTTP.
-NO_REASONS = {re.escape("The newcomer has left"), re.escape("Invalid JSON: ") + ".+"}
+# Raised in the Hub's part of the code, and never the reason of a close: one is for nobody, two are told otherwise.
+NO_REASONS = {
+    *map(re.escape, ("The newcomer has left", "The store is away: its log cannot be read")),
+    re.escape("Invalid JSON: ") + ".+",
+}
 # Names in code style that are other programs' or other standards'.
 FOREIGN_NAMES = {"PYTHONPATH", "EventSource", "TestClient", "websocket_connect", "ws_per_message_deflate"}
 

@@ -347,6 +347,19 @@ def test_figures_while_redis_is_away(start_server: StartServer, redis: RedisServ
     assert (connections["active"], connections["total"]) == (1, 1)
 
 
+def test_a_server_starts_while_redis_is_away(start_server: StartServer, redis: RedisServer) -> None:
+    """It answers 503, turns newcomers away until Redis is there, and then is a server like any other."""
+    redis.kill()
+    server = start_server("--store", redis.url)
+    assert health(server) == (503, "unhealthy")
+    assert server.post({"message": "m"}).status_code == 503
+    assert server.connect().closed() == (1013, "Try again later")
+    redis.start()
+    eventually(lambda: health(server) == (200, "healthy"))
+    server.join()
+    assert server.notify("m")["recipients"] == 1
+
+
 @on_redis
 def test_redis_stops_for_10_s(two: list[Server], redis: RedisServer) -> None:
     """Longer than any lease: the servers come back before anybody is taken for dead."""
