@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Self
 
 from load import Load
-from peers import NOTIFYD, Peer
 from plan import Figure, Level, Row, Scale
 from server import Server
+
+from peers import NOTIFYD, Peer
 
 BURST = 64
 

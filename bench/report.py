@@ -7,9 +7,10 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from peers import PEERS
 from plan import Figure, Level, Row
 from server import CORES
+
+from peers import PEERS
 
 HERE = Path(__file__).parent
 RESULTS, PLOT = HERE / "RESULTS.md", HERE / "results.svg"

@@ -17,7 +17,6 @@ from types import ModuleType
 
 import batch
 import burst
-import fanout
 import handshake
 import hold
 import load
@@ -26,9 +25,11 @@ import publish
 import report
 import target
 import uptime
-from peers import FLOOR, PEERS, Peer
 from plan import FULL, QUICK, TINY, Figure, Scale
 from server import CORES, LOAD_CORE, raise_file_limit
+
+import fanout
+from peers import FLOOR, PEERS, Peer
 
 MEASURES: dict[str, ModuleType] = {
     module.__name__: module for module in (fanout, burst, memory, handshake, publish, batch, target, hold, uptime)
