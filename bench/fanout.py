@@ -69,7 +69,7 @@ def measure(peer: Peer, scale: Scale) -> Iterator[Figure]:
             seconds, base = quantiles(side.latencies, n=100)[at], quantiles(floor.latencies, n=100)[at]
             yield Figure(row, seconds * 1e3, seconds / base)
         if peer is FLOOR:
-            row = Row(LAG_TITLE.format(clients), "x", 2, beside_floor=False)
+            row = Row(LAG_TITLE.format(clients), "x", 2, base=None)
             yield Figure(row, median(side.latencies) / side.cost())
 
     clients = scale.many_clients

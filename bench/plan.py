@@ -4,14 +4,17 @@ from dataclasses import dataclass, replace
 
 # What is no client: libraries, listeners, publishing connections.
 SPARE_FILES = 200
+# The store with which the others are compared.
+MEMORY = "memory"
 
 
 @dataclass(frozen=True)
 class Level:
-    """What notifyd has to reach: `limit`, or `limit` times what the named peer shows in the same run."""
+    """What notifyd has to reach: `limit`, or `limit` times or more than what the named peer or store shows."""
 
     limit: float
     times: str | None = None
+    more_than: str | None = None
 
 
 @dataclass(frozen=True)
@@ -22,20 +25,22 @@ class Row:
     unit: str
     decimals: int = 1
     more_is_better: bool = False
-    # Whether a ratio to the floor says something: the floor keeps nothing for an idle connection.
-    beside_floor: bool = True
+    # What the figures are compared with, where that says something: the floor keeps nothing for an idle connection.
+    base: str | None = "floor"
     levels: tuple[Level, ...] = ()
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One cell: a peer's figure, and its ratio to the floor where both took turns, which is better than dividing."""
+    """One cell: a figure, and its ratio to the base's where both took turns, which is better than dividing."""
 
     row: Row
     value: float
     ratio: float | None = None
     # What stands beside it in the table.
     remark: str = ""
+    # Whose it is, where that is not the peer: a store's.
+    column: str = ""
 
 
 @dataclass(frozen=True)

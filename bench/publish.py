@@ -19,6 +19,7 @@ from server import LOAD_CORE, Server, on_core
 from peers import HERE, Peer
 
 CONNECTIONS = 32
+TITLE = f"POST /notify, no clients, {CONNECTIONS} connections"
 SCRIPT = HERE.parent / "publish.lua"
 
 
@@ -37,14 +38,16 @@ def _with_wrk(server: Server, seconds: int) -> float:
     return float(rate[1])
 
 
+def rate(server: Server, scale: Scale) -> float:
+    """Return how many publishes the server takes a second."""
+    if scale.publish_seconds and shutil.which("wrk"):
+        return _with_wrk(server, scale.publish_seconds)
+    with Load(server) as load:
+        return scale.publishes / load.burst(scale.publishes, CONNECTIONS, depth=1)
+
+
 def measure(peer: Peer, scale: Scale) -> Iterator[Figure]:
     if not peer.has_http:
         return
     with Server(peer) as server:
-        if scale.publish_seconds and shutil.which("wrk"):
-            rate = _with_wrk(server, scale.publish_seconds)
-        else:
-            with Load(server) as load:
-                rate = scale.publishes / load.burst(scale.publishes, CONNECTIONS, depth=1)
-    title = f"POST /notify, no clients, {CONNECTIONS} connections"
-    yield Figure(Row(title, "/s", 0, more_is_better=True, levels=(Level(15_000),)), rate)
+        yield Figure(Row(TITLE, "/s", 0, more_is_better=True, levels=(Level(15_000),)), rate(server, scale))

@@ -7,7 +7,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from plan import Figure, Level, Row
+from plan import MEMORY, Figure, Level, Row
 from server import CORES
 
 from peers import PEERS
@@ -26,13 +26,17 @@ class Results:
         self._measures: dict[Row, str] = {}
 
     def add(self, measure: str, peer: str, figure: Figure) -> None:
-        self.figures.setdefault(figure.row, {})[peer] = figure
+        self.figures.setdefault(figure.row, {})[figure.column or peer] = figure
         self._measures[figure.row] = measure
 
     def fail(self, measure: str, peer: str, reason: str) -> None:
         """Note why a peer has no figures, or not all, in one line and without this machine's folders."""
         last_line = (reason.splitlines() or [""])[-1]
         self.failures[measure, peer] = re.sub(r"(?<!\S)(['\"(]?)/\S*/", r"\1", last_line)
+
+    def rows(self, *, of_stores: bool) -> dict[Row, dict[str, Figure]]:
+        """Those in which stores are compared, or those in which peers are."""
+        return {row: cells for row, cells in self.figures.items() if (row.base == MEMORY) == of_stores}
 
     def peers(self) -> list[str]:
         seen = {name for cells in self.figures.values() for name in cells} | {peer for _, peer in self.failures}
@@ -58,6 +62,9 @@ leaves the floor out, goes by it. A floor that takes turns with itself shows how
 measured minutes apart: a level that is met or missed by little there is neither. Rows whose unit is x are
 ratios of two notifyd that took turns.
 
+In the table of the stores a number in brackets is the ratio to one process with its log in memory, the median of turns,
+or, with a sign, the difference to it. "Redis" is Redis's own CPU for the same, which the figure does not hold.
+
 "woken" is the share of deliveries that woke a sleeping client, at the server and at the floor beside it. All clients
 are one process, which sleeps more often the slower the server is; in the rows with a level they poll, and nobody is
 woken.
@@ -81,7 +88,7 @@ def best_peer(row: Row, cells: dict[str, Figure]) -> str | None:
 def ratio(cells: dict[str, Figure], name: str, base: str) -> float | None:
     """One peer's figure by another's, through the floor's turns where there were any."""
     one, other = cells.get(name), cells.get(base)
-    if one and one.ratio and base == "floor":
+    if one and one.ratio and base == one.row.base:
         return one.ratio
     if not one or not other or not other.value:
         return None
@@ -94,8 +101,11 @@ def _cell(row: Row, cells: dict[str, Figure], name: str, failed: set[str]) -> st
     if name not in cells:
         return "failed" if name in failed else "-"
     figure = cells[name]
-    to_floor = ratio(cells, name, "floor") if row.beside_floor else None
-    beside = ", ".join(part for part in (f"{to_floor:.2f}" if to_floor else "", figure.remark) if part)
+    to_base = ratio(cells, name, row.base) if row.base else None
+    compared = f"{to_base:.2f}" if to_base else ""
+    if row.base and any(level.more_than for level in row.levels):
+        compared = f"{figure.value - cells[row.base].value:+.{row.decimals}f}"
+    beside = ", ".join(part for part in (compared, figure.remark) if part)
     return f"{figure.value:,.{row.decimals}f}" + (f" ({beside})" if beside else "")
 
 
@@ -105,37 +115,71 @@ def _by_best_peer(row: Row, cells: dict[str, Figure]) -> str:
     return f"{by_best:.2f} x {best}" if by_best else "-"
 
 
-def _reached(row: Row, cells: dict[str, Figure], level: Level) -> str:
-    notifyd = cells.get("notifyd")
-    figure = ratio(cells, "notifyd", level.times) if level.times else notifyd.value if notifyd else None
-    word = "at least" if row.more_is_better else "at most"
-    text = f"{word} {level.limit:g}" + (f" x {level.times}" if level.times else "")
+def _reached(row: Row, cells: dict[str, Figure], level: Level, name: str = "notifyd") -> str:
+    """Return `yes` or `no`, or nothing where there is no figure."""
+    figure = cells[name].value if name in cells else None
+    if level.times:
+        figure = ratio(cells, name, level.times)
+    elif level.more_than and figure is not None:
+        figure -= cells[level.more_than].value
     if figure is None:
-        return text
+        return ""
     met = figure >= level.limit if row.more_is_better else figure <= level.limit
-    return f"{text}: {'yes' if met else 'no'}"
+    return "yes" if met else "no"
+
+
+def _wanted(row: Row, level: Level) -> str:
+    text = f"{'at least' if row.more_is_better else 'at most'} {level.limit:g}"
+    text += f" x {level.times}" if level.times else ""
+    return text + (f" more than {level.more_than}" if level.more_than else "")
 
 
 def table(results: Results) -> str:
-    """A Markdown table that is also aligned, for the terminal."""
+    """The tables of the peers and of the stores, as far as there are figures, and what failed."""
+    tables = [_peers_table(results)] if results.rows(of_stores=False) or results.failures else []
+    tables += [_stores_table(results)] if results.rows(of_stores=True) else []
+    failures = results.failure_lines()
+    return "\n\n".join([*tables, "\n".join(failures)] if failures else tables)
+
+
+def _stores_table(results: Results) -> str:
+    rows = results.rows(of_stores=True)
+    names = list(dict.fromkeys(name for cells in rows.values() for name in cells))
+    shared = [name for name in names if name != MEMORY]
+    lines = [["", *names, "level"]]
+    for row, cells in rows.items():
+        figures = [_cell(row, cells, name, set()) for name in names]
+        levels = []
+        for level in row.levels:
+            reached = ", ".join(f"{name} {_reached(row, cells, level, name)}" for name in shared if name in cells)
+            levels.append(f"{_wanted(row, level)}: {reached}")
+        lines.append([f"{row.title} ({row.unit})", *figures, "; ".join(levels)])
+    return _aligned(lines)
+
+
+def _peers_table(results: Results) -> str:
     names = results.peers()
     lines = [["", *names, "notifyd by best peer", "level for notifyd"]]
-    for row, cells in results.figures.items():
-        levels = "; ".join(_reached(row, cells, level) for level in row.levels)
+    for row, cells in results.rows(of_stores=False).items():
+        reached = {_wanted(row, level): _reached(row, cells, level) for level in row.levels}
+        levels = "; ".join(f"{wanted}: {met}" if met else wanted for wanted, met in reached.items())
         figures = [_cell(row, cells, name, results.failed(row)) for name in names]
         lines.append([f"{row.title} ({row.unit})", *figures, _by_best_peer(row, cells), levels])
     for measure, peer in results.without_a_row():
         lines.append([f"{measure}, all of it", *("failed" if name == peer else "-" for name in names), "-", ""])
+    return _aligned(lines)
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    """A Markdown table that is also aligned, for the terminal."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:-1]), "-" * widths[-1]])
-    aligned = "\n".join(
+    return "\n".join(
         f"| {first:<{widths[0]}} | "
         + " | ".join(f"{text:>{width}}" for text, width in zip(middle, widths[1:-1], strict=True))
         + f" | {last:<{widths[-1]}} |"
         for first, *middle, last in lines
     )
-    failures = results.failure_lines()
-    return "\n".join([aligned, "", *failures] if failures else [aligned])
 
 
 def machine() -> list[str]:
@@ -169,7 +213,7 @@ def draw(results: Results) -> str | None:
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "notifyd", "font.size": 9})
     from matplotlib import pyplot
 
-    rows = [row for row, cells in results.figures.items() if len(cells) > 1]
+    rows = [row for row, cells in results.rows(of_stores=False).items() if len(cells) > 1]
     if not rows:
         return "there is nothing to compare"
     figure, panels = pyplot.subplots(-(-len(rows) // 3), 3, figsize=(13, 2.1 * -(-len(rows) // 3)), squeeze=False)

@@ -1,6 +1,6 @@
 """notifyd beside the other ways to send one notification to many WebSocket clients.
 
-    make bench          all measures, about 7 minutes; writes bench/RESULTS.md and bench/results.svg
+    make bench          all measures, about 8 minutes; writes bench/RESULTS.md and bench/results.svg
     make bench-quick    the same with fewer rounds and clients, in under a minute; only prints
 
 Each server has one core for itself and the load generator another. A peer that the machine does not have is skipped,
@@ -23,16 +23,18 @@ import load
 import memory
 import publish
 import report
+import stores
 import target
 import uptime
 from plan import FULL, QUICK, TINY, Figure, Scale
 from server import CORES, LOAD_CORE, raise_file_limit
 
 import fanout
-from peers import FLOOR, PEERS, Peer
+from peers import FLOOR, PEERS, REDIS, Peer
 
 MEASURES: dict[str, ModuleType] = {
-    module.__name__: module for module in (fanout, burst, memory, handshake, publish, batch, target, hold, uptime)
+    module.__name__: module
+    for module in (fanout, burst, memory, handshake, publish, batch, target, hold, uptime, stores)
 }
 
 
@@ -63,9 +65,10 @@ def run_one(name: str, peer: str, scale: Scale, results: report.Results) -> None
     try:
         for figure in run(PEERS[peer], scale):
             results.add(name, peer, figure)
-            beside = f", {figure.ratio:.2f} x floor" if figure.ratio else ""
+            beside = f", {figure.ratio:.2f} x {figure.row.base}" if figure.ratio else ""
             beside += f", {figure.remark}" if figure.remark else ""
-            print(f"{peer:>10}  {figure.row.title}: {figure.value:,.2f} {figure.row.unit}{beside}", flush=True)
+            title = f"{figure.row.title}, {figure.column}" if figure.column else figure.row.title
+            print(f"{peer:>10}  {title}: {figure.value:,.2f} {figure.row.unit}{beside}", flush=True)
     except Exception as failure:  # the border of one measure: the others still have something to say
         reason = f"{type(failure).__name__}: {failure}"
         print(f"{peer:>10}  {name} FAILED: {reason}", flush=True)
@@ -78,6 +81,8 @@ def main() -> int:
         print("the bench reads CPU time from /proc and polls with epoll: it needs Linux")
         return os.EX_UNAVAILABLE
     skipped = prepare(asked.only)
+    if reason := REDIS.prepare():
+        skipped["redis"] = reason
     for peer, reason in skipped.items():
         print(f"skipped: {peer}: {reason}")
     peers = [peer for peer in asked.only if peer not in skipped]
@@ -86,6 +91,8 @@ def main() -> int:
 
     scale = asked.scale.within(raise_file_limit())
     about = report.machine()
+    if "redis" not in skipped:
+        about.append(f"redis: {REDIS.version()}")
     os.sched_setaffinity(0, {LOAD_CORE})
     if len(CORES) == 1:
         about.append("one core for server and load: latency and rates are not those of a server alone on its core")

@@ -72,7 +72,7 @@ class Server:
     def __enter__(self) -> Self:
         self._scratch = tempfile.TemporaryDirectory(prefix="notifyd-bench-")
         folder = Path(self._scratch.name)
-        self._log = (folder / "log").open("w+")
+        self._log = (folder / "log").open("w")
         environ = {k: v for k, v in os.environ.items() if not k.startswith("NOTIFYD_")}
         with on_core(SERVER_CORE):
             self.process = subprocess.Popen(
@@ -88,11 +88,12 @@ class Server:
     def _wait_until_it_listens(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.publish_port), 1):
-                return
+            said = Path(self._scratch.name, "log").read_text()
+            if self.peer.ready in said:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.publish_port), 1):
+                    return
             if self.process.poll() is not None or time.monotonic() > deadline:
-                self._log.seek(0)
-                raise RuntimeError(f"{self.peer.name} did not start: {self._log.read()[-2000:]}")
+                raise RuntimeError(f"{self.peer.name} did not start: {said[-2000:]}")
             time.sleep(0.02)
 
     def __exit__(self, *_: object) -> None:

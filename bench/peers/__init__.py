@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,6 +38,8 @@ class Peer:
     greetings: int = 0
     # Whether its publishes a second say something of the server.
     has_http: bool = True
+    # What it prints when all of it serves, where it is not enough that something listens.
+    ready: str = ""
 
 
 def _compiler() -> str | None:
@@ -89,6 +91,16 @@ def _notifyd_command(port: int, _: Path) -> list[str]:
 
 def _notifyd_version() -> str:
     return _output(sys.executable, str(ROOT / "notifyd.py"), "--version").removeprefix("notifyd ")
+
+
+def _redis_command(port: int, folder: Path) -> list[str]:
+    settings = f"--port {port} --bind 127.0.0.1 --dir {folder} --appendonly yes --appendfsync everysec"
+    return ["redis-server", *settings.split(), "--save", ""]
+
+
+def _redis_version() -> str:
+    found = re.search(r"v=(\S+)", _output("redis-server", "--version"))
+    return found[1] if found else "unknown"
 
 
 def _prepare_floor() -> str | None:
@@ -157,6 +169,25 @@ FLOOR = Peer(
     version=lambda: _output(_compiler() or "cc", "--version").splitlines()[0],
 )
 NOTIFYD = Peer("notifyd", command=_notifyd_command, prepare=_nothing_missing, version=_notifyd_version, greetings=1)
+
+
+def notifyd_on(store: str, workers: int) -> Peer:
+    """So many workers with that store in common; {folder} in it is a folder of their own."""
+
+    def command(port: int, folder: Path) -> list[str]:
+        flags = ["--workers", str(workers), "--store", store.format(folder=folder)]
+        return [*_notifyd_command(port, folder), *flags]
+
+    return replace(NOTIFYD, command=command, ready="listens on")
+
+
+# Serves notifyd, and no clients of its own.
+REDIS = Peer(
+    "redis",
+    command=_redis_command,
+    prepare=lambda: None if shutil.which("redis-server") else "redis-server is not installed",
+    version=_redis_version,
+)
 NCHAN = Peer("nchan", command=_nchan_command, prepare=_without_nchan, version=_nchan_version)
 WS = Peer(
     "ws",
