@@ -128,6 +128,7 @@ static int step(int fd, uint32_t events) {
         watch(fd, EPOLLIN | EPOLLET, EPOLL_CTL_MOD);
         return 0;
     }
+    if (offsets[fd] == NOTHING_FOR_IT) fail("a client received something after its greeting");
     ssize_t got = recv(fd, heads[fd] + offsets[fd], HEAD_LIMIT - 1 - offsets[fd], 0);
     if (got <= 0) fail("a handshake ended early: %s", got ? strerror(errno) : "closed");
     offsets[fd] += (size_t)got;
