@@ -68,6 +68,7 @@ class Session:
         "_peer",
         "_response",
         "_server_state",
+        "_subprotocol",
         "_wanted",
         "_wire",
     )
@@ -79,6 +80,7 @@ class Session:
         self._app_state = app_state
         self._peer: tuple[Any, Any, str] = (None, None, "ws")
         self._key = b""
+        self._subprotocol: str | None = None
         self._early = bytearray()
         self._messages: deque[Message] = deque()
         # What a waiting `receive` and every waiting `send` wait for.
@@ -127,8 +129,11 @@ class Session:
         self._server_state.tasks.add(task)
         task.add_done_callback(self._server_state.tasks.discard)
 
+    def choose(self, subprotocol: str) -> None:
+        self._subprotocol = subprotocol
+
     def acceptance(self, subprotocol: str | None, headers: Headers) -> bytes:
-        return acceptance(self._key, subprotocol, headers)
+        return acceptance(self._key, subprotocol or self._subprotocol, headers)
 
     def early_data(self) -> bytes:
         return bytes(self._early)

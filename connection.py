@@ -64,6 +64,9 @@ class Connection(Protocol):
     # Whether it only goes one way.
     is_stream: bool
 
+    def choose(self, subprotocol: str) -> None:
+        """Let the handshake be answered with this subprotocol, which was offered. Only while it is CONNECTING."""
+
     def accept(self, receiver: Receiver, greeting: bytes) -> None:
         """Complete the handshake and send the first frames; from now on `receiver` is told what happens."""
 
@@ -105,6 +108,7 @@ class SendConnection:
         "_receive",
         "_receiver",
         "_send",
+        "_subprotocol",
         "_wake",
         "hears_pongs",
         "state",
@@ -119,6 +123,7 @@ class SendConnection:
         self._probe = probe
         self._abort = None if probe is None else probe.abort
         self.hears_pongs = probe is not None
+        self._subprotocol: str | None = None
         self._receiver: Receiver | None = None
         self._out: deque[bytes] = deque()
         self._wake = asyncio.Event()
@@ -127,6 +132,9 @@ class SendConnection:
         self._reader: asyncio.Task[None] | None = None
         self.state = ConnectionState.CONNECTING
         self.writable = False
+
+    def choose(self, subprotocol: str) -> None:
+        self._subprotocol = subprotocol
 
     def accept(self, receiver: Receiver, greeting: bytes) -> None:
         self._receiver = receiver
@@ -243,7 +251,8 @@ class SendConnection:
     # --- what is a WebSocket's about it; a stream has others
 
     async def _open(self) -> None:
-        await self._send({"type": "websocket.accept"})
+        chosen = {} if self._subprotocol is None else {"subprotocol": self._subprotocol}
+        await self._send({"type": "websocket.accept", **chosen})
 
     async def _send_batch(self, frames: bytes) -> None:
         for payload in payloads(frames):

@@ -22,6 +22,7 @@ from client import Client
 from directory import Directory
 from errors import InvalidRequest, NotifydError, StoreUnavailable
 from frames import frame
+from identity import Identities, Identity
 from schemas import POLICY_VIOLATION, encode, timestamp
 from store import Census, Store
 
@@ -31,6 +32,8 @@ UNREAD_BYTES = 1_048_576
 _ASKS_THE_STORE = frozenset(("status_request", "subscribe", "unsubscribe"))
 
 Close = Callable[[Client, int, str], None]
+# From a token to whom it stands for. Raises a NotifydError.
+Renew = Callable[[str], Awaitable[Identity]]
 
 
 class Conversation:
@@ -43,13 +46,22 @@ class Conversation:
         census: Callable[[], Awaitable[Census]],
         reached: Callable[[str], Awaitable[None]],
         close: Close,
+        identities: Identities,
+        renew: Renew | None,
     ) -> None:
-        """`reached` waits until this process has read the log up to a position; `close` ends a connection."""
+        """`reached` waits until this process has read the log up to a position; `close` ends a connection.
+
+        Without `renew`, which finds out whom a token stands for, nobody may send one.
+        """
         self._directory = directory
         self._store = store
         self._census = census
         self._reached = reached
         self._close = close
+        self._identities = identities
+        self._renew = renew
+        # What cannot be answered at once.
+        self._asks = _ASKS_THE_STORE if renew is None else _ASKS_THE_STORE | {"auth"}
         # Messages of clients that wait for the answer to an earlier one, which asks the store.
         self._waiting: dict[Client, deque[dict[str, Any] | InvalidRequest]] = {}
         self._answering: set[asyncio.Task[None]] = set()
@@ -71,7 +83,7 @@ class Conversation:
             value = error
         if (waiting := self._waiting.get(client)) is not None:
             waiting.append(value)
-        elif isinstance(value, dict) and value["type"] in _ASKS_THE_STORE:
+        elif isinstance(value, dict) and value["type"] in self._asks:
             self._waiting[client] = deque([value])
             task = asyncio.ensure_future(self._answer_in_order(client))
             # The loop itself holds tasks only weakly.
@@ -87,22 +99,31 @@ class Conversation:
             while waiting and client in self._directory:
                 value = waiting.popleft()
                 answer = _answer(value)
-                if isinstance(value, dict) and value["type"] in _ASKS_THE_STORE:
+                if isinstance(value, dict) and value["type"] in self._asks:
                     try:
-                        answer = await self._ask_the_store(client, value)
-                    except (InvalidRequest, StoreUnavailable) as error:
+                        answer = await self._ask(client, value)
+                    except NotifydError as error:
                         answer = _error_message(error)
                 if client in self._directory:
                     self._reply(client, answer)
         finally:
             del self._waiting[client]
 
-    async def _ask_the_store(self, client: Client, value: dict[str, Any]) -> Struct:
+    async def _ask(self, client: Client, value: dict[str, Any]) -> Struct:
+        if value["type"] == "auth" and self._renew is not None:
+            return await self._authenticate(client, self._renew, value)
         if value["type"] != "status_request":
             return await self._change_topics(client, value)
         census, now = await self._census(), timestamp()
         data = schemas.StatusData(active_connections=census.active, total_connections=census.total, server_time=now)
         return schemas.StatusMessage(data=data, timestamp=now)
+
+    async def _authenticate(self, client: Client, renew: Renew, value: dict[str, Any]) -> schemas.Authenticated:
+        identity = await renew(schemas.check(value, schemas.AuthRequest).token)
+        if client in self._directory:
+            self._identities.renew(client, identity)
+        until = None if identity.expires_at is None else timestamp(identity.expires_at)
+        return schemas.Authenticated(expires_at=until, timestamp=timestamp())
 
     async def _change_topics(self, client: Client, value: dict[str, Any]) -> schemas.Subscribed:
         named = frozenset(schemas.check(value, schemas.TopicsRequest).topics)
@@ -112,6 +133,7 @@ class Conversation:
             # What was addressed to the client until now is still to come.
             await self._reached(await self._store.subscribe(client.client_id, topics))
         else:
+            self._identities.check_topics(client, named)
             topics = before | named
             if len(topics) > schemas.MAX_TOPICS:
                 raise InvalidRequest(

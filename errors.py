@@ -56,6 +56,27 @@ class Forbidden(NotifydError):
     close_code = 1008
 
 
+class Unauthorized(NotifydError):
+    """Nobody knows who this is (RFC 6750, section 3)."""
+
+    status = 401
+    category = "application"
+    close_code = 1008
+
+    def __init__(self, message: str) -> None:
+        error = (
+            "" if message == "Authentication required" else f', error="invalid_token", error_description="{message}"'
+        )
+        super().__init__(message, {"WWW-Authenticate": f'Bearer realm="notifyd"{error}'})
+
+
+class KeysUnavailable(NotifydError):
+    """The keys with which tokens are checked cannot be fetched."""
+
+    status = 503
+    close_code = 1013
+
+
 class KeyReused(InvalidRequest):
     """An Idempotency-Key that was used for another request."""
 

@@ -28,7 +28,7 @@ import schemas
 from accounts import ANSWER_SECONDS, Accounts
 from client import Client
 from connection import CLOSE_DEADLINE_SECONDS, Connection, ConnectionState
-from conversation import Conversation
+from conversation import Conversation, Renew
 from directory import Directory
 from drain import Drain
 from errors import (
@@ -42,6 +42,7 @@ from errors import (
 from fanout import NOBODY, FanOut, payload
 from frames import frame, payloads
 from heartbeat import PROBE_SECONDS, Heartbeat
+from identity import Identities, Identity
 from keys import Appended, Once, Receipt
 from peers import Peers
 from ring import Audience, Entry, Ring
@@ -85,8 +86,13 @@ class Hub:
     """
 
     def __init__(
-        self, settings: Settings, store: Store | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        settings: Settings,
+        store: Store | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        renew: Renew | None = None,
     ) -> None:
+        """With `renew`, clients may send a token again; it returns whom that stands for."""
         self.settings = settings
         self.store = store or make_store(settings, clock)
         self.clock = clock
@@ -103,7 +109,10 @@ class Hub:
         )
         self.peers = Peers(self.store, self._answer_peer)
         self.accounts = Accounts(self.directory, self.store, self.peers, clock, self._counted)
-        self.conversation = Conversation(self.directory, self.store, self.accounts.census, self._reached, self._dismiss)
+        self.identities = Identities(self._close_expired)
+        self.conversation = Conversation(
+            self.directory, self.store, self.accounts.census, self._reached, self._dismiss, self.identities, renew
+        )
         # Out of the directory, but their connection has not ended yet.
         self._leaving: set[Client] = set()
         self._numbers = itertools.count()
@@ -211,27 +220,33 @@ class Hub:
         user_agent: str | None,
         since: str | None = None,
         topics: str = "",
+        identity: Identity | None = None,
     ) -> Client:
         """Admit a connection as a client: accept it, welcome it, and let it follow the log.
 
         It follows from now on, or with `since` from after that id (empty: from now, but tell the position). Raises
-        ShuttingDown, InvalidRequest, DuplicateClient, ConnectionRefused or StoreUnavailable, with the reason for the
-        close frame; the connection is then still the caller's to close.
+        ShuttingDown, InvalidRequest, Forbidden where its identity does not allow what it asks for, DuplicateClient,
+        ConnectionRefused or StoreUnavailable, with the reason for the close frame; the connection is then still the
+        caller's to close.
         """
         await self.start()
-        client_id = client_id or schemas.new_client_id()
         self._check_open(connection)
+        if identity is not None:
+            client_id = identity.own_client_id(client_id)
+        client_id = client_id or schemas.new_client_id()
         if not schemas.CLIENT_ID.match(client_id):
             raise InvalidRequest("Invalid client_id")
         wanted = None if since is None else schemas.position_of(since)
         names = schemas.topics_of(topics)
+        if identity is not None:
+            identity.check_topics(names)
         while True:
             await self._contest_here(client_id)
             self._check_open(connection)
             try:
                 with self._claimed(client_id):
                     position = await self._register(connection, client_id, names)
-                    return self._join(connection, client_id, user_agent, wanted, names, position)
+                    return self._join(connection, client_id, user_agent, wanted, names, position, identity)
             except Taken as taken:
                 node_id = taken.node
             await self._contest_there(client_id, node_id)
@@ -318,12 +333,14 @@ class Hub:
         since: str | None,
         topics: frozenset[str],
         position: str,
+        identity: Identity | None,
     ) -> Client:
         # Without await: the cursor is read, what is to be replayed is fixed and the client is in the directory
         # before anything else can be delivered. So nothing is missing at the seam, and nothing comes twice.
         ring = self.fanout.ring
         client = Client(self, connection, client_id, user_agent, ring.head, next(self._numbers))
         self.directory.add(client, topics)
+        self.identities.set(client, identity)
         self._empty.clear()
         welcome = schemas.Welcome(
             client_id=client_id,
@@ -378,6 +395,7 @@ class Hub:
     def _leave(self, client: Client) -> None:
         if client in self.directory:
             self.directory.remove(client)
+            self.identities.set(client, None)
             self.fanout.forget(client)
             self.store.leave(client.client_id)
             if not self.directory:
@@ -412,6 +430,9 @@ class Hub:
 
     def _close_silent(self, client: Client) -> None:
         self._dismiss(client, INTERNAL_ERROR, "Ping timeout")
+
+    def _close_expired(self, client: Client) -> None:
+        self._dismiss(client, POLICY_VIOLATION, "Token expired")
 
     # --- publishing
 

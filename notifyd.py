@@ -26,10 +26,12 @@ from typing import Any
 
 import msgspec
 import uvicorn
+from starlette.authentication import AuthenticationBackend
 from starlette.datastructures import State
 from starlette.middleware import Middleware
 from starlette.routing import Router
 
+from auth import Door, backend_of, warnings_of
 from http_wire import HttpProtocol
 from hub import Hub
 from routes import OriginGuard, not_found, routes
@@ -63,14 +65,14 @@ class ListenError(Exception):
 class App(Router):
     """The ASGI app: the route table on one Hub, which is `app.state.hub`."""
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: Hub, door: Door | None = None) -> None:
         @contextlib.asynccontextmanager
         async def lifespan(_: object) -> AsyncIterator[None]:
             async with hub:
                 yield
 
         super().__init__(
-            routes(hub),
+            routes(hub, door),
             redirect_slashes=False,
             default=not_found,
             middleware=[Middleware(OriginGuard, allowed=hub.settings.allow_origin)],
@@ -79,10 +81,11 @@ class App(Router):
         self.state = State({"hub": hub})
 
 
-def create_app(settings: Settings | None = None) -> App:
+def create_app(settings: Settings | None = None, auth: AuthenticationBackend | None = None) -> App:
     """Return a new server as an ASGI app, with a Hub of its own in `app.state.hub`.
 
-    Without settings the NOTIFYD_* variables are read. Raises SettingsError for a bad one.
+    Without settings the NOTIFYD_* variables are read. `auth` takes the place of the keys and tokens that they speak
+    of. Raises SettingsError for a bad one.
     """
     if settings is None:
         settings, warnings = from_environ(os.environ)
@@ -90,7 +93,10 @@ def create_app(settings: Settings | None = None) -> App:
             logger.warning(warning)
     if settings.store in ("auto", "memory") and (islands := warning_of_islands(os.environ, sys.argv)):
         logger.warning(islands)
-    return App(Hub(settings))
+    if (backend := auth or backend_of(settings)) is None:
+        return App(Hub(settings))
+    door = Door(backend)
+    return App(Hub(settings, renew=door.renew), door)
 
 
 class Server(uvicorn.Server):
@@ -182,10 +188,13 @@ def serve(settings: Settings) -> int:
     Raises ListenError, and SettingsError for workers without a store in common.
     """
     check_store(settings)
+    backend_of(settings)
     _raise_file_limit(settings.max_connections)
     listener = _bind(settings)
     host, port = listener.getsockname()[:2]
     settings = msgspec.structs.replace(settings, port=port)
+    for warning in warnings_of(settings, host):
+        logger.warning(warning)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     if settings.workers > 1:
         return supervise(settings, listener, lambda: _announce(f"{url} with {settings.workers} workers"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 
 from msgspec import Struct
 from starlette.datastructures import Headers, QueryParams
@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import figures
 import schemas
+from auth import SUBPROTOCOL, Door
 from connection import PROBE_EXTENSION, WIRE_EXTENSION, Connection, SendConnection
 from errors import (
     InvalidRequest,
@@ -31,6 +32,7 @@ from errors import (
 from events import EventStream
 from guard import Origins
 from hub import Hub
+from identity import Identity
 from keys import Appended, Once
 from schemas import TRY_AGAIN_LATER, encode, timestamp
 from turns import in_slices
@@ -59,12 +61,19 @@ class ClientGone(Exception):
 class Request:
     """One HTTP request as the handlers see it."""
 
-    __slots__ = ("headers", "receive", "scope")
+    __slots__ = ("headers", "identity", "receive", "scope")
 
-    def __init__(self, scope: Scope, receive: Receive) -> None:
+    def __init__(self, scope: Scope, receive: Receive, identity: Identity | None = None) -> None:
         self.scope = scope
         self.headers = Headers(scope=scope)
         self.receive = receive
+        # None where there is no authentication.
+        self.identity = identity
+
+    def check_publish(self, requests: Sequence[schemas.NotifyRequest]) -> None:
+        """Raise Forbidden where its sender may not publish one of these."""
+        if self.identity is not None:
+            self.identity.check_publish(requests)
 
     def parameters(self) -> QueryParams:
         return QueryParams(self.scope["query_string"])
@@ -93,6 +102,8 @@ class Request:
 
 
 Handler = Callable[[Hub, Request], Awaitable[Response | EventStream]]
+# Raises Forbidden or Unauthorized.
+Check = Callable[[Identity], None]
 
 
 def answer(body: Struct, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -112,6 +123,7 @@ async def notify(hub: Hub, request: Request) -> Response:
     body = await request.body(hub.settings.max_message_size)
     hub.check_ready()
     wanted = _read_notification(request, body)
+    request.check_publish([wanted])
     response = schemas.NotifyResponse(recipients=0, notification=wanted, timestamp="")
     # What could not be written back must be refused before it is sent.
     encode(response)
@@ -127,6 +139,7 @@ async def notify_batch(hub: Hub, request: Request) -> Response:
     wanted = []
     async for place, value in in_slices(schemas.decode(body, schemas.NotifyRequests)):
         wanted.append(schemas.check(value, schemas.NotifyRequest, f"[{place}]"))
+    request.check_publish(wanted)
     appended = await hub.publish(wanted, _once(request, body), numbered=True)
     receipts = [schemas.BatchReceipt(id=one.id, recipients=one.recipients) for one in appended.receipts]
     response = schemas.BatchResponse(count=len(receipts), notifications=receipts, timestamp=timestamp(appended.at))
@@ -166,6 +179,7 @@ async def events(hub: Hub, request: Request) -> EventStream | Response:
         _user_agent(request.headers),
         since,
         parameters.get("topics", ""),
+        request.identity,
     )
     return stream
 
@@ -174,27 +188,32 @@ async def upgrade_required(hub: Hub, request: Request) -> Response:
     raise UpgradeRequired("Expected a WebSocket handshake", {"Upgrade": "websocket", "Connection": "Upgrade"})
 
 
-async def connect(hub: Hub, scope: Scope, receive: Receive, send: Send) -> None:
+async def connect(hub: Hub, door: Door | None, scope: Scope, receive: Receive, send: Send) -> None:
     """Serve one WebSocket: on the fast path until it is admitted or refused, else until its end."""
     extensions = scope.get("extensions") or {}
     if (wire := extensions.get(WIRE_EXTENSION)) is not None:
-        await _admit_or_close(hub, wire, scope)
+        await _admit_or_close(hub, door, wire, scope)
         return
     await receive()  # websocket.connect
     connection = SendConnection(receive, send, extensions.get(PROBE_EXTENSION))
-    await _admit_or_close(hub, connection, scope)
+    await _admit_or_close(hub, door, connection, scope)
     await connection.serve()
 
 
-async def _admit_or_close(hub: Hub, connection: Connection, scope: Scope) -> None:
+async def _admit_or_close(hub: Hub, door: Door | None, connection: Connection, scope: Scope) -> None:
     parameters = QueryParams(scope["query_string"])
+    if door is not None and SUBPROTOCOL in scope.get("subprotocols", ()):
+        # Also for a refusal: a browser whose subprotocols are not answered does not see it.
+        connection.choose(SUBPROTOCOL)
     try:
+        identity = None if door is None else await door.identify(scope)
         await hub.admit(
             connection,
             parameters.get("client_id"),
             _user_agent(Headers(scope=scope)),
             parameters.get("since"),
             parameters.get("topics", ""),
+            identity,
         )
     except StoreUnavailable:
         # What is wrong inside is for the operator, on /health.
@@ -268,8 +287,11 @@ def _check_content_type(media_type: str) -> None:
 class Endpoint:
     """One path as an ASGI app: its methods, and the documented body for whatever goes wrong."""
 
-    def __init__(self, hub: Hub, **handlers: Handler) -> None:
+    def __init__(self, hub: Hub, door: Door | None = None, check: Check | None = None, **handlers: Handler) -> None:
+        """With a door it wants to know who asks, and whether they pass the check."""
         self.hub = hub
+        self.door = door
+        self.check = check
         self.handlers = handlers
         if "GET" in handlers:
             self.handlers["HEAD"] = handlers["GET"]
@@ -292,8 +314,11 @@ class Endpoint:
             return self._options(Headers(scope=scope))
         if (handler := self.handlers.get(method)) is None:
             raise MethodNotAllowed(f"Method {method[:32]} is not allowed here", {"Allow": self.allow})
+        identity = None if self.door is None else await self.door.identify(scope)
+        if identity is not None and self.check is not None:
+            self.check(identity)
         await self.hub.start()
-        return await handler(self.hub, Request(scope, receive))
+        return await handler(self.hub, Request(scope, receive, identity))
 
     def _options(self, asked: Headers) -> Response:
         """Tell the methods; a preflight (https://fetch.spec.whatwg.org/#http-cors-protocol) may send any header."""
@@ -321,12 +346,13 @@ def unexpected_response(error: Exception) -> Response:
 class Socket:
     """The WebSocket path as an ASGI app: the border at which one connection's unexpected error stops."""
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: Hub, door: Door | None) -> None:
         self.hub = hub
+        self.door = door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await connect(self.hub, scope, receive, send)
+            await connect(self.hub, self.door, scope, receive, send)
         except Exception as error:
             logger.error("Unexpected error %s", schemas.new_error_id(), exc_info=error)
 
@@ -387,17 +413,18 @@ async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
     await refuse(NotFound(f"There is nothing at {scope['path'][:200]}"), scope, receive, send)
 
 
-def routes(hub: Hub) -> list[BaseRoute]:
-    """Return the route table."""
+def routes(hub: Hub, door: Door | None = None) -> list[BaseRoute]:
+    """Return the route table; with a door it also says what each route needs."""
+    admin, publisher = Identity.check_admin, Identity.check_publisher
     return [
         Route("/health", Endpoint(hub, GET=health)),
-        Route("/notify", Endpoint(hub, POST=notify)),
-        Route("/notify/batch", Endpoint(hub, POST=notify_batch)),
-        Route("/notifications", Endpoint(hub, GET=notifications)),
-        Route("/events", Endpoint(hub, GET=events)),
-        Route("/metrics", Endpoint(hub, GET=metrics)),
-        Route("/metrics/prometheus", Endpoint(hub, GET=prometheus)),
-        Route("/status", Endpoint(hub, GET=status)),
+        Route("/notify", Endpoint(hub, door, publisher, POST=notify)),
+        Route("/notify/batch", Endpoint(hub, door, publisher, POST=notify_batch)),
+        Route("/notifications", Endpoint(hub, door, admin, GET=notifications)),
+        Route("/events", Endpoint(hub, door, GET=events)),
+        Route("/metrics", Endpoint(hub, door, admin, GET=metrics)),
+        Route("/metrics/prometheus", Endpoint(hub, door, admin, GET=prometheus)),
+        Route("/status", Endpoint(hub, door, admin, GET=status)),
         Route("/ws", Endpoint(hub, GET=upgrade_required)),
-        WebSocketRoute("/ws", Socket(hub)),
+        WebSocketRoute("/ws", Socket(hub, door)),
     ]

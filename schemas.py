@@ -205,6 +205,12 @@ class TopicsRequest(Struct, kw_only=True):
     topics: Annotated[list[Topic], Meta(min_length=1, max_length=MAX_TOPICS)]
 
 
+class AuthRequest(Struct, kw_only=True):
+    """A client's renewal of its token."""
+
+    token: str
+
+
 def topics_of(parameter: str) -> frozenset[str]:
     """Read `?topics=a,b`. Raises InvalidRequest."""
     if not parameter:
@@ -298,6 +304,12 @@ class Resume(Struct, kw_only=True):
 class Subscribed(Struct, kw_only=True):
     type: str = "subscribed"
     topics: list[str]
+    timestamp: str
+
+
+class Authenticated(Struct, kw_only=True):
+    type: str = "authenticated"
+    expires_at: str | None
     timestamp: str
 
 

@@ -20,6 +20,8 @@ PREFIX = "NOTIFYD_"
 
 # What is repeated more often than this does nothing else.
 LEAST_SECONDS = 0.01
+_LISTS = ("allow_origin", "api_key", "jwt_algorithms")
+_SECRETS = ("api_key", "jwt_secret")
 _INTERVALS = ("notification_interval", "ping_interval")
 Seconds = Annotated[float, Meta(ge=0, le=31_536_000)]
 Positive = Annotated[int, Meta(ge=1, le=1_000_000_000)]
@@ -27,6 +29,14 @@ Positive = Annotated[int, Meta(ge=1, le=1_000_000_000)]
 # Kubernetes injects NOTIFYD_PORT=tcp://10.0.0.1:8000 for a service called notifyd (and siblings of these forms).
 _KUBERNETES = re.compile(rf"{PREFIX}(PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?|SERVICE_(HOST|PORT(_\w+)?))\Z")
 _STORE = re.compile(r"(auto|memory|sqlite:.+|(rediss?|unix)://.+)\Z", re.DOTALL)
+_API_KEY = re.compile(r"[\w.@-]{1,64}:[!-~]+\Z", re.ASCII)
+_URL = re.compile(r"(https?://[!-~]+)?\Z", re.IGNORECASE)
+# RFC 7518, section 3.2: as long as the digest. A shorter one can be found out from any token.
+LEAST_SECRET_BYTES = 32
+ALGORITHMS = frozenset(f"{kind}{bits}" for kind in ("HS", "RS", "PS", "ES") for bits in (256, 384, 512)) | {
+    "ES256K",
+    "EdDSA",
+}
 # "null" is what a page without an origin sends: of a file, or in a sandbox.
 _ORIGIN = re.compile(r"(https?://[^/\s?#@*]+|null)\Z", re.IGNORECASE)
 
@@ -92,6 +102,21 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_message_size: Annotated[
         Positive, Meta(description="bytes of a request body or a message, at most, in both directions")
     ] = 65_536
+    api_key: Annotated[
+        tuple[str, ...], Meta(description="NAME:SECRET that may do everything; may be repeated; see api_key_file")
+    ] = ()
+    api_key_file: Annotated[str, Meta(description="file with a NAME:SECRET a line, and # comments")] = ""
+    jwt_secret: Annotated[
+        str, Meta(description="secret of tokens signed with HMAC, of 32 bytes at least; best in the variable")
+    ] = ""
+    jwt_public_key: Annotated[str, Meta(description="PEM file with the public key of tokens")] = ""
+    jwks_url: Annotated[str, Meta(description="where the public keys of tokens are (a JSON Web Key Set)")] = ""
+    jwt_audience: Annotated[str, Meta(description="`aud` that tokens must have; without it they must have none")] = ""
+    jwt_issuer: Annotated[str, Meta(description="`iss` that tokens must have; without it any will do")] = ""
+    jwt_algorithms: Annotated[
+        tuple[str, ...],
+        Meta(description="algorithms that tokens may be signed with, such as RS256,ES256; none: the key's"),
+    ] = ()
     wire: Annotated[
         Literal["fast", "standard"], Meta(description="WebSocket protocol class: notifyd's own or uvicorn's")
     ] = "fast"
@@ -110,6 +135,12 @@ class Settings(Struct, frozen=True, kw_only=True):
             # So that what is shown is what is logged.
             msgspec.structs.force_setattr(self, "log_level", "DEBUG")
 
+    def __repr__(self) -> str:
+        shown = (
+            f"{name}={getattr(self, name)!r}" for name in self.__struct_fields__ if name not in (*_SECRETS, "store")
+        )
+        return f"Settings({', '.join(shown)})"
+
 
 _TYPES = {field.name: field.type for field in msgspec.structs.fields(Settings)}
 
@@ -126,9 +157,28 @@ def _checked(name: str, value: Any, source: str, *, strict: bool = True) -> Any:
         if name == "store" and not _STORE.match(checked):
             # Without what was given: it may hold a password.
             raise SettingsError(f"{source}: expected auto, memory, sqlite:PATH or redis://HOST:PORT")
+        _check_auth(name, checked, source)
     except msgspec.ValidationError as error:
-        raise SettingsError(f"{source}: {_reason(name, error)}, got {value!r:.100}") from None
+        got = "" if name in _SECRETS else f", got {value!r:.100}"
+        raise SettingsError(f"{source}: {_reason(name, error)}{got}") from None
     return tuple(map(normal_origin, checked)) if name == "allow_origin" else checked
+
+
+def _check_auth(name: str, value: Any, source: str) -> None:
+    """Raise an error for what a key, a secret or a list of algorithms cannot be; never with the secret."""
+    if name == "api_key" and not all(map(is_api_key, value)):
+        raise SettingsError(f"{source}: expected NAME:SECRET, a secret without spaces (best in --api-key-file)")
+    if name == "jwt_secret" and 0 < len(value.encode()) < LEAST_SECRET_BYTES:
+        raise SettingsError(f"{source}: expected {LEAST_SECRET_BYTES} bytes or more")
+    if name == "jwks_url" and not _URL.match(value):
+        raise msgspec.ValidationError("Expected a URL such as https://login.example.com/jwks.json")
+    if name == "jwt_algorithms" and not ALGORITHMS.issuperset(value):
+        raise msgspec.ValidationError(f"Expected some of {', '.join(sorted(ALGORITHMS))}")
+
+
+def is_api_key(text: str) -> bool:
+    """Whether a text is NAME:SECRET."""
+    return _API_KEY.match(text) is not None
 
 
 def normal_origin(origin: str) -> str:
@@ -148,6 +198,8 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings, lis
     Returns them with warnings for the log. Raises SettingsError, or SystemExit after --help and --version.
     """
     flags = vars(_parser().parse_args(list(argv)))
+    if flags["jwt_algorithms"] is not None:
+        flags["jwt_algorithms"] = _split(",".join(flags["jwt_algorithms"]))
     given = {name: (f"--{_dashed(name)}", value) for name, value in flags.items() if value is not None}
     variables, warnings = _variables(environ)
     return _settings(variables | given), warnings
@@ -171,11 +223,15 @@ def _variables(environ: Mapping[str, str]) -> tuple[dict[str, tuple[str, Any]], 
                 warnings.append(f"{variable}={value} is ignored: it looks injected by Kubernetes; use --port")
         elif variable not in known:
             warnings.append(f"{variable} is unknown and ignored")
-        elif known[variable] == "allow_origin":
-            found["allow_origin"] = (variable, [part.strip() for part in value.split(",") if part.strip()])
+        elif known[variable] in _LISTS:
+            found[known[variable]] = (variable, _split(value))
         else:
             found[known[variable]] = (variable, value)
     return found, warnings
+
+
+def _split(value: str) -> list[str]:
+    return [part.strip() for part in value.split(",") if part.strip()]
 
 
 def _settings(given: dict[str, tuple[str, Any]]) -> Settings:
@@ -207,6 +263,14 @@ class _Parser(argparse.ArgumentParser):
         """Raise instead of printing a page of usage above the one line that matters."""
         raise SettingsError(f"{message} (--help shows every flag)")
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Name what is not understood, but no more of it: the next word may be a secret."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            self.error(f"unrecognized arguments: {flag if flag.startswith('--') else '...'}")
+        return parsed
+
 
 def _dashed(name: str) -> str:
     return name.replace("_", "-")
@@ -234,12 +298,12 @@ def add_flag(
 ) -> None:
     """Add the flag of one setting; its value stays a string, for the Struct to check."""
     flag = f"--{_dashed(name)}"
-    shown = ", ".join(default) or "none" if isinstance(default, tuple) else str(default)
-    text = f"{description} (default: {shown})".replace("%", "%%")
+    shown = ", ".join(default) if isinstance(default, tuple) else str(default)
+    text = f"{description} (default: {shown or 'none'})".replace("%", "%%")
     if isinstance(kind, msgspec.inspect.BoolType):
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
     elif isinstance(kind, msgspec.inspect.VarTupleType):
-        parser.add_argument(flag, action="append", metavar="ORIGIN", help=text)
+        parser.add_argument(flag, action="append", metavar=name.rpartition("_")[2].upper(), help=text)
     elif isinstance(kind, msgspec.inspect.LiteralType):
         parser.add_argument(flag, metavar="|".join(map(str, kind.values)), help=text)
     else:

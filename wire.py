@@ -161,6 +161,10 @@ class WireProtocol(asyncio.Protocol):
 
     # --- the Connection that the Hub has
 
+    def choose(self, subprotocol: str) -> None:
+        if self._session is not None:
+            self._session.choose(subprotocol)
+
     def accept(
         self,
         receiver: Receiver | None,

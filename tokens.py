@@ -1,0 +1,247 @@
+"""JSON Web Tokens (RFC 7519): from a token to an Identity, and the keys that prove it.
+
+Owns what a token must be, its claims, and the keys of --jwks-url. Knows no HTTP of ours and no client.
+
+1. A token says which algorithm it is signed with, but the kind of key decides which that may be (RFC 8725, 3.1).
+2. Whatever is wrong with a token, it is refused with the same words, and neither these nor a log show any of it.
+3. The event loop never waits for a fetch: a thread does it, one at a time, for all who want to know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import time
+import urllib.request
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from http.client import HTTPException
+from pathlib import Path
+from typing import Annotated, Any
+
+import jwt
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from msgspec import Meta, Struct
+
+from errors import KeysUnavailable, Unauthorized
+from identity import Identity
+from settings import Settings, SettingsError
+
+logger = logging.getLogger("notifyd.auth")
+
+MAX_TOKEN_BYTES = 16_384
+# How far the issuer's clock may be ahead of ours (`nbf`, `iat`). Where ours is ahead, tokens end a little early.
+CLOCK_SKEW_SECONDS = 10
+# Keys from --jwks-url are asked for again after this long, or for one that is not there, but no sooner than
+# PAUSE_SECONDS after the last time. While they cannot be fetched they serve on for so long.
+FRESH_SECONDS, KEPT_SECONDS, PAUSE_SECONDS = 300.0, 3600.0, 5.0
+FETCH_SECONDS = 5.0
+MAX_KEYS_BYTES = 1_048_576
+# The year 9999 ends; later is no time that can be told.
+_LAST_SECOND = 253_402_300_799
+# What PyJWT lets through from a token that is none; a RecursionError from JSON that is nested too deep.
+_BROKEN = (jwt.PyJWTError, msgspec.ValidationError, ValueError, TypeError, OverflowError, RecursionError)
+_HMAC = ("HS256", "HS384", "HS512")
+_RSA = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
+_CURVES = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512", "secp256k1": "ES256K"}
+
+
+class Key(Struct, frozen=True):
+    """A key with the algorithms that it may have signed with."""
+
+    key: Any
+    algorithms: tuple[str, ...]
+
+
+Find = Callable[[str | None], Awaitable[Key]]
+
+
+class Claims(Struct):
+    """What a token says of its holder."""
+
+    sub: str = ""
+    topics: list[Annotated[str, Meta(min_length=1)]] = []
+    publish: bool | list[Annotated[str, Meta(min_length=1)]] = False
+    admin: bool = False
+    exp: Annotated[float, Meta(ge=0, le=_LAST_SECOND)] | None = None
+
+
+class Tokens:
+    """Reads tokens of one issuer."""
+
+    def __init__(self, find: Find, audience: str = "", issuer: str = "") -> None:
+        """`find` returns the key with a key id; it raises KeysUnavailable, or Unauthorized where there is none."""
+        self._find = find
+        self._audience = audience or None
+        self._issuer = issuer or None
+        self._jwt = jwt.PyJWT({"enforce_minimum_key_length": True})
+
+    async def identity(self, token: str) -> Identity:
+        """Return whom a token stands for. Raises Unauthorized or KeysUnavailable."""
+        if len(token) > MAX_TOKEN_BYTES:
+            raise Unauthorized("Invalid token")
+        try:
+            key = await self._find(jwt.get_unverified_header(token).get("kid"))
+            claims = self._claims(token, key)
+        except jwt.ExpiredSignatureError:
+            raise Unauthorized("Token expired") from None
+        except _BROKEN as error:
+            logger.debug("A token is refused: %s", type(error).__name__)
+            raise Unauthorized("Invalid token") from None
+        return Identity(
+            client_id=claims.sub,
+            topics=tuple(claims.topics),
+            publishes=claims.publish is True,
+            publish_topics=() if isinstance(claims.publish, bool) else tuple(claims.publish),
+            admin=claims.admin,
+            expires_at=claims.exp,
+        )
+
+    def _claims(self, token: str, key: Key) -> Claims:
+        payload = self._jwt.decode(
+            token,
+            key.key,
+            algorithms=key.algorithms,
+            audience=self._audience,
+            issuer=self._issuer,
+            leeway=CLOCK_SKEW_SECONDS,
+        )
+        claims = msgspec.convert(payload, Claims)
+        if claims.exp is not None and claims.exp <= time.time():
+            # The skew is not for this: whoever is admitted must not be closed at once.
+            raise jwt.ExpiredSignatureError
+        return claims
+
+
+def tokens_of(settings: Settings) -> Tokens:
+    """Return what reads the tokens that the settings speak of. Raises SettingsError."""
+    sources = [settings.jwt_secret, settings.jwt_public_key, settings.jwks_url]
+    if sum(map(bool, sources)) != 1:
+        raise SettingsError("expected one of --jwt-secret, --jwt-public-key and --jwks-url")
+    wanted = settings.jwt_algorithms
+    if settings.jwks_url:
+        find: Find = KeySet(lambda: _fetch(settings.jwks_url), wanted).find
+    else:
+        key = _secret(settings, wanted) if settings.jwt_secret else _public_key(settings, wanted)
+        if not key.algorithms:
+            raise SettingsError(f"--jwt-algorithms: {', '.join(wanted)} is not for this kind of key")
+
+        async def find(_kid: str | None) -> Key:
+            return key
+
+    return Tokens(find, settings.jwt_audience, settings.jwt_issuer)
+
+
+def _secret(settings: Settings, wanted: Sequence[str]) -> Key:
+    try:
+        key = jwt.get_algorithm_by_name("HS256").prepare_key(settings.jwt_secret)
+    except jwt.InvalidKeyError:
+        raise SettingsError("--jwt-secret: expected a secret, not a public key or certificate") from None
+    return Key(key, _both(_HMAC, wanted))
+
+
+def _public_key(settings: Settings, wanted: Sequence[str]) -> Key:
+    path = settings.jwt_public_key
+    try:
+        key = load_pem_public_key(Path(path).read_bytes())
+    except OSError as error:
+        raise SettingsError(f"--jwt-public-key: cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise SettingsError(f"--jwt-public-key: there is no public key in PEM in {path}") from None
+    return Key(key, _both(_algorithms(key), wanted))
+
+
+def _algorithms(key: object) -> tuple[str, ...]:
+    """Return what a public key of this kind can have signed with; nothing for other keys."""
+    if isinstance(key, RSAPublicKey):
+        return _RSA
+    if isinstance(key, EllipticCurvePublicKey):
+        return tuple(filter(None, [_CURVES.get(key.curve.name)]))
+    return ("EdDSA",) if isinstance(key, Ed25519PublicKey | Ed448PublicKey) else ()
+
+
+def _both(possible: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in possible if not wanted or name in wanted)
+
+
+class KeySet:
+    """The keys of a JSON Web Key Set (RFC 7517) that is fetched again and again."""
+
+    def __init__(
+        self, fetch: Callable[[], bytes], algorithms: Sequence[str] = (), clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`fetch` blocks, in a thread, and raises an OSError or a ValueError."""
+        self._fetch = fetch
+        self._wanted = algorithms
+        self._clock = clock
+        self._keys: dict[str, Key] = {}
+        self._fetched_at = self._asked_at = -math.inf
+        self._asking: asyncio.Task[None] | None = None
+
+    async def find(self, kid: str | None) -> Key:
+        """Return the key with this id; without an id the only key. Raises KeysUnavailable or Unauthorized."""
+        age, key = self._clock() - self._fetched_at, self._get(kid)
+        if key is None or age > FRESH_SECONDS:
+            asking = self._ask()
+            if asking is not None and (key is None or age > KEPT_SECONDS):
+                await asyncio.shield(asking)
+                age, key = self._clock() - self._fetched_at, self._get(kid)
+        if age > KEPT_SECONDS or (key is None and self._fetched_at < self._asked_at):
+            raise KeysUnavailable("The keys for tokens cannot be fetched")
+        if key is None:
+            raise Unauthorized("Invalid token")
+        return key
+
+    def _get(self, kid: str | None) -> Key | None:
+        if kid is None and len(self._keys) == 1:
+            return next(iter(self._keys.values()))
+        return self._keys.get(kid or "")
+
+    def _ask(self) -> asyncio.Task[None] | None:
+        """Return the fetch that is under way or begins now, None where it is too soon for another."""
+        loop = asyncio.get_running_loop()
+        if self._asking is not None and not self._asking.done() and self._asking.get_loop() is loop:
+            return self._asking
+        if self._clock() < self._asked_at + PAUSE_SECONDS:
+            return None
+        self._asking = loop.create_task(self._refresh())
+        return self._asking
+
+    async def _refresh(self) -> None:
+        try:
+            keys = self._read(await asyncio.wait_for(asyncio.to_thread(self._fetch), FETCH_SECONDS))
+        except (OSError, HTTPException, ValueError, TimeoutError, RecursionError) as error:
+            logger.warning("The keys for tokens cannot be fetched: %s", error or type(error).__name__)
+            self._asked_at = self._clock()
+        else:
+            self._keys = keys
+            self._fetched_at = self._asked_at = self._clock()
+
+    def _read(self, document: bytes) -> dict[str, Key]:
+        """Return the keys that can prove a signature: no secrets, as everybody can read them here."""
+        given = json.loads(document)
+        keys = {}
+        for one in given["keys"] if isinstance(given, dict) and isinstance(given.get("keys"), list) else ():
+            with suppress(jwt.PyJWTError, ValueError, TypeError, AttributeError):
+                if one.get("use", "sig") != "sig":
+                    continue
+                key = jwt.PyJWK(one).key
+                stated = [one["alg"]] if "alg" in one else []
+                if algorithms := _both(_both(_algorithms(key), stated), self._wanted):
+                    keys[one.get("kid") or ""] = Key(key, algorithms)
+        if not keys:
+            raise ValueError("there is no key that fits")
+        return keys
+
+
+def _fetch(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=FETCH_SECONDS) as response:  # noqa: S310 - Settings lets only http through
+        document: bytes = response.read(MAX_KEYS_BYTES)
+    return document
