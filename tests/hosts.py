@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.authentication import (
+    AuthCredentials,
+    AuthenticationBackend,
+    AuthenticationError,
+    BaseUser,
+    SimpleUser,
+)
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Mount, Route
 
@@ -49,3 +57,30 @@ in_starlette = Starlette(
     ]
 )
 with_lifespan = Starlette(routes=[Mount("/notifications", app=exact)], lifespan=lifespan)
+
+
+SCOPES = {
+    "alice": ["subscribe:builds", "publish:builds"],
+    "root": ["subscribe", "publish", "admin"],
+    "brief": [],
+}
+
+
+class Names(AuthenticationBackend):
+    """Takes a name for a proof of it."""
+
+    async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, BaseUser] | None:
+        name = conn.headers.get("authorization", "").removeprefix("Bearer ") or "".join(
+            conn.scope.get("subprotocols", [])[1:]
+        )
+        if not name:
+            return None
+        if name not in SCOPES:
+            raise AuthenticationError(f"{name} is a secret")
+        credentials = AuthCredentials(SCOPES[name])
+        if name == "brief":
+            credentials.expires_at = time.time() + 1
+        return credentials, SimpleUser(name)
+
+
+guarded = Starlette(routes=[Mount("/notifications", app=create_app(auth=Names()))])

@@ -1,0 +1,658 @@
+"""Authentication: whom keys and tokens let in, to what, for how long, and what nobody gets to see."""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from clients import PATIENCE, Client
+from conftest import StartServer
+from expected import TIME, Like, Record, http_error, notification, parse, welcome, ws_error
+from server import ROOT, Server, environment, eventually, notifyd_command
+from test_embedding import granian, host, hypercorn, uvicorn
+
+from auth import KeysAndTokens
+from settings import Settings
+
+SECRET = "the secret of the tokens of these tests"
+KEY, OTHER_KEY = "key-of-ci-4711", "key-of-ops-0815"
+NEEDED, INVALID, EXPIRED = "Authentication required", "Invalid token", "Token expired"
+ADMIN_PATHS = ["/status", "/metrics", "/metrics/prometheus", "/notifications"]
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with keys alone: one on the command line, one in a file."""
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text(f"# for people\n\nops:{OTHER_KEY}\n")
+    file.chmod(0o600)
+    server = Server.notifyd("--api-key", f"ci:{KEY}", "--api-key-file", str(file), "--notification-interval", "0")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def signed() -> Iterator[Server]:
+    """A server with tokens and a key, which logs all that it can."""
+    server = Server.notifyd(
+        *("--api-key", f"ci:{KEY}", "--notification-interval", "0", "--ping-interval", "0", "--debug"),
+        variables={"NOTIFYD_JWT_SECRET": SECRET},
+    )
+    yield server
+    server.stop()
+
+
+def token(secret: Any = SECRET, algorithm: str = "HS256", headers: Any = None, **claims: Any) -> str:
+    """A token that is good for a minute unless its claims say something else."""
+    given = {"exp": int(time.time()) + 60, **claims}
+    return jwt.encode({name: one for name, one in given.items() if one is not None}, secret, algorithm, headers)
+
+
+def bearer(shown: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {shown}"}
+
+
+def listener(server: Server, **claims: Any) -> Client:
+    """A client with such a token."""
+    client = server.connect(additional_headers=bearer(token(**claims)))
+    assert client.receive()["type"] == "welcome"
+    return client
+
+
+def refusal(server: Server, shown: str, **query: str) -> Any:
+    """The reason for which a client with this token is closed."""
+    parameters = "&".join(f"{name}={value}" for name, value in query.items())
+    code, reason = server.connect(query=parameters, additional_headers=bearer(shown)).closed()
+    assert code == 1008
+    return reason
+
+
+# Keys.
+
+
+@pytest.mark.parametrize("path", ADMIN_PATHS)
+def test_a_key_is_needed_to_look_in(keyed: Server, path: str) -> None:
+    """Without one: 401, and which scheme to use."""
+    refused = keyed.get(path)
+    assert (refused.status_code, parse(refused.content)) == (401, http_error("application", NEEDED))
+    assert refused.headers["www-authenticate"] == 'Bearer realm="notifyd"'
+    assert keyed.get(path, headers={"X-API-Key": KEY}).status_code == 200
+
+
+@pytest.mark.parametrize(("path", "body"), [("/notify", {"message": "hi"}), ("/notify/batch", [{"message": "hi"}])])
+@pytest.mark.parametrize("headers", [{"X-API-Key": KEY}, bearer(KEY), {"authorization": f"bearer  {OTHER_KEY}"}])
+def test_a_key_is_needed_to_publish(keyed: Server, path: str, body: object, headers: dict[str, str]) -> None:
+    """In either header, from either place."""
+    client = keyed.join()
+    assert keyed.request("POST", path, json=body).status_code == 401
+    assert keyed.request("POST", path, json=body, headers=headers).status_code == 200
+    assert client.receive() == notification({"message": "hi"})
+    client.send({"type": "ping"})
+    assert client.receive()["type"] == "pong"
+
+
+@pytest.mark.parametrize("shown", [KEY[:-1], KEY + "x", KEY.upper(), "", "ci", f"ci:{KEY}", "é"])
+@pytest.mark.parametrize("path", ["/status", "/events"])
+def test_a_wrong_key_is_refused(keyed: Server, shown: str, path: str) -> None:
+    """Also where none is needed: who shows one should know that it is wrong."""
+    refused = keyed.get(path, headers={"X-API-Key": shown.encode()})
+    assert (refused.status_code, parse(refused.content)) == (401, http_error("application", INVALID))
+    assert 'error="invalid_token"' in refused.headers["www-authenticate"]
+
+
+def test_with_keys_alone_everybody_may_listen(keyed: Server) -> None:
+    """With any client_id and any topic, and any message but a wrong key."""
+    assert keyed.join("alice", query="client_id=alice&topics=builds").ask({"type": "ping"})["type"] == "pong"
+    with keyed.http.stream("GET", "/events?topics=builds") as stream:
+        assert stream.status_code == 200
+
+
+@pytest.mark.parametrize("server_name", ["keyed", "signed"])
+def test_health_is_always_open(request: pytest.FixtureRequest, server_name: str) -> None:
+    """Whatever is shown; so are the methods of a path, and what is nowhere."""
+    server: Server = request.getfixturevalue(server_name)
+    assert server.get("/health", headers=bearer("wrong")).status_code == 200
+    assert server.request("OPTIONS", "/notify").status_code == 204
+    assert server.get("/nowhere").status_code == 404
+
+
+def test_another_scheme_is_not_ours(keyed: Server) -> None:
+    """A proxy may have a password of its own."""
+    assert keyed.get("/status", headers={"Authorization": "Basic Y2k6eA=="}).status_code == 401
+    assert keyed.connect(additional_headers={"Authorization": "Basic Y2k6eA=="}).receive()["type"] == "welcome"
+
+
+def test_who_is_not_known_sends_no_body(keyed: Server) -> None:
+    """The answer comes before any of it."""
+    head = b"POST /notify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
+    assert keyed.response_to(head)[0] == 401
+
+
+def test_without_authentication_nothing_has_changed(server: Server) -> None:
+    """What looks like credentials is as little read as before."""
+    assert server.get("/status", headers=bearer("wrong")).status_code == 200
+    client = server.connect(query="token=wrong", subprotocols=["bearer", "wrong"])
+    assert client.connection.subprotocol is None
+    assert client.receive()["type"] == "welcome"
+    assert client.ask({"type": "auth", "token": "x"}) == ws_error("Unknown message type: auth")
+
+
+def test_all_workers_know_the_keys(start_server: StartServer) -> None:
+    """Whichever of them is asked."""
+    server = start_server("--workers", "2", "--api-key", f"ci:{KEY}")
+    for _ in range(6):
+        assert server.get("/metrics", headers={"X-API-Key": KEY, "Connection": "close"}).status_code == 200
+        assert server.get("/metrics", headers={"Connection": "close"}).status_code == 401
+
+
+# Tokens: where they are.
+
+WAYS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "header": lambda shown: {"additional_headers": bearer(shown)},
+    "subprotocol": lambda shown: {"subprotocols": ["bearer", shown]},
+    "subprotocol-among-others": lambda shown: {"subprotocols": ["chat", "bearer", shown]},
+    "query": lambda shown: {"query": f"token={shown}"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shown", ["token", "key"])
+def test_a_client_shows_a_token_or_a_key(signed: Server, way: str, shown: str) -> None:
+    """In any of the three places; the answer to the subprotocols is bearer."""
+    client = signed.connect(**WAYS[way](token(sub="alice") if shown == "token" else KEY))
+    assert client.receive()["type"] == "welcome"
+    assert client.connection.subprotocol == ("bearer" if way.startswith("subprotocol") else None)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_refused_client_is_accepted_and_closed(signed: Server, way: str) -> None:
+    """With the subprotocol, without which a browser would see no reason."""
+    client = signed.connect(**WAYS[way]("wrong"))
+    assert client.connection.subprotocol == ("bearer" if way.startswith("subprotocol") else None)
+    assert client.closed() == (1008, INVALID)
+
+
+def test_who_shows_nothing_may_not_listen(signed: Server) -> None:
+    """Where there are tokens: neither on a WebSocket nor on a stream."""
+    assert signed.connect().closed() == (1008, NEEDED)
+    assert signed.connect(query="token=").closed() == (1008, NEEDED)
+    assert signed.connect(subprotocols=["bearer"]).closed() == (1008, NEEDED)
+    assert signed.get("/events").status_code == 401
+
+
+def test_a_stream_takes_a_token_from_its_query(signed: Server) -> None:
+    """A browser's EventSource can set no header."""
+    with signed.http.stream("GET", f"/events?token={token(sub='alice')}") as stream:
+        assert '"client_id":"alice"' in next(
+            line for line in stream.iter_lines() if "welcome" in line and "data" in line
+        )
+
+
+# Tokens: what they allow.
+
+
+def test_the_subject_is_the_client_id(signed: Server) -> None:
+    """Its own may be repeated, another's is refused."""
+    client = signed.connect(additional_headers=bearer(token(sub="alice")))
+    assert client.receive() == welcome("alice")
+    assert refusal(signed, token(sub="bob"), client_id="alice") == "Not allowed: another client_id than the token's sub"
+    assert refusal(signed, token(sub="a b")) == "Invalid client_id"
+    assert signed.connect("bob", additional_headers=bearer(token(sub="bob"))).receive() == welcome("bob")
+
+
+def test_without_a_subject_nobody_can_be_impersonated(signed: Server) -> None:
+    """The server makes an id up; a key may take any."""
+    assert refusal(signed, token(), client_id="alice").startswith("Not allowed")
+    client = signed.connect(additional_headers=bearer(token()))
+    assert client.receive()["client_id"].startswith("client_")
+    assert signed.connect("carol", additional_headers=bearer(KEY)).receive() == welcome("carol")
+
+
+def test_topics_are_those_of_the_token(signed: Server) -> None:
+    """By name, or by how they begin; whatever is refused changes nothing."""
+    client = listener(signed, sub="alice", topics=["builds", "team.*"])
+    assert client.ask({"type": "subscribe", "topics": ["team.a", "builds"]})["topics"] == ["builds", "team.a"]
+    for topic in ("builds2", "build", "team", "*"):
+        assert client.ask({"type": "subscribe", "topics": ["builds", topic]}) == ws_error(f"Not allowed: topic {topic}")
+    assert client.ask({"type": "unsubscribe", "topics": ["builds"]})["topics"] == ["team.a"]
+
+
+def test_topics_of_the_address_are_checked_too(signed: Server) -> None:
+    """On a WebSocket and on a stream."""
+    shown = token(sub="alice", topics=["builds"])
+    assert signed.connect(query="topics=builds", additional_headers=bearer(shown)).receive()["type"] == "welcome"
+    assert refusal(signed, token(topics=["builds"]), topics="builds,ops") == "Not allowed: topic ops"
+    refused = signed.get("/events?topics=ops", headers=bearer(shown))
+    assert (refused.status_code, parse(refused.content)) == (403, http_error("application", "Not allowed: topic ops"))
+
+
+def test_a_star_is_every_topic(signed: Server) -> None:
+    """And a name with a star in it is still a name."""
+    assert listener(signed, topics=["*"]).ask({"type": "subscribe", "topics": ["any", "*"]})["topics"] == ["*", "any"]
+
+
+def test_without_topics_broadcasts_still_come(signed: Server) -> None:
+    """And nothing else."""
+    client = listener(signed, sub="alice")
+    assert client.ask({"type": "subscribe", "topics": ["builds"]}) == ws_error("Not allowed: topic builds")
+    signed.post({"message": "by topic", "topics": ["builds"]}, headers=bearer(KEY))
+    signed.post({"message": "for all"}, headers=bearer(KEY))
+    assert client.receive() == notification({"message": "for all"})
+
+
+def publish(server: Server, body: object, **claims: Any) -> Any:
+    """The status of the answer, with its message where it is refused."""
+    path = "/notify/batch" if isinstance(body, list) else "/notify"
+    response = server.request("POST", path, json=body, headers=bearer(token(**claims)))
+    return (
+        response.status_code
+        if response.status_code == 200
+        else (response.status_code, response.json()["error"]["message"])
+    )
+
+
+@pytest.mark.parametrize("body", [{"message": "hi"}, [{"message": "hi", "clients": ["alice"]}]])
+def test_who_may_publish_may_publish_everything(signed: Server, body: object) -> None:
+    """With `publish` true, and not without."""
+    assert publish(signed, body, publish=True) == 200
+    for claims in ({}, {"publish": False}, {"publish": []}, {"admin": True}):
+        assert publish(signed, body, **claims) == (403, "Not allowed: to publish")
+
+
+def test_who_may_publish_by_topic_reaches_nobody_else(signed: Server) -> None:
+    """Neither clients nor everyone, nor a topic that is not named, also not in a batch."""
+    allowed = {"message": "hi", "topics": ["builds", "team.a"]}
+    assert publish(signed, allowed, publish=["builds", "team.*"]) == 200
+    for fields in ({}, {"clients": ["alice"]}, {"clients": ["alice"], "topics": ["builds"]}):
+        refused = {"message": "hi", **fields}
+        assert publish(signed, refused, publish=["*"]) == (403, "Not allowed: to publish other than by topic")
+        assert publish(signed, [allowed, refused], publish=["*"])[0] == 403
+    other = {"message": "hi", "topics": ["builds", "ops"]}
+    assert publish(signed, [allowed, other], publish=["builds", "team.*"]) == (
+        403,
+        "Not allowed: to publish to topic ops",
+    )
+
+
+@pytest.mark.parametrize("path", ADMIN_PATHS)
+def test_only_an_admin_may_look_in(signed: Server, path: str) -> None:
+    """What others were sent is nobody else's business."""
+    assert signed.get(path, headers=bearer(token(sub="alice", topics=["*"], publish=True))).status_code == 403
+    assert signed.get(path, headers=bearer(token(admin=True))).status_code == 200
+    assert signed.get(path, headers=bearer(KEY)).status_code == 200
+
+
+# Tokens: how long.
+
+
+def test_the_end_of_a_token_is_the_end_of_the_client(signed: Server) -> None:
+    """No sooner than it says, and not long after; the id is free again."""
+    ends = int(time.time()) + 2
+    client = listener(signed, sub="alice", exp=ends)
+    assert client.closed() == (1008, EXPIRED)
+    assert 0 <= time.time() - ends < 2
+    assert listener(signed, sub="alice")
+    assert refusal(signed, token(exp=ends)) == EXPIRED
+    assert signed.get("/status", headers=bearer(token(admin=True, exp=ends))).json()["error"]["message"] == EXPIRED
+
+
+def test_a_stream_ends_with_its_token(signed: Server) -> None:
+    """It is told why, in a comment."""
+    with signed.http.stream("GET", "/events", headers=bearer(token(exp=int(time.time()) + 1))) as stream:
+        assert list(stream.iter_lines())[-2] == ": closed: 1008 Token expired"
+
+
+def test_a_new_token_goes_on_where_the_last_one_ended(signed: Server) -> None:
+    """With the rights of the new one."""
+    first, last = int(time.time()) + 1, int(time.time()) + 4
+    client = listener(signed, sub="alice", exp=first)
+    until = Like(time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(last)))
+    renewed = client.ask({"type": "auth", "token": token(sub="alice", topics=["builds"], exp=last)})
+    assert renewed == {"type": "authenticated", "expires_at": until, "timestamp": TIME}
+    assert client.ask({"type": "subscribe", "topics": ["builds"]})["type"] == "subscribed"
+    assert client.closed() == (1008, EXPIRED)
+    assert time.time() >= last
+
+
+@pytest.mark.parametrize(
+    ("message", "answer"),
+    [
+        ({"token": "wrong"}, INVALID),
+        ({"token": token(sub="alice", exp=1)}, EXPIRED),
+        ({"token": token(sub="bob", topics=["*"])}, "Not allowed: another client_id than the token's sub"),
+        ({"token": token(topics=["*"])}, "Not allowed: another client_id than the token's sub"),
+        ({"token": token(sub="alice")}, "Not allowed: topic builds"),
+        ({"token": ""}, INVALID),
+        ({"token": "\ud800".encode("utf-16", "surrogatepass").decode("utf-16", "replace")}, INVALID),
+        ({}, "token: required, but missing"),
+        ({"token": 5}, "token: expected string, got integer"),
+    ],
+)
+def test_a_bad_renewal_changes_nothing(signed: Server, message: Record, answer: str) -> None:
+    """It is an error message; the client ends when its first token does."""
+    client = listener(signed, sub="alice", topics=["builds"], exp=int(time.time()) + 2)
+    assert client.ask({"type": "subscribe", "topics": ["builds"]})["type"] == "subscribed"
+    assert client.ask({"type": "auth", **message}) == ws_error(answer)
+    assert client.ask({"type": "subscribe", "topics": ["ops"]}) == ws_error("Not allowed: topic ops")
+    if "required" in answer:  # One of them waits for it: that takes time.
+        assert client.closed() == (1008, EXPIRED)
+
+
+def test_a_client_without_a_subject_renews_without_one(signed: Server) -> None:
+    """Its id was made up, and stays."""
+    client = listener(signed, exp=int(time.time()) + 2)
+    assert client.ask({"type": "auth", "token": token()})["type"] == "authenticated"
+    assert client.ask({"type": "auth", "token": token(sub="alice")})["type"] == "error"
+
+
+def test_a_key_renews_for_ever(signed: Server) -> None:
+    """It has no end, and no limits."""
+    client = listener(signed, sub="alice", exp=int(time.time()) + 1)
+    assert client.ask({"type": "auth", "token": KEY}) == {
+        "type": "authenticated",
+        "expires_at": None,
+        "timestamp": TIME,
+    }
+    assert client.ask({"type": "subscribe", "topics": ["ops"]})["type"] == "subscribed"
+    time.sleep(2.2)  # Nothing must happen, and so nothing can be waited for.
+    assert client.ask({"type": "ping"})["type"] == "pong"
+
+
+def test_a_token_may_have_no_end(signed: Server) -> None:
+    """That is its issuer's to decide (RFC 7519, section 4.1.4)."""
+    client = listener(signed, exp=None)
+    assert client.ask({"type": "auth", "token": token(exp=None)})["expires_at"] is None
+
+
+def test_an_issuers_clock_may_be_a_little_ahead(signed: Server) -> None:
+    """By 10 seconds, not by a minute."""
+    soon, later = int(time.time()) + 5, int(time.time()) + 60
+    assert listener(signed, nbf=soon, iat=soon)
+    assert refusal(signed, token(nbf=later)) == INVALID
+    assert refusal(signed, token(iat=later)) == INVALID
+
+
+# Tokens: what none is.
+
+
+def part(value: object) -> str:
+    data = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def unsigned(header: object, claims: object | None = None, signature: bytes = b"") -> str:
+    return ".".join((part(header), part({"admin": True} if claims is None else claims), part(signature)))
+
+
+BAD = {
+    "none": unsigned({"alg": "none"}),
+    "None": unsigned({"alg": "None", "typ": "JWT"}),
+    "empty alg": unsigned({"alg": ""}),
+    "null alg": unsigned({"alg": None}),
+    "no alg": unsigned({"typ": "JWT"}),
+    "list of alg": unsigned({"alg": ["HS256"]}),
+    "no signature": token().rpartition(".")[0] + ".",
+    "other secret": token(SECRET + "!"),
+    "cut": token()[:-2],
+    "claims changed": ".".join([token().split(".")[0], part({"admin": True}), token().split(".")[2]]),
+    "not JSON": unsigned(b"x"),
+    "a list": unsigned([1]),
+    "claims are a list": jwt.api_jws.encode(b"[1]", SECRET),
+    "claims are no JSON": jwt.api_jws.encode(b"x", SECRET),
+    "nested header": unsigned(b"[" * 9000),
+    "nested claims": jwt.api_jws.encode(b'{"a":' * 2000 + b"1" + b"}" * 2000, SECRET),
+    "huge": token(sub="a" * 20_000),
+    "kid is a list": unsigned({"alg": "HS256", "kid": []}),
+    "kid is a path": unsigned({"alg": "HS256", "kid": "../../../../dev/null"}),
+    "crit": token(headers={"crit": ["exp"], "exp": 1}),
+    "audience": token(aud="another service"),
+    "sub is a number": jwt.api_jws.encode(b'{"sub":5}', SECRET),
+    "sub is null": jwt.api_jws.encode(b'{"sub":null}', SECRET),
+    "topics are text": token(topics="*"),
+    "topics are numbers": token(topics=[1]),
+    "publish is text": token(publish="*"),
+    "admin is text": token(admin="true"),
+    "admin is a number": token(admin=1),
+    "exp is text": token(exp="soon"),
+    "exp is a number in a text": token(exp="99999999999"),
+    "exp is vast": jwt.api_jws.encode(b'{"exp":1e400}', SECRET),
+    "exp is after all years": token(exp=10**18),
+    "exp is NaN": jwt.api_jws.encode(b'{"exp":NaN}', SECRET),
+    "dots": "." * 100,
+    "spaces": "a b",
+    "percent": "%00",
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_what_is_no_token_is_refused(signed: Server, bad: str) -> None:
+    """With the same words, whatever is wrong, over HTTP and on a WebSocket."""
+    refused = signed.get("/status", headers=bearer(BAD[bad]))
+    assert (refused.status_code, parse(refused.content)) == (401, http_error("application", INVALID))
+    assert refusal(signed, BAD[bad]) == INVALID
+
+
+# What nobody gets to see.
+
+
+def test_no_log_shows_a_token(signed: Server) -> None:
+    """Not at level DEBUG, whichever way it came, good or bad."""
+    shown = [token(sub="alice", admin=True), "wrong-but-a-secret", KEY]
+    for one in shown:
+        for way in WAYS.values():
+            signed.connect(**way(one)).leave()
+        signed.get(f"/status?token={one}")
+        signed.get(f"/nowhere?token={one}")
+        signed.request("PUT", f"/notify?token={one}")
+        client = signed.join(additional_headers=bearer(KEY))
+        client.ask({"type": "auth", "token": one})
+        client.ask(f'{{"type": "auth", "token": "{one}"')
+    signed.forget_clients()
+    eventually(lambda: signed.active() == 0)
+    log = "\n".join(signed.stderr)
+    assert not [one for one in [*shown, SECRET] if one in log]
+
+
+@pytest.mark.parametrize("bad", ["wrong-but-a-secret", unsigned({"alg": "none"}, {"sub": "wrong-but-a-secret"})])
+def test_no_answer_shows_a_token(signed: Server, bad: str) -> None:
+    """Neither a body nor a header."""
+    refused = signed.get(f"/status?token={bad}", headers=bearer(bad))
+    assert bad not in refused.text + str(refused.headers)
+
+
+# In another app, under other servers.
+
+HOSTS = {
+    "uvicorn": (uvicorn, ("--ws", "websockets", "--no-access-log")),
+    "uvicorn-wsproto": (uvicorn, ("--ws", "wsproto", "--no-access-log")),
+    "hypercorn": (hypercorn, ()),
+    "granian": (granian, ()),
+}
+
+
+@pytest.fixture(scope="module", params=HOSTS)
+def guarded(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A host whose own backend says who is who."""
+    command, flags = HOSTS[request.param]
+    server = host(command, "guarded", *flags, prefix="/notifications")
+    yield server
+    server.kill()
+
+
+def test_a_host_says_who_is_who(guarded: Server) -> None:
+    """Its user's identity is the client_id, its scopes are the rights."""
+    client = guarded.connect(additional_headers=bearer("alice"), query="topics=builds")
+    assert client.receive() == welcome("alice")
+    assert client.ask({"type": "subscribe", "topics": ["ops"]}) == ws_error("Not allowed: topic ops")
+    assert guarded.post({"message": "hi"}, headers=bearer("alice")).status_code == 403
+    assert guarded.post({"message": "hi", "topics": ["builds"]}, headers=bearer("alice")).status_code == 200
+    assert client.receive()["data"] == {"message": "hi"}
+    assert guarded.get("/status", headers=bearer("alice")).status_code == 403
+    assert guarded.get("/status", headers=bearer("root")).status_code == 200
+
+
+def test_a_host_refuses_in_the_documented_way(guarded: Server) -> None:
+    """Whatever its backend says of a token, or of nobody."""
+    assert guarded.connect().closed() == (1008, NEEDED)
+    assert guarded.connect(additional_headers=bearer("mallory")).closed() == (1008, INVALID)
+    refused = guarded.get("/status", headers=bearer("mallory"))
+    assert (refused.status_code, parse(refused.content)) == (401, http_error("application", INVALID))
+
+
+def test_a_hosts_subprotocol_is_answered(guarded: Server) -> None:
+    """Also by servers that are not ours, and for a refusal."""
+    for shown, closes in (("alice", False), ("mallory", True)):
+        client = guarded.connect(subprotocols=["bearer", shown])
+        assert client.connection.subprotocol == "bearer"
+        assert client.closed() == (1008, INVALID) if closes else client.receive() == welcome("alice")
+
+
+def test_a_hosts_credentials_end_and_are_renewed(guarded: Server) -> None:
+    """Where they have `expires_at`."""
+    client = guarded.connect(additional_headers=bearer("brief"))
+    assert client.receive() == welcome("brief")
+    assert client.ask({"type": "auth", "token": "mallory"}) == ws_error(INVALID)
+    assert client.ask({"type": "auth", "token": "brief"})["type"] == "authenticated"
+    assert client.closed() == (1008, EXPIRED)
+
+
+# Settings.
+
+
+def start_up(*flags: str, variables: dict[str, str] | None = None) -> tuple[int, str]:
+    """The exit status and what is printed of a start that fails."""
+    ended = subprocess.run(
+        notifyd_command("--port", "0", *flags),
+        env=environment(variables),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    return ended.returncode, ended.stderr + ended.stdout
+
+
+MISTAKES = [
+    (["--api-key", "hush"], "--api-key: expected NAME:SECRET"),
+    (["--api-key", "ci:"], "--api-key: expected NAME:SECRET"),
+    (["--api-key", ":hush"], "--api-key: expected NAME:SECRET"),
+    (["--api-key", "ci:hu sh"], "--api-key: expected NAME:SECRET"),
+    (["--api-key", "ci:hush", "--api-key", "ci:hush2"], "--api-key: there are two keys called ci"),
+    (["--api-key", "ci:a", "ops:hush"], "unrecognized arguments: ..."),
+    (["--api-keys", "ci:hush"], "unrecognized arguments: --api-keys"),
+    (["--jwt-secrets=hush"], "unrecognized arguments: --jwt-secrets"),
+    (["--jwt-secret", "hush"], "--jwt-secret: expected 32 bytes or more"),
+    (["--jwt-secret", "-----BEGIN PUBLIC KEY-----\nhush\n-----END PUBLIC KEY-----"], "--jwt-secret: expected a secret"),
+    (["--jwt-public-key", "/nowhere"], "--jwt-public-key: cannot read /nowhere: No such file or directory"),
+    (["--jwt-public-key", "README.md"], "--jwt-public-key: there is no public key in PEM in README.md"),
+    (["--jwks-url", "login.example"], "--jwks-url: expected a URL"),
+    (["--jwks-url", "file:///etc/passwd"], "--jwks-url: expected a URL"),
+    (["--jwks-url", "http://x/", "--jwt-secret", "hush" * 8], "expected one of --jwt-secret, --jwt-public-key and"),
+    (["--jwt-secret", "hush" * 8, "--jwt-algorithms", "RS256"], "--jwt-algorithms: RS256 is not for this kind of key"),
+    (["--jwt-secret", "hush" * 8, "--jwt-algorithms", "none"], "--jwt-algorithms: expected some of ES256"),
+    (["--jwt-audience", "me"], "expected one of --jwt-secret, --jwt-public-key and --jwks-url as well"),
+    (["--api-key-file", "/nowhere"], "--api-key-file: cannot read /nowhere: No such file or directory"),
+    (["--api-key-file", "/dev/null"], "--api-key-file: there is no key in /dev/null"),
+]
+
+
+@pytest.mark.parametrize(("flags", "line"), MISTAKES)
+def test_a_mistake_is_one_line_without_the_secret(flags: list[str], line: str) -> None:
+    """It names the setting, and exits with 2."""
+    status, printed = start_up(*flags)
+    assert (status, printed.count("\n")) == (2, 1), printed
+    assert line in printed
+    assert "hush" not in printed
+
+
+@pytest.mark.parametrize("variable", ["NOTIFYD_API_KEY", "NOTIFYD_JWT_SECRET"])
+def test_a_mistake_in_a_variable_is_not_shown_either(variable: str) -> None:
+    """Only its name is."""
+    status, printed = start_up(variables={variable: "hush"})
+    assert (status, printed.count("\n")) == (2, 1)
+    assert variable in printed
+    assert "hush" not in printed
+
+
+def test_help_shows_no_secret() -> None:
+    """Nor does what is printed of Settings."""
+    variables = {"NOTIFYD_API_KEY": "ci:hush", "NOTIFYD_JWT_SECRET": "hush" * 8}
+    status, printed = start_up("--help", variables=variables)
+    assert (status, "--api-key" in printed, "hush" in printed) == (0, True, False)
+    assert "hush" not in repr(Settings(api_key=("ci:hush",), jwt_secret="hush" * 8))
+
+
+@pytest.mark.parametrize(("content", "complaint"), [("ci\n", "line 1"), ("# x\n\nci:a b\n", "line 3")])
+def test_a_bad_line_in_the_file_is_named(tmp_path: Path, content: str, complaint: str) -> None:
+    """And not shown."""
+    path = tmp_path / "keys"
+    path.write_text(content)
+    status, printed = start_up("--api-key-file", str(path))
+    assert (status, printed) == (2, f"notifyd: --api-key-file: {path}, {complaint}: expected NAME:SECRET\n")
+
+
+def test_two_keys_of_one_name_are_a_mistake(tmp_path: Path) -> None:
+    """Also where one is in the file."""
+    path = tmp_path / "keys"
+    path.write_text("ci:one\n")
+    status, printed = start_up("--api-key", "ci:two", "--api-key-file", str(path))
+    assert (status, printed) == (2, f"notifyd: --api-key-file: {path}, line 1: there are two keys called ci\n")
+
+
+@pytest.mark.parametrize(("mode", "warnings"), [(0o600, 0), (0o640, 1), (0o604, 1)])
+def test_a_file_that_others_can_read_is_warned_about(
+    start_server: StartServer, tmp_path: Path, mode: int, warnings: int
+) -> None:
+    """Once; it is used all the same."""
+    path = tmp_path / "keys"
+    path.write_text("  ci:secret  \n#ops:other\n")
+    path.chmod(mode)
+    server = start_server("--api-key-file", str(path))
+    assert [len(re.findall(str(path), line)) for line in server.stderr if "WARNING" in line] == [1] * warnings
+    assert server.get("/status", headers={"X-API-Key": "secret"}).status_code == 200
+    assert server.get("/status", headers={"X-API-Key": "other"}).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("flags", "warnings"),
+    [
+        (("--host", "127.0.0.1"), 0),
+        (("--host", "0.0.0.0"), 1),
+        (("--host", "0.0.0.0", "--workers", "2"), 1),
+        (("--host", "0.0.0.0", "--api-key", "ci:secret"), 0),
+    ],
+)
+def test_a_server_that_is_open_to_all_says_so(start_server: StartServer, flags: tuple[str, ...], warnings: int) -> None:
+    """In one warning, where more than this machine reaches it."""
+    server = start_server(*flags)
+    assert ["no authentication" in line for line in server.stderr if "WARNING" in line] == [True] * warnings
+
+
+# Without a server.
+
+
+def test_every_key_is_compared_whichever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In constant time, so that an answer's time tells nothing about any of them."""
+    compared = []
+    original = hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", lambda *pair: compared.append(pair) or original(*pair))
+    keys = KeysAndTokens([("a", "one"), ("b", "two"), ("c", "three")])
+    assert [keys._holder(shown) for shown in ("one", "three", "four")] == ["a", "c", None]
+    assert [len(one) for pair in compared for one in pair] == [32] * 18
+
+
+def test_authentication_is_imported_only_where_it_is_used() -> None:
+    """PyJWT and cryptography cost a server without tokens nothing."""
+    code = "import sys, notifyd; notifyd.create_app(); sys.exit(any(n in sys.modules for n in ('jwt', 'cryptography')))"
+    assert subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, check=False).returncode == 0

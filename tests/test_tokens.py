@@ -1,0 +1,296 @@
+"""The keys of tokens: of which kind, from where, and what happens when they change or cannot be had."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from conftest import StartServer
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from expected import http_error, parse
+from server import Server, eventually
+from test_auth import SECRET, bearer, token, unsigned
+
+import tokens
+from errors import KeysUnavailable, Unauthorized
+from tokens import FRESH_SECONDS, KEPT_SECONDS, PAUSE_SECONDS, KeySet
+
+RSA = rsa.generate_private_key(65537, 2048)
+KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "RSA": (RSA, ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")),
+    "P-256": (ec.generate_private_key(ec.SECP256R1()), ("ES256",)),
+    "P-384": (ec.generate_private_key(ec.SECP384R1()), ("ES384",)),
+    "Ed25519": (ed25519.Ed25519PrivateKey.generate(), ("EdDSA",)),
+}
+
+
+def pem(key: Any) -> str:
+    return str(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode())
+
+
+def hmac_with(secret: str, **claims: Any) -> str:
+    """A token signed with any text as the secret: PyJWT itself refuses a public key here."""
+    import hashlib
+    import hmac
+
+    start = unsigned({"alg": "HS256"}, claims).rpartition(".")[0]
+    signature = hmac.digest(secret.encode(), start.encode(), hashlib.sha256)
+    return f"{start}.{jwt.utils.base64url_encode(signature).decode()}"
+
+
+def status(server: Server, shown: str) -> int:
+    """The status of the answer to an admin with this token."""
+    return server.get("/status", headers=bearer(shown)).status_code
+
+
+# A public key in a file.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_public_key_proves_what_its_kind_can(start_server: StartServer, tmp_path: Path, kind: str) -> None:
+    """In every algorithm of the kind, and none of another; the key itself is no secret (algorithm confusion)."""
+    key, algorithms = KINDS[kind]
+    path = tmp_path / "public.pem"
+    path.write_text(pem(key))
+    server = start_server("--jwt-public-key", str(path))
+    assert {status(server, token(key, algorithm, admin=True)) for algorithm in algorithms} == {200}
+    others = [token(other, names[0], admin=True) for name, (other, names) in KINDS.items() if name != kind]
+    confused = [hmac_with(pem(key), admin=True), hmac_with(pem(key).strip(), admin=True), unsigned({"alg": "none"})]
+    assert {status(server, one) for one in [*others, *confused, token(admin=True)]} == {401}
+
+
+def test_algorithms_can_be_pinned(start_server: StartServer, tmp_path: Path) -> None:
+    """Fewer than the kind of key allows; never one of another kind."""
+    path = tmp_path / "public.pem"
+    path.write_text(pem(RSA))
+    server = start_server(
+        "--jwt-public-key", str(path), "--jwt-algorithms", "PS256, RS512", "--jwt-algorithms", "HS256"
+    )
+    assert [status(server, token(RSA, name, admin=True)) for name in ("PS256", "RS512", "RS256")] == [200, 200, 401]
+    assert status(server, hmac_with(pem(RSA), admin=True)) == 401
+
+
+def test_a_secret_proves_no_public_key(start_server: StartServer) -> None:
+    """With a secret only HMAC counts, each as far as the secret is long enough for it (RFC 7518, section 3.2)."""
+    secret = SECRET + "!" * (48 - len(SECRET))
+    server = start_server("--jwt-secret", secret)
+    assert [status(server, token(secret, name, admin=True)) for name in ("HS256", "HS384")] == [200, 200]
+    with pytest.warns(jwt.InsecureKeyLengthWarning):
+        assert status(server, token(secret, "HS512", admin=True)) == 401
+    assert status(server, token(RSA, "RS256", admin=True)) == 401
+
+
+def test_audience_and_issuer_must_be_ours(start_server: StartServer) -> None:
+    """Each of them, where they are set; the audience may be one of several."""
+    server = start_server("--jwt-secret", SECRET, "--jwt-audience", "notifyd", "--jwt-issuer", "https://login.example")
+    good = {"aud": "notifyd", "iss": "https://login.example", "admin": True}
+    assert status(server, token(**good)) == 200
+    assert status(server, token(**good | {"aud": ["other", "notifyd"]})) == 200
+    for wrong in ({"aud": None}, {"iss": None}, {"aud": "other"}, {"iss": "https://evil.example"}, {"aud": []}):
+        assert status(server, token(**good | wrong)) == 401
+
+
+# Keys from a URL.
+
+
+class Issuer:
+    """An identity provider that publishes its keys, unless it is away."""
+
+    def __init__(self) -> None:
+        self.document: Any = {"keys": []}
+        self.away = False
+        self.asked = 0
+        self.answers = threading.Event()
+        self.answers.set()
+        issuer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                issuer.asked += 1
+                issuer.answers.wait(10)
+                self.send_response(500 if issuer.away else 200)
+                self.end_headers()
+                self.wfile.write(json.dumps(issuer.document).encode())
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}/jwks"
+
+    def publish(self, *keys: dict[str, Any]) -> None:
+        self.document = {"keys": list(keys)}
+
+
+@pytest.fixture
+def issuer() -> Iterator[Issuer]:
+    one = Issuer()
+    yield one
+    one.answers.set()
+    one.server.shutdown()
+    one.server.server_close()
+
+
+def jwk(kid: str | None, kind: str = "RSA", **fields: Any) -> dict[str, Any]:
+    key = KINDS[kind][0].public_key()
+    [algorithm, *_] = KINDS[kind][1]
+    named = {} if kid is None else {"kid": kid}
+    return jwt.get_algorithm_by_name(algorithm).to_jwk(key, as_dict=True) | named | fields
+
+
+def from_issuer(kid: str | None, kind: str = "RSA", algorithm: str = "", **claims: Any) -> str:
+    """A token that names its key."""
+    key, algorithms = KINDS[kind]
+    headers = None if kid is None else {"kid": kid}
+    return token(key, algorithm or algorithms[0], headers, **{"admin": True} | claims)
+
+
+def test_keys_come_from_a_url(start_server: StartServer, issuer: Issuer) -> None:
+    """Of several kinds at once; each proves only what it can, and is for."""
+    secret = {"kty": "oct", "kid": "oct", "k": jwt.utils.base64url_encode(SECRET.encode()).decode(), "alg": "HS256"}
+    encrypting, pinned = jwk("enc", use="enc"), jwk("pinned", alg="RS512")
+    issuer.publish(jwk("r1"), jwk("e1", "P-256"), encrypting, pinned, secret, {"kty": "?"}, jwk("odd", "Ed25519"))
+    server = start_server("--jwks-url", issuer.url)
+    good = [from_issuer("r1"), from_issuer("e1", "P-256"), from_issuer("pinned", algorithm="RS512")]
+    assert {status(server, one) for one in [*good, from_issuer("odd", "Ed25519")]} == {200}
+    bad = [from_issuer("e1"), from_issuer("enc"), from_issuer("pinned"), from_issuer(None)]
+    assert {status(server, one) for one in [*bad, token(headers={"kid": "oct"}, admin=True)]} == {401}
+    assert issuer.asked == 1, "fetched once, and not again within the pause"
+    assert server.connect(query=f"token={from_issuer('r1', sub='alice')}").receive()["client_id"] == "alice"
+
+
+def test_keys_that_cannot_be_fetched_are_503(start_server: StartServer, issuer: Issuer) -> None:
+    """Nobody can be told from anybody then; it is worth trying again, over HTTP and on a WebSocket."""
+    issuer.away = True
+    server = start_server("--jwks-url", issuer.url, "--api-key", "ci:secret")
+    refused = server.get("/status", headers=bearer(from_issuer("r1")))
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+    assert parse(refused.content) == http_error("system", "The keys for tokens cannot be fetched")
+    closed = server.connect(query=f"token={from_issuer('r1')}").closed()
+    assert closed == (1013, "The keys for tokens cannot be fetched")
+    assert server.get("/status", headers={"X-API-Key": "secret"}).status_code == 200
+
+
+def test_a_slow_issuer_holds_up_nobody_else(start_server: StartServer, issuer: Issuer) -> None:
+    """The event loop goes on while a thread waits for the keys; all who wait for them ask once."""
+    issuer.publish(jwk("r1"))
+    issuer.answers.clear()
+    server = start_server("--jwks-url", issuer.url)
+    waiting = [server.raw(f"GET /ws?token={from_issuer('r1')} HTTP/1.1\r\n{HANDSHAKE}".encode()) for _ in range(5)]
+    eventually(lambda: issuer.asked == 1)
+    began = time.monotonic()
+    assert server.get("/health").status_code == 200
+    assert time.monotonic() - began < 1
+    issuer.answers.set()
+    assert all(one.recv(12) == b"HTTP/1.1 101" for one in waiting)
+    assert issuer.asked == 1
+
+
+HANDSHAKE = (
+    "Host: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+
+
+class Source:
+    """A key set on a clock of its own, with fetches that are counted and may fail."""
+
+    def __init__(self, *kids: str) -> None:
+        self.now, self.fetches, self.away = 0.0, 0, False
+        self.kids = list(kids)
+        self.keys = KeySet(self.fetch, clock=lambda: self.now)
+
+    def fetch(self) -> bytes:
+        self.fetches += 1
+        if self.away:
+            raise OSError("away")
+        return json.dumps({"keys": [jwk(kid) for kid in self.kids]}).encode()
+
+    def finds(self, kid: str | None) -> Any:
+        """Whether the key is found, or what is raised instead."""
+
+        async def find() -> bool:
+            found = await self.keys.find(kid)
+            if self.keys._asking is not None:
+                await self.keys._asking
+            return found is not None
+
+        try:
+            return asyncio.run(find())
+        except (KeysUnavailable, Unauthorized) as error:
+            return type(error)
+
+
+def test_a_new_key_is_fetched_when_it_is_used() -> None:
+    """But for unknown keys nobody is asked more often than every few seconds."""
+    source = Source("old")
+    assert source.finds("old") is True
+    source.kids = ["old", "new"]
+    assert source.finds("new") is Unauthorized
+    source.now += PAUSE_SECONDS
+    assert source.finds("new") is True
+    assert source.finds("made up") is Unauthorized
+    assert source.fetches == 2
+
+
+def test_keys_that_are_gone_prove_nothing_any_more() -> None:
+    """A key that the issuer has withdrawn is fetched away within minutes, without anybody waiting."""
+    source = Source("old")
+    assert source.finds("old") is True
+    source.kids, source.now = ["new"], FRESH_SECONDS + 1
+    assert source.finds("old") is True  # This one still; it has set off the fetch.
+    assert source.finds("old") is Unauthorized
+
+
+def test_old_keys_serve_on_while_the_issuer_is_away() -> None:
+    """For an hour; then nobody knows whether they still hold. An unknown one may be good."""
+    source = Source("old")
+    assert source.finds("old") is True
+    source.away, source.now = True, KEPT_SECONDS - 1
+    assert source.finds("old") is True
+    assert source.finds("new") is KeysUnavailable
+    source.now = KEPT_SECONDS + PAUSE_SECONDS + 1
+    assert source.finds("old") is KeysUnavailable
+    source.away = False
+    source.now += PAUSE_SECONDS
+    assert source.finds("old") is True
+
+
+def test_without_an_id_there_must_be_one_key() -> None:
+    """Which of several it would be is not for the token to leave open."""
+    assert Source("one").finds(None) is True
+    assert Source("one", "two").finds(None) is Unauthorized
+
+
+@pytest.mark.parametrize(
+    "document",
+    [b"", b"[]", b"x", b'{"keys": []}', b'{"keys": 5}', b'{"keys": [5, null, {}, {"kty": "RSA"}]}', b"[" * 100_000],
+)
+def test_a_document_without_keys_changes_nothing(document: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """It counts as a failure: the keys of before serve on, and the log says it."""
+    source = Source("old")
+    assert source.finds("old") is True
+    source.keys._fetch = lambda: document
+    source.now = FRESH_SECONDS + 1
+    with caplog.at_level(logging.WARNING):
+        assert source.finds("old") is True
+        assert source.finds("old") is True
+    assert caplog.messages[0].startswith("The keys for tokens cannot be fetched")
+
+
+def test_a_fetch_takes_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An issuer that does not answer is given up on."""
+    monkeypatch.setattr(tokens, "FETCH_SECONDS", 0.05)
+    source = Source("one")
+    source.keys._fetch = lambda: time.sleep(0.5) or b""
+    assert source.finds("one") is KeysUnavailable
