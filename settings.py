@@ -264,11 +264,11 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message} (--help shows every flag)")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Name what is not understood, but no more of it: the next word may be a secret."""
+        """Name what is not understood, and no more of it: whatever comes after a flag may be a secret."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flag = unknown[0].partition("=")[0]
-            self.error(f"unrecognized arguments: {flag if flag.startswith('--') else '...'}")
+            name = unknown[0].partition("=")[0]
+            self.error(f"unrecognized arguments: {name if name.startswith('--') or unknown[0] == args[0] else '...'}")
         return parsed
 
 

@@ -30,12 +30,13 @@ import hub
 import routes
 import schemas
 import settings
+import tokens
 from notifyd import create_app
 
 FILES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
 README, PROTOCOL, DESIGN = PAGES["README.md"], PAGES["docs/protocol.md"], PAGES["docs/design.md"]
-REASONED = ("hub.py", "heartbeat.py", "schemas.py", "store.py")
+REASONED = ("hub.py", "heartbeat.py", "identity.py", "auth.py", "tokens.py", "schemas.py", "store.py")
 MODULES = {path.name: path.read_text() for path in ROOT.glob("*.py")}
 
 # Flags of other programs that the pages name.
@@ -45,6 +46,7 @@ NO_REASONS = {
     *map(re.escape, ("The newcomer has left", "The store is away: its log cannot be read")),
     re.escape("Invalid JSON: ") + ".+",
 }
+NO_REASONS |= {re.escape("Not allowed: to publish ") + end for end in ("other\\ than\\ by\\ topic", "to\\ topic\\ .+")}
 # Names in code style that are other programs' or other standards'.
 FOREIGN_NAMES = {"PYTHONPATH", "EventSource", "TestClient", "websocket_connect", "ws_per_message_deflate"}
 
@@ -94,7 +96,7 @@ def settings_table() -> str:
         if typing.get_origin(kind) is typing.Literal:
             meaning += f" ({', '.join(f'`{choice}`' for choice in typing.get_args(kind))})"
         default = field.default
-        shown = "none" if default == () else f"`{str(default).lower() if isinstance(default, bool) else default}`"
+        shown = "none" if default in ((), "") else f"`{str(default).lower() if isinstance(default, bool) else default}`"
         lines.append(f"| `{field.name}` | {shown} | {meaning} |")
     return "\n".join(lines) + "\n"
 
@@ -192,6 +194,10 @@ def test_limits_are_the_codes_own() -> None:
         f"cut off after {hub.CLOSE_DEADLINE_SECONDS:.0f} seconds",
         f"did not arrive within {http_wire.REQUEST_SECONDS:.0f} seconds",
         f"headers together are over {http_wire.MAX_HEAD_BYTES} bytes",
+        f"may be {tokens.CLOCK_SKEW_SECONDS} seconds ahead",
+        f"more than {tokens.MAX_TOKEN_BYTES} characters make",
+        f"every {tokens.FRESH_SECONDS / 60:.0f} minutes, and at once",
+        f"not more often than every {tokens.PAUSE_SECONDS:.0f} seconds",
         f"\nretry: {events.RETRY_MILLISECONDS}\n",
     ],
 )
@@ -252,8 +258,8 @@ def test_an_example_decodes(example: str) -> None:
 def test_every_struct_has_an_example() -> None:
     """No message, request or answer is left out."""
     shown = [each for parameter in EXAMPLES for each in objects_in(parse(parameter.values[0]))]
-    # A client's message about topics is shown, and tried, in the table of what clients send.
-    expected = set(STRUCTS) - {schemas.TopicsRequest}
+    # What clients send is shown, and tried, in a table; tokens are tried in test_auth.py.
+    expected = set(STRUCTS) - {schemas.TopicsRequest, schemas.AuthRequest}
     assert {struct for struct in expected if any(is_example_of(each, struct) for each in shown)} == expected
 
 
