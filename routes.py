@@ -119,6 +119,10 @@ async def health(hub: Hub, request: Request) -> Response:
     return answer(body, 200 if body.status == "healthy" else 503)
 
 
+async def live(hub: Hub, request: Request) -> Response:
+    return answer(schemas.Live(timestamp=timestamp()))
+
+
 async def notify(hub: Hub, request: Request) -> Response:
     body = await request.body(hub.settings.max_message_size)
     hub.check_ready()
@@ -317,7 +321,9 @@ class Endpoint:
         identity = None if self.door is None else await self.door.identify(scope)
         if identity is not None and self.check is not None:
             self.check(identity)
-        await self.hub.start()
+        if handler is not live:
+            # Which tells of the process alone, whatever the Hub and its store are up to.
+            await self.hub.start()
         return await handler(self.hub, Request(scope, receive, identity))
 
     def _options(self, asked: Headers) -> Response:
@@ -418,6 +424,7 @@ def routes(hub: Hub, door: Door | None = None) -> list[BaseRoute]:
     admin, publisher = Identity.check_admin, Identity.check_publisher
     return [
         Route("/health", Endpoint(hub, GET=health)),
+        Route("/health/live", Endpoint(hub, GET=live)),
         Route("/notify", Endpoint(hub, door, publisher, POST=notify)),
         Route("/notify/batch", Endpoint(hub, door, publisher, POST=notify_batch)),
         Route("/notifications", Endpoint(hub, door, admin, GET=notifications)),

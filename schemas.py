@@ -350,6 +350,11 @@ class Health(Struct, kw_only=True):
     server_info: ServerInfo
 
 
+class Live(Struct, kw_only=True):
+    status: str = "alive"
+    timestamp: str
+
+
 class NotifyResponse(Struct, kw_only=True):
     status: str = "success"
     message: str = "Notification sent successfully"
