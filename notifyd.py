@@ -34,7 +34,7 @@ from starlette.routing import Router
 from auth import Door, backend_of, warnings_of
 from http_wire import HttpProtocol
 from hub import Hub
-from routes import OriginGuard, not_found, routes
+from routes import OriginGuard, internal_routes, not_found, routes
 from settings import VERSION, Settings, SettingsError, from_environ, load
 from wire import StandardProtocol, WireProtocol
 from workers import Parent, check_store, read_post, signals_to, supervise, warning_of_islands
@@ -63,22 +63,23 @@ class ListenError(Exception):
 
 
 class App(Router):
-    """The ASGI app: the route table on one Hub, which is `app.state.hub`."""
+    """The ASGI app: the route table on one Hub, which is `app.state.hub`; `internal`: that of the internal port."""
 
-    def __init__(self, hub: Hub, door: Door | None = None) -> None:
+    def __init__(self, hub: Hub, door: Door | None = None, *, internal: bool = False) -> None:
         @contextlib.asynccontextmanager
         async def lifespan(_: object) -> AsyncIterator[None]:
             async with hub:
                 yield
 
         super().__init__(
-            routes(hub, door),
+            internal_routes(hub, door) if internal else routes(hub, door),
             redirect_slashes=False,
             default=not_found,
             middleware=[Middleware(OriginGuard, allowed=hub.settings.allow_origin)],
             lifespan=lifespan,
         )
         self.state = State({"hub": hub})
+        self.door = door
 
 
 def create_app(settings: Settings | None = None, auth: AuthenticationBackend | None = None) -> App:
@@ -102,8 +103,16 @@ def create_app(settings: Settings | None = None, auth: AuthenticationBackend | N
 class Server(uvicorn.Server):
     """uvicorn, with signals that drain instead of closing every socket at once."""
 
-    def __init__(self, config: uvicorn.Config, hub: Hub, url: str, parent: Parent | None) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        internal: uvicorn.Config,
+        hub: Hub,
+        url: str,
+        parent: Parent | None,
+    ) -> None:
         super().__init__(config)
+        self._internal = internal
         self._hub = hub
         self._url = url
         self._parent = parent
@@ -115,15 +124,28 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().set_exception_handler(self._handle_exception)
         # Before the lifespan does it: a store that is a wrong setting is one line, and no traceback.
         await self._hub.start()
-        await super().startup(sockets)
-        for listener in sockets or ():
-            # The loop has taken its number of accepts for this one, too.
-            listener.listen(LISTEN_BACKLOG)
+        # Listening is ours: uvicorn has one app for all sockets.
+        await super().startup([])
+        for listener, config in zip(sockets or (), (self.config, self._internal), strict=False):
+            await self._listen(listener, config)
         _quiet_collector()
         if self._parent is None:
             _announce(self._url)
         else:
             await self._parent.follow(self)
+
+    async def _listen(self, listener: socket.socket, config: uvicorn.Config) -> None:
+        if not config.loaded:
+            config.load()
+        self.servers.append(
+            await asyncio.get_running_loop().create_server(
+                lambda: HttpProtocol(config, self.server_state, self.lifespan.state),
+                sock=listener,
+                backlog=ACCEPTS_AT_ONCE,
+            )
+        )
+        # The loop has taken its number of accepts for this one, too.
+        listener.listen(LISTEN_BACKLOG)
 
     def _handle_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Log what nobody has caught; for want of descriptors, one line a second and not one for each attempt."""
@@ -185,26 +207,41 @@ class Server(uvicorn.Server):
 def serve(settings: Settings) -> int:
     """Run a server until it has been told to stop and has drained, and return the exit status.
 
-    Raises ListenError, and SettingsError for workers without a store in common.
+    Raises ListenError, and SettingsError for workers without a store in common or two ports that are one.
     """
     check_store(settings)
     backend_of(settings)
     _raise_file_limit(settings.max_connections)
-    listener = _bind(settings)
-    host, port = listener.getsockname()[:2]
+    listeners = [_bind(settings, settings.host, settings.port)]
+    host, port = listeners[0].getsockname()[:2]
+    if settings.internal_port:
+        if settings.internal_port == port:
+            raise SettingsError("--internal-port: expected another port than --port")
+        listeners.append(_bind(settings, settings.internal_host, settings.internal_port))
     settings = msgspec.structs.replace(settings, port=port)
     for warning in warnings_of(settings, host):
         logger.warning(warning)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     if settings.workers > 1:
-        return supervise(settings, listener, lambda: _announce(f"{url} with {settings.workers} workers"))
-    _serve_on(listener, settings, url)
+        return supervise(settings, listeners, lambda: _announce(f"{url} with {settings.workers} workers"))
+    _serve_on(listeners, settings, url)
     return 0
 
 
-def _serve_on(listener: socket.socket, settings: Settings, url: str = "", parent: Parent | None = None) -> None:
+def _serve_on(
+    listeners: list[socket.socket],
+    settings: Settings,
+    url: str = "",
+    parent: Parent | None = None,
+) -> None:
     app = create_app(settings)
-    config = uvicorn.Config(
+    hub = app.state.hub
+    internal = _config(App(hub, app.door, internal=True), settings)
+    Server(_config(app, settings), internal, hub, url, parent).run(listeners)
+
+
+def _config(app: App, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
@@ -215,24 +252,21 @@ def _serve_on(listener: socket.socket, settings: Settings, url: str = "", parent
         ws=WireProtocol if settings.wire == "fast" else StandardProtocol,
         # The Hub's heartbeat does this, and knows who has proved alive.
         ws_ping_interval=None,
-        backlog=ACCEPTS_AT_ONCE,
         timeout_graceful_shutdown=REQUESTS_GRACE_SECONDS,
         ws_per_message_deflate=False,
         ws_max_size=settings.max_message_size,
     )
-    Server(config, app.state.hub, url, parent).run([listener])
 
 
 def _announce(where: str) -> None:
     print(f"notifyd {VERSION} listens on {where} (Ctrl+C stops it)", file=sys.stderr, flush=True)
 
 
-def _bind(settings: Settings) -> socket.socket:
+def _bind(settings: Settings, host: str, port: int) -> socket.socket:
     """Bind here and not in uvicorn, so that a taken port is one clear line and port 0 has a number."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
@@ -241,9 +275,9 @@ def _bind(settings: Settings) -> socket.socket:
         if settings.workers == 1:
             listener.listen(LISTEN_BACKLOG)
     except UnicodeError:
-        raise ListenError(f"cannot listen on {settings.host}:{settings.port}: not a host name") from None
+        raise ListenError(f"cannot listen on {host}:{port}: not a host name") from None
     except OSError as error:
-        raise ListenError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from None
+        raise ListenError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
     # Accepted sockets inherit these. uvloop sets the first by itself, asyncio does not for a socket made here, and
     # Nagle's algorithm would hold back every second small write for 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -296,7 +330,8 @@ def main() -> int:
     try:
         if (post := read_post(os.environ)) is not None:
             _configure_logging(post.settings)
-            _serve_on(socket.socket(fileno=post.listener), post.settings, parent=Parent(post))
+            listeners = [socket.socket(fileno=listener) for listener in post.listeners]
+            _serve_on(listeners, post.settings, parent=Parent(post))
             return 0
         settings, warnings = load(sys.argv[1:], os.environ)
         _configure_logging(settings)

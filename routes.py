@@ -421,17 +421,32 @@ async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
 
 def routes(hub: Hub, door: Door | None = None) -> list[BaseRoute]:
     """Return the route table; with a door it also says what each route needs."""
-    admin, publisher = Identity.check_admin, Identity.check_publisher
+    publisher = Identity.check_publisher
     return [
-        Route("/health", Endpoint(hub, GET=health)),
-        Route("/health/live", Endpoint(hub, GET=live)),
+        *_probes(hub),
+        *([] if hub.settings.internal_port else _figures(hub, door)),
         Route("/notify", Endpoint(hub, door, publisher, POST=notify)),
         Route("/notify/batch", Endpoint(hub, door, publisher, POST=notify_batch)),
-        Route("/notifications", Endpoint(hub, door, admin, GET=notifications)),
+        Route("/notifications", Endpoint(hub, door, Identity.check_admin, GET=notifications)),
         Route("/events", Endpoint(hub, door, GET=events)),
+        Route("/ws", Endpoint(hub, GET=upgrade_required)),
+        WebSocketRoute("/ws", Socket(hub, door)),
+    ]
+
+
+def internal_routes(hub: Hub, door: Door | None = None) -> list[BaseRoute]:
+    """Return the route table of the internal port."""
+    return [*_probes(hub), *_figures(hub, door)]
+
+
+def _probes(hub: Hub) -> list[BaseRoute]:
+    return [Route("/health", Endpoint(hub, GET=health)), Route("/health/live", Endpoint(hub, GET=live))]
+
+
+def _figures(hub: Hub, door: Door | None) -> list[BaseRoute]:
+    admin = Identity.check_admin
+    return [
         Route("/metrics", Endpoint(hub, door, admin, GET=metrics)),
         Route("/metrics/prometheus", Endpoint(hub, door, admin, GET=prometheus)),
         Route("/status", Endpoint(hub, door, admin, GET=status)),
-        Route("/ws", Endpoint(hub, GET=upgrade_required)),
-        WebSocketRoute("/ws", Socket(hub, door)),
     ]

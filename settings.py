@@ -117,6 +117,16 @@ class Settings(Struct, frozen=True, kw_only=True):
         tuple[str, ...],
         Meta(description="algorithms that tokens may be signed with, such as RS256,ES256; none: the key's"),
     ] = ()
+    internal_port: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=65535,
+            description="port of their own for /metrics, /metrics/prometheus and /status, which the other then lacks; "
+            "0: none",
+        ),
+    ] = 0
+    internal_host: Annotated[str, Meta(min_length=1, description="address of internal_port")] = "127.0.0.1"
     wire: Annotated[
         Literal["fast", "standard"], Meta(description="WebSocket protocol class: notifyd's own or uvicorn's")
     ] = "fast"

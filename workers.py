@@ -3,8 +3,8 @@
 Owns the processes, the orders between them, and the temporary log that they share when no store is named. Knows
 neither Hub nor uvicorn.
 
-1. The parent binds the port and never listens, so nobody else gets it. Each worker inherits a socket of its own on
-   that port and listens when it is ready; the kernel deals newcomers out to those who listen.
+1. The parent binds the ports and never listens, so nobody else gets them. Each worker inherits a socket of its own on
+   each port and listens when it is ready; the kernel deals newcomers out to those who listen.
 2. Orders go over a socket pair, a byte each. Its end tells either side that the other is dead, whatever killed it.
 3. Only the parent hears Ctrl+C, which the terminal sends to the whole group. A worker that gets a SIGTERM of its own
    drains, and is replaced.
@@ -55,12 +55,12 @@ ORPHAN_SECONDS = 1.0
 
 
 class Post(Struct):
-    """What a worker is started with: the descriptors of the listener and of the link to its parent, and settings.
+    """What a worker is started with: the descriptors of the listeners and of the link to its parent, and settings.
 
     `host` is the same for all workers of one parent.
     """
 
-    listener: int
+    listeners: list[int]
     link: int
     host: str
     settings: Settings
@@ -113,12 +113,12 @@ class Parent(asyncio.Protocol):
         asyncio.get_running_loop().call_later(ORPHAN_SECONDS, os._exit, 1)
 
 
-def supervise(settings: Settings, port: socket.socket, announce: Callable[[], None]) -> int:
-    """Serve with several workers on a bound socket until told to stop, and return the exit status.
+def supervise(settings: Settings, ports: Sequence[socket.socket], announce: Callable[[], None]) -> int:
+    """Serve with several workers on bound sockets until told to stop, and return the exit status.
 
     Announces when all of them serve.
     """
-    if DEALS_OUT:
+    for port in ports if DEALS_OUT else ():
         # Only now that it is bound: nobody else's socket got it, and nobody else's can.
         port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -128,7 +128,7 @@ def supervise(settings: Settings, port: socket.socket, announce: Callable[[], No
             store = f"sqlite:{stack.enter_context(_temporary_directory()) / 'log'}"
         drain_rate = max(1, settings.drain_rate // settings.workers)
         settings = msgspec.structs.replace(settings, store=store, drain_rate=drain_rate)
-        return asyncio.run(_Supervisor(settings, port, announce).run())
+        return asyncio.run(_Supervisor(settings, ports, announce).run())
 
 
 def check_store(settings: Settings) -> None:
@@ -140,23 +140,24 @@ def check_store(settings: Settings) -> None:
 class _Worker:
     """A worker as its parent knows it."""
 
-    def __init__(self, settings: Settings, host: str, port: socket.socket) -> None:
+    def __init__(self, settings: Settings, host: str, ports: Sequence[socket.socket]) -> None:
         """Start it. Raises OSError."""
         self._link, link = socket.socketpair()
         self._link.setblocking(False)
-        listener = _twin(port) if DEALS_OUT else port.dup()
-        descriptors = (listener.fileno(), link.fileno())
-        variables = os.environ | {VARIABLE: msgspec.json.encode(Post(*descriptors, host, settings)).decode()}
+        listeners = [_twin(port) if DEALS_OUT else port.dup() for port in ports]
+        post = Post([listener.fileno() for listener in listeners], link.fileno(), host, settings)
+        variables = os.environ | {VARIABLE: msgspec.json.encode(post).decode()}
         # A worker inherits the mask: it never hears Ctrl+C, and a SIGTERM waits until it can drain.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             self.process = subprocess.Popen(  # noqa: S603 - the command line is this process's own
-                [sys.executable, *sys.orig_argv[1:]], env=variables, pass_fds=descriptors
+                [sys.executable, *sys.orig_argv[1:]], env=variables, pass_fds=[*post.listeners, post.link]
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             link.close()
-            listener.close()
+            for listener in listeners:
+                listener.close()
 
     async def _hear(self) -> bytes:
         """Return what it says next, nothing where it has ended."""
@@ -199,10 +200,10 @@ def _twin(port: socket.socket) -> socket.socket:
 class _Supervisor:
     """The parent: starts the workers, replaces those that die, and ends when all have ended."""
 
-    def __init__(self, settings: Settings, port: socket.socket, announce: Callable[[], None]) -> None:
+    def __init__(self, settings: Settings, ports: Sequence[socket.socket], announce: Callable[[], None]) -> None:
         self._settings = settings
         self._host = secrets.token_hex(8)
-        self._port = port
+        self._ports = ports
         self._announce = announce
         self._workers: set[_Worker] = set()
         self._ready = 0
@@ -239,7 +240,7 @@ class _Supervisor:
 
     async def _run_one(self) -> int:
         try:
-            worker = _Worker(self._settings, self._host, self._port)
+            worker = _Worker(self._settings, self._host, self._ports)
         except OSError as error:
             logger.error("Cannot start a worker: %s", error)
             return 1
@@ -259,7 +260,8 @@ class _Supervisor:
     def _stop(self, order: bytes) -> None:
         self._stopping.set()
         self._one_is_ready.set()
-        self._port.close()
+        for port in self._ports:
+            port.close()
         for worker in self._workers:
             worker.order(order)
         if order == NOW:

@@ -305,7 +305,7 @@ def test_ipv6_is_served(start_server: StartServer) -> None:
 @pytest.mark.parametrize("ping_interval", [30, 0])
 def test_the_kernel_drops_a_peer_that_takes_nothing(ping_interval: int) -> None:
     """A little after the ping would have, and where there are no pings, too."""
-    with notifyd._bind(Settings(port=0, ping_interval=ping_interval, ping_timeout=7)) as listener:
+    with notifyd._bind(Settings(ping_interval=ping_interval, ping_timeout=7), "127.0.0.1", 0) as listener:
         assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 12_000
 
 
