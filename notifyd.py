@@ -32,7 +32,8 @@ from starlette.middleware import Middleware
 from starlette.routing import Router
 
 from auth import Door, backend_of, warnings_of
-from http_wire import HttpProtocol
+from certificate import Certificate
+from http_wire import REQUEST_SECONDS, HttpProtocol
 from hub import Hub
 from routes import OriginGuard, internal_routes, not_found, routes
 from settings import VERSION, Settings, SettingsError, from_environ, load
@@ -107,12 +108,14 @@ class Server(uvicorn.Server):
         self,
         config: uvicorn.Config,
         internal: uvicorn.Config,
+        certificate: Certificate | None,
         hub: Hub,
         url: str,
         parent: Parent | None,
     ) -> None:
         super().__init__(config)
         self._internal = internal
+        self._certificate = certificate
         self._hub = hub
         self._url = url
         self._parent = parent
@@ -124,7 +127,7 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().set_exception_handler(self._handle_exception)
         # Before the lifespan does it: a store that is a wrong setting is one line, and no traceback.
         await self._hub.start()
-        # Listening is ours: uvicorn has one app for all sockets.
+        # Listening is ours: uvicorn has one app for all sockets, and no deadline for a TLS handshake.
         await super().startup([])
         for listener, config in zip(sockets or (), (self.config, self._internal), strict=False):
             await self._listen(listener, config)
@@ -141,6 +144,8 @@ class Server(uvicorn.Server):
             await asyncio.get_running_loop().create_server(
                 lambda: HttpProtocol(config, self.server_state, self.lifespan.state),
                 sock=listener,
+                ssl=config.ssl,
+                ssl_handshake_timeout=REQUEST_SECONDS if config.ssl else None,
                 backlog=ACCEPTS_AT_ONCE,
             )
         )
@@ -158,7 +163,9 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        with signals_to(self._signalled):
+        # The parent has the signals of its workers, and passes a SIGHUP on.
+        reload = self.reload if self._certificate is not None and self._parent is None else None
+        with signals_to(self._signalled, reload):
             yield
 
     def _signalled(self) -> None:
@@ -190,6 +197,10 @@ class Server(uvicorn.Server):
             # Not at once: a task that is cancelled before its first step closes nobody.
             asyncio.get_running_loop().call_soon(self._drain.cancel)
 
+    def reload(self) -> None:
+        if self._certificate is not None:
+            self._certificate.reload()
+
     def stop_listening(self) -> None:
         for server in self.servers:
             server.close()
@@ -207,10 +218,14 @@ class Server(uvicorn.Server):
 def serve(settings: Settings) -> int:
     """Run a server until it has been told to stop and has drained, and return the exit status.
 
-    Raises ListenError, and SettingsError for workers without a store in common or two ports that are one.
+    Raises ListenError, and SettingsError for what is wrong only with other settings or files.
     """
     check_store(settings)
     backend_of(settings)
+    certificate = _certificate(settings)
+    if certificate is not None:
+        # A reload before there is somebody to hear it waits, and does not end the process.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     _raise_file_limit(settings.max_connections)
     listeners = [_bind(settings, settings.host, settings.port)]
     host, port = listeners[0].getsockname()[:2]
@@ -221,26 +236,36 @@ def serve(settings: Settings) -> int:
     settings = msgspec.structs.replace(settings, port=port)
     for warning in warnings_of(settings, host):
         logger.warning(warning)
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    url = f"http{'s' if certificate else ''}://{f'[{host}]' if ':' in host else host}:{port}"
     if settings.workers > 1:
         return supervise(settings, listeners, lambda: _announce(f"{url} with {settings.workers} workers"))
-    _serve_on(listeners, settings, url)
+    _serve_on(listeners, settings, certificate, url)
     return 0
+
+
+def _certificate(settings: Settings) -> Certificate | None:
+    if settings.ssl_certfile:
+        return Certificate(settings)
+    if settings.ssl_keyfile:
+        raise SettingsError("--ssl-keyfile: expected --ssl-certfile as well")
+    return None
 
 
 def _serve_on(
     listeners: list[socket.socket],
     settings: Settings,
+    certificate: Certificate | None,
     url: str = "",
     parent: Parent | None = None,
 ) -> None:
     app = create_app(settings)
     hub = app.state.hub
-    internal = _config(App(hub, app.door, internal=True), settings)
-    Server(_config(app, settings), internal, hub, url, parent).run(listeners)
+    # What is private is spoken in plain HTTP: a probe or a scraper in the same place knows no certificate.
+    internal = _config(App(hub, app.door, internal=True), settings, None)
+    Server(_config(app, settings, certificate), internal, certificate, hub, url, parent).run(listeners)
 
 
-def _config(app: App, settings: Settings) -> uvicorn.Config:
+def _config(app: App, settings: Settings, certificate: Certificate | None) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         log_config=None,
@@ -255,6 +280,7 @@ def _config(app: App, settings: Settings) -> uvicorn.Config:
         timeout_graceful_shutdown=REQUESTS_GRACE_SECONDS,
         ws_per_message_deflate=False,
         ws_max_size=settings.max_message_size,
+        ssl_context_factory=None if certificate is None else lambda *_: certificate.context,
     )
 
 
@@ -331,7 +357,7 @@ def main() -> int:
         if (post := read_post(os.environ)) is not None:
             _configure_logging(post.settings)
             listeners = [socket.socket(fileno=listener) for listener in post.listeners]
-            _serve_on(listeners, post.settings, parent=Parent(post))
+            _serve_on(listeners, post.settings, _certificate(post.settings), parent=Parent(post))
             return 0
         settings, warnings = load(sys.argv[1:], os.environ)
         _configure_logging(settings)

@@ -127,6 +127,11 @@ class Settings(Struct, frozen=True, kw_only=True):
         ),
     ] = 0
     internal_host: Annotated[str, Meta(min_length=1, description="address of internal_port")] = "127.0.0.1"
+    ssl_certfile: Annotated[
+        str, Meta(description="PEM file of the certificate and its chain: serve TLS; SIGHUP reads it again")
+    ] = ""
+    ssl_keyfile: Annotated[str, Meta(description="PEM file of the key, unless ssl_certfile has it")] = ""
+    ssl_keyfile_password: Annotated[str, Meta(max_length=1024, description="password of the key, if it has one")] = ""
     wire: Annotated[
         Literal["fast", "standard"], Meta(description="WebSocket protocol class: notifyd's own or uvicorn's")
     ] = "fast"
@@ -308,8 +313,8 @@ def add_flag(
 ) -> None:
     """Add the flag of one setting; its value stays a string, for the Struct to check."""
     flag = f"--{_dashed(name)}"
-    shown = ", ".join(default) if isinstance(default, tuple) else str(default)
-    text = f"{description} (default: {shown or 'none'})".replace("%", "%%")
+    shown = (", ".join(default) if isinstance(default, tuple) else str(default)) or "none"
+    text = f"{description} (default: {shown})".replace("%", "%%")
     if isinstance(kind, msgspec.inspect.BoolType):
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
     elif isinstance(kind, msgspec.inspect.VarTupleType):

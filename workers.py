@@ -6,8 +6,8 @@ neither Hub nor uvicorn.
 1. The parent binds the ports and never listens, so nobody else gets them. Each worker inherits a socket of its own on
    each port and listens when it is ready; the kernel deals newcomers out to those who listen.
 2. Orders go over a socket pair, a byte each. Its end tells either side that the other is dead, whatever killed it.
-3. Only the parent hears Ctrl+C, which the terminal sends to the whole group. A worker that gets a SIGTERM of its own
-   drains, and is replaced.
+3. Only the parent hears Ctrl+C, which the terminal sends to the whole group, and a SIGHUP that means to reload. A
+   worker that gets a SIGTERM of its own drains, and is replaced.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ logger = logging.getLogger("notifyd")
 # Not one of the settings' variables: nobody but the parent sets it.
 VARIABLE = "_NOTIFYD_WORKER"
 DIRECTORY_PREFIX, LOCK = "notifyd-workers-", "lock"
-READY, DRAIN, NOW = b"r", b"d", b"n"
+READY, DRAIN, NOW, RELOAD = b"r", b"d", b"n", b"h"
 # Where workers accept from one socket, whoever wakes first takes all that wait: 362 of 400 that came at once to four.
 # Linux deals newcomers out to the sockets that share a port. Elsewhere the workers do accept from one.
 DEALS_OUT = sys.platform == "linux"
@@ -80,6 +80,8 @@ class Drains(Protocol):
 
     def stop_listening(self) -> None: ...
 
+    def reload(self) -> None: ...
+
 
 class Parent(asyncio.Protocol):
     """The parent as a worker knows it."""
@@ -99,10 +101,12 @@ class Parent(asyncio.Protocol):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     def data_received(self, data: bytes) -> None:
-        self.stops = True
+        if RELOAD in data:
+            self._server.reload()
+        self.stops = self.stops or NOW in data or DRAIN in data
         if NOW in data:
             self._server.close_now()
-        else:
+        elif DRAIN in data:
             self._server.drain()
 
     def connection_lost(self, *_: object) -> None:
@@ -148,7 +152,8 @@ class _Worker:
         post = Post([listener.fileno() for listener in listeners], link.fileno(), host, settings)
         variables = os.environ | {VARIABLE: msgspec.json.encode(post).decode()}
         # A worker inherits the mask: it never hears Ctrl+C, and a SIGTERM waits until it can drain.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        heard = {signal.SIGINT, signal.SIGTERM} | ({signal.SIGHUP} if settings.ssl_certfile else set())
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, heard)
         try:
             self.process = subprocess.Popen(  # noqa: S603 - the command line is this process's own
                 [sys.executable, *sys.orig_argv[1:]], env=variables, pass_fds=[*post.listeners, post.link]
@@ -212,7 +217,7 @@ class _Supervisor:
         self._stopping = asyncio.Event()
 
     async def run(self) -> int:
-        with signals_to(self._signalled):
+        with signals_to(self._signalled, self._reload if self._settings.ssl_certfile else None):
             # The others wait for the first: what is wrong with all of them is said once.
             first = asyncio.create_task(self._keep())
             await self._one_is_ready.wait()
@@ -257,6 +262,10 @@ class _Supervisor:
     def _signalled(self) -> None:
         self._stop(NOW if self._stopping.is_set() else DRAIN)
 
+    def _reload(self) -> None:
+        for worker in self._workers:
+            worker.order(RELOAD)
+
     def _stop(self, order: bytes) -> None:
         self._stopping.set()
         self._one_is_ready.set()
@@ -274,14 +283,22 @@ class _Supervisor:
 
 
 @contextlib.contextmanager
-def signals_to(act: Callable[[], None]) -> Iterator[None]:
-    """Call `act` on the event loop for each SIGINT and SIGTERM, and ignore those that come afterwards."""
+def signals_to(act: Callable[[], None], reload: Callable[[], None] | None = None) -> Iterator[None]:
+    """Call `act` on the event loop for each SIGINT and SIGTERM, and ignore those that come afterwards.
+
+    `reload`, where it is given, is called for each SIGHUP.
+    """
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(act))
+    actions = {signal.SIGINT: act, signal.SIGTERM: act}
+    if reload is not None:
+        actions[signal.SIGHUP] = reload
+    for number, action in actions.items():
+        signal.signal(number, lambda *_, action=action: loop.call_soon_threadsafe(action))
+    if reload is not None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     yield
     # What is left of the process takes milliseconds; an impatient signal must not spoil its exit status.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in actions:
         signal.signal(number, signal.SIG_IGN)
 
 

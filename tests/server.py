@@ -117,7 +117,7 @@ class Server:
             self._line.notify_all()
 
     def _logged_url(self) -> str:
-        found = re.search(r"http://(\[[^\]]+\]|[^\s:/]+):\d+", self.wait_for_line(r"http://\S+:\d+"))
+        found = re.search(r"https?://(\[[^\]]+\]|[^\s:/]+):\d+", self.wait_for_line(r"https?://\S+:\d+"))
         assert found
         return found[0]
 
