@@ -40,7 +40,7 @@ REASONED = ("hub.py", "heartbeat.py", "identity.py", "auth.py", "tokens.py", "sc
 MODULES = {path.name: path.read_text() for path in ROOT.glob("*.py")}
 
 # Flags of other programs that the pages name.
-FOREIGN_FLAGS = {"experimental-websocket", "factory", "appendonly", "save", "deploy-hook"}
+FOREIGN_FLAGS = {"experimental-websocket", "factory", "appendonly", "save", "build", "deploy-hook", "stop-timeout"}
 # Raised in the Hub's part of the code, and never the reason of a close: one is for nobody, two are told otherwise.
 NO_REASONS = {
     *map(re.escape, ("The newcomer has left", "The store is away: its log cannot be read")),

@@ -1,0 +1,255 @@
+"""deploy/: linted, and run as far as that goes without Docker and systemd."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import yaml
+from redis_server import RedisServer
+from server import ROOT, Server, free_port
+
+from settings import Settings, from_environ
+
+DEPLOY = ROOT / "deploy"
+DOCKERFILE, UNIT = (DEPLOY / "Dockerfile").read_text(), (DEPLOY / "notifyd.service").read_text()
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+NODES = ("node-1", "node-2")
+# Beside shutdown_timeout: the last closes, and the requests under way.
+SPARE_SECONDS = 20
+
+
+def program(name: str) -> str:
+    """Return the path of a linter, or skip the test; where everything has to run, that is a failure."""
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if found is None:
+        pytest.fail(f"needs {name}") if os.environ.get("CI") == "true" else pytest.skip(f"needs {name}")
+    return found
+
+
+def lint(*command: str | Path) -> None:
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout + ended.stderr) == (0, "")
+
+
+def seconds(text: str) -> float:
+    return float(text.removesuffix("s"))
+
+
+# Settings.
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOY.iterdir()), ids=lambda path: path.name)
+def test_every_variable_is_a_settings_own(path: Path) -> None:
+    """Also in comments, which are there to be used."""
+    known = {f"NOTIFYD_{name.upper()}" for name in Settings.__struct_fields__}
+    assert set(re.findall(r"NOTIFYD_[A-Z_]*[A-Z]", path.read_text())) <= known
+
+
+def image_variables() -> dict[str, str]:
+    """Return what the image sets."""
+    [block] = re.findall(r"^ENV ((?:.*\\\n)*.*)$", DOCKERFILE, re.MULTILINE)
+    return dict(word.split("=", 1) for word in shlex.split(block.replace("\\\n", " ")))
+
+
+def node_variables() -> dict[str, str]:
+    """Return what a node of the compose file is started with."""
+    variables = [COMPOSE["services"][node]["environment"] for node in NODES]
+    assert variables[0] == variables[1]
+    return image_variables() | variables[0]
+
+
+def unit_variables() -> dict[str, str]:
+    return dict(line.split("=", 1) for line in re.findall(r"^#?Environment=(.*)$", UNIT, re.MULTILINE))
+
+
+@pytest.mark.parametrize("variables", [image_variables(), node_variables(), unit_variables()])
+def test_every_value_is_one_that_the_setting_takes(variables: dict[str, str]) -> None:
+    """The server would start with it, and warns of nothing."""
+    _, warnings = from_environ(variables)
+    assert not warnings
+
+
+def test_what_stops_a_server_waits_longer_than_it_drains() -> None:
+    """Otherwise clients that leave in their own time are cut off."""
+    [unit_patience] = re.findall(r"^TimeoutStopSec=(\d+)$", UNIT, re.MULTILINE)
+    assert float(unit_patience) >= from_environ(unit_variables())[0].shutdown_timeout + SPARE_SECONDS
+    for node in NODES:
+        patience = seconds(COMPOSE["services"][node]["stop_grace_period"])
+        assert patience >= from_environ(node_variables())[0].shutdown_timeout + SPARE_SECONDS
+
+
+# The image.
+
+
+def test_the_dockerfile_has_no_fault_that_hadolint_knows() -> None:
+    lint(program("hadolint"), DEPLOY / "Dockerfile")
+
+
+def test_the_image_does_not_run_as_root() -> None:
+    """A number, so that Kubernetes' runAsNonRoot can tell."""
+    [user] = re.findall(r"^USER (.*)$", DOCKERFILE, re.MULTILINE)
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
+
+
+def ignored(name: str) -> bool:
+    """Whether Docker does not see this file of the root."""
+    rules = (DEPLOY / "Dockerfile.dockerignore").read_text().split()
+    assert rules[0] == "*"
+    return not any(Path(name).match(rule.removeprefix("!")) for rule in rules[1:])
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the files that the image has."""
+    directory = tmp_path_factory.mktemp("image")
+    for line in re.findall(r"^COPY (?!--from)(.*)$", DOCKERFILE, re.MULTILINE):
+        *patterns, _ = line.split()
+        for pattern in patterns:
+            for path in [path for path in ROOT.glob(pattern) if not ignored(path.name)]:
+                shutil.copy(path, directory)
+    return directory
+
+
+class Container:
+    """The server as its container has it: files, variables and command of the image, on free ports of this machine."""
+
+    def __init__(self, image: Path, variables: dict[str, str]) -> None:
+        [entry] = re.findall(r"^ENTRYPOINT (.*)$", DOCKERFILE, re.MULTILINE)
+        _, script = orjson.loads(entry)
+        self.internal_port = free_port()
+        own = {"NOTIFYD_PORT": "0", "NOTIFYD_INTERNAL_PORT": str(self.internal_port), "NOTIFYD_HOST": "127.0.0.1"}
+        # Nothing is imported from where the tests find it.
+        own |= {"NOTIFYD_NOTIFICATION_INTERVAL": "0", "PYTHONPATH": ""}
+        inherited = {name: value for name, value in variables.items() if name.startswith("NOTIFYD_")}
+        self.server = Server([sys.executable, str(image / script)], inherited | own)
+
+    def check(self) -> int:
+        """Run the HEALTHCHECK and return its status."""
+        [command] = re.findall(r"^HEALTHCHECK (?:.*\\\n)+\s+CMD (.*)$", DOCKERFILE, re.MULTILINE)
+        words = [word.replace("9000", str(self.internal_port)) for word in orjson.loads(command)]
+        return subprocess.run([sys.executable, *words[1:]], capture_output=True, check=False).returncode
+
+
+@pytest.fixture
+def container(image: Path) -> Iterator[Container]:
+    one = Container(image, image_variables())
+    yield one
+    one.server.stop()
+
+
+def test_the_image_has_all_that_the_server_needs(container: Container) -> None:
+    """It starts from the image's files alone, with figures on the port that is not published."""
+    container.server.join()
+    assert container.server.get("/metrics").status_code == 404
+
+
+def test_the_healthcheck_tells_whether_the_process_lives(container: Container) -> None:
+    """A drain is no reason to be killed; the end is one."""
+    client = container.server.join()
+    assert container.check() == 0
+    container.server.drain(stop_signal())
+    assert container.check() == 0
+    client.leave()
+    assert container.server.exit_status() == 0
+    assert container.check() != 0
+
+
+def stop_signal() -> signal.Signals:
+    [name] = re.findall(r"^STOPSIGNAL (.*)$", DOCKERFILE, re.MULTILINE)
+    return signal.Signals[name]
+
+
+# The nodes.
+
+
+def test_two_nodes_on_the_redis_of_the_compose_file_are_one_server(image: Path) -> None:
+    """What is published on one reaches the clients of the other; Redis is told to keep it."""
+    service = COMPOSE["services"]["redis"]
+    store = RedisServer(flags=tuple(service["command"][1:]))
+    nodes = []
+    try:
+        for option, value in (("appendonly", "yes"), ("maxmemory-policy", "noeviction")):
+            assert store.command("CONFIG", "GET", option) == {option: value}
+        variables = node_variables()
+        variables["NOTIFYD_STORE"] = variables["NOTIFYD_STORE"].replace("redis:6379", f"127.0.0.1:{store.port}")
+        nodes = [Container(image, variables).server for _ in NODES]
+        client = nodes[0].join()
+        nodes[1].notify("from the other")
+        assert client.receive()["data"]["message"] == "from the other"
+    finally:
+        for node in nodes:
+            node.stop()
+        store.close()
+
+
+def test_the_compose_file_names_what_is_there() -> None:
+    """Services, volumes, ports and the Dockerfile."""
+    services: dict[str, Any] = COMPOSE["services"]
+    assert set(services) == {"redis", *NODES}
+    assert {volume.split(":")[0] for volume in services["redis"]["volumes"]} == set(COMPOSE["volumes"])
+    for node in NODES:
+        build = services[node]["build"]
+        assert (DEPLOY / build["context"]).resolve() == ROOT
+        assert (ROOT / build["dockerfile"]).exists()
+        assert services[node]["depends_on"] == {"redis": {"condition": "service_healthy"}}
+        [(address, _, inside)] = [port.split(":") for port in services[node]["ports"]]
+        assert (address, inside) == ("127.0.0.1", "8000")
+
+
+def test_compose_takes_the_file() -> None:
+    """Its own check, where it is installed."""
+    docker = shutil.which("docker")
+    if docker is None or subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode:
+        pytest.skip("needs docker compose")
+    lint(docker, "compose", "-f", DEPLOY / "compose.yaml", "config", "--quiet")
+
+
+# The unit.
+
+
+@pytest.fixture
+def unit(tmp_path: Path) -> Path:
+    """The unit with this machine's command; it must be one that is there."""
+    [command] = re.findall(r"^ExecStart=(.*)$", UNIT, re.MULTILINE)
+    python, script = command.split()
+    assert (Path(python).name, Path(script).name) == ("python", "notifyd.py")
+    path = tmp_path / "notifyd.service"
+    path.write_text(UNIT.replace(command, f"{sys.executable} {ROOT / 'notifyd.py'}"))
+    return path
+
+
+def test_systemd_understands_the_unit(unit: Path) -> None:
+    """No unknown key, no bad value."""
+    lint(program("systemd-analyze"), "verify", "--man=no", unit)
+
+
+def test_systemd_finds_the_unit_hardened(unit: Path) -> None:
+    """Exposure is 0 to 10; a unit without any of it has 9.6."""
+    command = [program("systemd-analyze"), "security", "--offline=true", "--threshold=20", "--no-pager", str(unit)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout[-200:]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["DynamicUser=yes", "NoNewPrivileges=yes", "ProtectSystem=strict", "KillMode=mixed", "StateDirectory=notifyd"],
+)
+def test_the_unit_keeps(line: str) -> None:
+    """What the drain and the users of the machine rely on."""
+    assert line in UNIT.splitlines()
+
+
+def test_the_log_is_in_the_state_directory() -> None:
+    """Elsewhere the service could not write."""
+    assert unit_variables()["NOTIFYD_STORE"].startswith("sqlite:/var/lib/notifyd/")
