@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import socket
 import ssl
@@ -31,6 +32,13 @@ WIRES = pytest.mark.parametrize("wire", ["fast", "standard"])
 IMPATIENT = """
 import sys, notifyd
 notifyd.REQUEST_SECONDS = 0.5
+sys.exit(notifyd.main())
+"""
+# A server that gets a SIGHUP between reading its certificate and listening.
+EARLY = """
+import signal, sys, notifyd
+raise_limit = notifyd._raise_file_limit
+notifyd._raise_file_limit = lambda limit: (signal.raise_signal(signal.SIGHUP), raise_limit(limit))
 sys.exit(notifyd.main())
 """
 
@@ -245,6 +253,27 @@ def test_a_bad_pair_is_logged_and_the_old_one_stays(
     pair.become(other)
     server.signal(SIGHUP)
     eventually(lambda: other.is_shown_by(server))
+
+
+def test_a_terminal_that_hangs_up_ends_no_worker(start_server: StartServer, pair: Pair, other: Pair) -> None:
+    """Its SIGHUP goes to the whole group; workers hear of it from their parent."""
+    server = start_server("--workers", "2", *pair.flags)
+    before = server.processes()
+    pair.become(other)
+    os.killpg(server.pid, SIGHUP)
+    eventually(lambda: other.is_shown_by(server))
+    assert server.processes() == before
+
+
+def test_a_sighup_at_the_start_waits_until_it_can_be_heard(pair: Pair) -> None:
+    """A renewal in that moment neither ends the server nor is lost."""
+    _, _, *flags = notifyd_command("--port", "0", "--notification-interval", "0", *pair.flags)
+    server = Server([sys.executable, "-c", EARLY, *flags])
+    try:
+        server.wait_for_line("The certificate has been read again")
+        assert server.get("/health").status_code == 200
+    finally:
+        server.stop()
 
 
 # What is wrong at the start.
