@@ -12,11 +12,11 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from client import Client, Joined
 from directory import Directory
-from frames import frame
+from frames import frame, payloads
 from ring import Audience, Ring
 from store import Record
 
@@ -90,6 +90,20 @@ class FanOut:
     def _put(self, record: Record, at: float) -> int:
         data = frame(payload(record.id, record.rest))
         return self.ring.append(record.id, data, at, replayed=record.replayed, audience=record.audience)
+
+    def records(self) -> Iterator[Record]:
+        """Return what the ring holds now, as records that are made one by one."""
+        began = time.time() - self._clock()
+        return (
+            Record(
+                entry.id,
+                next(payloads(entry.frame)).removeprefix(payload(entry.id, b"")),
+                entry.audience,
+                entry.replayed,
+                began + entry.at,
+            )
+            for entry in list(self.ring.since(self.ring.front))
+        )
 
     def owe(self, client: Client, sequences: list[int]) -> None:
         """Owe one client these entries beside the broadcasts from its cursor on."""

@@ -530,6 +530,11 @@ class Hub:
     def told(self, sender: str, message: bytes) -> None:
         self.peers.told(sender, message)
 
+    def kept(self) -> tuple[str, Iterable[Record]]:
+        """Return what the ring holds, as the log had it, and the id before that."""
+        ring = self.fanout.ring
+        return ring.id_before(ring.front), self.fanout.records()
+
     def registrations(self) -> Iterable[tuple[str, frozenset[str]]]:
         return [(client.client_id, client.topics) for client in self.directory]
 

@@ -99,6 +99,9 @@ class Node(Protocol):
     def told(self, sender: str, message: bytes) -> None:
         """Take a message that another node has posted."""
 
+    def kept(self) -> tuple[str, Iterable[Record]]:
+        """Return what this process has of the log, to put it back where the store lost it, and the id before that."""
+
     def registrations(self) -> Iterable[tuple[str, frozenset[str]]]:
         """Return this process's client ids with their topics, to enter them again where the store lost them."""
 

@@ -218,8 +218,8 @@ local function offer()
   local front = arg()
   if front > (call('HGET', META, 'offered') or '') then call('HSET', META, 'offered', front) end
   while i < #ARGV do
-    local id, at, rest, size, audience, replayed = arg(), arg(), arg(), arg(), arg(), arg()
-    call('HSET', OFFERS, id, cmsgpack.pack({at, rest, size, audience, replayed, ''}))
+    local id, age, rest, size, audience, replayed = arg(), arg(), arg(), arg(), arg(), arg()
+    call('HSET', OFFERS, id, cmsgpack.pack({now - age, rest, size, audience, replayed, ''}))
   end
   return 'offered'
 end

@@ -29,6 +29,7 @@ import logging
 import os
 import secrets
 import ssl
+import time
 from collections import deque
 from collections.abc import Collection, Sequence
 from itertools import islice
@@ -76,32 +77,6 @@ class _Operation:
         self.answer = answer
 
 
-class _Kept:
-    """The newest records that this process has read, within the bounds of the history: to fill the log again."""
-
-    def __init__(self, settings: Settings, before: str) -> None:
-        self._size, self._bytes = settings.history_size, settings.history_bytes
-        self._held = self._held_bytes = 0
-        self.before = before
-        self.records: deque[Record] = deque()
-
-    @property
-    def newest(self) -> str:
-        return self.records[-1].id if self.records else self.before
-
-    def add(self, record: Record) -> None:
-        self.records.append(record)
-        self._count(record, 1)
-        while self._held > self._size or self._held_bytes > self._bytes:
-            oldest = self.records.popleft()
-            self._count(oldest, -1)
-            self.before = oldest.id
-
-    def _count(self, record: Record, by: int) -> None:
-        self._held += by * record.replayed
-        self._held_bytes += by * _size(record)
-
-
 class RedisStore:
     """One process's side of a log and a registry in Redis. Raises SettingsError where the URL is none."""
 
@@ -135,7 +110,10 @@ class RedisStore:
         self._opening_until = 0
         self._opening_now = 0
         self._opened = False
-        self._kept = _Kept(settings, "")
+        # The newest id that this process has read, and the one from which on it has missed nothing.
+        self._newest = self._whole_since = ""
+        # What was in the log, until all of it is read.
+        self._found: list[Record] = []
         # What was done at a place of the log that this process has not read up to yet, with the replies.
         self._done: deque[tuple[int, list[_Operation], list[Any]]] = deque()
         # The counters of all: total, sent, messages, slow consumers, test notifications, and when they began.
@@ -228,7 +206,7 @@ class RedisStore:
         entered = ""
         while True:
             seq = self._seq if self._opened else 0
-            arguments: list[_Argument] = ["join", self._kept.newest, *self._known, *self._report]
+            arguments: list[_Argument] = ["join", self._newest, *self._known, *self._report]
             epoch, members, position, *joined = await self._call(connection, self._epoch, seq, arguments)
             self._epoch = epoch.decode()
             if entered != self._epoch:
@@ -248,7 +226,8 @@ class RedisStore:
             self._answer()
             return
         self._opening_until, self._opening_now = newest, now
-        self._kept = _Kept(self._settings, before)
+        self._newest = self._whole_since = before
+        self._found = []
         if self._seq == newest:
             self._open()
 
@@ -274,18 +253,23 @@ class RedisStore:
 
     async def _offer(self, connection: AbstractConnection, newest: str) -> None:
         """Offer the records that the log has not."""
-        records = [record for record in self._kept.records if record.id > newest]
-        # Also without records: those of others must reach back to where this process stands.
-        for start in range(0, len(records) or 1, CHUNK):
-            arguments: list[_Argument] = ["offer", self._kept.before]
-            for record in records[start : start + CHUNK]:
-                arguments += (record.id, round(record.at * 1e6), *_flat(record))
+        before, records = self._node.kept()
+        before = max(before, self._whole_since)
+        lost = (record for record in records if record.id > max(before, newest))
+        # First without records: those of others must reach back to where this process stands.
+        await self._enter(connection, ["offer", before])
+        while chunk := list(islice(lost, CHUNK)):
+            arguments: list[_Argument] = ["offer", before]
+            for record in chunk:
+                # As an age, because it is the clock of Redis that forgets what is too old.
+                arguments += (record.id, round((time.time() - record.at) * 1e6), *_flat(record))
             await self._enter(connection, arguments)
 
     def _open(self) -> None:
         self._opened = True
         age = (self._opening_now - self._known[5]) / 1e6
-        self._node.opened(Opening(self._kept.before, list(self._kept.records), self._known[5] / 1e6, age))
+        self._node.opened(Opening(self._whole_since, self._found, self._known[5] / 1e6, age))
+        self._found = []
         self._ready()
 
     def _ready(self) -> None:
@@ -433,21 +417,22 @@ class RedisStore:
                 await connection.send_command("HGET", self._prefix + "meta", "before")
                 self._check_missed((await connection.read_response() or b"").decode())
         # Without await: what is delivered and where this process stands change together.
-        records = [record for record in map(_record, entries) if record.id > self._kept.newest]
+        records = [record for record in map(_record, entries) if record.id > self._newest]
         self._seq = _number(entries[-1])
-        for record in records:
-            self._kept.add(record)
-        if self._opened:
-            if records:
-                self._node.deliver(records)
-        elif self._seq >= self._opening_until:
-            self._open()
+        if records:
+            self._newest = records[-1].id
+        if not self._opened:
+            self._found += records
+            if self._seq >= self._opening_until:
+                self._open()
+        elif records:
+            self._node.deliver(records)
         self._answer()
 
     def _check_missed(self, before: str) -> None:
         """Say so if the log begins behind what this process has delivered."""
-        if self._opened and before > self._kept.newest:
-            self._kept = _Kept(self._settings, before)
+        if self._opened and before > self._newest:
+            self._newest = self._whole_since = before
             self._node.missed()
 
 

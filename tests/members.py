@@ -82,6 +82,9 @@ class Member:
         self.mail.append((sender, message))
         self._changed.set()
 
+    def kept(self) -> tuple[str, Iterable[Record]]:
+        return self.opening.before, self.opening.records + self.records
+
     def registrations(self) -> Iterable[tuple[str, frozenset[str]]]:
         return self.clients.items()
 

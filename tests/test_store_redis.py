@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -14,6 +15,7 @@ from redis_server import RedisServer
 from test_store import on_loop, start_process  # noqa: F401
 
 from errors import StoreUnavailable
+from hub import Hub
 from keys import Once
 from settings import Settings, SettingsError
 from store import LEASE_SECONDS, Report
@@ -75,7 +77,9 @@ async def has_lost_nothing(answered: list[str], url: str, *everyone: Member) -> 
         assert member.times_missed == 0
     async with members(url) as [late]:
         assert [record.id for record in late.opening.records] == everyone[0].ids
-        assert late.opening.records == everyone[0].records
+        for found, delivered in zip(late.opening.records, everyone[0].records, strict=True):
+            assert found == delivered._replace(at=found.at)
+            assert abs(found.at - delivered.at) < 1
 
 
 # How it is reached.
@@ -296,6 +300,45 @@ async def test_started_with_an_old_file(start_redis: StartRedis) -> None:
         answered.append(await publish_until_it_works(one))
         await is_back(one, other)
         await has_lost_nothing(answered, redis.url, one, other)
+
+
+@on_loop
+async def test_a_hub_puts_back_what_it_has(start_redis: StartRedis) -> None:
+    """Each notification whole, whatever its size, for the same clients and topics, and as old as it was."""
+    redis = start_redis()
+    settings = Settings(store=redis.url, notification_interval=0, max_message_size=100_000)
+    async with Hub(settings) as hub:
+        for size in (1, 200, 70_000):
+            await hub.notify("m", data={"x": "x" * size}, clients=["a"], topics=["t"])
+        async with members(redis.url) as [early]:
+            before = early.opening
+        redis.empty()
+        while True:
+            try:
+                await hub.notify("once more")
+                break
+            except StoreUnavailable:
+                await asyncio.sleep(0.05)
+        async with members(redis.url) as [late]:
+            *back, _ = late.opening.records
+        assert (late.opening.before, [record._replace(at=0) for record in back]) == (
+            before.before,
+            [record._replace(at=0) for record in before.records],
+        )
+        assert all(abs(one.at - other.at) < 1 for one, other in zip(back, before.records, strict=True))
+
+
+@on_loop
+async def test_a_process_has_the_log_once(start_redis: StartRedis) -> None:
+    """What it needs to put it back is what it keeps for its clients."""
+    async with Hub(Settings(store=start_redis().url, notification_interval=0)) as hub:
+        await hub.notify("first")
+        tracemalloc.start()
+        for _ in range(100):
+            await hub.notify("m", data={"x": "x" * 50_000})
+        used, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert used < 1.5 * 100 * 50_000
 
 
 @on_loop
