@@ -18,6 +18,7 @@ from client import Client, Joined
 from directory import Directory
 from frames import frame, payloads
 from ring import Audience, Ring
+from schemas import Positions
 from store import Record
 
 # The pass yields to the event loop after this many clients: at 3 to 10 us each it is held for 1 to 3 ms. A request
@@ -69,6 +70,11 @@ class FanOut:
         for record in records:
             self._put(record, self._clock() - max(0.0, now - record.at))
         self._settled = self._passed = self.ring.next_sequence
+
+    def begin_anew(self) -> None:
+        """Forget the whole log. Its position is from now on an id that was never given to anything."""
+        self.ring.trim(self.ring.next_sequence)
+        self.ring.begin(Positions(self.ring.position).next())
 
     def append(self, records: Sequence[Record]) -> None:
         """Append what comes next in the log, and have it handed out."""

@@ -522,10 +522,14 @@ class Hub:
                 reached.set_result(None)
 
     def missed(self) -> None:
-        """Close everyone: they would miss what this process could not read before the log let go of it."""
+        """Close everyone: they would miss what this process could not read before the log let go of it.
+
+        Nobody can prove any more that a resume from before that is complete, so the ring begins anew.
+        """
         logger.error("The log has let go of what this process had not read; its clients are closed")
         for client in list(self.directory):
             self._dismiss(client, TRY_AGAIN_LATER, "Notifications are missing; connect again and resume")
+        self.fanout.begin_anew()
 
     def told(self, sender: str, message: bytes) -> None:
         self.peers.told(sender, message)

@@ -975,3 +975,16 @@ def test_a_batch_lets_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) ->
     turns, messages, repeated = asyncio.run(scenario())
     assert turns > 20 and repeated
     assert messages == [str(number) for number in range(50)]
+
+
+def test_after_a_gap_in_the_log_no_resume_is_complete(loop: VirtualLoop) -> None:
+    """What this process could not read is in no replay, and is not passed over in silence."""
+    hub = hub_on(loop)
+    client = join(loop, hub, "ann")
+    before = loop.run_until_complete(hub.notify("before"))
+    loop.call(hub.missed)
+    assert client.goodbye == (1013, "Notifications are missing; connect again and resume")
+    after = loop.run_until_complete(hub.notify("after"))
+    history = loop.run_until_complete(hub.history(before.id, 9, "", None))
+    assert (history.complete, len(history.notifications), history.position) == (False, 1, after.id)
+    assert loop.run_until_complete(hub.history(after.id, 9, "", None)).complete
