@@ -71,6 +71,7 @@ class Session:
         "_subprotocol",
         "_wanted",
         "_wire",
+        "headers",
     )
 
     def __init__(self, wire: Wire, config: Config, server_state: ServerState, app_state: dict[str, Any]) -> None:
@@ -88,6 +89,7 @@ class Session:
         self._drained: asyncio.Event | None = None
         self._response: Message | None = None
         self._error: FrameError | None = None
+        self.headers: Headers = ()
 
     # --- the handshake
 
@@ -133,7 +135,7 @@ class Session:
         self._subprotocol = subprotocol
 
     def acceptance(self, subprotocol: str | None, headers: Headers) -> bytes:
-        return acceptance(self._key, subprotocol or self._subprotocol, headers)
+        return acceptance(self._key, subprotocol or self._subprotocol, [*headers, *self.headers])
 
     def early_data(self) -> bytes:
         return bytes(self._early)

@@ -103,6 +103,21 @@ class ConnectionRefused(NotifydError):
     close_code = 1008
 
 
+class TooManyConnections(ConnectionRefused):
+    """An address has as many clients as one may have."""
+
+    status = 429
+    category = "application"
+
+
+class RateExceeded(NotifydError):
+    """An address sends requests faster than its bucket is refilled."""
+
+    status = 429
+    category = "application"
+    close_code = 1008
+
+
 class ShuttingDown(NotifydError):
     status = 503
     close_code = 1001

@@ -47,6 +47,7 @@ from keys import Appended, Once, Receipt
 from peers import Peers
 from ring import Audience, Entry, Ring
 from schemas import GOING_AWAY, INTERNAL_ERROR, POLICY_VIOLATION, TRY_AGAIN_LATER, encode, timestamp
+from seats import Seats
 from settings import Settings, number
 from store import Draft, Opening, Record, Report, Store, Taken, make_store
 from turns import in_slices
@@ -113,6 +114,9 @@ class Hub:
         self.conversation = Conversation(
             self.directory, self.store, self.accounts.census, self._reached, self._dismiss, self.identities, renew
         )
+        self.seats = Seats(self.store, settings.max_connections_per_ip) if settings.max_connections_per_ip else None
+        # Whose address holds a seat for each client, where there is a limit.
+        self._seated: dict[Client, str] = {}
         # Out of the directory, but their connection has not ended yet.
         self._leaving: set[Client] = set()
         self._numbers = itertools.count()
@@ -221,13 +225,14 @@ class Hub:
         since: str | None = None,
         topics: str = "",
         identity: Identity | None = None,
+        address: str = "",
     ) -> Client:
         """Admit a connection as a client: accept it, welcome it, and let it follow the log.
 
         It follows from now on, or with `since` from after that id (empty: from now, but tell the position). Raises
         ShuttingDown, InvalidRequest, Forbidden where its identity does not allow what it asks for, DuplicateClient,
-        ConnectionRefused or StoreUnavailable, with the reason for the close frame; the connection is then still the
-        caller's to close.
+        ConnectionRefused or StoreUnavailable, with the reason for the close frame, or TooManyConnections for the
+        address; the connection is then still the caller's to close.
         """
         await self.start()
         self._check_open(connection)
@@ -245,8 +250,8 @@ class Hub:
             self._check_open(connection)
             try:
                 with self._claimed(client_id):
-                    position = await self._register(connection, client_id, names)
-                    return self._join(connection, client_id, user_agent, wanted, names, position, identity)
+                    position = await self._register(connection, client_id, names, address)
+                    return self._join(connection, client_id, user_agent, wanted, names, position, identity, address)
             except Taken as taken:
                 node_id = taken.node
             await self._contest_there(client_id, node_id)
@@ -273,14 +278,21 @@ class Hub:
             del self._claims[client_id], self.fanout.held[claim]
             claim.set()
 
-    async def _register(self, connection: Connection, client_id: str, topics: frozenset[str]) -> str:
+    async def _register(self, connection: Connection, client_id: str, topics: frozenset[str], address: str) -> str:
         """Register the client_id in the store, and return the position from which on it is addressed."""
-        position = await self.store.admit(client_id, topics)
+        if self.seats is not None:
+            await self.seats.take(address)
         try:
-            await self._reached(position)
-            self._check_open(connection)
+            position = await self.store.admit(client_id, topics)
+            try:
+                await self._reached(position)
+                self._check_open(connection)
+            except BaseException:
+                self.store.leave(client_id)
+                raise
         except BaseException:
-            self.store.leave(client_id)
+            if self.seats is not None:
+                self.seats.give(address)
             raise
         return position
 
@@ -334,6 +346,7 @@ class Hub:
         topics: frozenset[str],
         position: str,
         identity: Identity | None,
+        address: str,
     ) -> Client:
         # Without await: the cursor is read, what is to be replayed is fixed and the client is in the directory
         # before anything else can be delivered. So nothing is missing at the seam, and nothing comes twice.
@@ -341,6 +354,8 @@ class Hub:
         client = Client(self, connection, client_id, user_agent, ring.head, next(self._numbers))
         self.directory.add(client, topics)
         self.identities.set(client, identity)
+        if self.seats is not None:
+            self._seated[client] = address
         self._empty.clear()
         welcome = schemas.Welcome(
             client_id=client_id,
@@ -398,6 +413,8 @@ class Hub:
             self.identities.set(client, None)
             self.fanout.forget(client)
             self.store.leave(client.client_id)
+            if self.seats is not None:
+                self.seats.give(self._seated.pop(client))
             if not self.directory:
                 self._empty.set()
 

@@ -37,6 +37,7 @@ from http_wire import REQUEST_SECONDS, HttpProtocol
 from hub import Hub
 from routes import OriginGuard, internal_routes, not_found, routes
 from settings import VERSION, Settings, SettingsError, from_environ, load
+from throttle import Throttle
 from wire import StandardProtocol, WireProtocol
 from workers import Parent, check_store, read_post, signals_to, supervise, warning_of_islands
 
@@ -72,11 +73,15 @@ class App(Router):
             async with hub:
                 yield
 
+        settings = hub.settings
+        middleware = [Middleware(OriginGuard, allowed=settings.allow_origin)]
+        if settings.rate_limit or settings.trusted_proxies or settings.max_connections_per_ip:
+            middleware.insert(0, Middleware(Throttle, settings=settings, store=hub.store))
         super().__init__(
             internal_routes(hub, door) if internal else routes(hub, door),
             redirect_slashes=False,
             default=not_found,
-            middleware=[Middleware(OriginGuard, allowed=hub.settings.allow_origin)],
+            middleware=middleware,
             lifespan=lifespan,
         )
         self.state = State({"hub": hub})

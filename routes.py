@@ -26,6 +26,7 @@ from errors import (
     NotifydError,
     StoreUnavailable,
     TooLarge,
+    TooManyConnections,
     UnsupportedMediaType,
     UpgradeRequired,
 )
@@ -184,6 +185,7 @@ async def events(hub: Hub, request: Request) -> EventStream | Response:
         since,
         parameters.get("topics", ""),
         request.identity,
+        _address(request.scope),
     )
     return stream
 
@@ -195,12 +197,16 @@ async def upgrade_required(hub: Hub, request: Request) -> Response:
 async def connect(hub: Hub, door: Door | None, scope: Scope, receive: Receive, send: Send) -> None:
     """Serve one WebSocket: on the fast path until it is admitted or refused, else until its end."""
     extensions = scope.get("extensions") or {}
-    if (wire := extensions.get(WIRE_EXTENSION)) is not None:
-        await _admit_or_close(hub, door, wire, scope)
+    try:
+        if (wire := extensions.get(WIRE_EXTENSION)) is not None:
+            await _admit_or_close(hub, door, wire, scope)
+            return
+        await receive()  # websocket.connect
+        connection = SendConnection(receive, send, extensions.get(PROBE_EXTENSION))
+        await _admit_or_close(hub, door, connection, scope)
+    except TooManyConnections as refusal:
+        await refuse_handshake(refusal, scope, receive, send)
         return
-    await receive()  # websocket.connect
-    connection = SendConnection(receive, send, extensions.get(PROBE_EXTENSION))
-    await _admit_or_close(hub, door, connection, scope)
     await connection.serve()
 
 
@@ -218,7 +224,10 @@ async def _admit_or_close(hub: Hub, door: Door | None, connection: Connection, s
             parameters.get("since"),
             parameters.get("topics", ""),
             identity,
+            _address(scope),
         )
+    except TooManyConnections:
+        raise
     except StoreUnavailable:
         # What is wrong inside is for the operator, on /health.
         connection.close(TRY_AGAIN_LATER, "Try again later")
@@ -277,6 +286,10 @@ def _whole_number(parameters: QueryParams, name: str, default: int, *, least: in
 def _user_agent(headers: Headers) -> str | None:
     given = headers.get("user-agent")
     return given and given[:MAX_USER_AGENT]
+
+
+def _address(scope: Scope) -> str:
+    return (scope.get("client") or ("",))[0]
 
 
 def _check_content_type(media_type: str) -> None:
@@ -338,7 +351,7 @@ class Endpoint:
 
 def error_response(error: NotifydError, category: str | None = None, error_id: str | None = None) -> Response:
     body = schemas.error_body(error.message, category or error.category, error_id)
-    retry = {"Retry-After": str(RETRY_AFTER_SECONDS)} if error.status == 503 else {}
+    retry = {"Retry-After": str(RETRY_AFTER_SECONDS)} if error.status in (429, 503) else {}
     return answer(body, error.status, retry | error.headers)
 
 
@@ -408,6 +421,11 @@ async def refuse(error: NotifydError, scope: Scope, receive: Receive, send: Send
         await error_response(error)(scope, receive, send)
         return
     await receive()
+    await refuse_handshake(error, scope, receive, send)
+
+
+async def refuse_handshake(error: NotifydError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a handshake that has been received with an HTTP error, where the server can."""
     if "websocket.http.response" in scope.get("extensions", {}):
         await error_response(error, "connection")(scope, receive, send)
     else:

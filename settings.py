@@ -8,6 +8,7 @@ text is the one line that the user sees; it names the flag or variable as it was
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn, get_args
@@ -132,6 +133,20 @@ class Settings(Struct, frozen=True, kw_only=True):
     ] = ""
     ssl_keyfile: Annotated[str, Meta(description="PEM file of the key, unless ssl_certfile has it")] = ""
     ssl_keyfile_password: Annotated[str, Meta(max_length=1024, description="password of the key, if it has one")] = ""
+    rate_limit: Annotated[
+        bool, Meta(description="limit each address to 5 handshakes (10 at once) and 10 requests (20 at once) a second")
+    ] = False
+    trusted_proxies: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="address or network of a proxy whose X-Forwarded-For is believed; unix: whoever comes through "
+            "a Unix socket; may be repeated"
+        ),
+    ] = ()
+    max_connections_per_ip: Annotated[
+        int,
+        Meta(ge=0, le=1_000_000_000, description="clients of one address connected at once, at most; 0: any number"),
+    ] = 0
     wire: Annotated[
         Literal["fast", "standard"], Meta(description="WebSocket protocol class: notifyd's own or uvicorn's")
     ] = "fast"
@@ -169,6 +184,8 @@ def _checked(name: str, value: Any, source: str, *, strict: bool = True) -> Any:
             raise msgspec.ValidationError(f"Expected 0 or `float` >= {LEAST_SECONDS}")
         if name == "allow_origin" and not all(origin == "*" or _ORIGIN.match(origin) for origin in checked):
             raise msgspec.ValidationError("Expected origins such as https://example.com, or *")
+        if name == "trusted_proxies" and not all(map(_is_proxy, checked)):
+            raise msgspec.ValidationError("Expected addresses, networks such as 10.0.0.0/8, or unix")
         if name == "store" and not _STORE.match(checked):
             # Without what was given: it may hold a password.
             raise SettingsError(f"{source}: expected auto, memory, sqlite:PATH or redis://HOST:PORT")
@@ -194,6 +211,13 @@ def _check_auth(name: str, value: Any, source: str) -> None:
 def is_api_key(text: str) -> bool:
     """Whether a text is NAME:SECRET."""
     return _API_KEY.match(text) is not None
+
+
+def _is_proxy(text: str) -> bool:
+    try:
+        return text == "unix" or bool(ipaddress.ip_network(text))
+    except ValueError:
+        return False
 
 
 def normal_origin(origin: str) -> str:
@@ -240,6 +264,8 @@ def _variables(environ: Mapping[str, str]) -> tuple[dict[str, tuple[str, Any]], 
             warnings.append(f"{variable} is unknown and ignored")
         elif known[variable] in _LISTS:
             found[known[variable]] = (variable, _split(value))
+        elif known[variable] in ("allow_origin", "trusted_proxies"):
+            found[known[variable]] = (variable, [part.strip() for part in value.split(",") if part.strip()])
         else:
             found[known[variable]] = (variable, value)
     return found, warnings
@@ -319,6 +345,7 @@ def add_flag(
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
     elif isinstance(kind, msgspec.inspect.VarTupleType):
         parser.add_argument(flag, action="append", metavar=name.rpartition("_")[2].upper(), help=text)
+        parser.add_argument(flag, action="append", metavar="TEXT", help=text)
     elif isinstance(kind, msgspec.inspect.LiteralType):
         parser.add_argument(flag, metavar="|".join(map(str, kind.values)), help=text)
     else:

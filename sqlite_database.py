@@ -29,8 +29,9 @@ from urllib.parse import quote
 import msgspec
 from msgspec import Struct, field
 
-from errors import ConnectionRefused, KeyReused, StoreUnavailable
+from errors import ConnectionRefused, KeyReused, StoreUnavailable, TooManyConnections
 from keys import Appended, Once, Receipt, check_reuse
+from rates import SECOND, Draw, Rate, draw
 from ring import Audience
 from schemas import Positions
 from settings import Settings, SettingsError
@@ -45,6 +46,8 @@ CHECKPOINT_PAGES = 2000
 MAX_WAL_PAGES = 16_000
 # Messages between nodes that are kept for all of them together; a node reads its own within milliseconds.
 MAX_MAIL = 10_000
+# No bucket takes longer to be full, in microseconds.
+LONGEST_BUCKET = 3600 * SECOND
 # The longest path that a socket is bound to, in bytes: what unix(7) and its kin elsewhere allow.
 MAX_SOCKET_PATH = 100
 
@@ -68,6 +71,13 @@ CREATE TABLE topic (
 CREATE INDEX topic_client ON topic (client);
 CREATE TABLE mail (number INTEGER PRIMARY KEY, node TEXT NOT NULL, sender TEXT NOT NULL, message BLOB NOT NULL);
 """
+# Beside that schema: a file that was made before they were needed gets them, too. A bucket is full at so many
+# microseconds of CLOCK_MONOTONIC.
+LIMITS = (
+    "CREATE TABLE IF NOT EXISTS bucket (name TEXT PRIMARY KEY, full_at INTEGER NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS seat (address TEXT NOT NULL, node TEXT NOT NULL, held INTEGER NOT NULL,"
+    " PRIMARY KEY (address, node)) WITHOUT ROWID",
+)
 APPEND = (
     "INSERT INTO log (sequence, replayed_before, bytes_before, id, rest, audience, replayed, at)"
     " VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
@@ -171,6 +181,8 @@ class Database:
         """Be this node's. One that is opened again waits for the thread that it had before."""
         with self._in_use:
             self._node_id, self._tried = node_id, False
+            # How many connections of each address this node holds.
+            self._seats: dict[str, int] = {}
             yield self
             self._disconnect()
             if self._socket is not None:
@@ -309,6 +321,8 @@ class Database:
             state = State(file=secrets.token_hex(8), last=first, before=first)
             self._run("INSERT INTO state VALUES (?)", (msgspec.json.encode(state),))
             self._run("COMMIT")
+        for table in LIMITS:
+            self._run(table)
 
     def _disconnect(self) -> None:
         """Close everything; a transaction is rolled back before the turn is given up."""
@@ -396,6 +410,7 @@ class Database:
         self._positions = Positions(state.last)
 
     def _join(self, news: News) -> None:
+        assert self._db is not None
         state = self._state
         if not state.nodes:
             state.total = state.notifications_sent = state.counter = 0
@@ -403,6 +418,8 @@ class Database:
             state.started, state.started_at = self._now, self._wall
         self._bind()
         state.nodes[self._node_id] = Peer(self._now, state.sequence)
+        rows = [(address, self._node_id, held) for address, held in self._seats.items()]
+        self._db.executemany("INSERT OR REPLACE INTO seat VALUES (?, ?, ?)", rows)
         if self._file:
             news.evicted = True
         else:
@@ -419,6 +436,7 @@ class Database:
             state.leader = ""
         self._run("DELETE FROM client WHERE node = ?", (node_id,))
         self._run("DELETE FROM mail WHERE node = ?", (node_id,))
+        self._run("DELETE FROM seat WHERE node = ?", (node_id,))
         with contextlib.suppress(OSError):
             os.unlink(self._address(node_id))
 
@@ -461,6 +479,9 @@ class Database:
             " (SELECT number FROM once WHERE receipts_total > ? AND at >= ? ORDER BY number LIMIT 1))",
             (state.receipts - settings.history_size, expired),
         )
+        # One from the future is from before the machine was started.
+        now = int(self._now * SECOND)
+        self._run("DELETE FROM bucket WHERE full_at NOT BETWEEN ? AND ?", (now, now + LONGEST_BUCKET))
 
     # --- the operations
 
@@ -565,6 +586,29 @@ class Database:
     def leave(self, client_id: str) -> None:
         gone = self._run("DELETE FROM client WHERE id = ? AND node = ?", (client_id, self._node_id))
         self._state.nodes[self._node_id].clients -= gone.rowcount
+
+    def seat(self, address: str, held: int) -> None:
+        sql = "SELECT coalesce(sum(held), 0) FROM seat WHERE address = ? AND node <> ?"
+        (others,) = self._run(sql, (address, self._node_id)).fetchone()
+        if others + held > (limit := self._settings.max_connections_per_ip):
+            raise TooManyConnections(f"Connection limit exceeded for this address: {others + held - 1}/{limit}")
+        self.unseat(address, held)
+
+    def unseat(self, address: str, held: int) -> None:
+        if held:
+            self._seats[address] = held
+            self._run("INSERT OR REPLACE INTO seat VALUES (?, ?, ?)", (address, self._node_id, held))
+        else:
+            self._seats.pop(address, None)
+            self._run("DELETE FROM seat WHERE address = ? AND node = ?", (address, self._node_id))
+
+    def draw(self, bucket: str, rate: Rate) -> Draw:
+        row = self._run("SELECT full_at FROM bucket WHERE name = ?", (bucket,)).fetchone()
+        now = int(self._now * SECOND)
+        drawn = draw(row[0] if row else 0, now, rate)
+        if drawn.allowed:
+            self._run("INSERT OR REPLACE INTO bucket VALUES (?, ?)", (bucket, now + drawn.until_full))
+        return drawn
 
     def restore(self, registrations: Iterable[tuple[str, frozenset[str]]]) -> list[str]:
         """Enter clients that this node had before it was taken for dead; return those that others have by now."""

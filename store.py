@@ -22,6 +22,7 @@ from typing import NamedTuple, Protocol
 
 from errors import ConnectionRefused
 from keys import Appended, Keys, Once, Receipt
+from rates import SECOND, Buckets, Draw, Rate
 from ring import Audience
 from schemas import Positions
 from settings import Settings
@@ -147,6 +148,18 @@ class Store(Protocol):
     def leave(self, client_id: str) -> None:
         """Take a client of this process out, soon and in order: before any admission that is asked for later."""
 
+    async def seat(self, address: str, held: int) -> None:
+        """Put down that this process holds so many connections of an address, with one newcomer.
+
+        Raises TooManyConnections where that is more than max_connections_per_ip with those of the other processes.
+        """
+
+    def unseat(self, address: str, held: int) -> None:
+        """Put down that this process holds only so many by now, soon and in order."""
+
+    async def draw(self, bucket: str, rate: Rate) -> Draw:
+        """Take one request out of a bucket that all processes share."""
+
     async def lead(self) -> int | None:
         """Become or stay the one process that sends test notifications; return the last one's number, or None."""
 
@@ -178,6 +191,7 @@ class MemoryStore:
         self._total = 0
         self._notifications_sent = 0
         self._report = Report(0, 0)
+        self._buckets = Buckets()
 
     async def open(self, node: Node) -> None:
         self._node = node
@@ -241,6 +255,15 @@ class MemoryStore:
 
     def leave(self, client_id: str) -> None:
         pass
+
+    async def seat(self, address: str, held: int) -> None:
+        pass
+
+    def unseat(self, address: str, held: int) -> None:
+        pass
+
+    async def draw(self, bucket: str, rate: Rate) -> Draw:
+        return self._buckets.draw(bucket, rate, int(self._clock() * SECOND))
 
     async def lead(self) -> int | None:
         return self._counter

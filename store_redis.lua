@@ -15,6 +15,8 @@
 --   posts:NODE     stream  messages to it
 --   clients        hash    the node of each client;  topics  its topics, packed
 --   topic:NAME     set     the clients
+--   seats:NODE     hash    how many of its clients each address has
+--   bucket:NAME    string  when it is full; expires then
 --   offers         hash    records to fill the log with
 
 local P, epoch, node, tail = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
@@ -27,6 +29,7 @@ local function arg() i = i + 1; return ARGV[i] end
 local call = redis.call
 local META, LOG, NODES, TAILS, CLIENTS, TOPICS = P..'meta', P..'log', P..'nodes', P..'tails', P..'clients', P..'topics'
 local OFFERS, ROW, MEMBERS, POSTS, TOPIC = P..'offers', P..'node:', P..'members:', P..'posts:', P..'topic:'
+local SEATS, BUCKET = P..'seats:', P..'bucket:'
 local time = call('TIME')
 local now = time[1] * 1000000 + time[2]
 local newest, before, kept, bytes, seq, sent = '', '', 0, 0, 0, 0
@@ -112,7 +115,7 @@ local function put_out(dead)
   call('HINCRBY', META, 'slow', row[2] or 0)
   -- It may only have been stopped: then it counts on from here, and this is taken out of the sums again.
   call('SET', folded(dead), (row[1] or 0)..' '..(row[2] or 0), 'EX', 86400)
-  call('DEL', ROW..dead, POSTS..dead, MEMBERS..dead)
+  call('DEL', ROW..dead, POSTS..dead, MEMBERS..dead, SEATS..dead)
   call('ZREM', NODES, dead)
   call('ZREM', TAILS, dead)
 end
@@ -291,6 +294,32 @@ function ops.leave()
   call('SREM', MEMBERS..node, id)
   remove(id, node)
   return 0
+end
+
+function ops.vacate() call('DEL', SEATS..node); return 0 end
+
+function ops.unseat()
+  local address, held = arg(), arg()
+  if held == '0' then call('HDEL', SEATS..node, address) else call('HSET', SEATS..node, address, held) end
+  return 0
+end
+
+function ops.seat()
+  local address, held, limit, others = arg(), arg(), tonumber(arg()), 0
+  for _, one in ipairs(call('ZRANGE', NODES, 0, -1)) do
+    if one ~= node then others = others + (call('HGET', SEATS..one, address) or 0) end
+  end
+  if others + held <= limit then call('HSET', SEATS..node, address, held) end
+  return others
+end
+
+function ops.draw()  -- rates.py has it once more.
+  local name, cost, depth = BUCKET..arg(), tonumber(arg()), tonumber(arg())
+  local left = math.min(math.max((call('GET', name) or 0) - now, 0), depth)
+  if left + cost > depth then return {0, left} end
+  left = left + cost
+  call('SET', name, string.format('%.0f', now + left), 'PX', math.ceil(left / 1000))
+  return {1, left}
 end
 
 function ops.lead()

@@ -40,8 +40,9 @@ import msgspec
 from redis import exceptions
 from redis.asyncio.connection import AbstractConnection, Connection, parse_url
 
-from errors import ConnectionRefused, KeyReused, StoreUnavailable
+from errors import ConnectionRefused, KeyReused, StoreUnavailable, TooManyConnections
 from keys import Appended, Once, Receipt
+from rates import Draw, Rate
 from ring import Audience
 from settings import Settings, SettingsError
 from store import LEASE_SECONDS, Census, Draft, Node, Opening, Record, Report, Taken
@@ -119,6 +120,8 @@ class RedisStore:
         # The counters of all: total, sent, messages, slow consumers, test notifications, and when they began.
         self._known = [0, 0, 0, 0, 0, 0]
         self._report = Report(0, 0)
+        # How many connections of each address this process holds.
+        self._seats: dict[str, int] = {}
 
     # --- life
 
@@ -243,6 +246,10 @@ class RedisStore:
             parts = [part for client_id, topics in pairs for part in (client_id, _packed_topics(topics))]
             _, refused = await self._enter(connection, ["register", len(pairs), *parts])
             taken += [client_id.decode() for client_id in refused]
+        await self._enter(connection, ["vacate"])
+        seats = iter(list(self._seats.items()))
+        while some := list(islice(seats, CHUNK)):
+            await self._enter(connection, [part for pair in some for part in ("unseat", *pair)])
         if taken:
             self._node.evicted(taken)
 
@@ -372,6 +379,26 @@ class RedisStore:
     def leave(self, client_id: str) -> None:
         self._queue.append(_Operation(("leave", client_id), None))
         self._wake.set()
+
+    async def seat(self, address: str, held: int) -> None:
+        limit = self._settings.max_connections_per_ip
+        # Before it is known to be done: one that was given up may be done all the same.
+        self._seats[address] = held
+        others = await self._ask("seat", address, held, limit)
+        if others + held > limit:
+            raise TooManyConnections(f"Connection limit exceeded for this address: {others + held - 1}/{limit}")
+
+    def unseat(self, address: str, held: int) -> None:
+        if held:
+            self._seats[address] = held
+        else:
+            self._seats.pop(address, None)
+        self._queue.append(_Operation(("unseat", address, held), None))
+        self._wake.set()
+
+    async def draw(self, bucket: str, rate: Rate) -> Draw:
+        allowed, until_full = await self._ask("draw", bucket, rate.cost, rate.depth)
+        return Draw(allowed == 1, until_full)
 
     async def lead(self) -> int | None:
         counter: int = await self._ask("lead")

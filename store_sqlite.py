@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 
 from errors import StoreUnavailable
 from keys import Appended, Once
+from rates import Draw, Rate
 from settings import Settings, SettingsError, number
 from sqlite_database import Database, News, Operation, away
 from store import Census, Draft, Node, Report
@@ -111,6 +112,15 @@ class SqliteStore:
 
     def leave(self, client_id: str) -> None:
         self._put(Operation(lambda database: database.leave(client_id)))
+
+    async def seat(self, address: str, held: int) -> None:
+        await self._do(lambda database: database.seat(address, held))
+
+    def unseat(self, address: str, held: int) -> None:
+        self._put(Operation(lambda database: database.unseat(address, held)))
+
+    async def draw(self, bucket: str, rate: Rate) -> Draw:
+        return await self._do(lambda database: database.draw(bucket, rate))
 
     async def lead(self) -> int | None:
         return await self._do(Database.lead)

@@ -205,6 +205,11 @@ class WireProtocol(asyncio.Protocol):
                 self.resume_reading()
                 self._end_by(CLOSE_DEADLINE_SECONDS)
 
+    def tell(self, headers: Headers) -> None:
+        """Have these headers in the answer to the handshake when it is accepted."""
+        if self._session is not None:
+            self._session.headers = headers
+
     # --- what its session asks for
 
     def is_served_by(self, session: Session) -> bool:

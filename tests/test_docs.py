@@ -360,8 +360,8 @@ def test_every_http_error_is_documented_and_no_other() -> None:
     documented = {(int(row[0]), category) for row in rows(PROTOCOL, "Status", "Category") for category in spans(row[1])}
     there = {(each.status, each.category) for each in error_classes()}
     there |= {(int(status), "validation") for status in re.findall(r"_refuse\((4\d\d)", MODULES["http_wire.py"])}
-    # On a handshake: what breaks RFC 6455, a foreign origin, an unknown path, another version, a failure of ours.
-    there |= {(status, "connection") for status in (400, 403, 404, 426, 500)}
+    # On a handshake: what breaks RFC 6455, a foreign origin, an unknown path, another version, too many, our failure.
+    there |= {(status, "connection") for status in (400, 403, 404, 426, 429, 500)}
     assert documented == there
 
 

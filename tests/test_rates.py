@@ -1,0 +1,369 @@
+"""Rate limits: each address has a bucket for handshakes and one for everything else, whoever serves it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from conftest import StartServer
+from expected import http_error, parse
+from server import Server, eventually
+from websockets.exceptions import InvalidStatus
+
+from addresses import Proxies
+from rates import SECOND, Buckets, Rate, draw
+
+HANDSHAKES, REQUESTS = (5, 10), (10, 20)
+ALICE, BOB = {"X-Forwarded-For": "203.0.113.1"}, {"X-Forwarded-For": "203.0.113.2"}
+RATE = Rate(10, 20)
+APP = "https://app.example"
+
+
+@pytest.fixture(scope="module")
+def _limited() -> Iterator[Server]:
+    server = Server.notifyd(
+        *("--notification-interval", "0", "--ping-interval", "0", "--allow-origin", APP),
+        *("--rate-limit", "--trusted-proxies", "127.0.0.1"),
+    )
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def limited(_limited: Server, request: pytest.FixtureRequest) -> Server:
+    """A server with limits, which takes each test for another address."""
+    number = hash(request.node.name) % 2**24
+    _limited.http.headers["X-Forwarded-For"] = f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"
+    return _limited
+
+
+def forwarded(server: Server) -> dict[str, str]:
+    """Return the header that says which address the test is."""
+    return {"X-Forwarded-For": server.http.headers["X-Forwarded-For"]}
+
+
+def knock(server: Server, **headers: str) -> Any:
+    """Ask for a WebSocket and return the response."""
+    try:
+        return server.connect(additional_headers=headers or forwarded(server)).connection.response
+    except InvalidStatus as refused:
+        return refused.response
+
+
+def limits(headers: Any) -> tuple[int, int, int]:
+    """Return limit, remaining and reset, each of which must be there once."""
+    names = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
+    for name in names:
+        found = headers.get_all(name) if hasattr(headers, "get_all") else headers.get_list(name)
+        assert len(found) == 1, name
+    limit, remaining, reset = (int(headers[name]) for name in names)
+    return limit, remaining, reset
+
+
+def exhaust(server: Server, path: str = "/status?limit=0", **options: Any) -> httpx.Response:
+    """Ask until it is too often, and return the refusal."""
+    for _ in range(400):
+        response = server.get(path, **options)
+        if response.status_code == 429:
+            return response
+    raise AssertionError("never refused")
+
+
+# The bucket.
+
+
+def test_a_full_bucket_holds_its_burst() -> None:
+    """So many at once, and not one more."""
+    full_at, allowed = 0, []
+    for _ in range(25):
+        drawn = draw(full_at, 1000, RATE)
+        full_at = 1000 + drawn.until_full
+        allowed.append(drawn.allowed)
+    assert allowed == [True] * 20 + [False] * 5
+
+
+def test_it_is_refilled_at_its_rate() -> None:
+    """A request more each tenth of a second, and no more than the burst however long nobody comes."""
+    empty = RATE.depth
+    assert not draw(empty, 99_999, RATE).allowed
+    assert draw(empty, 100_000, RATE) == (True, 2 * SECOND)
+    assert draw(empty, 3600 * SECOND, RATE) == (True, 100_000)
+
+
+def test_a_refusal_costs_nothing() -> None:
+    """Who goes on asking too often gets the same rate as who waits."""
+    full_at = RATE.depth
+    allowed = 0
+    for now in range(0, 10 * SECOND, 1000):
+        drawn = draw(full_at, now, RATE)
+        full_at, allowed = now + drawn.until_full, allowed + drawn.allowed
+    assert allowed == 99
+
+
+def test_a_clock_that_was_put_back_locks_nobody_out() -> None:
+    """The bucket is empty at the worst."""
+    assert draw(10**15, 0, RATE) == (False, RATE.depth)
+    assert draw(RATE.depth, RATE.cost, RATE).allowed
+
+
+def test_full_buckets_are_forgotten() -> None:
+    """A million addresses that came once take no memory once they are gone."""
+    buckets = Buckets()
+    for number in range(1_000_000):
+        buckets.draw(f"address {number}", RATE, number * 100)
+    assert len(buckets) < 30_000
+
+
+# Requests.
+
+
+def test_without_the_switch_nothing_is_limited(server: Server) -> None:
+    """Neither refused nor told, as a proxy in front may do both."""
+    answers = [server.get("/notifications") for _ in range(50)]
+    assert {answer.status_code for answer in answers} == {200}
+    assert not [name for name in answers[0].headers if name.startswith("x-ratelimit")]
+
+
+def test_as_many_requests_as_the_bucket_holds(limited: Server) -> None:
+    """20 at once, and then 10 a second."""
+    began, allowed, left = time.monotonic(), 0, 20
+    for _ in range(30):
+        response = limited.get("/notifications")
+        limit, remaining, _reset = limits(response.headers)
+        allowed += response.status_code == 200
+        assert limit == 10
+        assert remaining == 0 if response.status_code == 429 else remaining >= left - 1
+        left = remaining
+    assert 20 <= allowed <= 20 + 10 * (time.monotonic() - began)
+
+
+def test_a_refusal_has_the_documented_body_and_headers(limited: Server) -> None:
+    """429, when to come back, and when the bucket is full."""
+    refusal = exhaust(limited)
+    assert parse(refusal.content) == http_error("application", "Rate limit exceeded: 10 requests a second, 20 at once")
+    assert refusal.headers["retry-after"] == "1"
+    limit, remaining, reset = limits(refusal.headers)
+    assert (limit, remaining) == (10, 0)
+    assert 1 <= reset - time.time() <= 3
+
+
+def test_who_waits_as_told_gets_in(limited: Server) -> None:
+    """Retry-After is true."""
+    time.sleep(int(exhaust(limited).headers["retry-after"]))
+    assert limited.get("/status").status_code == 200
+
+
+def test_reset_is_when_the_bucket_is_full(limited: Server) -> None:
+    """A Unix second: right after the first request, a tenth of a second from now."""
+    before = time.time()
+    limit, remaining, reset = limits(limited.get("/metrics").headers)
+    assert (limit, remaining) == (10, 19)
+    assert math.ceil(before + 0.1) <= reset <= math.ceil(time.time() + 0.1)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/nothing"),
+        ("GET", "/notify"),
+        ("POST", "/notify"),
+        ("OPTIONS", "/status"),
+        ("GET", "/ws"),
+        ("GET", "/"),
+    ],
+)
+def test_everything_counts(limited: Server, method: str, path: str) -> None:
+    """Also what is not there, not allowed or not understood; and its answer tells."""
+    limit, remaining, _ = limits(limited.request(method, path).headers)
+    assert (limit, remaining) == (10, 19)
+    exhaust(limited)
+    assert limited.request(method, path).status_code == 429
+
+
+def test_a_foreign_page_counts_too(limited: Server) -> None:
+    """The limit comes before the origin, so guessing one is not free."""
+    evil = {"Origin": "https://evil.example"}
+    assert limits(limited.get("/status", headers=evil).headers)[:2] == (10, 19)
+    exhaust(limited)
+    assert limited.get("/status", headers=evil).status_code == 429
+
+
+def test_health_is_exempt(limited: Server) -> None:
+    """Whoever watches the server must hear from it whatever else comes from that address."""
+    exhaust(limited)
+    answers = [limited.get("/health") for _ in range(30)]
+    assert {answer.status_code for answer in answers} == {200}
+    assert "x-ratelimit-limit" not in answers[0].headers
+
+
+def test_a_page_may_read_the_refusal(limited: Server) -> None:
+    """One whose origin is let in, and the headers as well."""
+    refusal = exhaust(limited, headers={"Origin": APP})
+    assert refusal.headers["access-control-allow-origin"] == APP
+    exposed = ", ".join(refusal.headers.get_list("access-control-expose-headers"))
+    assert "Retry-After" in exposed and "X-RateLimit-Remaining" in exposed
+
+
+def test_a_stream_tells_its_limits(limited: Server) -> None:
+    """It is a request like any other."""
+    with limited.http.stream("GET", "/events") as response:
+        assert limits(response.headers)[:2] == (10, 19)
+
+
+# Handshakes.
+
+
+def test_as_many_handshakes_as_the_bucket_holds(limited: Server) -> None:
+    """10 at once, and then 5 a second; each answer tells."""
+    began = time.monotonic()
+    answers = [knock(limited) for _ in range(16)]
+    statuses = [answer.status_code for answer in answers]
+    assert set(statuses) == {101, 429}
+    assert 10 <= statuses.count(101) <= 10 + 5 * (time.monotonic() - began)
+    assert [limits(answer.headers)[:2] for answer in answers[:2]] == [(5, 9), (5, 8)]
+
+
+def test_a_handshake_is_refused_before_the_upgrade(limited: Server) -> None:
+    """With the documented body and the headers."""
+    while (refusal := knock(limited)).status_code == 101:
+        pass
+    assert refusal.status_code == 429
+    assert parse(refusal.body) == http_error("connection", "Rate limit exceeded: 5 handshakes a second, 10 at once")
+    assert refusal.headers["Retry-After"] == "1"
+    assert limits(refusal.headers)[:2] == (5, 0)
+
+
+def test_handshakes_and_requests_have_buckets_of_their_own(limited: Server) -> None:
+    """Who may ask no more may still connect."""
+    exhaust(limited)
+    assert knock(limited).status_code == 101
+
+
+def test_a_handshake_that_is_refused_counts(limited: Server) -> None:
+    """A client_id that will not do is closed, and a path where nothing is refused, as often as a bucket holds."""
+    assert limited.connect("not an id", additional_headers=forwarded(limited)).closed()[1] == "Invalid client_id"
+    with pytest.raises(InvalidStatus) as refused:
+        limited.connect(url=limited.ws_url + "/nowhere", additional_headers=forwarded(limited))
+    assert refused.value.response.status_code == 404
+    assert limits(refused.value.response.headers)[:2] == (5, 8)
+
+
+# Whose request it is.
+
+
+def test_each_address_has_its_own_bucket(limited: Server) -> None:
+    """What one address does costs another nothing."""
+    exhaust(limited, headers=ALICE)
+    assert limits(limited.get("/status", headers=BOB).headers)[:2] == (10, 19)
+
+
+def test_a_header_of_nobodys_proxy_is_not_believed(start_server: StartServer) -> None:
+    """Without --trusted-proxies an address cannot make up others."""
+    server = start_server("--rate-limit")
+    exhaust(server, headers=ALICE)
+    assert server.get("/status", headers=BOB).status_code == 429
+
+
+PROXIES = Proxies(["127.0.0.1", "10.0.0.0/8", "2001:db8:1::/48"])
+
+
+@pytest.mark.parametrize(
+    ("peer", "hops", "address"),
+    [
+        ("192.0.2.1", [], "192.0.2.1"),
+        ("192.0.2.1", ["203.0.113.1"], "192.0.2.1"),
+        ("127.0.0.1", [], "127.0.0.1"),
+        ("127.0.0.1", ["203.0.113.1"], "203.0.113.1"),
+        ("127.0.0.1", ["6.6.6.6, 203.0.113.1"], "203.0.113.1"),
+        ("127.0.0.1", ["6.6.6.6", "203.0.113.1"], "203.0.113.1"),
+        ("127.0.0.1", ["6.6.6.6, 203.0.113.1, 10.1.2.3"], "203.0.113.1"),
+        ("127.0.0.1", ["6.6.6.6, 203.0.113.1", "10.1.2.3,2001:db8:1::5"], "203.0.113.1"),
+        ("127.0.0.1", ["10.9.9.9, 10.1.2.3"], "10.9.9.9"),
+        ("127.0.0.1", ["203.0.113.1, unknown"], "127.0.0.1"),
+        ("127.0.0.1", ["203.0.113.1, unknown, 10.1.2.3"], "10.1.2.3"),
+        ("127.0.0.1", [""], "127.0.0.1"),
+        ("127.0.0.1", ["203.0.113.1,"], "127.0.0.1"),
+        ("127.0.0.1", ["203.0.113.1:4711"], "203.0.113.1"),
+        ("127.0.0.1", ["[2001:DB8::7]:4711"], "2001:db8::7"),
+        ("127.0.0.1", ["2001:0db8:0:0::7"], "2001:db8::7"),
+        ("127.0.0.1", ["::ffff:203.0.113.1"], "203.0.113.1"),
+        ("127.0.0.1", ["203.0.113.1\x00"], "127.0.0.1"),
+        ("::ffff:127.0.0.1", ["203.0.113.1"], "203.0.113.1"),
+        ("2001:db8:1::9", ["203.0.113.1"], "203.0.113.1"),
+        ("fe80::1%eth0", ["203.0.113.1"], "fe80::1"),
+        ("unix", ["203.0.113.1"], "unix"),
+        ("testclient", ["203.0.113.1"], "testclient"),
+    ],
+)
+def test_the_list_is_read_from_the_right_past_trusted_hops(peer: str, hops: list[str], address: str) -> None:
+    """Whatever stands left of the first address that is nobody's proxy may be made up."""
+    headers = [(b"x-forwarded-for", value.encode()) for value in hops]
+    assert PROXIES.address_of(peer, headers) == address
+
+
+def test_a_proxy_may_come_through_a_unix_socket() -> None:
+    """It has no address, so it has a word of its own."""
+    headers = [(b"x-forwarded-for", b"6.6.6.6, 203.0.113.1")]
+    assert Proxies(["unix"]).address_of("unix", headers) == "203.0.113.1"
+    assert Proxies(["unix"]).address_of("127.0.0.1", headers) == "127.0.0.1"
+
+
+# Connections of one address.
+
+
+@pytest.fixture
+def crowded(start_server: StartServer) -> Server:
+    """A server with room for two clients of an address."""
+    return start_server("--max-connections-per-ip", "2", "--trusted-proxies", "127.0.0.0/8")
+
+
+def test_an_address_has_so_many_clients_and_no_more(crowded: Server) -> None:
+    """WebSockets and streams together; the next gets 429 before the upgrade, another address gets in."""
+    crowded.join(additional_headers=ALICE)
+    with crowded.http.stream("GET", "/events", headers=ALICE) as stream:
+        assert stream.status_code == 200
+        refusal = knock(crowded, **ALICE)
+        message = "Connection limit exceeded for this address: 2/2"
+        assert (refusal.status_code, parse(refusal.body)) == (429, http_error("connection", message))
+        assert refusal.headers["Retry-After"] == "5"
+        response = crowded.get("/events", headers=ALICE)
+        assert (response.status_code, parse(response.content)) == (429, http_error("application", message))
+        assert knock(crowded, **BOB).status_code == 101
+
+
+def test_who_leaves_makes_room(crowded: Server) -> None:
+    """However it ends."""
+    for _ in range(5):
+        gone = [crowded.join(additional_headers=ALICE) for _ in range(2)]
+        assert knock(crowded, **ALICE).status_code == 429
+        for client in gone:
+            client.leave()
+        eventually(lambda: crowded.active() == 0)
+
+
+def test_who_was_refused_holds_no_place(crowded: Server) -> None:
+    """Neither for the address nor for anyone else."""
+    crowded.join("one", additional_headers=ALICE)
+    for _ in range(5):
+        assert crowded.connect("one", additional_headers=ALICE).closed()[1] == "Client one is already connected"
+    crowded.join("two", additional_headers=ALICE)
+    assert crowded.active() == 2
+
+
+def test_the_limit_is_of_all_processes(start_server: StartServer) -> None:
+    """Whichever of two workers a client comes to."""
+    server = start_server("--workers", "2", "--max-connections-per-ip", "3")
+    statuses = [knock(server, **ALICE).status_code for _ in range(12)]
+    assert sorted(statuses) == [101] * 3 + [429] * 9
+
+
+def test_the_rate_is_of_all_processes(start_server: StartServer) -> None:
+    """Connections of their own, which the kernel deals out to three workers."""
+    server = start_server("--workers", "3", "--rate-limit")
+    began = time.monotonic()
+    statuses = [httpx.get(f"{server.url}/notifications", trust_env=False).status_code for _ in range(60)]
+    assert 20 <= statuses.count(200) <= 20 + 10 * (time.monotonic() - began)
