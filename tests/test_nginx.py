@@ -1,0 +1,282 @@
+"""deploy/nginx.conf in a real nginx, in front of a server: what its clients see is what the server would say."""
+
+from __future__ import annotations
+
+import calendar
+import itertools
+import os
+import re
+import shutil
+import ssl
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from clients import PATIENCE, Client
+from conftest import StartServer
+from expected import http_error, parse
+from server import ROOT, Server, eventually, free_port
+from websockets.exceptions import InvalidStatus
+
+from settings import Settings
+
+CONF = (ROOT / "deploy" / "nginx.conf").read_text()
+SECRET = "sesame-open"
+ADDRESSES = itertools.count(1)
+
+
+def program(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        reason = f"{name} is not installed (apt-get install nginx-light openssl)"
+        # Where everything has to run, a skipped test is a failed one.
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    return found
+
+
+class Nginx:
+    """An nginx with deploy/nginx.conf, of which only paths, ports and the address are other ones."""
+
+    def __init__(self, directory: Path, upstream: int) -> None:
+        self.directory = directory
+        self.port, plain = free_port(), free_port()
+        self.plain_url, self.url = f"http://127.0.0.1:{plain}", f"https://127.0.0.1:{self.port}"
+        pair = ("-keyout", str(directory / "key.pem"), "-out", str(directory / "cert.pem"))
+        words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+        subject = ("-addext", "subjectAltName=IP:127.0.0.1")
+        subprocess.run([program("openssl"), *words.split(), *subject, *pair], check=True, capture_output=True)
+        text = CONF
+        for ours, theirs in (
+            ("/run/", f"{directory}/"),
+            ("/var/log/nginx/", f"{directory}/"),
+            ("/etc/ssl/certs/push.example.com.pem", f"{directory}/cert.pem"),
+            ("/etc/ssl/private/push.example.com.key", f"{directory}/key.pem"),
+            ("listen 80;", f"listen 127.0.0.1:{plain};"),
+            ("listen 443 ssl;", f"listen 127.0.0.1:{self.port} ssl;"),
+            ("server 127.0.0.1:8000;", f"server 127.0.0.1:{upstream};"),
+        ):
+            assert ours in text, ours
+            text = text.replace(ours, theirs)
+        text, listeners = re.subn(r"\n *listen \[::\].*", "", text)
+        assert listeners == 2  # Not every machine has IPv6.
+        (directory / "nginx.conf").write_text(text)
+        self.command = [program("nginx"), "-p", str(directory), "-c", str(directory / "nginx.conf")]
+        environment = os.environ | {"TZ": "Asia/Tokyo"}
+        self.process = subprocess.Popen([*self.command, "-g", "daemon off;"], env=environment)
+        self.tls = ssl.create_default_context(cafile=str(directory / "cert.pem"))
+        self.be("127.0.0.1")
+        eventually(self._serves)
+
+    def be(self, address: str) -> None:
+        """Come from this address of the loopback from now on: each has buckets of its own."""
+        if hasattr(self, "http"):
+            self.http.close()
+        transport = httpx.HTTPTransport(local_address=address, verify=self.tls)
+        self.http = httpx.Client(base_url=self.url, transport=transport, trust_env=False, timeout=PATIENCE)
+        self.address = address
+
+    def _serves(self) -> bool:
+        assert self.process.poll() is None, self.logs()
+        try:
+            return self.http.get("/health").status_code in (200, 502)
+        except httpx.TransportError:
+            return False
+
+    def logs(self) -> str:
+        return "".join(path.read_text() for path in self.directory.glob("*.log"))
+
+    def connect(self, server: Server, path: str = "/ws") -> Client:
+        """Open a WebSocket to the server behind it."""
+        url = f"wss://127.0.0.1:{self.port}{path}"
+        return server.connect(url=url, ssl=self.tls, source_address=(self.address, 0))
+
+    def knock(self, server: Server) -> Any:
+        """Ask for a WebSocket and return the response."""
+        try:
+            return self.connect(server).connection.response
+        except InvalidStatus as refused:
+            return refused.response
+
+    def close(self) -> None:
+        self.http.close()
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[Server]:
+    """A server that counts what comes through nginx by the address that nginx names."""
+    server = Server.notifyd(
+        *("--notification-interval", "0", "--ping-interval", "0.2"),
+        *("--rate-limit", "--trusted-proxies", "127.0.0.1"),
+    )
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def _nginx(backend: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
+    proxy = Nginx(tmp_path_factory.mktemp("nginx"), backend.port)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def nginx(_nginx: Nginx) -> Nginx:
+    """An nginx in front of a server, to which each test comes from an address of its own."""
+    _nginx.be(f"127.0.1.{next(ADDRESSES)}")
+    return _nginx
+
+
+def limits(headers: Any) -> tuple[int, int, int]:
+    """Return limit, remaining and reset, each of which must be there once."""
+    names = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
+    for name in names:
+        found = headers.get_all(name) if hasattr(headers, "get_all") else headers.get_list(name)
+        assert len(found) == 1, name
+    limit, remaining, reset = (int(headers[name]) for name in names)
+    return limit, remaining, reset
+
+
+def test_nginx_takes_the_file(nginx: Nginx) -> None:
+    """Without a warning."""
+    tested = subprocess.run([*nginx.command, "-t"], capture_output=True, text=True, check=False)
+    assert (tested.returncode, re.findall(r"warn|emerg|error", tested.stderr)) == (0, []), tested.stderr
+
+
+def test_a_request_goes_through(nginx: Nginx) -> None:
+    """With the server's limits on its answer, once."""
+    response = nginx.http.post("/notify", json={"message": "hello"})
+    assert response.status_code == 200
+    assert limits(response.headers)[:2] == (10, 19)
+
+
+def test_nginx_refuses_as_the_server_does(nginx: Nginx) -> None:
+    """After as many requests, with the same body and headers; the server is not asked."""
+    began, answers = time.monotonic(), [nginx.http.get("/metrics") for _ in range(30)]
+    seconds = time.monotonic() - began
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert 20 <= len(answers) - len(refused) <= 20 + 10 * seconds
+    refusal = refused[-1]
+    assert refusal.headers["content-type"] == "application/json"
+    assert parse(refusal.content) == http_error("application", "Rate limit exceeded: 10 requests a second, 20 at once")
+    assert refusal.headers["retry-after"] == "1"
+    limit, remaining, reset = limits(refusal.headers)
+    assert (limit, remaining) == (10, 0)
+    assert 1 <= reset - time.time() <= 3.1
+    stamp = time.strptime(parse(refusal.content)["error"]["timestamp"][:19], "%Y-%m-%dT%H:%M:%S")
+    assert abs(calendar.timegm(stamp) - time.time()) < 10
+
+
+def test_the_refusals_are_nginx_own(nginx: Nginx) -> None:
+    """The server would have let them through: it has seen nothing of what nginx refused."""
+    for _ in range(30):
+        nginx.http.get("/metrics")
+    lines = [line for line in nginx.logs().splitlines() if "GET /metrics" in line and " 429 " in line]
+    assert lines and all(re.search(r" - \w+$", line) for line in lines)
+
+
+def test_a_handshake_is_refused_as_the_server_does(nginx: Nginx, backend: Server) -> None:
+    """Before the upgrade, after as many."""
+    began, answers = time.monotonic(), [nginx.knock(backend) for _ in range(16)]
+    statuses = [answer.status_code for answer in answers]
+    assert 10 <= statuses.count(101) <= 10 + 5 * (time.monotonic() - began)
+    refusal = next(answer for answer in answers if answer.status_code == 429)
+    assert parse(refusal.body) == http_error("connection", "Rate limit exceeded: 5 handshakes a second, 10 at once")
+    assert refusal.headers["Content-Type"] == "application/json"
+    assert refusal.headers["Retry-After"] == "1"
+    assert limits(refusal.headers)[:2] == (5, 0)
+    assert limits(answers[0].headers)[:2] == (5, 9)
+
+
+def test_health_is_exempt(nginx: Nginx) -> None:
+    """Also where the address may ask no more."""
+    statuses = [nginx.http.get("/health").status_code for _ in range(50)]
+    assert set(statuses) == {200}
+
+
+def test_a_client_is_welcomed_and_gets_notifications(nginx: Nginx, backend: Server) -> None:
+    """Through TLS and the upgrade."""
+    client = nginx.connect(backend)
+    assert client.receive()["type"] == "welcome"
+    backend.notify("through")
+    while (message := client.receive())["type"] == "ping":
+        pass
+    assert message["data"]["message"] == "through"
+
+
+def test_an_event_is_not_held_back(nginx: Nginx, backend: Server) -> None:
+    """A stream passes on each event as it comes."""
+    with nginx.http.stream("GET", "/events") as stream:
+        lines = stream.iter_lines()
+        assert any("welcome" in line for line in lines)
+        backend.notify("at once")
+        assert any("at once" in line for line in lines)
+
+
+def test_what_a_client_says_of_itself_goes_no_further(nginx: Nginx) -> None:
+    """The server counts the address that nginx sees, whatever X-Forwarded-For came."""
+    remaining = [
+        limits(nginx.http.get("/metrics", headers={"X-Forwarded-For": f"203.0.113.{n}"}).headers)[1] for n in range(3)
+    ]
+    assert remaining[2] <= 18
+
+
+def test_a_page_of_its_own_is_let_in(nginx: Nginx) -> None:
+    """The server sees the Host that the browser asked for, with its port."""
+    assert nginx.http.get("/status", headers={"Origin": nginx.url}).status_code == 200
+    assert nginx.http.get("/status", headers={"Origin": "https://evil.example"}).status_code == 403
+
+
+def test_plain_http_is_sent_to_tls(nginx: Nginx) -> None:
+    response = httpx.get(f"{nginx.plain_url}/status?limit=1", trust_env=False)
+    assert response.status_code == 301
+    assert response.headers["location"].startswith("https://127.0.0.1/status")
+
+
+def test_timeouts_are_longer_than_the_ping_interval() -> None:
+    """With some room, so that a client from whom nothing comes stays connected."""
+    timeouts = re.findall(r"proxy_(?:read|send)_timeout (\d+)s;", CONF)
+    assert len(timeouts) == 2
+    assert min(map(int, timeouts)) >= 2 * Settings().ping_interval
+
+
+def test_no_log_has_a_query_string(start_server: StartServer, tmp_path: Path) -> None:
+    """Neither of what went through nor of what was refused, redirected, malformed, or met no server."""
+    server = start_server()
+    proxy = Nginx(tmp_path, server.port)
+    try:
+        query = f"?token={SECRET}"
+        for _ in range(25):
+            proxy.http.get(f"/metrics{query}", headers={"Referer": f"https://a.example/{query}"})
+        assert proxy.connect(server, f"/ws{query}").receive()["type"] == "welcome"
+        httpx.get(f"{proxy.plain_url}/status{query}", trust_env=False)
+        proxy.http.post(f"/notify{query}", content=b"x" * 3_000_000)
+        httpx.get(f"http://127.0.0.1:{proxy.port}/status{query}", trust_env=False)
+        server.stop()
+        assert proxy.http.get(f"/health{query}").status_code == 502
+    finally:
+        proxy.close()
+    statuses = set(re.findall(r'" (\d{3}) ', proxy.logs()))
+    assert statuses >= {"200", "101", "301", "400", "413", "429", "502"}
+    assert SECRET not in proxy.logs()
+
+
+def test_three_seconds_are_added_by_hand() -> None:
+    """For every carry there can be: the maps of the file, applied to seconds here."""
+    maps = {
+        name: re.findall(r'"~(\S+)"\s+(\S+);', body)
+        for name, body in re.findall(r"map \$msec \$(\w+) \{(.*?)\n    \}", CONF, re.DOTALL)
+    }
+    for seconds in [1_700_000_000, 1_799_999_999, 1_999_999_998, 1_709_999_997, *range(1_700_009_890, 1_700_010_110)]:
+        parts = []
+        for name in ("unchanged", "carried", "zeros", "last_digit"):
+            for pattern, value in maps[name]:
+                if found := re.search(pattern.replace("?<", "?P<"), f"{seconds}.123"):
+                    parts.append(found[1] if value.startswith("$") else value)
+                    break
+        assert int("".join(parts)) == seconds + 3
