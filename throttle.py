@@ -12,6 +12,7 @@ Owns the rates, and the headers that tell about them. Whose request it is, is ad
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 
@@ -20,11 +21,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from addresses import UNIX, Proxies
 from connection import WIRE_EXTENSION
 from errors import NotifydError, RateExceeded, StoreUnavailable
-from guard import Origins
+from guard import MAX_WARNED, WARN_SECONDS, Origins
 from rates import SECOND, Buckets, Draw, Rate
 from routes import readable, refuse
 from settings import Settings
 from store import Store
+
+logger = logging.getLogger("notifyd.throttle")
 
 HANDSHAKES, REQUESTS = Rate(5, 10), Rate(10, 20)
 EXEMPT = ("/health", "/health/live")
@@ -46,15 +49,17 @@ class Throttle:
         self.exposes = bool(settings.allow_origin)
         self.store = store
         self.buckets = Buckets()
+        # When each of the last refused addresses was logged.
+        self.logged: dict[str, float] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        peer = (scope.get("client") or (UNIX,))[0] or UNIX
-        address = self.proxies.address_of(peer, scope["headers"])
+        peer = (scope.get("client") or ("",))[0]
+        address = self.proxies.address_of(peer or UNIX, scope["headers"])
         if address != peer:
-            # For whatever comes after this: the limit of connections, and the log.
+            # For whatever comes after this: the limit of connections, and logs.
             scope["client"] = (address, 0)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if not self.limits or path in EXEMPT:
@@ -72,6 +77,7 @@ class Throttle:
         else:
             wait = math.ceil((drawn.until_full + rate.cost - rate.depth) / SECOND)
             what = "handshakes" if rate is HANDSHAKES else "requests"
+            self._log(address, what)
             error = RateExceeded(
                 f"Rate limit exceeded: {rate.per_second} {what} a second, {rate.burst} at once",
                 {"Retry-After": str(wait)},
@@ -80,6 +86,14 @@ class Throttle:
             with contextlib.suppress(NotifydError):
                 page = self.origins.admit(scope["headers"])
             await refuse(error, scope, receive, readable(send, page) if page and scope["type"] == "http" else send)
+
+    def _log(self, address: str, what: str) -> None:
+        """Say who is refused: as for an origin, once a minute, and no more than so many."""
+        now = time.monotonic()
+        self.logged = {known: at for known, at in self.logged.items() if now - at < WARN_SECONDS}
+        if address not in self.logged and len(self.logged) < MAX_WARNED:
+            self.logged[address] = now
+            logger.warning("The address %s sends too many %s and is refused", repr(address)[1:-1], what)
 
     async def _draw(self, bucket: str, rate: Rate) -> Draw:
         now = _now()

@@ -1,0 +1,146 @@
+"""The guard of the rates by itself: what it asks of the store, and what it does without; under every kind of server."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import httpx
+import pytest
+from conftest import StartServer
+from expected import http_error, naming, parse
+from server import Server, workers
+from test_embedding import CARRIERS, host
+from websockets.exceptions import InvalidStatus
+
+from errors import StoreUnavailable
+from rates import Buckets, Draw, Rate
+from settings import Settings, SettingsError
+from throttle import Throttle
+
+
+class FakeStore:
+    """A store that counts what it is asked, and may be away."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.is_away = False
+        self.buckets = Buckets()
+
+    async def draw(self, bucket: str, rate: Rate) -> Draw:
+        self.asked += 1
+        if self.is_away:
+            raise StoreUnavailable("The store is away")
+        return self.buckets.draw(bucket, rate, time.monotonic_ns() // 1000)
+
+
+async def show_address(scope: Any, receive: Any, send: Any) -> None:
+    """Answer with the address that the scope names."""
+    await send({"type": "http.response.start", "status": 200})
+    await send({"type": "http.response.body", "body": str(scope["client"][0]).encode()})
+
+
+def answers(store: FakeStore, count: int, *, client: Any = ("192.0.2.1", 1), **settings: Any) -> list[httpx.Response]:
+    """Return what is answered to so many requests, one after the other."""
+
+    async def ask() -> list[httpx.Response]:
+        throttle = Throttle(show_address, Settings(**settings), store)  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(throttle, client=client)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            header = {"X-Forwarded-For": "6.6.6.6, 203.0.113.1"}
+            return [await http.get("/", headers=header) for _ in range(count)]
+
+    return asyncio.run(ask())
+
+
+def test_a_flood_costs_the_store_no_more_than_what_it_lets_through() -> None:
+    """Who is known to be over the limit is refused without asking."""
+    store = FakeStore()
+    statuses = [answer.status_code for answer in answers(store, 1000, rate_limit=True)]
+    assert statuses.count(200) >= 20
+    assert statuses.count(429) > 500
+    assert store.asked <= statuses.count(200) + 1
+
+
+def test_without_the_store_each_process_has_its_own_limits() -> None:
+    """Nobody is locked out while it is away, and nobody is let in without end."""
+    store = FakeStore()
+    store.is_away = True
+    found = answers(store, 100, rate_limit=True)
+    assert 20 <= [answer.status_code for answer in found].count(200) <= 30
+    assert found[0].headers["x-ratelimit-remaining"] == "19"
+
+
+def test_who_comes_through_a_unix_socket_may_be_a_proxy() -> None:
+    """Where that is said. What comes after the guard sees the address, limits or not."""
+    trusting, careful = {"trusted_proxies": ("unix",)}, {"rate_limit": True}
+    assert [answer.text for answer in answers(FakeStore(), 1, client=None, **trusting)] == ["203.0.113.1"]
+    assert [answer.text for answer in answers(FakeStore(), 1, client=None, **careful)] == ["unix"]
+
+
+@pytest.mark.parametrize("carrier", ["uvicorn-websockets", "uvicorn-wsproto-h11", "hypercorn", "granian"])
+def test_other_servers_limit_as_well(carrier: str) -> None:
+    """Also where the app is mounted; a handshake is refused with the body where the server lets an app do that."""
+    command, app, flags, prefix = CARRIERS[carrier]
+    server = host(command, app, *flags, prefix=prefix, NOTIFYD_RATE_LIMIT="true", NOTIFYD_MAX_CONNECTIONS="100")
+    try:
+        statuses = [server.get("/notifications").status_code for _ in range(40)]
+        assert statuses[:20] == [200] * 20 and 429 in statuses
+        assert server.get("/health").status_code == 200
+        with pytest.raises(InvalidStatus) as refused:
+            list(map(server.connect, [None] * 100))
+        response = refused.value.response
+        if response.status_code == 429:
+            assert parse(response.body or b"") == http_error("connection", naming("Rate limit exceeded"))
+            assert response.headers["X-RateLimit-Remaining"] == "0"
+        else:
+            assert (response.status_code, carrier) == (403, "granian")
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize("carrier", ["uvicorn-websockets", "hypercorn"])
+def test_other_servers_count_clients_as_well(carrier: str) -> None:
+    """The limit of an address is known before the upgrade."""
+    command, app, flags, prefix = CARRIERS[carrier]
+    server = host(command, app, *flags, prefix=prefix, NOTIFYD_MAX_CONNECTIONS_PER_IP="1")
+    try:
+        server.join()
+        with pytest.raises(InvalidStatus) as refused:
+            server.connect()
+        assert refused.value.response.status_code == 429
+        assert parse(refused.value.response.body or b"") == http_error("connection", naming("for this address: 1/1"))
+    finally:
+        server.kill()
+
+
+def test_who_is_refused_is_logged_once(start_server: StartServer) -> None:
+    """By the address that the proxy names; a flood does not flood the log."""
+    server = start_server("--rate-limit", "--trusted-proxies", "127.0.0.1")
+    for _ in range(60):
+        server.get("/status", headers={"X-Forwarded-For": "203.0.113.9"})
+    server.signal()
+    server.wait_for_line("Shutting down")
+    lines = [line.partition("WARNING ")[2] for line in server.stderr if "WARNING" in line]
+    assert set(lines) == {"The address 203.0.113.9 sends too many requests and is refused"}
+    assert len(lines) <= workers()
+
+
+# The settings.
+
+
+@pytest.mark.parametrize("value", ["10.0.0.0/33", "proxy.example", "10.0.0.1/8", ""])
+def test_a_proxy_is_an_address_or_a_network(value: str) -> None:
+    """And nothing else: a name could be anybody's tomorrow."""
+    with pytest.raises(SettingsError, match="trusted_proxies: expected addresses, networks"):
+        Settings(trusted_proxies=(value,))
+
+
+def test_the_variable_is_a_comma_list(start_server: StartServer) -> None:
+    """NOTIFYD_TRUSTED_PROXIES names several."""
+    variables = {"NOTIFYD_TRUSTED_PROXIES": "10.0.0.0/8, 127.0.0.1,unix", "NOTIFYD_RATE_LIMIT": "true"}
+    server: Server = start_server(variables=variables)
+    for number in range(3):
+        answer = server.get("/status", headers={"X-Forwarded-For": f"203.0.113.{number}"})
+        assert answer.headers["x-ratelimit-remaining"] == "19"
