@@ -34,7 +34,8 @@ export class NotifydClient {
   #failures = 0;
 
   /**
-   * Options, all optional: clientId; topics (names); since (the id to resume from); onNotification(notification);
+   * Options, all optional: clientId; topics (names); since (the id to resume from); token (an API key or a JSON Web
+   * Token); onNotification(notification);
    * onMessage(message) for the protocol's other messages; onState(state, detail) with "connecting",
    * "open" {clientId}, "waiting" {code, reason, delay} or "closed" {code, reason}; WebSocket (the class to use).
    */
@@ -57,7 +58,9 @@ export class NotifydClient {
   #connect() {
     const url = new URL(this.url);
     if (this.last !== undefined) url.searchParams.set("since", this.last);
-    const socket = new this.options.WebSocket(url.href);
+    const { token } = this.options;
+    // A browser can set no header: the token comes as a subprotocol.
+    const socket = new this.options.WebSocket(url.href, ...(token ? [["bearer", token]] : []));
     let opened = Infinity;
     // Nothing that a socket still has to say is heard after it was left.
     const heard = (handler) => (event) => socket === this.#socket && handler(event);

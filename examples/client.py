@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import random
 import time
 from collections.abc import AsyncIterator, Iterable
@@ -66,17 +67,27 @@ class NotifydClient:
     """
 
     def __init__(
-        self, url: str, *, client_id: str | None = None, topics: Iterable[str] = (), since: str | None = None
+        self,
+        url: str,
+        *,
+        client_id: str | None = None,
+        topics: Iterable[str] = (),
+        since: str | None = None,
+        token: str | None = None,
     ) -> None:
+        """`token`: an API key, or a JSON Web Token."""
         self.url = with_query(url, client_id=client_id, topics=",".join(topics) or None)
         self.last = since
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
         failures = 0
         while True:
             opened = float("inf")
             try:
-                async with connect(with_query(self.url, since=self.last)) as websocket:
+                async with connect(
+                    with_query(self.url, since=self.last), additional_headers=self._headers
+                ) as websocket:
                     opened = time.monotonic()
                     async for frame in websocket:
                         message = json.loads(frame)
@@ -121,11 +132,12 @@ async def main() -> None:
     parser.add_argument("url", nargs="?", default="ws://localhost:8000/ws")
     parser.add_argument("--client-id")
     parser.add_argument("--topics", default="", help="a comma list")
+    parser.add_argument("--token", default=os.environ.get("TOKEN"), help="best in the variable TOKEN")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     topics = filter(None, args.topics.split(","))
     try:
-        async for notification in NotifydClient(args.url, client_id=args.client_id, topics=topics):
+        async for notification in NotifydClient(args.url, client_id=args.client_id, topics=topics, token=args.token):
             print(json.dumps(notification), flush=True)
     except WebSocketException as error:
         raise SystemExit(f"refused: {error}") from None

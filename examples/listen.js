@@ -2,6 +2,7 @@
 //
 //   node examples/listen.js [ws://localhost:8000/ws?topics=builds]
 //
+// The variable TOKEN has the token or key, where the server wants one.
 // Node before 22 needs the flag --experimental-websocket before the file's name. Ctrl-C ends it.
 
 import { NotifydClient } from "./client.js";
@@ -14,6 +15,7 @@ const describe = {
 };
 
 new NotifydClient(process.argv[2] ?? "ws://localhost:8000/ws", {
+  token: process.env.TOKEN,
   onNotification: (notification) => console.log(JSON.stringify(notification)),
   onMessage: ({ type, data, message }) => {
     if (type === "error") console.error(`error: ${message}`);

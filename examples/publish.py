@@ -4,7 +4,7 @@
     python examples/publish.py notify "disk full" --type alert --data '{"priority": "high"}'
     python examples/publish.py health
 
-In a program:
+The variable TOKEN has the API key or token, where the server wants one. In a program:
 
     with Notifyd("http://localhost:8000") as notifyd:
         notifyd.notify("disk full", "alert", {"priority": "high"})
@@ -15,6 +15,7 @@ key of its own (`Idempotency-Key`), so that one whose answer got lost is not sen
 
 import argparse
 import json
+import os
 import random
 import time
 import uuid
@@ -67,8 +68,12 @@ def backoff(failures: int, base: float = BASE_SECONDS, cap: float = CAP_SECONDS)
 class Notifyd:
     """One server's HTTP API. Raises NotifydError, or httpx.TransportError when no answer came at all."""
 
-    def __init__(self, url: str = "http://localhost:8000", *, attempts: int = ATTEMPTS) -> None:
-        self._http = httpx.Client(base_url=url, timeout=TIMEOUT)
+    def __init__(
+        self, url: str = "http://localhost:8000", *, attempts: int = ATTEMPTS, token: str | None = None
+    ) -> None:
+        """`token`: an API key, or a JSON Web Token."""
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._http = httpx.Client(base_url=url, timeout=TIMEOUT, headers=headers)
         self._attempts = attempts
 
     def __enter__(self) -> Self:
@@ -136,7 +141,7 @@ def main() -> None:
         commands.add_parser(name, help=f"print the server's {name}")
     arguments = vars(parser.parse_args())
     url, command = arguments.pop("url"), arguments.pop("command")
-    with Notifyd(url) as notifyd:
+    with Notifyd(url, token=os.environ.get("TOKEN")) as notifyd:
         try:
             answer = getattr(notifyd, command)(**arguments)
         except (NotifydError, httpx.TransportError) as error:

@@ -22,6 +22,7 @@ from typing import IO, Any, NamedTuple, Protocol
 from urllib.parse import parse_qs, quote, urlsplit
 
 import httpx
+import jwt
 import pytest
 from clients import PATIENCE
 from conftest import StartServer
@@ -71,11 +72,11 @@ class Listener(Protocol):
 class Program:
     """An example that prints notifications to stdout and its state to stderr, in a process of its own."""
 
-    def __init__(self, *command: str) -> None:
+    def __init__(self, *command: str, **variables: str) -> None:
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=environment(NO_PROXY),
+            env=environment(NO_PROXY | variables),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -276,6 +277,24 @@ def test_leaves_a_server_that_shuts_down(start_server: StartServer, site: str, l
 
 def test_gives_up_when_the_real_server_refuses_its_id(start_server: StartServer, site: str, listen: Listen) -> None:
     listen(start_server("--allow-origin", site).address("not an id")).wait_until("refused")
+
+
+@pytest.mark.parametrize("example", ["client.py", "listen.js"])
+def test_shows_a_token(start_server: StartServer, request: pytest.FixtureRequest, example: str) -> None:
+    """In the header, and in JavaScript as a subprotocol; without it, it is refused for good."""
+    secret = "a secret of 32 characters or more"
+    server = start_server("--jwt-secret", secret, "--api-key", "ci:a-key")
+    command = [sys.executable] if example == "client.py" else request.getfixturevalue("node")
+    for variables, state in (({"TOKEN": jwt.encode({"sub": "alice"}, secret)}, "connected"), ({}, "refused")):
+        program = Program(*command, str(EXAMPLES / example), server.ws_url, **variables)
+        try:
+            program.wait_until(state)
+            if state == "connected":
+                with load("publish").Notifyd(server.url, token="a-key") as notifyd:
+                    notifyd.notify("for alice", clients=["alice"])
+                assert program.receive() == "custom: for alice"
+        finally:
+            program.stop()
 
 
 @pytest.mark.parametrize("state", ["connected", "disconnected"])
