@@ -52,7 +52,7 @@ class Listener:
 
     def __init__(self, name: str, fail: Callable[[str], None]) -> None:
         self.name = name
-        self.position = ""
+        self.start = self.position = ""
         self.received: dict[str, str] = {}
         self.test_counters: list[int] = []
         self.connections = 0
@@ -79,7 +79,8 @@ class Listener:
             self.longest_absence = max(self.longest_absence, time.monotonic() - self._lost_at)
             self._lost_at = 0.0
         elif message["type"] == "resume":
-            self.position = self.position or message["data"]["position"]
+            self.start = self.start or message["data"]["position"]
+            self.position = self.position or self.start
             if not message["data"]["complete"]:
                 self._fail(f"{self.name} is told that something is missing after {self.position}")
         elif message["type"] == "test_notification":
@@ -237,7 +238,17 @@ class Traffic:
             if connections is not None:
                 assert listener.connections == connections
         for server in self.running():
-            assert server.active() == CLIENTS
+            eventually(lambda server=server: server.active() == CLIENTS)
+            self._has_kept_everything(server)
+
+    def _has_kept_everything(self, server: Server) -> None:
+        """Resume from before the first, and receive what the listeners received."""
+        first = self.listeners[0]
+        client = server.join(query=f"since={first.start}")
+        resume = client.receive()["data"]
+        assert (resume["complete"], resume["replayed"]) == (True, len(first.received))
+        assert [message["id"] for message in client.receive_many(resume["replayed"])] == list(first.received)
+        client.leave()
 
     def running(self) -> list[Server]:
         return [server for server in self.servers if server.process.poll() is None]
