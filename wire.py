@@ -25,6 +25,7 @@ from http import HTTPStatus
 from typing import Any, cast
 
 from uvicorn.config import Config
+from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
 from websockets.http11 import Request
@@ -382,9 +383,12 @@ class StandardProtocol(WebSocketsSansIOProtocol):
         if self._early and self.handshake_complete:
             # Not at once: the app may have something to say first.
             self.loop.call_soon(self._read_early)
-        if self.initial_response is not None and self.close_sent:
-            # The app has answered, if with a refusal. uvicorn would log that it has not.
+        lost = message["type"] == "websocket.accept" and not self.handshake_complete
+        if lost or (self.initial_response is not None and self.close_sent):
+            # The app has answered, if with a refusal or too late. uvicorn would log that it has not.
             self.handshake_complete = True
+        if lost:
+            raise ClientDisconnected
 
     def _read_early(self) -> None:
         early, self._early = self._early, b""

@@ -18,6 +18,10 @@ from websockets.frames import Frame, Opcode
 
 MEGABYTE = 2**20
 PUBLISH = b"POST /notify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+HANDSHAKE = (
+    b"GET /ws HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
 
@@ -157,6 +161,17 @@ def test_noise_after_the_handshake_ends_the_connection(server: Server, seed: int
         client.socket.sendall(random.Random(seed).randbytes(200_000))
         client.socket.shutdown(socket.SHUT_WR)
     assert client.closed()[0] in (1002, 1006, 1007, 1008, 1009)
+
+
+@pytest.mark.usefixtures("bystander")
+@pytest.mark.parametrize("eager", [Frame(Opcode.CLOSE, b"\x03\xe8").serialize(mask=True), b"\x81\x05Hello", b"\x81"])
+def test_an_end_before_the_handshake_is_answered_is_just_an_end(server: Server, eager: bytes) -> None:
+    """A close, a broken frame or half of one with the request leaves nothing in the log."""
+    connection = server.raw(HANDSHAKE + eager)
+    connection.shutdown(socket.SHUT_WR)
+    with suppress(ConnectionResetError):
+        while connection.recv(65_536):
+            pass
 
 
 @pytest.mark.usefixtures("bystander")
