@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help run test test-stores check format bench bench-quick autobahn clean
+.PHONY: help run test test-stores check format bench bench-quick autobahn fuzz clean
 
 help:
 	@echo "make run [ARGS='--port 8000']  serve        make test [ARGS='-k health']  run the tests"
 	@echo "make test-stores               the tests of the API for each store, and for several processes"
 	@echo "make check                     lint, types  make bench, make bench-quick  measure beside the peers"
+	@echo "make fuzz                      feed it made-up input for FUZZ_SECONDS (300)"
 
 run: $(VENV)/run
 	@exec $(BIN)/python notifyd.py $(ARGS)
@@ -48,6 +49,10 @@ bench-quick: $(VENV)/dev
 autobahn: $(VENV)/dev
 	@$(BIN)/python tests/autobahn/run.py $(ARGS)
 
+FUZZ_SECONDS ?= 300
+fuzz: $(VENV)/fuzz
+	@$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS) $(ARGS)
+
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -63,3 +68,7 @@ $(VENV)/run: requirements.txt | $(BIN)/python
 $(VENV)/dev: requirements-dev.txt requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ $(VENV)/run
+
+$(VENV)/fuzz: tests/fuzz/requirements.txt $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/fuzz/requirements.txt || true
+	@touch $@
