@@ -377,6 +377,10 @@ class StandardProtocol(WebSocketsSansIOProtocol):
         if self.receiver is not None:
             self.receiver.heard()
         super().data_received(data)
+        if self.conn.handshake_exc is not None and not self.handshake_initiated:
+            # The library has a limit of its own for lines and headers. uvicorn would leave it at that, for ever.
+            self.transport.write(refusal(HandshakeError(str(self.conn.handshake_exc))))
+            self.transport.close()
 
     async def send(self, message: Any) -> None:
         await super().send(message)
