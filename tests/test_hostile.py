@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import random
+import resource
 import socket
+import struct
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from clients import BareClient
 from conftest import StartServer
 from expected import PONG, Like, http_error, naming, parse, ws_error
 from server import Server, eventually
+from test_events import Stream
 from websockets.frames import Frame, Opcode
 
 MEGABYTE = 2**20
@@ -145,6 +150,68 @@ def test_a_frame_against_the_protocol_closes_with_1002(server: Server, raw: byte
 
 
 @pytest.mark.usefixtures("bystander")
+@pytest.mark.parametrize("code", [0, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, 65_535])
+def test_a_close_with_a_code_that_nobody_may_send_is_answered_with_1002(server: Server, code: int) -> None:
+    """RFC 6455, 7.4: some are reserved, the others not defined."""
+    client = server.join_bare()
+    client.send_close(code)
+    assert client.closed()[0] == 1002
+
+
+@pytest.mark.usefixtures("bystander")
+@pytest.mark.parametrize(
+    "lie",
+    [
+        b"\x81\x82\x00\x00\x00\x00" + b"{}" + b"more than it said",
+        b"\x81\xfe\x00\x01\x00\x00\x00\x00" + b"x",  # One byte, in the form for 126 and more.
+        b"\x82\xff" + b"\xff" * 8,  # A size with the sign bit.
+        b"\x82\xff\x7f" + b"\xff" * 7,
+        b"\x02\xfe\xff\xff\x00\x00\x00\x00" + b"x" * 65_535 + b"\x80\xfe\xff\xff\x00\x00\x00\x00",
+    ],
+    ids=["less than it is", "not minimal", "negative", "exabytes", "fragments"],
+)
+def test_a_frame_that_lies_about_its_length_ends_the_connection(server: Server, lie: bytes) -> None:
+    """At once, with what it says alone: nothing is waited for and nothing reserved."""
+    client = server.join_bare()
+    client.socket.sendall(lie)
+    client.send_frame(Opcode.TEXT, b"{}")  # The standard wire takes sizes that are not minimal.
+    client.send_close()
+    received = client.rest()
+    assert client.closed()[0] in (1002, 1009) or received[-1]["type"] == "error"
+
+
+@pytest.mark.usefixtures("bystander")
+@pytest.mark.parametrize(
+    "offers",
+    [
+        b"permessage-deflate; client_max_window_bits=99; server_no_context_takeover=1",
+        b"permessage-deflate, " * 2000 + b"x-webkit-deflate-frame",
+        b"permessage-deflate; client_max_window_bits=" + b"9" * 10_000,
+        b';;=,,"',
+        b"\xff\xfe",
+    ],
+    ids=["bad parameters", "many", "a long number", "no grammar", "no text"],
+)
+def test_an_offer_of_compression_is_never_taken(server: Server, offers: bytes) -> None:
+    """It is declined, or no handshake at all."""
+    request = HANDSHAKE.replace(b"\r\n\r\n", b"\r\nSec-WebSocket-Extensions: " + offers + b"\r\n\r\n")
+    answer = server.raw(request).recv(65_536)
+    assert answer.startswith((b"HTTP/1.1 101 ", b"HTTP/1.1 400 ")) and b"extensions" not in answer.lower()
+
+
+@pytest.mark.usefixtures("bystander")
+def test_a_megabyte_of_pings_is_answered(server: Server) -> None:
+    """To who reads the pongs; others are served meanwhile."""
+    client, count = server.join_bare(), MEGABYTE // 131
+    with ThreadPoolExecutor(1) as background:
+        sent = background.submit(client.socket.sendall, Frame(Opcode.PING, b"x" * 125).serialize(mask=True) * count)
+        assert server.join().ask({"type": "ping"}) == PONG
+        for _ in range(count):
+            assert client.next_frame(Opcode.PONG).data == b"x" * 125
+        sent.result()
+
+
+@pytest.mark.usefixtures("bystander")
 def test_a_close_whose_reason_is_not_utf8_is_an_error(server: Server) -> None:
     """RFC 6455, 5.5.1 and 8.1: the reason is text."""
     client = server.join_bare()
@@ -232,6 +299,71 @@ def test_headers_without_end_are_cut_off(server: Server) -> None:
     """A header of many megabytes is refused long before its end."""
     connection = server.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: ")
     assert push(connection, b"x" * 65_536, 20 * MEGABYTE) < 10 * MEGABYTE
+
+
+@pytest.mark.usefixtures("bystander")
+@pytest.mark.parametrize(
+    "flood",
+    [b"GET /" + b"x" * 65_536, b"GET /ws?client_id=" + b"x" * 65_536, HANDSHAKE[:-2] + b"X: y\r\n" * 12_000],
+    ids=["URL", "query", "headers"],
+)
+def test_a_head_that_is_a_flood_is_refused(server: Server, flood: bytes) -> None:
+    """Before its end, which never comes, with 431."""
+    assert server.answer_to(flood).startswith(b"HTTP/1.1 431 ")
+
+
+@needs_proc
+@pytest.mark.parametrize("headers", [b"X: " + b"x" * 9000, b"X: y\r\n" * 200 + b"Z: z"], ids=["long", "many"])
+def test_a_handshake_with_much_to_read_is_answered(server: Server, headers: bytes) -> None:
+    """The standard wire takes less than the fast one, and says so; neither keeps it without a word."""
+    connection = server.raw(HANDSHAKE[:-2] + headers + b"\r\n\r\n")
+    if connection.recv(65_536).startswith(b"HTTP/1.1 400 "):
+        eventually(lambda: not server.holds(connection))
+
+
+@needs_proc
+def test_a_flood_of_handshakes_at_the_limit_shuts_nobody_out_for_long(start_server: StartServer) -> None:
+    """Each is told why; those inside are served, and when one leaves there is room, whatever the refused do."""
+    server = start_server("--max-connections", "2")
+    first, second = server.join(), server.join()
+    server.get("/health")
+    before = server.descriptors()
+    refused = [server.raw(HANDSHAKE) for _ in range(500)]
+    assert first.ask({"type": "ping"}) == PONG
+    for connection in refused:
+        assert b"Connection limit exceeded: 2/2" in read_to_close(connection)
+    second.leave()
+    eventually(lambda: server.active() == 1)
+    server.join()
+    for connection in refused:
+        connection.close()
+    eventually(lambda: server.descriptors() <= before)
+
+
+def read_to_close(connection: socket.socket) -> bytes:
+    received = b""
+    while b"limit" not in received and (data := connection.recv(65_536)):
+        received += data
+    return received
+
+
+@needs_proc
+def test_ten_thousand_that_come_and_go_at_once_leave_nothing(start_server: StartServer) -> None:
+    """Connected, half connected, reset and gone, all together: afterwards everything is as before."""
+    server = start_server("--max-connections", "20000")
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 12_000:
+        pytest.skip("needs 12,000 descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    client = server.join()
+    server.get("/health")
+    before = server.descriptors()
+    crowd = [server.raw((HANDSHAKE, HANDSHAKE[:50], b"")[number % 3]) for number in range(10_000)]
+    for connection in crowd[::2]:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    for connection in crowd:
+        connection.close()
+    assert client.ask({"type": "ping"}) == PONG
+    eventually(lambda: server.active() == 1 and server.descriptors() <= before, 30)
 
 
 # Publishers.
@@ -344,3 +476,47 @@ def test_text_that_looks_like_markup_or_a_log_line_stays_text(server: Server) ->
     server.post({"message": "hi", evil: 1})
     server.get("/health")
     assert [line for line in server.stderr[before:] if line.startswith("CRITICAL") or "\x1b" in line] == []
+
+
+LINES = "x\r\nevent: forged\ndata: {}\r\rid: 1\n\n\x00\x1b\x7f\u0085\u2028"
+
+
+def test_line_ends_in_a_notification_end_no_line_of_a_stream(server: Server) -> None:
+    """Type and message arrive as they were sent, in one event, on the stream as on the WebSocket."""
+    stream, client = Stream(server), server.join()
+    server.notify(LINES, type=LINES, data={LINES: LINES})
+    server.notify("the next")
+    notification = client.receive()
+    assert (notification["type"], notification["data"]) == (LINES, {"message": LINES, LINES: LINES})
+    assert stream.event().name == "welcome"
+    event = stream.event()
+    assert (event.name, event.data) == ("message", notification)
+    assert stream.event().data == client.receive()
+
+
+@pytest.mark.usefixtures("bystander")
+@pytest.mark.parametrize("character", ["\r", "\n", "\0", "\x1b", "\x7f"], ids=repr)
+def test_no_name_has_a_control_character(server: Server, character: str) -> None:
+    """Neither a client_id nor a topic, wherever it is given; no reason or answer repeats it."""
+    name = f"x{character}y"
+    code, reason = server.connect(name).closed()
+    assert (code, reason) == (1008, "Invalid client_id")
+    code, reason = server.connect(query=f"topics={quote(name)}").closed()
+    assert code == 1008 and character not in str(reason)
+    for field in ("clients", "topics"):
+        response = server.post({"message": "hi", field: [name]})
+        assert response.status_code == 400 and character not in parse(response.content)["error"]["message"]
+    answer = server.join().ask({"type": "subscribe", "topics": [name]})
+    assert answer["type"] == "error" and character not in answer["message"]
+    for path in (f"/events?client_id={quote(name)}", f"/notifications?topics={quote(name)}"):
+        assert server.get(path).status_code == 400
+
+
+@pytest.mark.usefixtures("bystander")
+def test_a_close_reason_with_line_ends_is_only_a_reason(server: Server) -> None:
+    """Nobody is told of it, and it is not in the log."""
+    client, before = server.join_bare(), len(server.stderr)
+    client.send_frame(Opcode.CLOSE, b"\x03\xe8x\r\nCRITICAL forged")
+    assert client.closed()[0] == 1000
+    server.get("/health")
+    assert not any("forged" in line for line in server.stderr[before:])

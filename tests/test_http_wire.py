@@ -232,6 +232,38 @@ def test_a_request_is_answered_once(impatient: Server, length: bytes, then: byte
     assert rest(connection) == b""
 
 
+# A peer that takes its time.
+
+
+SLOW = {
+    "nothing": b"",
+    "a handshake": HANDSHAKE[:-2],
+    "a head": HEALTH[:-2],
+    "the second request": HEALTH + HEALTH[:-2],
+    "a body": HALF_A_POST,
+    "chunks": HALF_A_POST.replace(b"Content-Length: 1000", b"Transfer-Encoding: chunked").replace(b"{", b"1\r\n{\r\n"),
+    "trailers": b"POST /notify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: y\r\n",
+}
+
+
+@needs_proc
+@pytest.mark.parametrize("name", SLOW)
+def test_a_request_has_a_deadline_however_slowly_it_arrives(impatient: Server, name: str) -> None:
+    """Some bytes at a time, often enough to look alive: 408, and the descriptor is free again."""
+    connection, answer, began = impatient.raw(b""), b"", time.monotonic()
+    connection.settimeout(0.03)
+    slow = SLOW[name]
+    step = len(slow) // 5 + 1
+    pieces = [slow[start : start + step] for start in range(0, len(slow), step)]
+    while b" 408 " not in answer:
+        assert time.monotonic() - began < PATIENCE
+        with suppress(ConnectionError):
+            connection.sendall(pieces.pop(0) if pieces else b"0" if name in ("a body", "trailers") else b"")
+        with suppress(TimeoutError):
+            answer += connection.recv(65_536)
+    eventually(lambda: not impatient.holds(connection))
+
+
 # A peer that does not read.
 
 
