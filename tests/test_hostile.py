@@ -231,7 +231,11 @@ def test_noise_after_the_handshake_ends_the_connection(server: Server, seed: int
 
 
 @pytest.mark.usefixtures("bystander")
-@pytest.mark.parametrize("eager", [Frame(Opcode.CLOSE, b"\x03\xe8").serialize(mask=True), b"\x81\x05Hello", b"\x81"])
+@pytest.mark.parametrize(
+    "eager",
+    [Frame(Opcode.CLOSE, b"\x03\xe8").serialize(mask=True), b"\x81\x05Hello", b"\x81"],
+    ids=["goodbye", "unmasked", "half a frame"],
+)
 def test_an_end_before_the_handshake_is_answered_is_just_an_end(server: Server, eager: bytes) -> None:
     """A close, a broken frame or half of one with the request leaves nothing in the log."""
     connection = server.raw(HANDSHAKE + eager)
