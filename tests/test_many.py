@@ -130,13 +130,17 @@ def sockets(pid: int) -> set[str]:
 
 def connected(server: Server) -> tuple[socket, int]:
     """Open a TCP connection; return it, and which process has accepted it."""
+    deadline = time.monotonic() + PATIENCE
     with ONE_AT_A_TIME:
-        before = {pid: sockets(pid) for pid in processes(server)}
-        connection = server.raw(b"")
-        deadline = time.monotonic() + PATIENCE
-        while not (owners := [pid for pid in before if sockets(pid) - before[pid]]):
-            assert time.monotonic() < deadline, "nobody accepts"
-    return connection, owners[0]
+        while time.monotonic() < deadline:
+            before = {pid: sockets(pid) for pid in processes(server)}
+            connection = server.raw(b"")
+            # Where a process is replaced meanwhile, its successor may have taken it: start afresh.
+            while processes(server) == list(before) and time.monotonic() < deadline:
+                if owners := [pid for pid in before if sockets(pid) - before[pid]]:
+                    return connection, owners[0]
+            connection.close()
+    raise AssertionError("nobody accepts")
 
 
 class Many:
