@@ -21,8 +21,8 @@ PREFIX = "NOTIFYD_"
 
 # What is repeated more often than this does nothing else.
 LEAST_SECONDS = 0.01
-_LISTS = ("allow_origin", "api_key", "jwt_algorithms")
-_SECRETS = ("api_key", "jwt_secret")
+_LISTS = ("allow_origin", "api_key", "jwt_algorithms", "trusted_proxies")
+_SECRETS = ("api_key", "jwt_secret", "ssl_keyfile_password")
 _INTERVALS = ("notification_interval", "ping_interval")
 Seconds = Annotated[float, Meta(ge=0, le=31_536_000)]
 Positive = Annotated[int, Meta(ge=1, le=1_000_000_000)]
@@ -264,8 +264,6 @@ def _variables(environ: Mapping[str, str]) -> tuple[dict[str, tuple[str, Any]], 
             warnings.append(f"{variable} is unknown and ignored")
         elif known[variable] in _LISTS:
             found[known[variable]] = (variable, _split(value))
-        elif known[variable] in ("allow_origin", "trusted_proxies"):
-            found[known[variable]] = (variable, [part.strip() for part in value.split(",") if part.strip()])
         else:
             found[known[variable]] = (variable, value)
     return found, warnings
@@ -345,7 +343,6 @@ def add_flag(
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
     elif isinstance(kind, msgspec.inspect.VarTupleType):
         parser.add_argument(flag, action="append", metavar=name.rpartition("_")[2].upper(), help=text)
-        parser.add_argument(flag, action="append", metavar="TEXT", help=text)
     elif isinstance(kind, msgspec.inspect.LiteralType):
         parser.add_argument(flag, metavar="|".join(map(str, kind.values)), help=text)
     else:
