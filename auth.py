@@ -113,6 +113,7 @@ class Door:
         identity = None if found is None else _identity(*found)
         if identity is None:
             raise Unauthorized("Authentication required")
+        # To the second, whatever the backend thinks of clocks: whoever is let in must not be closed at once.
         if identity.expires_at is not None and identity.expires_at <= self._now():
             raise Unauthorized("Token expired")
         return identity

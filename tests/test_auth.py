@@ -22,7 +22,7 @@ from server import ROOT, Server, environment, eventually, notifyd_command
 from test_embedding import granian, host, hypercorn, uvicorn
 
 from auth import KeysAndTokens
-from settings import Settings
+from settings import Settings, SettingsError
 from tokens import MAX_TOKEN_BYTES
 
 SECRET = "the secret of the tokens of these tests"
@@ -597,6 +597,8 @@ def test_help_shows_no_secret() -> None:
     variables = {"NOTIFYD_API_KEY": "ci:hush", "NOTIFYD_JWT_SECRET": "hush" * 8}
     status, printed = start_up("--help", variables=variables)
     assert (status, "--api-key" in printed, "hush" in printed) == (0, True, False)
+    with pytest.raises(SettingsError, match="api_key: expected a list$"):
+        Settings(api_key="ci:hush")  # type: ignore[arg-type]
     assert "hush" not in repr(Settings(api_key=("ci:hush",), jwt_secret="hush" * 8))
 
 
