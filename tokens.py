@@ -46,8 +46,8 @@ FETCH_SECONDS = 5.0
 MAX_KEYS_BYTES = 1_048_576
 # The year 9999 ends; later is no time that can be told.
 _LAST_SECOND = 253_402_300_799
-# What PyJWT lets through from a token that is none; a RecursionError from JSON that is nested too deep.
-_BROKEN = (jwt.PyJWTError, msgspec.ValidationError, ValueError, TypeError, OverflowError, RecursionError)
+# What a token that is none raises in PyJWT, and claims of other types in msgspec.
+_BROKEN = (jwt.PyJWTError, msgspec.ValidationError, ValueError, TypeError, OverflowError)
 _HMAC = ("HS256", "HS384", "HS512")
 _RSA = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 _CURVES = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512", "secp256k1": "ES256K"}
