@@ -64,10 +64,10 @@ def limits(headers: Any) -> tuple[int, int, int]:
     return limit, remaining, reset
 
 
-def exhaust(server: Server, path: str = "/status?limit=0", **options: Any) -> httpx.Response:
+def exhaust(server: Server, path: str = "/status?limit=0", method: str = "GET", **options: Any) -> httpx.Response:
     """Ask until it is too often, and return the refusal."""
     for _ in range(400):
-        response = server.get(path, **options)
+        response = server.request(method, path, **options)
         if response.status_code == 429:
             return response
     raise AssertionError("never refused")
@@ -180,16 +180,14 @@ def test_everything_counts(limited: Server, method: str, path: str) -> None:
     """Also what is not there, not allowed or not understood; and its answer tells."""
     limit, remaining, _ = limits(limited.request(method, path).headers)
     assert (limit, remaining) == (10, 19)
-    exhaust(limited)
-    assert limited.request(method, path).status_code == 429
+    exhaust(limited, path, method)
 
 
 def test_a_foreign_page_counts_too(limited: Server) -> None:
     """The limit comes before the origin, so guessing one is not free."""
     evil = {"Origin": "https://evil.example"}
     assert limits(limited.get("/status", headers=evil).headers)[:2] == (10, 19)
-    exhaust(limited)
-    assert limited.get("/status", headers=evil).status_code == 429
+    exhaust(limited, headers=evil)
 
 
 def test_health_is_exempt(limited: Server) -> None:
@@ -224,7 +222,7 @@ def test_as_many_handshakes_as_the_bucket_holds(limited: Server) -> None:
     statuses = [answer.status_code for answer in answers]
     assert set(statuses) == {101, 429}
     assert 10 <= statuses.count(101) <= 10 + 5 * (time.monotonic() - began)
-    assert [limits(answer.headers)[:2] for answer in answers[:2]] == [(5, 9), (5, 8)]
+    assert limits(answers[0].headers)[:2] == (5, 9)
 
 
 def test_a_handshake_is_refused_before_the_upgrade(limited: Server) -> None:
@@ -245,11 +243,12 @@ def test_handshakes_and_requests_have_buckets_of_their_own(limited: Server) -> N
 
 def test_a_handshake_that_is_refused_counts(limited: Server) -> None:
     """A client_id that will not do is closed, and a path where nothing is refused, as often as a bucket holds."""
+    began = time.monotonic()
     assert limited.connect("not an id", additional_headers=forwarded(limited)).closed()[1] == "Invalid client_id"
     with pytest.raises(InvalidStatus) as refused:
         limited.connect(url=limited.ws_url + "/nowhere", additional_headers=forwarded(limited))
     assert refused.value.response.status_code == 404
-    assert limits(refused.value.response.headers)[:2] == (5, 8)
+    assert limits(refused.value.response.headers)[1] == 8 or time.monotonic() - began > 0.2
 
 
 # Whose request it is.
@@ -265,7 +264,7 @@ def test_a_header_of_nobodys_proxy_is_not_believed(start_server: StartServer) ->
     """Without --trusted-proxies an address cannot make up others."""
     server = start_server("--rate-limit")
     exhaust(server, headers=ALICE)
-    assert server.get("/status", headers=BOB).status_code == 429
+    assert limits(server.get("/status", headers=BOB).headers)[1] < 10
 
 
 PROXIES = Proxies(["127.0.0.1", "10.0.0.0/8", "2001:db8:1::/48"])
@@ -345,13 +344,13 @@ def test_who_leaves_makes_room(crowded: Server) -> None:
         eventually(lambda: crowded.active() == 0)
 
 
-def test_who_was_refused_holds_no_place(crowded: Server) -> None:
-    """Neither for the address nor for anyone else."""
-    crowded.join("one", additional_headers=ALICE)
+def test_who_was_refused_holds_no_place(start_server: StartServer) -> None:
+    """Whoever is over another limit, or asks for an id that is taken, counts for nothing."""
+    server = start_server("--max-connections-per-ip", "2", "--max-connections", "1")
+    server.join("one")
     for _ in range(5):
-        assert crowded.connect("one", additional_headers=ALICE).closed()[1] == "Client one is already connected"
-    crowded.join("two", additional_headers=ALICE)
-    assert crowded.active() == 2
+        assert server.connect("two").closed()[1] == "Connection limit exceeded: 1/1"
+        assert server.connect("one").closed()[1] == "Client one is already connected"
 
 
 def test_the_limit_is_of_all_processes(start_server: StartServer) -> None:
@@ -364,6 +363,6 @@ def test_the_limit_is_of_all_processes(start_server: StartServer) -> None:
 def test_the_rate_is_of_all_processes(start_server: StartServer) -> None:
     """Connections of their own, which the kernel deals out to three workers."""
     server = start_server("--workers", "3", "--rate-limit")
-    began = time.monotonic()
-    statuses = [httpx.get(f"{server.url}/notifications", trust_env=False).status_code for _ in range(60)]
+    began, request = time.monotonic(), b"GET /notifications HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    statuses = [server.response_to(request)[0] for _ in range(60)]
     assert 20 <= statuses.count(200) <= 20 + 10 * (time.monotonic() - began)

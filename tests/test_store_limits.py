@@ -162,6 +162,16 @@ async def test_one_that_was_taken_for_dead_takes_its_seats_again(
 
 
 @on_loop
+async def test_a_closed_process_leaves_no_seats_in_redis(redis: Callable[[], RedisServer]) -> None:  # noqa: F811
+    """Nobody would ever take them out."""
+    redis().empty()
+    async with members(redis().url, "", max_connections_per_ip=3) as [one]:
+        await seat(one, 1)
+        assert any("seats" in key for key in redis().keys(0))
+    assert not any("seats" in key for key in redis().keys(0))
+
+
+@on_loop
 async def test_seats_survive_a_store_that_lost_its_data(redis: Callable[[], RedisServer]) -> None:  # noqa: F811
     """Each process enters its own again."""
     redis().empty()
