@@ -27,8 +27,9 @@ _INTERVALS = ("notification_interval", "ping_interval")
 Seconds = Annotated[float, Meta(ge=0, le=31_536_000)]
 Positive = Annotated[int, Meta(ge=1, le=1_000_000_000)]
 
-# Kubernetes injects NOTIFYD_PORT=tcp://10.0.0.1:8000 for a service called notifyd (and siblings of these forms).
-_KUBERNETES = re.compile(rf"{PREFIX}(PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?|SERVICE_(HOST|PORT(_\w+)?))\Z")
+# Kubernetes injects NOTIFYD_PORT=tcp://10.0.0.1:8000 for a service called notifyd (and siblings of these forms), and
+# NOTIFYD_INTERNAL_PORT for one called notifyd-internal.
+_KUBERNETES = re.compile(rf"{PREFIX}(INTERNAL_)?(PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?|SERVICE_(HOST|PORT(_\w+)?))\Z")
 _STORE = re.compile(r"(auto|memory|sqlite:.+|(rediss?|unix)://.+)\Z", re.DOTALL)
 _API_KEY = re.compile(r"[\w.@-]{1,64}:[!-~]+\Z", re.ASCII)
 _URL = re.compile(r"(https?://[!-~]+)?\Z", re.IGNORECASE)
@@ -259,7 +260,7 @@ def _variables(environ: Mapping[str, str]) -> tuple[dict[str, tuple[str, Any]], 
             continue
         if _KUBERNETES.match(variable) and (variable not in known or value.startswith("tcp://")):
             if variable in known:
-                warnings.append(f"{variable}={value} is ignored: it looks injected by Kubernetes; use --port")
+                warnings.append(f"{variable}={value} is ignored: it looks injected by Kubernetes; use the flag")
         elif variable not in known:
             warnings.append(f"{variable} is unknown and ignored")
         elif known[variable] in _LISTS:

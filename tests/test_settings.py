@@ -265,10 +265,11 @@ def test_an_unknown_variable_is_warned_about(start_server: StartServer) -> None:
     assert "WARNING" in server.wait_for_line("NOTIFYD_MAX_CONECTIONS").upper()
 
 
-def test_the_port_that_kubernetes_injects_is_ignored_with_a_warning(start_server: StartServer) -> None:
-    """NOTIFYD_PORT=tcp://... is no port but a habit of Kubernetes."""
-    server = start_server(variables={"NOTIFYD_PORT": "tcp://10.0.0.1:8000"})
-    assert "WARNING" in server.wait_for_line("NOTIFYD_PORT").upper()
+@pytest.mark.parametrize("variable", ["NOTIFYD_PORT", "NOTIFYD_INTERNAL_PORT"])
+def test_the_port_that_kubernetes_injects_is_ignored_with_a_warning(start_server: StartServer, variable: str) -> None:
+    """tcp://... is no port but a habit of Kubernetes, for services called notifyd and notifyd-internal."""
+    server = start_server(variables={variable: "tcp://10.0.0.1:8000"})
+    assert "WARNING" in server.wait_for_line(variable).upper()
 
 
 def test_known_variables_are_not_warned_about(start_server: StartServer) -> None:
