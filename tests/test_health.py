@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
-import httpx
-import pytest
 from conftest import StartServer
 from expected import COUNT, TIME
-from redis_server import RedisServer
 from server import Server, eventually, workers
-
-from notifyd import create_app
-from settings import Settings
-
-ALIVE = {"status": "alive", "timestamp": TIME}
-WIRES = pytest.mark.parametrize("wire", ["fast", "standard"])
 
 
 def test_the_answer_has_the_documented_fields_in_their_order(server: Server) -> None:
@@ -87,53 +75,3 @@ def test_whole_seconds_are_shown_as_integers(start_server: StartServer) -> None:
     """An interval of 20.0 s is shown as 20."""
     shown = start_server("--notification-interval", "20.0").read("/health")["server_info"]["notification_interval"]
     assert repr(shown) == "20"
-
-
-# Readiness, and whether the process lives.
-
-
-@pytest.fixture
-def redis() -> Iterator[RedisServer]:
-    server = RedisServer()
-    yield server
-    server.close()
-
-
-def test_the_process_says_that_it_lives(server: Server) -> None:
-    """GET /health/live answers 200 with the documented body."""
-    assert server.read("/health/live") == ALIVE
-
-
-@WIRES
-def test_a_server_that_drains_is_alive_and_not_ready(start_server: StartServer, wire: str) -> None:
-    """An orchestrator sends it nobody, and does not kill it."""
-    server = start_server("--wire", wire)
-    server.join()
-    server.drain()
-    assert server.get("/health").json()["status"] == "shutting_down"
-    assert server.read("/health/live") == ALIVE
-
-
-@WIRES
-def test_a_server_without_its_store_is_alive_and_not_ready(
-    start_server: StartServer, redis: RedisServer, wire: str
-) -> None:
-    """Killed for it, it would lose its clients for nothing; when the store is back, it is ready."""
-    server = start_server("--wire", wire, "--store", redis.url)
-    redis.kill()
-    eventually(lambda: server.get("/health").status_code == 503)
-    assert server.get("/health").json()["status"] == "unhealthy"
-    assert server.read("/health/live") == ALIVE
-    redis.start()
-    eventually(lambda: server.get("/health").status_code == 200)
-
-
-def test_an_app_is_alive_whatever_its_store_does(tmp_path: Path) -> None:
-    """In another server the Hub starts with the first request that needs it; this one does not."""
-    app = create_app(Settings(store=f"sqlite:{tmp_path}/no/such/directory"))
-
-    async def ask() -> int:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
-            return (await client.get("/health/live")).status_code
-
-    assert asyncio.run(ask()) == 200
