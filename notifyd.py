@@ -232,12 +232,14 @@ def serve(settings: Settings) -> int:
         # A reload before there is somebody to hear it waits, and does not end the process.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     _raise_file_limit(settings.max_connections)
-    listeners = [_bind(settings, settings.host, settings.port)]
-    host, port = listeners[0].getsockname()[:2]
+    internal = []
     if settings.internal_port:
-        if settings.internal_port == port:
+        if settings.internal_port == settings.port:
             raise SettingsError("--internal-port: expected another port than --port")
-        listeners.append(_bind(settings, settings.internal_host, settings.internal_port))
+        # First, or a port 0 could become this one.
+        internal = [_bind(settings, settings.internal_host, settings.internal_port)]
+    listeners = [_bind(settings, settings.host, settings.port), *internal]
+    host, port = listeners[0].getsockname()[:2]
     settings = msgspec.structs.replace(settings, port=port)
     for warning in warnings_of(settings, host):
         logger.warning(warning)
