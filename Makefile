@@ -34,6 +34,7 @@ check: $(VENV)/dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/python tests/audit.py
 
 format: $(VENV)/dev
 	@$(BIN)/ruff check --fix .
