@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help run test test-stores check format bench bench-quick autobahn fuzz clean
+.PHONY: help run test test-stores check format bench bench-quick autobahn fuzz soak clean
 
 help:
 	@echo "make run [ARGS='--port 8000']  serve        make test [ARGS='-k health']  run the tests"
 	@echo "make test-stores               the tests of the API for each store, and for several processes"
 	@echo "make check                     lint, types  make bench, make bench-quick  measure beside the peers"
 	@echo "make fuzz                      feed it made-up input for FUZZ_SECONDS (300)"
+	@echo "make soak                      2,000 clients for SOAK_SECONDS (600)"
 
 run: $(VENV)/run
 	@exec $(BIN)/python notifyd.py $(ARGS)
@@ -53,6 +54,10 @@ autobahn: $(VENV)/dev
 FUZZ_SECONDS ?= 300
 fuzz: $(VENV)/fuzz
 	@$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS) $(ARGS)
+
+SOAK_SECONDS ?= 600
+soak: $(VENV)/dev
+	@$(BIN)/python tests/soak/run.py --seconds $(SOAK_SECONDS) $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
