@@ -37,7 +37,7 @@ def full(held: int) -> str:
 @on_loop
 async def test_a_bucket_holds_its_burst(any_store: str) -> None:  # noqa: F811
     """As many as it holds, and after a while one more; another address has another bucket."""
-    async with members(any_store, "") as [one]:
+    async with members(any_store) as [one]:
         drawn = [await one.store.draw("a", SLOW) for _ in range(5)]
         assert [one.allowed for one in drawn] == [True] * 3 + [False] * 2
         assert 2 * SECOND < drawn[-1].until_full <= 3 * SECOND
@@ -64,7 +64,7 @@ async def test_full_buckets_go_from_the_file(tmp_path: Path) -> None:
     import sqlite3
 
     path = tmp_path / "log.db"
-    async with members(f"sqlite:{path}", "") as [one]:
+    async with members(f"sqlite:{path}") as [one]:
         for number in range(100):
             await one.store.draw(f"address {number}", Rate(1000, 20))
 
@@ -80,7 +80,7 @@ async def test_full_buckets_go_from_the_file(tmp_path: Path) -> None:
 async def test_full_buckets_go_from_redis(redis: Callable[[], RedisServer]) -> None:  # noqa: F811
     """They expire when they are full."""
     redis().empty()
-    async with members(redis().url, "") as [one]:
+    async with members(redis().url) as [one]:
         await one.store.draw("a", RATE)
         [name] = [key for key in redis().keys(0) if "bucket" in key]
         assert 0 < redis().command("PTTL", name) <= 100
@@ -92,7 +92,7 @@ async def test_full_buckets_go_from_redis(redis: Callable[[], RedisServer]) -> N
 @on_loop
 async def test_an_address_has_so_many_seats(shared: str) -> None:  # noqa: F811
     """On all processes together; a refused one leaves the count as it was."""
-    async with members(shared, "", "", max_connections_per_ip=3) as [one, other]:
+    async with members(shared, 2, max_connections_per_ip=3) as [one, other]:
         assert [await seat(one, 1), await seat(other, 1), await seat(one, 2)] == ["", "", ""]
         assert [await seat(one, 3), await seat(other, 2)] == [full(3), full(3)]
         one.store.unseat("203.0.113.1", 1)
@@ -103,14 +103,14 @@ async def test_an_address_has_so_many_seats(shared: str) -> None:  # noqa: F811
 
 @on_loop
 async def test_of_many_who_sit_down_at_once_as_many_get_a_seat(shared: str) -> None:  # noqa: F811
-    async with members(shared, "", "", max_connections_per_ip=3) as [one, other]:
+    async with members(shared, 2, max_connections_per_ip=3) as [one, other]:
         answers = await asyncio.gather(*(seat(member, held) for held in (1, 2, 3) for member in (one, other)))
         assert answers.count("") == 3
 
 
 @on_loop
 async def test_a_closed_process_holds_no_seats(shared: str) -> None:  # noqa: F811
-    async with members(shared, "", max_connections_per_ip=3) as [one]:
+    async with members(shared, max_connections_per_ip=3) as [one]:
         other = await Member(shared, max_connections_per_ip=3).open()
         assert [await seat(other, held) for held in (1, 2, 3)] == ["", "", ""]
         assert await seat(one, 1) == full(3)
@@ -123,7 +123,7 @@ async def test_a_closed_process_holds_no_seats(shared: str) -> None:  # noqa: F8
 async def test_a_killed_process_holds_no_seats(shared: str, start_process: Callable[..., Process]) -> None:  # noqa: F811
     """Once its lease has run out. It is no reason to refuse anyone for longer."""
     process = start_process(shared, SHORT_LEASE)
-    async with members(shared, "", max_connections_per_ip=3) as [one]:
+    async with members(shared, max_connections_per_ip=3) as [one]:
         # Over there nobody set a limit, so it is 0; putting down a count asks for none.
         process.ask("member.store.unseat('203.0.113.1', 3)")
         process.ask("member.store.census()")
@@ -144,7 +144,7 @@ async def test_one_that_was_taken_for_dead_takes_its_seats_again(
 ) -> None:
     """When it goes on, its connections are still there."""
     process = start_process(shared, SHORT_LEASE)
-    async with members(shared, "", max_connections_per_ip=3) as [one]:
+    async with members(shared, max_connections_per_ip=3) as [one]:
         process.ask("member.store.unseat('203.0.113.1', 3)")
         process.ask("member.store.census()")
         process.stop()
@@ -165,7 +165,7 @@ async def test_one_that_was_taken_for_dead_takes_its_seats_again(
 async def test_a_closed_process_leaves_no_seats_in_redis(redis: Callable[[], RedisServer]) -> None:  # noqa: F811
     """Nobody would ever take them out."""
     redis().empty()
-    async with members(redis().url, "", max_connections_per_ip=3) as [one]:
+    async with members(redis().url, max_connections_per_ip=3) as [one]:
         await seat(one, 1)
         assert any("seats" in key for key in redis().keys(0))
     assert not any("seats" in key for key in redis().keys(0))
@@ -175,7 +175,7 @@ async def test_a_closed_process_leaves_no_seats_in_redis(redis: Callable[[], Red
 async def test_seats_survive_a_store_that_lost_its_data(redis: Callable[[], RedisServer]) -> None:  # noqa: F811
     """Each process enters its own again."""
     redis().empty()
-    async with members(redis().url, "", "", max_connections_per_ip=3) as [one, other]:
+    async with members(redis().url, 2, max_connections_per_ip=3) as [one, other]:
         assert [await seat(other, held) for held in (1, 2, 3)] == ["", "", ""]
         redis().empty()
         await one.until(lambda: one.store.failure is not None)

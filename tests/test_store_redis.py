@@ -266,7 +266,7 @@ async def test_emptied(start_redis: StartRedis) -> None:
 async def test_emptied_counters_are_no_less_than_was_stated(start_redis: StartRedis) -> None:
     """Also what was counted after the last renewal."""
     redis = start_redis()
-    async with members(redis.url, "", "") as [one, other]:
+    async with members(redis.url, 2) as [one, other]:
         await one.admit("a")
         await publish_until_it_works(other)
         stated = await one.store.census()
@@ -276,6 +276,7 @@ async def test_emptied_counters_are_no_less_than_was_stated(start_redis: StartRe
         assert await one.store.census() == stated._replace(notifications_sent=2)
 
 
+@pytest.mark.usefixtures("_short_leases")
 @on_loop
 async def test_started_without_its_file(start_redis: StartRedis) -> None:
     redis = start_redis()
