@@ -236,7 +236,10 @@ class Database:
             waiting = [operation for operation in operations if operation.future is not None]
             # Each raises its own: an exception that is raised again and again keeps every traceback.
             outcomes = [(operation, type(failure)(*failure.args)) for operation in waiting]
-            return News(failure=failure, outcomes=outcomes)
+            # What can still be read is read now: the wake-up for it may have been the one that led here.
+            news = self.look()
+            news.failure, news.outcomes = failure, outcomes
+            return news
         news.records += self._appended
         self._arrive(self._state)
         assert self._socket is not None
