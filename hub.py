@@ -479,13 +479,14 @@ class Hub:
         `numbered` requests name the place, counted from 0.
         """
         await self.start()
-        drafts = []
-        async for place, request in in_slices(requests):
-            drafts.append(self._draft(request, f"[{place}]." if numbered else ""))
+        if numbered:
+            drafts = [self._draft(request, f"[{place}].") async for place, request in in_slices(requests)]
+        else:
+            drafts = [self._draft(request) for request in requests]
         self.check_ready()
         return await self.store.append(drafts, once)
 
-    def _draft(self, request: schemas.NotifyRequest, place: str) -> Draft:
+    def _draft(self, request: schemas.NotifyRequest, place: str = "") -> Draft:
         data = {"message": request.message, **request.data}
         data["message"] = request.message
         topics = sorted(set(request.topics or ()))

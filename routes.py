@@ -9,6 +9,7 @@ import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
 
+import orjson
 from msgspec import Struct
 from starlette.datastructures import Headers, QueryParams
 from starlette.responses import Response
@@ -129,11 +130,12 @@ async def notify(hub: Hub, request: Request) -> Response:
     hub.check_ready()
     wanted = _read_notification(request, body)
     request.check_publish([wanted])
-    response = schemas.NotifyResponse(recipients=0, notification=wanted, timestamp="")
     # What could not be written back must be refused before it is sent.
-    encode(response)
+    understood = orjson.Fragment(encode(wanted))
     appended = await hub.publish([wanted], _once(request, body))
-    response.recipients, response.timestamp = appended.receipts[0].recipients, timestamp(appended.at)
+    response = schemas.NotifyResponse(
+        recipients=appended.receipts[0].recipients, notification=understood, timestamp=timestamp(appended.at)
+    )
     return _published(response, appended)
 
 

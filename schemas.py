@@ -359,7 +359,8 @@ class NotifyResponse(Struct, kw_only=True):
     status: str = "success"
     message: str = "Notification sent successfully"
     recipients: int
-    notification: NotifyRequest
+    # The request as it was understood.
+    notification: orjson.Fragment
     timestamp: str
 
 
