@@ -7,6 +7,8 @@ a real pair of sockets: what they send is read as from any peer, and after each 
 from __future__ import annotations
 
 import asyncio
+import base64
+import hmac
 import logging
 import socket
 import sys
@@ -24,11 +26,12 @@ from uvicorn.server import ServerState
 
 import connection
 import schemas
-from errors import InvalidRequest
+from errors import InvalidRequest, Unauthorized
 from http_wire import HttpProtocol
 from notifyd import create_app
 from opening_handshake import HandshakeError, read_request
 from settings import Settings
+from tokens import tokens_of
 from wire import StandardProtocol, WireProtocol
 
 # An input that has not ended after so long is one that makes the server hang.
@@ -41,6 +44,8 @@ HANDSHAKE = (
     b"GET /ws?client_id=bob&topics=a,b&since= HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
 )
+TOKEN_HEADER = b'{"alg":"HS256","typ":"JWT"}'
+CLAIMS = b'{"sub":"bob","topics":["a*"],"publish":["b"],"admin":true,"exp":9e9}'
 MESSAGES = [
     b'{"type":"ping"}',
     b'{"type":"status_request"}',
@@ -163,6 +168,28 @@ def handshake(data: bytes) -> None:
         read_request(b"GET " + data.replace(b" ", b"").partition(b"\r\n")[0] + b" HTTP/1.1\r\n" + data + b"\r\n\r\n")
 
 
+def over_tokens() -> Callable[[bytes], None]:
+    """Read tokens as a server with a secret does: any text, and any header or claims with a good signature."""
+    secret = "a secret of at least thirty-two bytes"
+    tokens = tokens_of(Settings(jwt_secret=secret))
+
+    def signed(header: bytes, claims: bytes) -> str:
+        text = b".".join(base64.urlsafe_b64encode(part).rstrip(b"=") for part in (header, claims))
+        digest = hmac.digest(secret.encode(), text, "sha256")
+        return (text + b"." + base64.urlsafe_b64encode(digest).rstrip(b"=")).decode()
+
+    def read(data: bytes) -> None:
+        for token in (data.decode("latin-1"), signed(TOKEN_HEADER, data), signed(data, b"{}")):
+            try:
+                # It waits for nothing: the key is at hand.
+                tokens.identity(token).send(None)
+            except (Unauthorized, StopIteration):
+                continue
+            raise AssertionError("reading a token waits")
+
+    return read
+
+
 class Target(NamedTuple):
     """How the function is made, in the process that uses it, and seeds."""
 
@@ -174,6 +201,9 @@ TARGETS = {
     "frames": Target(lambda: check_against_reference, FRAMES),
     "decode": Target(lambda: decode, [NOTIFICATION, b"[%s]" % NOTIFICATION, b'{"topics":["a"]}', b"a=x,y&b=%41"]),
     "handshake": Target(lambda: handshake, [HANDSHAKE.split(b"\r\n", 1)[1]]),
+    "tokens": Target(
+        over_tokens, [TOKEN_HEADER, b'{"sub":"bob","topics":["a*"],"publish":["b"],"admin":true,"exp":9e9}']
+    ),
     "http": Target(over_http, REQUESTS),
     "websocket": Target(lambda: over_websocket(WireProtocol), FRAMES),
     "standard": Target(lambda: over_websocket(StandardProtocol), FRAMES),
