@@ -67,7 +67,7 @@ class Link(asyncio.Protocol):
         self.welcomed = asyncio.Event()
         self.ended = asyncio.Event()
         self.is_leaving = False
-        self.transport: asyncio.Transport
+        self.transport: asyncio.Transport | None = None
         self._data = b""
         self._is_open = False
 
@@ -157,6 +157,9 @@ class Client:
     async def leave(self) -> None:
         """Go in one of the ways in which clients go."""
         transport, way = self.link.transport, self.soak.chance.randrange(4)
+        if transport is None:
+            # It was about to come.
+            return
         self.link.is_leaving = True
         if transport.is_closing():
             pass
