@@ -57,7 +57,7 @@ def test_no_compression_is_negotiated(server: Server) -> None:
 
 def test_the_first_test_notification_is_the_documented_one(start_server: StartServer) -> None:
     """Test notifications are numbered from 1."""
-    client = start_server("--notification-interval", "0.7").join()
+    client = start_server("--notification-interval", "3").join()
     data = {
         "message": "Test notification #1",
         "counter": 1,
