@@ -25,7 +25,7 @@ logger = logging.getLogger("notifyd")
 # How long a client whose client_id is claimed by a newcomer has to prove that it is alive.
 PROBE_SECONDS = 2.0
 PROBE_TURN_SECONDS = 0.02
-# Newcomers that wait for the result of a probe, beside the clients: no more than may be connected, or this many.
+# Newcomers that wait for the result of a probe, at most.
 MAX_WAITING = 1000
 # A large crowd is pinged in portions of this many.
 SLICE_CLIENTS = 250
@@ -62,11 +62,11 @@ class Heartbeat:
         due = self._clock()
         for phase in itertools.cycle(range(HEARTBEAT_PHASES)):
             due += step
-            await asyncio.sleep(max(0.0, due - self._clock()))
-            if (late := self._clock() - due) > self._interval:
-                # Everyone is pinged once, not once for each interval that nothing ran.
-                due += late - self._interval
-            self._notice_pause(late)
+            wakes_at = max(due, self._clock())
+            await asyncio.sleep(wakes_at - self._clock())
+            self._notice_pause(self._clock() - wakes_at)
+            # Everyone is pinged once, not once for each interval that nothing ran.
+            due = max(due, self._clock() - self._interval)
             self._close_all_silent()
             ping = _ping_message()
             for count, client in enumerate([client for client in self._directory if client.phase == phase], 1):

@@ -870,6 +870,15 @@ def test_a_pause_of_the_process_is_nobodys_silence(loop: VirtualLoop) -> None:
     assert (alive.goodbye, dead.goodbye) == (None, (1011, "Ping timeout"))
 
 
+def test_a_pause_is_told_once(loop: VirtualLoop, caplog: pytest.LogCaptureFixture) -> None:
+    """However many pings it has delayed."""
+    hub = hub_on(loop, ping_interval=1, ping_timeout=2)
+    join(loop, hub, "ann")
+    loop.pause(4)
+    loop.run_until_complete(asyncio.sleep(5))
+    assert len([record for record in caplog.records if "has not run" in record.message]) == 1
+
+
 def test_test_notifications_are_not_made_up_for(loop: VirtualLoop) -> None:
     """After a pause of the process there is one, and the next an interval later."""
     hub = hub_on(loop, notification_interval=10)
