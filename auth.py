@@ -190,10 +190,10 @@ def _keys_of(settings: Settings) -> Iterator[tuple[str, str]]:
         yield source, text
 
 
-def warnings_of(settings: Settings, address: str) -> Iterator[str]:
-    """Yield what an operator should know who lets the server listen on this address."""
+def warnings_of(settings: Settings, address: str, *, is_open: bool) -> Iterator[str]:
+    """Yield what an operator should know who lets the server listen on this address; `is_open`: to everybody."""
     if settings.api_key_file and stat.S_IMODE(Path(settings.api_key_file).stat().st_mode) & 0o077:
         yield f"{settings.api_key_file} can be read by other users; chmod 600 keeps the keys from them"
     loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
-    if not loopback and backend_of(settings) is None:
+    if is_open and not loopback:
         yield f"{address} is not this machine alone, and there is no authentication: see --api-key-file and --jwks-url"

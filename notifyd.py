@@ -226,7 +226,7 @@ def serve(settings: Settings) -> int:
     Raises ListenError, and SettingsError for what is wrong only with other settings or files.
     """
     check_store(settings)
-    backend_of(settings)
+    backend = backend_of(settings)
     certificate = _certificate(settings)
     if certificate is not None:
         # A reload before there is somebody to hear it waits, and does not end the process.
@@ -241,12 +241,12 @@ def serve(settings: Settings) -> int:
     listeners = [_bind(settings, settings.host, settings.port), *internal]
     host, port = listeners[0].getsockname()[:2]
     settings = msgspec.structs.replace(settings, port=port)
-    for warning in warnings_of(settings, host):
+    for warning in warnings_of(settings, host, is_open=backend is None):
         logger.warning(warning)
     url = f"http{'s' if certificate else ''}://{f'[{host}]' if ':' in host else host}:{port}"
     if settings.workers > 1:
         return supervise(settings, listeners, lambda: _announce(f"{url} with {settings.workers} workers"))
-    _serve_on(listeners, settings, certificate, url)
+    _serve_on(listeners, settings, certificate, backend, url)
     return 0
 
 
@@ -262,10 +262,11 @@ def _serve_on(
     listeners: list[socket.socket],
     settings: Settings,
     certificate: Certificate | None,
+    backend: AuthenticationBackend | None,
     url: str = "",
     parent: Parent | None = None,
 ) -> None:
-    app = create_app(settings)
+    app = create_app(settings, backend)
     hub = app.state.hub
     # What is private is spoken in plain HTTP: a probe or a scraper in the same place knows no certificate.
     internal = _config(App(hub, app.door, internal=True), settings, None)
@@ -364,7 +365,7 @@ def main() -> int:
         if (post := read_post(os.environ)) is not None:
             _configure_logging(post.settings)
             listeners = [socket.socket(fileno=listener) for listener in post.listeners]
-            _serve_on(listeners, post.settings, _certificate(post.settings), parent=Parent(post))
+            _serve_on(listeners, post.settings, _certificate(post.settings), None, parent=Parent(post))
             return 0
         settings, warnings = load(sys.argv[1:], os.environ)
         _configure_logging(settings)

@@ -129,7 +129,12 @@ def supervise(settings: Settings, ports: Sequence[socket.socket], announce: Call
     with contextlib.ExitStack() as stack:
         store = settings.store
         if store == "auto":
-            store = f"sqlite:{stack.enter_context(_temporary_directory()) / 'log'}"
+            try:
+                directory = stack.enter_context(_temporary_directory())
+            except OSError as error:
+                reason = f"no directory for a temporary log: {error.strerror}"
+                raise SettingsError(f"--workers: {reason}; name a --store") from None
+            store = f"sqlite:{directory / 'log'}"
         drain_rate = max(1, settings.drain_rate // settings.workers)
         settings = msgspec.structs.replace(settings, store=store, drain_rate=drain_rate)
         return asyncio.run(_Supervisor(settings, ports, announce).run())

@@ -144,6 +144,18 @@ def test_a_store_for_one_process_is_refused() -> None:
     assert "--store" in lines[0]
 
 
+def test_no_place_for_a_temporary_log_is_one_line() -> None:
+    """As on a full disk: nothing can be written anywhere."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+    try:
+        status, lines = run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (status, len(lines)) == (2, 1)
+    assert "--store" in lines[0]
+
+
 @pytest.mark.parametrize("good", [0, 1])
 def test_a_worker_that_fails_at_the_start_stops_the_start(tmp_path: Path, good: int) -> None:
     """The parent ends with the status and the one line of the first worker that cannot start, be it not the first."""
