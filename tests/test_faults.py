@@ -43,6 +43,8 @@ ANSWER_SECONDS = 5.0
 # More than a fault and its end take, so that what is stuck is told from what is slow.
 RECOVERY_SECONDS = 20.0
 RETRY_SECONDS = 0.05
+# For a store that shall have a full disk.
+DISK_BYTES = 32 * 1024 * 1024
 # Enough to resume from after the longest absence.
 HISTORY = ("--history-size", "100000")
 
@@ -407,8 +409,19 @@ def test_redis_refuses_to_write(two: list[Server], redis: RedisServer, refuse: C
 
 
 @contextmanager
-def full_disk(servers: list[Server], _: Path) -> Iterator[None]:
-    """Let the processes make no file longer; a disk that is full needs the right to mount one."""
+def full_disk(path: Path) -> Iterator[None]:
+    """Leave no byte free where this file is."""
+    filler = path.with_name("filler")
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    yield
+    filler.unlink()
+
+
+@contextmanager
+def no_longer_files(servers: list[Server], _: Path) -> Iterator[None]:
+    """Let the processes make no file longer."""
     limits = [resource.prlimit(server.pid, resource.RLIMIT_FSIZE) for server in servers]
     for server, (_, hard) in zip(servers, limits, strict=True):
         resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (0, hard))
@@ -426,11 +439,30 @@ def locked(_: list[Server], path: Path) -> Iterator[None]:
         connection.execute("ROLLBACK")
 
 
-@pytest.mark.parametrize("fault", [full_disk, locked], ids=["full disk", "locked"])
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[None]:
+    """Put the file on a disk of its own that is soon full."""
+    command = ("mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", tmp_path)
+    if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode != 0:
+        pytest.skip("only root may mount a disk, and not everywhere")
+    yield
+    # Not at once: the servers on it may still be stopping.
+    subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+@pytest.mark.parametrize("fault", [no_longer_files, locked], ids=["no longer files", "locked"])
 def test_sqlite_cannot_write(two: list[Server], path: Path, fault: Callable[..., Any]) -> None:
     """The servers say so, and go on when they can."""
     with Traffic(*two) as traffic:
         with fault(two, path):
+            traffic.says_unhealthy()
+        traffic.is_whole(connections=1)
+
+
+@pytest.mark.usefixtures("small_disk")
+def test_the_disk_is_full(two: list[Server], path: Path) -> None:
+    with Traffic(*two) as traffic:
+        with full_disk(path):
             traffic.says_unhealthy()
         traffic.is_whole(connections=1)
 
