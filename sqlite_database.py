@@ -455,7 +455,7 @@ class Database:
     def _address(self, node_id: str) -> str:
         """Return the path of a node's socket, round about where the straight one is too long for a socket."""
         directory, name = os.path.split(self._path)
-        name = f"{name[:40]}-{node_id}"
+        name = f"{name.encode(errors='ignore')[:40].decode(errors='ignore')}-{node_id}"
         path = os.path.join(directory, name)
         return path if len(os.fsencode(path)) <= MAX_SOCKET_PATH else f"/proc/self/fd/{self._directory}/{name}"
 

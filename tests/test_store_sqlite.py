@@ -140,6 +140,14 @@ async def test_a_path_may_be_longer_than_a_sockets(tmp_path: Path) -> None:
         assert time.monotonic() - began < 0.5, "no wake-up: only the look that comes once a second"
 
 
+@on_loop
+async def test_a_name_may_be_longer_than_a_sockets(tmp_path: Path) -> None:
+    """In whatever script it is written."""
+    async with members(f"sqlite:{tmp_path / ('通知' * 20)}", 2) as [one, other]:
+        await one.publish()
+        await other.until(lambda: other.records)
+
+
 @pytest.mark.usefixtures("_short_leases")
 @on_loop
 async def test_a_killed_process_leaves_no_socket(path: Path, start_process: Callable[..., Process]) -> None:  # noqa: F811
