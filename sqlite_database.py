@@ -177,17 +177,25 @@ class Database:
     # --- the thread's turns
 
     @contextlib.contextmanager
-    def used_by(self, node_id: str) -> Iterator[Database]:
-        """Be this node's. One that is opened again waits for the thread that it had before."""
+    def used_by(self, node_id: str, told: str) -> Iterator[Database]:
+        """Be this node's, which has been told the log up to an id, and that is the place from which to go on.
+
+        One that is opened again waits for the thread that it had before.
+        """
         with self._in_use:
             self._node_id, self._tried = node_id, False
             # How many connections of each address this node holds.
             self._seats: dict[str, int] = {}
-            yield self
-            self._disconnect()
-            if self._socket is not None:
-                self._socket.close()
-                self._socket = None
+            self._newest, self._sequence = told, -1
+            if not told:
+                self._file = ""
+            try:
+                yield self
+            finally:
+                self._disconnect()
+                if self._socket is not None:
+                    self._socket.close()
+                    self._socket = None
 
     def wait(self, ear: socket.socket) -> None:
         """Sleep until the loop or another node rings."""
@@ -377,10 +385,11 @@ class Database:
         """Find what lies between the place of this process and the end of the log."""
         sequence, told = self._sequence, self._told
         if state.file != self._file:
-            news.missed = True
+            news.missed, sequence, told = True, -1, 0
+        if sequence < 0:
             found = self._run("SELECT coalesce(max(sequence), 0) FROM log WHERE id <= ?", (self._newest,))
-            (sequence,), told = found.fetchone(), 0
-        if state.sequence > sequence:
+            (sequence,) = found.fetchone()
+        if state.last > self._newest and state.sequence > sequence:
             rows = self._run(RECORDS, (sequence,)).fetchall()
             news.missed = news.missed or not rows or rows[0][0] != sequence + 1
             news.records = [_record(row) for row in rows]

@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 from errors import StoreUnavailable
 from keys import Appended, Once
 from rates import Draw, Rate
-from settings import Settings, SettingsError, number
+from settings import Settings, number
 from sqlite_database import Database, News, Operation, away
 from store import Census, Draft, Node, Report
 
@@ -61,10 +61,15 @@ class SqliteStore:
         self.failure: str | None = CLOSED
         self._timeout = settings.store_timeout
         self._database = Database(settings, path)
+        # The id up to which the node has been told the log; empty before it has been told any of it.
+        self._told = ""
+        self._keeper: asyncio.Task[None] | None = None
         self._shut()
 
     async def open(self, node: Node) -> None:
         """Join. Raises SettingsError where the path leads to no file that a store can be in."""
+        # An event loop may have gone away without a word.
+        self._end()
         self._node = node
         self._loop = asyncio.get_running_loop()
         self.node_id, self.failure = secrets.token_hex(8), None
@@ -72,28 +77,34 @@ class SqliteStore:
         self._bell, ear = socket.socketpair()
         self._rung = False
         self._thread_ended = self._loop.create_future()
-        arguments = self.node_id, self._queue, ear
+        arguments = self.node_id, self._told, self._queue, ear, self._loop, self._thread_ended
         threading.Thread(target=self._work, args=arguments, name="notifyd-store", daemon=True).start()
         self._keeper = self._loop.create_task(self._keep())
         try:
             await self._ask(Database.renew)
         except StoreUnavailable:
             pass
-        except SettingsError:
-            # Closing fails for the same reason, of which nobody need be warned as well.
-            self.failure = CLOSED
-            await self.close()
+        except BaseException:
+            # A wrong setting, or whoever waited for this has given up.
+            self._end()
             raise
 
     async def close(self) -> None:
-        self._keeper.cancel()
-        self._put(Operation(Database.depart))
-        self._put(None)
-        self._shut()
+        self._end()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._thread_ended, self._timeout)
-        self._bell.close()
-        self.failure = CLOSED
+
+    def _end(self) -> None:
+        """Have the thread leave and end, if there is one."""
+        if self._keeper is not None:
+            self.failure = CLOSED
+            if not self._loop.is_closed():
+                self._keeper.cancel()
+            self._keeper = None
+            self._put(Operation(Database.depart))
+            self._put(None)
+            self._shut()
+            self._bell.close()
 
     def _shut(self) -> None:
         """Let whatever is asked for from now on go nowhere."""
@@ -157,7 +168,9 @@ class SqliteStore:
         self._queue.append(operation)
         if not self._rung:
             self._rung = True
-            self._bell.send(b"!")
+            # The thread has ended where it had something to tell a loop that was gone.
+            with contextlib.suppress(OSError):
+                self._bell.send(b"!")
 
     async def _keep(self) -> None:
         """Renew the lease; while the store is away, look for it."""
@@ -172,18 +185,26 @@ class SqliteStore:
         self.failure = error.message
         return error
 
-    def _arrived(self, news: News) -> None:
+    def _arrived(self, node_id: str, news: News) -> None:
         """Hand on what the thread has found, the log before the answers."""
-        if isinstance(news.failure, StoreUnavailable):
+        if node_id != self.node_id:
+            # The next thread has begun at the same place, and finds it, too.
+            return
+        if self._keeper is None:
+            # Closed: whether it could leave is nobody's concern.
+            pass
+        elif isinstance(news.failure, StoreUnavailable):
             self._fail(news.failure)
         elif news.failure is None and news.outcomes and self.failure is not None:
             self.failure = None
             logger.info("The store is back")
         if news.opening is not None:
+            self._told = news.opening.records[-1].id if news.opening.records else news.opening.before
             self._node.opened(news.opening)
         if news.missed:
             self._node.missed()
         if news.records:
+            self._told = news.records[-1].id
             self._node.deliver(news.records)
         for sender, message in news.mail:
             self._node.told(sender, message)
@@ -200,11 +221,19 @@ class SqliteStore:
         if taken:
             self._node.evicted(taken)
 
-    def _work(self, node_id: str, queue: deque[Operation | None], ear: socket.socket) -> None:
+    def _work(
+        self,
+        node_id: str,
+        told: str,
+        queue: deque[Operation | None],
+        ear: socket.socket,
+        loop: asyncio.AbstractEventLoop,
+        ended: asyncio.Future[None],
+    ) -> None:
         """Be the thread, until the queue holds None or the loop has closed."""
         # call_soon_threadsafe() raises RuntimeError when the loop has closed.
         with ear, contextlib.suppress(RuntimeError):
-            with self._database.used_by(node_id) as database:
+            with self._database.used_by(node_id, told) as database:
                 kept: list[Operation] = []
                 operations: list[Operation | None] = []
                 while None not in operations:
@@ -221,8 +250,8 @@ class SqliteStore:
                     else:
                         news = database.look()
                     if news != NOTHING:
-                        self._loop.call_soon_threadsafe(self._arrived, news)
-            self._loop.call_soon_threadsafe(_settle, self._thread_ended, None)
+                        loop.call_soon_threadsafe(self._arrived, node_id, news)
+            loop.call_soon_threadsafe(_settle, ended, None)
 
 
 def _settle(future: asyncio.Future[Any], outcome: Any) -> None:

@@ -8,6 +8,7 @@ import os
 import resource
 import sqlite3
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -32,7 +33,7 @@ def path(tmp_path: Path) -> Path:
 @contextmanager
 def turn_taken(path: Path) -> Iterator[None]:
     """Hold what a process holds in a transaction, as one does that was stopped in the middle."""
-    with open(f"{path}-lock") as lock:
+    with open(f"{path}-lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -171,6 +172,49 @@ async def test_the_write_ahead_log_begins_anew(path: Path, monkeypatch: pytest.M
 
         async with asyncio.timeout(PATIENCE):
             await asyncio.gather(*(publish_until_it_has_begun_anew(member) for member in both))
+
+
+# The event loop.
+
+
+def threads_left() -> list[threading.Thread]:
+    """Return the stores' threads, when those that are about to end have ended."""
+    threads = [thread for thread in threading.enumerate() if thread.name == "notifyd-store"]
+    for thread in threads:
+        thread.join(1)
+    return [thread for thread in threads if thread.is_alive()]
+
+
+def test_a_loop_that_went_away_is_followed_by_another(path: Path) -> None:
+    """What came meanwhile is delivered then, and nothing is left of the store's life on the first one."""
+    member = Member(f"sqlite:{path}")
+    asyncio.run(member.open())
+
+    async def meanwhile() -> None:
+        async with members(f"sqlite:{path}") as [other]:
+            await other.publish()
+
+    async def again() -> None:
+        await member.open()
+        await member.until(lambda: member.records)
+        await member.publish()
+        await member.store.close()
+
+    asyncio.run(meanwhile())
+    asyncio.run(again())
+    assert (len(member.records), member.times_missed, threads_left()) == (2, 0, [])
+
+
+@on_loop
+async def test_an_opening_that_was_given_up_leaves_nothing(path: Path) -> None:
+    """Whoever asks next opens the store."""
+    member = Member(f"sqlite:{path}")
+    with turn_taken(path), pytest.raises(TimeoutError):
+        await asyncio.wait_for(member.open(), 0.1)
+    await member.open()
+    await member.publish()
+    await member.store.close()
+    assert (len(member.openings), threads_left()) == (1, [])
 
 
 # Away, and back.
