@@ -23,6 +23,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from operator import sub
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -131,6 +132,9 @@ class State(Struct):
     def active(self) -> int:
         return sum(peer.clients for peer in self.nodes.values())
 
+    def counted(self) -> Report:
+        return _sum([self.report, *(peer.report for peer in self.nodes.values())])
+
 
 class Operation(NamedTuple):
     """What the thread is asked for. Without a future nobody waits, and it is kept until it could be done."""
@@ -170,6 +174,9 @@ class Database:
         # How far this process knows the log, of which file; `newest` is the id of that place.
         self._file = self._newest = ""
         self._sequence = self._told = 0
+        # The state as this process last read it, and what of the figures in it is its own.
+        self._seen: State | None = None
+        self._counted = Report(0, 0)
         self._has_mail = False
         self._trimmed = 0.0
         self._saver: threading.Thread | None = None
@@ -379,7 +386,9 @@ class Database:
 
     def _arrive(self, state: State) -> None:
         self._file, self._newest, self._sequence, self._told = state.file, state.last, state.sequence, state.mail
-        self._tried = True
+        self._seen, self._tried = state, True
+        if (own := state.nodes.get(self._node_id)) is not None:
+            self._counted = own.report
 
     def _read(self, state: State, news: News) -> None:
         """Find what lies between the place of this process and the end of the log."""
@@ -423,13 +432,24 @@ class Database:
 
     def _join(self, news: News) -> None:
         assert self._db is not None
-        state = self._state
-        if not state.nodes:
-            state.total = state.notifications_sent = state.counter = 0
-            state.report = Report(0, 0)
-            state.started, state.started_at = self._now, self._wall
+        state, seen, counted = self._state, self._seen, Report(0, 0)
+        if seen is None:
+            if not state.nodes:
+                state.total = state.notifications_sent = state.counter = 0
+                state.report = Report(0, 0)
+                state.started, state.started_at = self._now, self._wall
+        else:
+            if not state.nodes and state.file != seen.file:
+                # The file was made anew, but the server is the same.
+                for name in ("total", "notifications_sent", "counter", "started", "started_at"):
+                    setattr(state, name, getattr(seen, name))
+                state.report = seen.counted()
+            if state.started == seen.started:
+                # This node was taken for dead, or left; what it had counted is in the sums, and it counts on.
+                counted = self._counted
+                state.report = Report(*map(sub, state.report, counted))
         self._bind()
-        state.nodes[self._node_id] = Peer(self._now, state.sequence)
+        state.nodes[self._node_id] = Peer(self._now, state.sequence, report=counted)
         rows = [(address, self._node_id, held) for address, held in self._seats.items()]
         self._db.executemany("INSERT OR REPLACE INTO seat VALUES (?, ?, ?)", rows)
         if self._file:
@@ -645,9 +665,8 @@ class Database:
 
     def census(self) -> Census:
         state = self._state
-        counted = _sum([state.report, *(peer.report for peer in state.nodes.values())])
         others = [node_id for node_id in state.nodes if node_id != self._node_id]
-        return Census(state.active(), state.total, state.notifications_sent, *counted, others)
+        return Census(state.active(), state.total, state.notifications_sent, *state.counted(), others)
 
     def post(self, node_id: str, message: bytes) -> None:
         state = self._state

@@ -695,6 +695,36 @@ async def test_a_process_that_was_taken_for_dead_joins_again(
 
 @pytest.mark.usefixtures("_short_leases")
 @on_loop
+async def test_a_process_that_was_taken_for_dead_counts_on(shared: str, start_process: Callable[..., Process]) -> None:
+    """What it has counted is in the sums once, while it is gone and when it is back."""
+    process = start_process(shared, SHORT_LEASE)
+    async with members(shared) as [one]:
+        process.ask("member.store.report(Report(7, 2))")
+        process.stop()
+
+        async def is_dead() -> bool:
+            return not (await one.store.census()).others
+
+        await one.eventually(is_dead)
+        assert (await one.store.census())[3:] == (7, 2, [])
+        process.go_on()
+        process.ask("member.store.report(Report(8, 2))")
+        assert (await one.store.census())[3:5] == (8, 2)
+
+
+@on_loop
+async def test_a_store_that_is_opened_again_counts_on(shared: str) -> None:
+    """As a Hub does that was stopped and is started again."""
+    async with members(shared, 2) as [one, other]:
+        await one.store.report(Report(7, 2))
+        await one.store.close()
+        await one.open()
+        await one.store.report(Report(8, 2))
+        assert (await other.store.census())[3:5] == (8, 2)
+
+
+@pytest.mark.usefixtures("_short_leases")
+@on_loop
 async def test_a_process_hears_that_it_missed_something(shared: str, start_process: Callable[..., Process]) -> None:
     """The log waits for no process that was taken for dead; from where it begins, all is delivered."""
     process = start_process(shared, SHORT_LEASE)

@@ -22,7 +22,7 @@ from test_store import SHORT_LEASE, _short_leases, on_loop, start_process  # noq
 import sqlite_database
 from errors import StoreUnavailable
 from settings import SettingsError
-from store import Draft, Taken
+from store import Draft, Report, Taken
 
 
 @pytest.fixture
@@ -336,10 +336,11 @@ async def test_a_full_disk(path: Path, start_process: Callable[..., Process]) ->
 
 @on_loop
 async def test_a_file_that_was_deleted(path: Path) -> None:
-    """All processes go on with a new one, in which their clients are; the ids go on increasing."""
+    """All processes go on with a new one, in which their clients are; ids and counters go on increasing."""
     async with members(f"sqlite:{path}", 2) as [one, other]:
         await one.admit("a", "t")
         await other.admit("b")
+        await one.store.report(Report(5, 1))
         before = await one.publish()
         await other.until(lambda: other.records)
         for name in ("", "-wal", "-shm", "-lock"):
@@ -354,6 +355,7 @@ async def test_a_file_that_was_deleted(path: Path) -> None:
 
         await one.eventually(all_are_back)
         assert after > before
+        assert await one.store.census() == (2, 2, 2, 5, 1, [other.store.node_id])
         assert (await other.store.append([Draft(b"{}", audience([], ["t"]))])).receipts[0].recipients == 1
 
 
