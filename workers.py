@@ -322,7 +322,8 @@ def _temporary_directory() -> Iterator[Path]:
         # Only now, because an unlocked one is taken for a dead process's.
         (path / "new").rename(path / LOCK)
         yield path
-        shutil.rmtree(path)
+        # Somebody may have removed it already.
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove_if_dead(directory: Path) -> None:

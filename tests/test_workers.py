@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -270,6 +271,15 @@ def test_the_log_is_private_and_goes_with_the_server(start_server: StartServer, 
         server.signal()
         assert server.exit_status() == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_log_may_have_been_removed(start_server: StartServer, tmp_path: Path) -> None:
+    """By somebody who tidies up: the server still ends without a word."""
+    server = start_server("--workers", "2", variables={"TMPDIR": str(tmp_path)})
+    [directory] = tmp_path.iterdir()
+    shutil.rmtree(directory)
+    server.signal()
+    assert server.exit_status() == 0
 
 
 # The end.
