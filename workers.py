@@ -278,8 +278,11 @@ class _Supervisor:
             port.close()
         for worker in self._workers:
             worker.order(order)
-        if order == NOW:
-            asyncio.get_running_loop().call_later(KILL_SECONDS, self._kill)
+        patience = KILL_SECONDS
+        if order == DRAIN:
+            # At worst everyone stays until the end of the drain, and is then closed at its pace.
+            patience += self._settings.shutdown_timeout + self._settings.max_connections / self._settings.drain_rate
+        asyncio.get_running_loop().call_later(patience, self._kill)
 
     def _kill(self) -> None:
         for worker in self._workers:

@@ -331,6 +331,18 @@ def test_a_worker_that_hangs_is_killed_in_the_end(start_server: StartServer, tmp
     assert server.exit_status() == 128 + SIGKILL
 
 
+def test_a_drain_ends_also_where_a_worker_hangs(start_server: StartServer, tmp_path: Path) -> None:
+    """When the drain should long be over, nobody has to signal again."""
+    (tmp_path / "sitecustomize.py").write_text("import workers\nworkers.KILL_SECONDS = 0.5\n")
+    flags = ("--workers", "2", "--shutdown-timeout", "0.5", "--max-connections", "10")
+    server = start_server(*flags, variables={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    hanging = min(workers(server))
+    os.kill(hanging, SIGSTOP)
+    server.signal()
+    server.wait_for_line(f"Worker {hanging} does not end and is killed")
+    assert server.exit_status() == 128 + SIGKILL
+
+
 def test_the_workers_share_the_pace(start_server: StartServer) -> None:
     """--drain-rate is the host's: at 20 a second, two workers need about a second to tell twenty clients."""
     server = start_server("--workers", "2", "--drain-rate", "20")
