@@ -44,19 +44,17 @@ class Conversation:
         directory: Directory,
         store: Store,
         census: Callable[[], Awaitable[Census]],
-        reached: Callable[[str], Awaitable[None]],
         close: Close,
         identities: Identities,
         renew: Renew | None,
     ) -> None:
-        """`reached` waits until this process has read the log up to a position; `close` ends a connection.
+        """`close` ends a connection.
 
         Without `renew`, which finds out whom a token stands for, nobody may send one.
         """
         self._directory = directory
         self._store = store
         self._census = census
-        self._reached = reached
         self._close = close
         self._identities = identities
         self._renew = renew
@@ -130,8 +128,8 @@ class Conversation:
         before = client.topics
         if value["type"] == "unsubscribe":
             topics = before - named
-            # What was addressed to the client until now is still to come.
-            await self._reached(await self._store.subscribe(client.client_id, topics))
+            # What was addressed to the client until now is still to come: it is here when the store has answered.
+            await self._store.subscribe(client.client_id, topics)
         else:
             self._identities.check_topics(client, named)
             topics = before | named

@@ -112,7 +112,7 @@ class Hub:
         self.accounts = Accounts(self.directory, self.store, self.peers, clock, self._counted)
         self.identities = Identities(self._close_expired)
         self.conversation = Conversation(
-            self.directory, self.store, self.accounts.census, self._reached, self._dismiss, self.identities, renew
+            self.directory, self.store, self.accounts.census, self._dismiss, self.identities, renew
         )
         self.seats = Seats(self.store, settings.max_connections_per_ip) if settings.max_connections_per_ip else None
         # Whose address holds a seat for each client, where there is a limit.
@@ -133,8 +133,6 @@ class Hub:
         self._starting = asyncio.Lock()
         # The client_ids for which a newcomer is being registered.
         self._claims: dict[str, asyncio.Event] = {}
-        # Who waits for this process to have read the log up to a position.
-        self._awaited: list[tuple[str, asyncio.Future[None]]] = []
 
     # --- life
 
@@ -285,7 +283,6 @@ class Hub:
         try:
             position = await self.store.admit(client_id, topics)
             try:
-                await self._reached(position)
                 self._check_open(connection)
             except BaseException:
                 self.store.leave(client_id)
@@ -324,18 +321,6 @@ class Hub:
             code, reason = INTERNAL_ERROR, "Ping timeout"
         if incumbent in self.directory:
             self._dismiss(incumbent, code, reason)
-
-    async def _reached(self, position: str) -> None:
-        """Wait until this process has read the log up to a position. Raises StoreUnavailable."""
-        if self.fanout.ring.position < position:
-            reached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._awaited.append((position, reached))
-            try:
-                await asyncio.wait_for(reached, self.settings.store_timeout)
-            except TimeoutError:
-                raise StoreUnavailable("The store is away: its log cannot be read") from None
-            finally:
-                self._awaited.remove((position, reached))
 
     def _join(
         self,
@@ -535,9 +520,6 @@ class Hub:
         self.fanout.append(records)
         if any(not record.replayed and record.rest.startswith(_TEST_START) for record in records):
             self._last_test_clock = self.clock()
-        for position, reached in self._awaited:
-            if position <= records[-1].id and not reached.done():
-                reached.set_result(None)
 
     def missed(self) -> None:
         """Close everyone: they would miss what this process could not read before the log let go of it.
@@ -656,7 +638,6 @@ class Hub:
         draft = Draft(_compose("system", schemas.SystemData(system_time=now), sender="system"), NOBODY, replayed=False)
         try:
             position = (await self.store.append([draft], once)).receipts[0].id
-            await self._reached(position)
         except StoreUnavailable:
             position = schemas.Positions(self.fanout.ring.position).next()
         message = encode(schemas.ShutdownMessage(timestamp=now))

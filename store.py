@@ -5,7 +5,7 @@ store_sqlite.py and store_redis.py. Knows ids, payloads and audiences; no socket
 
 1. The store gives the ids: strictly increasing over all processes, whatever the clocks do.
 2. Every process is told every record once, in the one order of the log (`Node.deliver`); also its own. Before a
-   coroutine returns, this process has been told what was in the log when it was called.
+   coroutine returns, this process has been told the log up to the place at which it was done.
 3. An admission and a change of topics answer with the newest id at that moment. A record after it is the client's
    to have, and counts it in `recipients`; one before is not. So no count and no seam depends on who is how fast.
 4. What another process may change is decided in the store, in one step: the limit, the client ids, the keys.

@@ -651,7 +651,7 @@ class Registration(NamedTuple):
 
 
 class LaggingStore(MemoryStore):
-    """A shared store as one of its processes knows it: it answers when it likes, and the log comes later still.
+    """A shared store as one of its processes knows it: it answers when it likes, and the log comes before that.
 
     What it is asked it does as one step each. What the Hub may rely on is in store.py.
     """
@@ -691,6 +691,7 @@ class LaggingStore(MemoryStore):
         await self.lag()
         appended = self.add(drafts)
         await self.lag()
+        self.tell()
         return appended
 
     async def admit(self, client_id: str, topics: Collection[str]) -> str:
@@ -699,6 +700,7 @@ class LaggingStore(MemoryStore):
         self.registered[client_id] = Registration(frozenset(topics), [])
         position = self._newest
         await self.lag()
+        self.tell()
         return position
 
     def leave(self, client_id: str) -> None:

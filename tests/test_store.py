@@ -332,6 +332,17 @@ async def test_an_admission_falls_between_two_notifications(shared: str) -> None
             assert count == sum(position < id for position in newest)
 
 
+@on_loop
+async def test_an_answer_comes_after_the_log_up_to_it(shared: str) -> None:
+    """Whoever is told an id has been told the notification before."""
+    async with members(shared, 2) as [one, other]:
+        publishes = [asyncio.create_task(other.store.append([SOMETHING])) for _ in range(50)]
+        for number in range(50):
+            newest = await (one.admit(str(number)) if number % 2 else one.store.subscribe("0", ()))
+            assert newest in (one.opening.before, *one.ids)
+        await asyncio.gather(*publishes)
+
+
 # Who is admitted.
 
 
