@@ -349,9 +349,28 @@ def warning_of_islands(environ: Mapping[str, str], argv: Sequence[str]) -> str |
     concurrency = f"--workers={environ.get('WEB_CONCURRENCY', '')}"
     flags = " ".join([concurrency, environ.get("GUNICORN_CMD_ARGS", ""), *argv])
     counts = re.findall(r"(?<!\S)(?:-w|--workers)[ =]?(\d+)(?!\S)", flags)
-    if not counts or int(counts[-1]) < 2:
+    count = _configured_workers() or (int(counts[-1]) if counts else 1)
+    if count < 2:
         return None
     return (
-        f"{counts[-1]} workers serve without a common store: a notification reaches only the clients of one of them; "
+        f"{count} workers serve without a common store: a notification reaches only the clients of one of them; "
         "set NOTIFYD_STORE to sqlite:PATH or redis://HOST:PORT"
     )
+
+
+def _configured_workers() -> int:
+    """Return the number of workers in the configuration of the server that runs this process; 0 where it is unknown.
+
+    It is there wherever it was set: in a file, in a variable of the server's own, in a call.
+    """
+    # uvicorn and hypercorn hand it to each worker. uvicorn's --reload runs one, whatever it is told.
+    config = getattr(multiprocessing.current_process(), "_kwargs", {}).get("config")
+    if getattr(config, "reload", False):
+        return 1
+    # A worker of gunicorn knows those that were forked before it.
+    arbiter = getattr(sys.modules.get("gunicorn.arbiter"), "Arbiter", None)
+    for worker in getattr(arbiter, "WORKERS", {}).values():
+        config = worker.cfg
+    count = getattr(config, "workers", 0)
+    # Somebody else's process may have a configuration, too.
+    return count if isinstance(count, int) else 0

@@ -387,6 +387,23 @@ def test_an_app_says_that_its_workers_are_islands(two_workers: Server) -> None:
     two_workers.wait_for_line("2 workers serve without a common store.*NOTIFYD_STORE")
 
 
+@pytest.mark.parametrize("program", ["uvicorn", "gunicorn"])
+def test_an_app_says_so_too_where_no_flag_has_the_number(program: str, tmp_path: Path) -> None:
+    """But a call, or a configuration file."""
+    port, script = free_port(), tmp_path / "script.py"
+    if program == "uvicorn":
+        script.write_text(
+            f"import uvicorn\nif __name__ == '__main__':\n    uvicorn.run('hosts:alone', port={port}, workers=2)\n"
+        )
+        command = [str(script)]
+    else:
+        script.write_text(f"bind, workers, worker_class = '127.0.0.1:{port}', 2, 'uvicorn_worker.UvicornWorker'\n")
+        command = ["-m", "gunicorn", "hosts:alone", "--config", str(script)]
+    server = Server([sys.executable, *command], url=f"http://127.0.0.1:{port}")
+    server.wait_for_line("2 workers serve without a common store")
+    server.kill()
+
+
 @pytest.mark.parametrize(
     ("environ", "argv"),
     [
