@@ -169,6 +169,10 @@ class Database:
         self._in_use = threading.Lock()
         self._lock = self._directory = -1
         self._is_sound = False
+        # What tells the file from another one at the same path, and a descriptor of the PATH-wal that goes with it.
+        self._identity: tuple[int, int] | None = None
+        self._wal = -1
+        self._is_replaced = False
         self._db: sqlite3.Connection | None = None
         self._socket: socket.socket | None = None
         # How far this process knows the log, of which file; `newest` is the id of that place.
@@ -200,6 +204,7 @@ class Database:
                 yield self
             finally:
                 self._disconnect()
+                self._release_wal()
                 if self._socket is not None:
                     self._socket.close()
                     self._socket = None
@@ -219,7 +224,7 @@ class Database:
     def look(self) -> News:
         """Read what is new; that needs no turn."""
         news = News()
-        if self._db is not None and self._file:
+        if self._db is not None and self._file and not self._is_replaced:
             try:
                 self._run("BEGIN")
                 state = self._load()
@@ -319,6 +324,9 @@ class Database:
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         status = os.stat(self._path)
+        if self._identity not in (None, (status.st_dev, status.st_ino)):
+            self._is_replaced = True
+            self._remove_leftovers()
         self._identity = status.st_dev, status.st_ino
         # isolation_level None: transactions begin where they are begun here.
         self._db = sqlite3.connect(self._path, timeout=self._settings.store_timeout, isolation_level=None)
@@ -341,6 +349,22 @@ class Database:
             self._run("COMMIT")
         for table in LIMITS:
             self._run(table)
+        self._release_wal()
+        with contextlib.suppress(FileNotFoundError):
+            self._wal = os.open(f"{self._path}-wal", os.O_RDONLY)
+
+    def _remove_leftovers(self) -> None:
+        """Remove what SQLite had beside the file that was here before: it would write it into the new one."""
+        # Another process may have done that: then they are the new file's. The descriptor keeps the number in use.
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._wal), os.stat(f"{self._path}-wal")):
+                os.unlink(f"{self._path}-wal")
+                os.unlink(f"{self._path}-shm")
+
+    def _release_wal(self) -> None:
+        if self._wal >= 0:
+            os.close(self._wal)
+        self._wal = -1
 
     def _disconnect(self) -> None:
         """Close everything; a transaction is rolled back before the turn is given up."""
@@ -386,7 +410,7 @@ class Database:
 
     def _arrive(self, state: State) -> None:
         self._file, self._newest, self._sequence, self._told = state.file, state.last, state.sequence, state.mail
-        self._seen, self._tried = state, True
+        self._seen, self._tried, self._is_replaced = state, True, False
         if (own := state.nodes.get(self._node_id)) is not None:
             self._counted = own.report
 
@@ -414,6 +438,11 @@ class Database:
         self._rows: list[tuple[Any, ...]] = []
         self._appended: list[Record] = []
         self._rung: set[str] = set()
+        if self._is_replaced and state.file == self._file:
+            # An older copy of the same log: what came since is not in it, so from now on it is another one.
+            state.file = secrets.token_hex(8)
+            for node_id in list(state.nodes):
+                self._bury(node_id)
         for node_id, peer in list(state.nodes.items()):
             # One from the future is from before the machine was started.
             if node_id != self._node_id and not 0 <= self._now - peer.renewed < LEASE_SECONDS:

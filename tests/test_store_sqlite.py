@@ -360,6 +360,34 @@ async def test_a_file_that_was_deleted(path: Path) -> None:
 
 
 @on_loop
+async def test_a_file_that_was_replaced(path: Path) -> None:
+    """By an older copy, as when a backup is put back: all go on with that one, and it is not damaged."""
+    async with members(f"sqlite:{path}", 2) as [one, other]:
+        await one.admit("a", "t")
+        await other.admit("b")
+        await one.publish()
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("VACUUM INTO ?", (f"{path}-copy",))
+        for _ in range(10):
+            await one.publish(*[Draft(b',"type":"%s"}' % (b"x" * 500))] * 20)
+        await other.until(lambda: other.ids == one.ids)
+        os.rename(f"{path}-copy", path)
+        after = await one.publish()
+        await other.until(lambda: other.ids == one.ids and other.ids[-1] == after)
+        assert (one.times_missed, other.times_missed) == (1, 1)
+
+        async def all_are_back() -> bool:
+            return await one.active() == 2
+
+        await one.eventually(all_are_back)
+        assert await one.store.census() == (2, 2, 202, 0, 0, [other.store.node_id])
+        await other.publish()
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert connection.execute("SELECT count(*) FROM log").fetchone() == (3,)
+
+
+@on_loop
 async def test_an_unexpected_error_is_a_failure_that_passes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread goes on."""
     async with members(f"sqlite:{path}") as [one]:
