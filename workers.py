@@ -239,6 +239,9 @@ class _Supervisor:
                 self._status = self._status or status
             elif self._ready < self._settings.workers:
                 self._status = status or 1
+                if status > 128:
+                    # Otherwise it has said itself why.
+                    logger.error("A worker ended with status %d before all were ready", status)
                 self._stop(NOW)
             else:
                 stable = time.monotonic() - started_at > STABLE_SECONDS

@@ -173,6 +173,16 @@ def test_a_worker_that_fails_at_the_start_stops_the_start(tmp_path: Path, good: 
     assert [line for line in lines if "INFO" not in line] == ["notifyd: on purpose"]
 
 
+def test_a_worker_that_is_killed_at_the_start_stops_the_start(tmp_path: Path) -> None:
+    """It cannot say so itself: the parent does, in one line."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os\nif {VARIABLE!r} in os.environ:\n    os.kill(os.getpid(), 9)\n"
+    )
+    status, lines = run(PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert (status, len(lines)) == (128 + SIGKILL, 1)
+    assert "A worker ended with status 137" in lines[0]
+
+
 @pytest.mark.parametrize("number", [SIGINT, SIGTERM])
 def test_a_signal_during_the_start_ends_it(number: int) -> None:
     """Ctrl+C before the workers serve quits without a word about exceptions, and no worker stays."""
