@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 import jwt
 import msgspec
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -48,6 +49,11 @@ MAX_KEYS_BYTES = 1_048_576
 _LAST_SECOND = 253_402_300_799
 # What a token that is none raises in PyJWT, and claims of other types in msgspec.
 _BROKEN = (jwt.PyJWTError, msgspec.ValidationError, ValueError, TypeError, OverflowError)
+# What a key of a kind that we cannot read raises there and in cryptography. It must not take the others with it.
+_UNREADABLE = (
+    *(jwt.PyJWTError, UnsupportedAlgorithm, NotImplementedError),
+    *(ValueError, TypeError, AttributeError, LookupError),
+)
 _HMAC = ("HS256", "HS384", "HS512")
 _RSA = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 _CURVES = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512", "secp256k1": "ES256K"}
@@ -225,7 +231,7 @@ class KeySet:
         given = json.loads(document)
         keys = {}
         for one in given["keys"] if isinstance(given, dict) and isinstance(given.get("keys"), list) else ():
-            with suppress(jwt.PyJWTError, ValueError, TypeError, AttributeError):
+            with suppress(*_UNREADABLE):
                 if one.get("use", "sig") != "sig":
                     continue
                 key = jwt.PyJWK(one).key

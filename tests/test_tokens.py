@@ -159,7 +159,16 @@ def test_keys_come_from_a_url(start_server: StartServer, issuer: Issuer) -> None
     """Of several kinds at once; each proves only what it can, and is for."""
     secret = {"kty": "oct", "kid": "oct", "k": jwt.utils.base64url_encode(SECRET.encode()).decode(), "alg": "HS256"}
     encrypting, pinned = jwk("enc", use="enc"), jwk("pinned", alg="RS512")
-    issuer.publish(jwk("r1"), jwk("e1", "P-256"), encrypting, pinned, secret, {"kty": "?"}, jwk("odd", "Ed25519"))
+    unreadable = [
+        {"kty": "?"},
+        {"kty": "oct"},
+        jwk("none", alg="none"),
+        jwk("list", alg=[1]),
+        {"kty": "RSA"},
+        "key",
+        None,
+    ]
+    issuer.publish(jwk("r1"), jwk("e1", "P-256"), encrypting, pinned, secret, *unreadable, jwk("odd", "Ed25519"))
     server = start_server("--jwks-url", issuer.url)
     good = [from_issuer("r1"), from_issuer("e1", "P-256"), from_issuer("pinned", algorithm="RS512")]
     assert {status(server, one) for one in [*good, from_issuer("odd", "Ed25519")]} == {200}
