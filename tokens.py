@@ -179,7 +179,7 @@ class KeySet:
     def __init__(
         self, fetch: Callable[[], bytes], algorithms: Sequence[str] = (), clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`fetch` blocks, in a thread, and raises an OSError or a ValueError."""
+        """`fetch` blocks, in a thread, for FETCH_SECONDS or so, and raises an OSError or a ValueError."""
         self._fetch = fetch
         self._wanted = algorithms
         self._clock = clock
@@ -218,13 +218,17 @@ class KeySet:
 
     async def _refresh(self) -> None:
         try:
-            keys = self._read(await asyncio.wait_for(asyncio.to_thread(self._fetch), FETCH_SECONDS))
+            keys = await asyncio.wait_for(asyncio.to_thread(self._fetch_keys), FETCH_SECONDS)
         except (OSError, HTTPException, ValueError, TimeoutError, RecursionError) as error:
             logger.warning("The keys for tokens cannot be fetched: %s", error or type(error).__name__)
             self._asked_at = self._clock()
         else:
             self._keys = keys
             self._fetched_at = self._asked_at = self._clock()
+
+    def _fetch_keys(self) -> dict[str, Key]:
+        # Both in the thread: to read a document of thousands of keys takes a second or more.
+        return self._read(self._fetch())
 
     def _read(self, document: bytes) -> dict[str, Key]:
         """Return the keys that can prove a signature: no secrets, as everybody can read them here."""
@@ -244,6 +248,13 @@ class KeySet:
 
 
 def _fetch(url: str) -> bytes:
+    # Each read has the whole time again, so a body that trickles in would keep the thread for ever.
+    give_up_at, document = time.monotonic() + FETCH_SECONDS, bytearray()
     with urllib.request.urlopen(url, timeout=FETCH_SECONDS) as response:  # noqa: S310 - Settings lets only http through
-        document: bytes = response.read(MAX_KEYS_BYTES)
-    return document
+        while part := response.read1(MAX_KEYS_BYTES):
+            document += part
+            if len(document) > MAX_KEYS_BYTES:
+                raise ValueError(f"they are more than {MAX_KEYS_BYTES} bytes")
+            if time.monotonic() > give_up_at:
+                raise TimeoutError(f"they are not complete after {FETCH_SECONDS:.0f} seconds")
+    return bytes(document)

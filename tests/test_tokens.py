@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,8 @@ class Issuer:
 
     def __init__(self) -> None:
         self.document: Any = {"keys": []}
+        # What it sends in its place.
+        self.parts: Iterable[bytes] = ()
         self.away = False
         self.asked = 0
         self.answers = threading.Event()
@@ -120,7 +124,9 @@ class Issuer:
                 issuer.answers.wait(10)
                 self.send_response(500 if issuer.away else 200)
                 self.end_headers()
-                self.wfile.write(json.dumps(issuer.document).encode())
+                with contextlib.suppress(OSError):
+                    for part in issuer.parts or (json.dumps(issuer.document).encode(),):
+                        self.wfile.write(part)
 
             def log_message(self, *_: object) -> None: ...
 
@@ -295,6 +301,31 @@ def test_a_document_without_keys_changes_nothing(document: bytes, caplog: pytest
         assert source.finds("old") is True
         assert source.finds("old") is True
     assert caplog.messages[0].startswith("The keys for tokens cannot be fetched")
+
+
+def test_keys_are_read_by_the_thread_that_fetched_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To read thousands of them takes a second, and the event loop has other things to do."""
+    readers = []
+    monkeypatch.setattr(
+        jwt, "PyJWK", lambda key, read=jwt.PyJWK: readers.append(threading.current_thread()) or read(key)
+    )
+    assert Source("one", "two").finds("one") is True
+    assert len(readers) == 2 and threading.current_thread() not in readers
+
+
+def test_keys_without_end_are_not_read_to_the_end(issuer: Issuer) -> None:
+    """The size is limited, whatever the issuer sends."""
+    issuer.parts = itertools.repeat(b"[" * 65_536)
+    with pytest.raises(ValueError, match="more than 1048576 bytes"):
+        tokens._fetch(issuer.url)
+
+
+def test_keys_that_trickle_in_keep_no_thread(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An issuer that sends a byte now and then is given up on, and not only by those who wait for it."""
+    monkeypatch.setattr(tokens, "FETCH_SECONDS", 0.3)
+    issuer.parts = (time.sleep(0.05) or b" " for _ in range(200))
+    with pytest.raises(TimeoutError, match="not complete"):
+        tokens._fetch(issuer.url)
 
 
 def test_a_fetch_takes_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
