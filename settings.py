@@ -33,6 +33,7 @@ _KUBERNETES = re.compile(rf"{PREFIX}(INTERNAL_)?(PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?
 _STORE = re.compile(r"(auto|memory|sqlite:.+|(rediss?|unix)://.+)\Z", re.DOTALL)
 _API_KEY = re.compile(r"[\w.@-]{1,64}:[!-~]+\Z", re.ASCII)
 _URL = re.compile(r"(https?://[!-~]+)?\Z", re.IGNORECASE)
+_WITH_PASSWORD = re.compile(r"\w+://[^/?#]*@")
 # RFC 7518, section 3.2: as long as the digest. A shorter one can be found out from any token.
 LEAST_SECRET_BYTES = 32
 ALGORITHMS = frozenset(f"{kind}{bits}" for kind in ("HS", "RS", "PS", "ES") for bits in (256, 384, 512)) | {
@@ -203,6 +204,9 @@ def _check_auth(name: str, value: Any, source: str) -> None:
         raise SettingsError(f"{source}: expected NAME:SECRET, a secret without spaces (best in --api-key-file)")
     if name == "jwt_secret" and 0 < len(value.encode()) < LEAST_SECRET_BYTES:
         raise SettingsError(f"{source}: expected {LEAST_SECRET_BYTES} bytes or more")
+    if name == "jwks_url" and _WITH_PASSWORD.match(value):
+        # Nobody would send it, and the log would show it.
+        raise SettingsError(f"{source}: expected a URL without a user and a password")
     if name == "jwks_url" and not _URL.match(value):
         raise msgspec.ValidationError("Expected a URL such as https://login.example.com/jwks.json")
     if name == "jwt_algorithms" and not ALGORITHMS.issuperset(value):

@@ -565,6 +565,7 @@ MISTAKES = [
     (["--jwt-public-key", "README.md"], "--jwt-public-key: there is no public key in PEM in README.md"),
     (["--jwks-url", "login.example"], "--jwks-url: expected a URL"),
     (["--jwks-url", "file:///etc/passwd"], "--jwks-url: expected a URL"),
+    (["--jwks-url", "https://me:hush@login.example/keys"], "--jwks-url: expected a URL without a user and a password"),
     (["--jwks-url", "http://x/", "--jwt-secret", "hush" * 8], "expected one of --jwt-secret, --jwt-public-key and"),
     (["--jwt-secret", "hush" * 8, "--jwt-algorithms", "RS256"], "--jwt-algorithms: RS256 is not for this kind of key"),
     (["--jwt-secret", "hush" * 8, "--jwt-algorithms", "none"], "--jwt-algorithms: expected some of ES256"),
