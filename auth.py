@@ -176,7 +176,7 @@ def _keys_of(settings: Settings) -> Iterator[tuple[str, str]]:
     if not path:
         return
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise SettingsError(f"--api-key-file: cannot read {path}: {reason}") from None

@@ -21,7 +21,7 @@ from expected import TIME, Like, Record, http_error, notification, parse, welcom
 from server import ROOT, Server, environment, eventually, notifyd_command
 from test_embedding import granian, host, hypercorn, uvicorn
 
-from auth import KeysAndTokens
+from auth import KeysAndTokens, backend_of
 from settings import Settings, SettingsError
 from tokens import MAX_TOKEN_BYTES
 
@@ -610,6 +610,22 @@ def test_a_bad_line_in_the_file_is_named(tmp_path: Path, content: str, complaint
     path.write_text(content)
     status, printed = start_up("--api-key-file", str(path))
     assert (status, printed) == (2, f"notifyd: --api-key-file: {path}, {complaint}: expected NAME:SECRET\n")
+
+
+@pytest.mark.parametrize("text", ["#\r\n\r\nci:one\r\n", "\ufeffci:one\n", "\ufeff# é\nci:one", "\tci:one \n\f\n"])
+def test_a_file_may_come_from_any_editor(tmp_path: Path, text: str) -> None:
+    """With the line ends of Windows, with a byte order mark, or without an end of the last line."""
+    path = tmp_path / "keys"
+    path.write_bytes(text.encode())
+    backend = backend_of(Settings(api_key_file=str(path)))
+    assert isinstance(backend, KeysAndTokens) and backend._holder("one") == "ci"
+
+
+def test_a_secret_may_have_a_colon() -> None:
+    """The first one ends the name."""
+    backend = backend_of(Settings(api_key=("ci:one:two",)))
+    assert isinstance(backend, KeysAndTokens)
+    assert [backend._holder(shown) for shown in ("one:two", "one", "two", "")] == ["ci", None, None, None]
 
 
 def test_two_keys_of_one_name_are_a_mistake(tmp_path: Path) -> None:
