@@ -190,10 +190,11 @@ def _keys_of(settings: Settings) -> Iterator[tuple[str, str]]:
         yield source, text
 
 
-def warnings_of(settings: Settings, address: str, *, is_open: bool) -> Iterator[str]:
-    """Yield what an operator should know who lets the server listen on this address; `is_open`: to everybody."""
+def warnings_of(settings: Settings, addresses: Iterable[str], *, is_open: bool) -> Iterator[str]:
+    """Yield what an operator should know who lets the server listen on these addresses; `is_open`: to everybody."""
     if settings.api_key_file and stat.S_IMODE(Path(settings.api_key_file).stat().st_mode) & 0o077:
         yield f"{settings.api_key_file} can be read by other users; chmod 600 keeps the keys from them"
-    loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
-    if is_open and not loopback:
-        yield f"{address} is not this machine alone, and there is no authentication: see --api-key-file and --jwks-url"
+    reachable = [one for one in addresses if not ipaddress.ip_address(one.partition("%")[0]).is_loopback]
+    if is_open and reachable:
+        where = f"{reachable[0]} is not this machine alone"
+        yield f"{where}, and there is no authentication: see --api-key-file and --jwks-url"

@@ -241,7 +241,8 @@ def serve(settings: Settings) -> int:
     listeners = [_bind(settings, settings.host, settings.port), *internal]
     host, port = listeners[0].getsockname()[:2]
     settings = msgspec.structs.replace(settings, port=port)
-    for warning in warnings_of(settings, host, is_open=backend is None):
+    addresses = [listener.getsockname()[0] for listener in listeners]
+    for warning in warnings_of(settings, addresses, is_open=backend is None):
         logger.warning(warning)
     url = f"http{'s' if certificate else ''}://{f'[{host}]' if ':' in host else host}:{port}"
     if settings.workers > 1:

@@ -18,7 +18,7 @@ import pytest
 from clients import PATIENCE, Client
 from conftest import StartServer
 from expected import TIME, Like, Record, http_error, notification, parse, welcome, ws_error
-from server import ROOT, Server, environment, eventually, notifyd_command
+from server import ROOT, Server, environment, eventually, free_port, notifyd_command
 from test_embedding import granian, host, hypercorn, uvicorn
 
 from auth import KeysAndTokens, backend_of
@@ -28,6 +28,7 @@ from tokens import MAX_TOKEN_BYTES
 SECRET = "the secret of the tokens of these tests"
 KEY, OTHER_KEY = "key-of-ci-4711", "key-of-ops-0815"
 NEEDED, INVALID, EXPIRED = "Authentication required", "Invalid token", "Token expired"
+HEALTH_PATHS = ["/health", "/health/live"]
 ADMIN_PATHS = ["/status", "/metrics", "/metrics/prometheus", "/notifications"]
 
 
@@ -122,7 +123,8 @@ def test_with_keys_alone_everybody_may_listen(keyed: Server) -> None:
 def test_health_is_always_open(request: pytest.FixtureRequest, server_name: str) -> None:
     """Whatever is shown; so are the methods of a path, and what is nowhere."""
     server: Server = request.getfixturevalue(server_name)
-    assert server.get("/health", headers=bearer("wrong")).status_code == 200
+    for path in HEALTH_PATHS:
+        assert server.get(path).status_code == server.get(path, headers=bearer("wrong")).status_code == 200
     assert server.request("OPTIONS", "/notify").status_code == 204
     assert server.get("/nowhere").status_code == 404
 
@@ -663,6 +665,23 @@ def test_a_server_that_is_open_to_all_says_so(start_server: StartServer, flags: 
     """In one warning, where more than this machine reaches it."""
     server = start_server(*flags)
     assert ["no authentication" in line for line in server.stderr if "WARNING" in line] == [True] * warnings
+
+
+def test_an_internal_port_that_is_open_to_all_says_so(start_server: StartServer) -> None:
+    """Though the public one is not."""
+    server = start_server("--internal-port", str(free_port()), "--internal-host", "0.0.0.0")
+    assert ["no authentication" in line for line in server.stderr if "WARNING" in line] == [True]
+
+
+def test_the_internal_port_wants_to_know_who_asks(start_server: StartServer) -> None:
+    """As the public one would; but for the probes."""
+    port = free_port()
+    server = start_server("--internal-port", str(port), "--api-key", f"ci:{KEY}")
+    for path in ADMIN_PATHS[:3]:
+        url = f"http://127.0.0.1:{port}{path}"
+        assert server.get(url).status_code == 401
+        assert server.get(url, headers={"X-API-Key": KEY}).status_code == 200
+    assert {server.get(f"http://127.0.0.1:{port}{path}").status_code for path in HEALTH_PATHS} == {200}
 
 
 # Without a server.
