@@ -10,6 +10,7 @@ change nothing; too many, or answers that are not read, end the connection.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -25,6 +26,8 @@ from frames import frame
 from identity import Identities, Identity
 from schemas import POLICY_VIOLATION, encode, timestamp
 from store import Census, Store
+
+logger = logging.getLogger("notifyd.conversation")
 
 # Answers that a client does not read are kept up to this size; then it is closed.
 UNREAD_BYTES = 1_048_576
@@ -102,6 +105,11 @@ class Conversation:
                         answer = await self._ask(client, value)
                     except NotifydError as error:
                         answer = _error_message(error)
+                    except Exception as error:
+                        # A host's backend may raise anything, and whoever asked waits for the answer.
+                        failure = _error_message(NotifydError("Internal server error"))
+                        logger.error("Unexpected error %s", failure.error_id, exc_info=error)
+                        answer = failure
                 if client in self._directory:
                     self._reply(client, answer)
         finally:

@@ -75,6 +75,8 @@ class Names(AuthenticationBackend):
         )
         if not name:
             return None
+        if name == "nobody knows":
+            raise RuntimeError("on purpose")
         if name not in SCOPES:
             raise AuthenticationError(f"{name} is a secret")
         credentials = AuthCredentials(SCOPES[name])

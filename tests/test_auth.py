@@ -526,6 +526,16 @@ def test_a_hosts_subprotocol_is_answered(guarded: Server) -> None:
         assert client.closed() == (1008, INVALID) if closes else client.receive() == welcome("alice")
 
 
+def test_a_backend_may_fail(guarded: Server) -> None:
+    """Over HTTP and on a connection that is open; the log says why, and the client goes on."""
+    assert guarded.get("/status", headers=bearer("nobody knows")).status_code == 500
+    client = guarded.join(additional_headers=bearer("alice"))
+    assert client.ask({"type": "auth", "token": "nobody knows"}) == ws_error("Internal server error")
+    assert client.ask({"type": "ping"})["type"] == "pong"
+    eventually(lambda: [line[-10:] for line in guarded.stderr].count("on purpose") == 2)
+    assert "Unexpected error" in guarded.new_log()
+
+
 def test_a_hosts_credentials_end_and_are_renewed(guarded: Server) -> None:
     """Where they have `expires_at`."""
     client = guarded.connect(additional_headers=bearer("brief"))
