@@ -184,6 +184,14 @@ def test_keys_come_from_a_url(start_server: StartServer, issuer: Issuer) -> None
     assert server.connect(query=f"token={from_issuer('r1', sub='alice')}").receive()["client_id"] == "alice"
 
 
+def test_algorithms_of_fetched_keys_can_be_pinned(start_server: StartServer, issuer: Issuer) -> None:
+    """As those of a file; a key that is left without one is none."""
+    issuer.publish(jwk("r1"), jwk("e1", "P-256"))
+    server = start_server("--jwks-url", issuer.url, "--jwt-algorithms", "RS512")
+    assert status(server, from_issuer("r1", algorithm="RS512")) == 200
+    assert {status(server, from_issuer("r1")), status(server, from_issuer("e1", "P-256"))} == {401}
+
+
 def test_keys_that_cannot_be_fetched_are_503(start_server: StartServer, issuer: Issuer) -> None:
     """Nobody can be told from anybody then; it is worth trying again, over HTTP and on a WebSocket."""
     issuer.away = True
@@ -244,6 +252,14 @@ class Source:
             return asyncio.run(find())
         except (KeysUnavailable, Unauthorized) as error:
             return type(error)
+
+
+def test_keys_are_kept_for_minutes() -> None:
+    """Whoever asks for one that is there sets off no fetch."""
+    source = Source("one")
+    for source.now in (0, 1, FRESH_SECONDS - 1):
+        assert source.finds("one") is True
+    assert source.fetches == 1
 
 
 def test_a_new_key_is_fetched_when_it_is_used() -> None:
