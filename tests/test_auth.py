@@ -185,6 +185,24 @@ def test_a_refused_client_is_accepted_and_closed(signed: Server, way: str) -> No
     assert client.closed() == (1008, INVALID)
 
 
+@pytest.mark.parametrize("path", ["/status", "/events"])
+def test_the_first_place_counts(signed: Server, path: str) -> None:
+    """Of several credentials those in the first of the documented places, also where the others are good."""
+    key, header, query = {"X-API-Key": "wrong"}, bearer("wrong"), {"token": KEY}
+    assert signed.get(path, headers=key | bearer(KEY), params=query).status_code == 401
+    assert signed.get(path, headers=header, params=query).status_code == 401
+    with signed.http.stream("GET", path, headers={"X-API-Key": KEY} | header, params={"token": "wrong"}) as answer:
+        assert answer.status_code == 200
+
+
+def test_a_header_counts_before_a_subprotocol_and_that_before_the_query(signed: Server) -> None:
+    """On a WebSocket, too."""
+    alice, bob, carol = (token(sub=name) for name in ("alice", "bob", "carol"))
+    shown = {"subprotocols": ["bearer", bob], "query": f"token={carol}"}
+    assert signed.connect(**shown, additional_headers=bearer(alice)).receive() == welcome("alice")
+    assert signed.connect(**shown).receive() == welcome("bob")
+
+
 def test_who_shows_nothing_may_not_listen(signed: Server) -> None:
     """Where there are tokens: neither on a WebSocket nor on a stream."""
     assert signed.connect().closed() == (1008, NEEDED)

@@ -16,6 +16,7 @@ from typing import Any
 
 import jwt
 import pytest
+from clients import PATIENCE
 from conftest import StartServer
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -344,9 +345,45 @@ def test_keys_that_trickle_in_keep_no_thread(issuer: Issuer, monkeypatch: pytest
         tokens._fetch(issuer.url)
 
 
+def held_up(source: Source) -> threading.Event:
+    """Let the source's fetches wait for an event, and return it."""
+    released, fetch = threading.Event(), source.fetch
+
+    def wait() -> bytes:
+        released.wait(PATIENCE)
+        return fetch()
+
+    source.keys._fetch = wait
+    return released
+
+
 def test_a_fetch_takes_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """An issuer that does not answer is given up on."""
     monkeypatch.setattr(tokens, "FETCH_SECONDS", 0.05)
     source = Source("one")
-    source.keys._fetch = lambda: time.sleep(0.5) or b""
-    assert source.finds("one") is KeysUnavailable
+    released = held_up(source)
+
+    async def give_up() -> None:
+        try:
+            with pytest.raises(KeysUnavailable):
+                await asyncio.wait_for(source.keys.find("one"), PATIENCE / 2)
+        finally:
+            released.set()
+
+    asyncio.run(give_up())
+
+
+def test_who_waits_no_longer_takes_the_keys_from_nobody() -> None:
+    """The fetch is for all who wait, also when the one who set it off has gone."""
+    source = Source("one")
+    released = held_up(source)
+
+    async def wait() -> Any:
+        first, second = (asyncio.ensure_future(source.keys.find("one")) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        released.set()
+        return await second
+
+    assert asyncio.run(wait()).algorithms == KINDS["RSA"][1]
+    assert source.fetches == 1
