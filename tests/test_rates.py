@@ -174,6 +174,8 @@ def test_reset_is_when_the_bucket_is_full(limited: Server) -> None:
         ("OPTIONS", "/status"),
         ("GET", "/ws"),
         ("GET", "/"),
+        ("GET", "/healthz"),
+        ("GET", "/health/"),
     ],
 )
 def test_everything_counts(limited: Server, method: str, path: str) -> None:
@@ -183,6 +185,14 @@ def test_everything_counts(limited: Server, method: str, path: str) -> None:
     exhaust(limited, path, method)
 
 
+def test_one_bucket_is_for_all_of_them(limited: Server) -> None:
+    """Whoever has emptied it with one method and path may not go on with another."""
+    exhaust(limited)
+    began, asked = time.monotonic(), [("POST", "/notify"), ("HEAD", "/metrics"), ("OPTIONS", "/status"), ("PUT", "/")]
+    statuses = [limited.request(method, path).status_code for method, path in asked * 5]
+    assert len(statuses) - statuses.count(429) <= 1 + 10 * (time.monotonic() - began)
+
+
 def test_a_foreign_page_counts_too(limited: Server) -> None:
     """The limit comes before the origin, so guessing one is not free."""
     evil = {"Origin": "https://evil.example"}
@@ -190,10 +200,11 @@ def test_a_foreign_page_counts_too(limited: Server) -> None:
     exhaust(limited, headers=evil)
 
 
-def test_health_is_exempt(limited: Server) -> None:
+@pytest.mark.parametrize("path", ["/health", "/health/live"])
+def test_health_is_exempt(limited: Server, path: str) -> None:
     """Whoever watches the server must hear from it whatever else comes from that address."""
     exhaust(limited)
-    answers = [limited.get("/health") for _ in range(30)]
+    answers = [limited.get(path) for _ in range(30)]
     assert {answer.status_code for answer in answers} == {200}
     assert "x-ratelimit-limit" not in answers[0].headers
 
