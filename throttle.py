@@ -2,7 +2,8 @@
 
 Owns the rates, and the headers that tell about them. Whose request it is, is addresses.py's.
 
-1. Everything counts but /health: also what has no route, a wrong method or a foreign origin.
+1. Everything counts but /health: also what has no route, a wrong method or a foreign origin. Only what the wire refuses
+   never comes here: what is no HTTP request or no handshake.
 2. The buckets are the store's, so all processes share them. While it is away each process has its own, which begin
    as it last knew them: limits are N times as wide then, and nobody is locked out.
 3. An address whose bucket is known to be empty is refused without asking the store. Others can only have taken more
