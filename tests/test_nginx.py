@@ -23,7 +23,9 @@ from conftest import StartServer
 from expected import http_error, parse
 from server import ROOT, Server, eventually, free_port
 
+from rates import Rate
 from settings import Settings
+from throttle import HANDSHAKES, REQUESTS
 
 CONF = (ROOT / "deploy" / "nginx.conf").read_text()
 SECRET = "sesame-open"
@@ -182,11 +184,20 @@ def test_nginx_refuses_as_the_server_does(nginx: Nginx) -> None:
     assert abs(calendar.timegm(stamp) - time.time()) < 10
 
 
-def test_the_refusals_are_nginx_own(nginx: Nginx) -> None:
+def test_the_limits_are_the_servers() -> None:
+    """Both rates and both bursts; nginx lets one more through than it calls the burst."""
+    rates = dict(re.findall(r"zone=(\w+):\w+ rate=(\d+)r/s;", CONF))
+    bursts = dict(re.findall(r"limit_req zone=(\w+) burst=(\d+) nodelay;", CONF))
+    found = {zone: Rate(int(rates[zone]), int(bursts[zone]) + 1) for zone in rates}
+    assert found == {"handshakes": HANDSHAKES, "requests": REQUESTS}
+
+
+@pytest.mark.parametrize("ask", ["get", "knock"])
+def test_the_refusals_are_nginx_own(nginx: Nginx, ask: str) -> None:
     """The server would have let them through: it has seen nothing of what nginx refused."""
     began = time.monotonic()
     for _ in range(30):
-        nginx.http.get("/metrics")
+        nginx.knock() if ask == "knock" else nginx.http.get("/metrics")
     seconds = time.monotonic() - began
     lines = [line for line in nginx.logs().splitlines() if line.startswith(f"{nginx.address} ") and " 429 " in line]
     # One that is let through just when the bucket is refilled may come to the server a moment too soon.
