@@ -219,10 +219,19 @@ def test_a_handshake_is_refused_as_the_server_does(nginx: Nginx) -> None:
     assert limits(answers[0][1])[:2] == (5, 9)
 
 
-def test_health_is_exempt(nginx: Nginx) -> None:
+@pytest.mark.parametrize("path", ["/health", "/health/live"])
+def test_health_is_exempt(nginx: Nginx, path: str) -> None:
     """Also where the address may ask no more."""
-    statuses = [nginx.http.get("/health").status_code for _ in range(50)]
+    statuses = [nginx.http.get(path).status_code for _ in range(50)]
     assert set(statuses) == {200}
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/health/", "/health%20x"])
+def test_nothing_else_is_exempt(nginx: Nginx, path: str) -> None:
+    """What only begins like it is refused by nginx itself, which names no upstream."""
+    for _ in range(50):
+        nginx.http.get(path)
+    assert re.search(rf"^{nginx.address} .* 429 \d+ \S+ - ", nginx.logs(), re.MULTILINE)
 
 
 def test_a_client_is_welcomed_and_gets_notifications(nginx: Nginx, backend: Server) -> None:
