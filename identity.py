@@ -3,7 +3,7 @@
 Knows no HTTP, no token and no key. Without authentication nobody has an Identity, and everybody may do everything.
 
 1. What is not said to be allowed is refused.
-2. A client is in `Identities` only where its identity limits it; a refused renewal changes nothing.
+2. A client is in `Identities` only where its identity limits it, or did not name it; a refused renewal changes nothing.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Identity(Struct, frozen=True, kw_only=True):
                 raise Forbidden(f"Not allowed: topic {topic[:64]}")
 
     def limits(self) -> bool:
-        """Whether there is anything that a client with it may not do, now or later."""
-        return self.expires_at is not None or self.topics != ALL
+        """Whether there is anything that a client with it may not do, now or later; or its client_id was made up."""
+        return self.expires_at is not None or self.topics != ALL or self.client_id == ""
 
     def _refusal(self, message: str) -> NotifydError:
         return Forbidden(message) if self.known else Unauthorized("Authentication required")

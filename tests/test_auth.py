@@ -369,9 +369,10 @@ def test_a_bad_renewal_changes_nothing(signed: Server, message: Record, answer: 
         assert client.closed() == (1008, EXPIRED)
 
 
-def test_a_client_without_a_subject_renews_without_one(signed: Server) -> None:
-    """Its id was made up, and stays."""
-    client = listener(signed, exp=int(time.time()) + 2)
+@pytest.mark.parametrize("claims", [{}, {"topics": ["*"], "exp": None}])
+def test_a_client_without_a_subject_renews_without_one(signed: Server, claims: dict[str, Any]) -> None:
+    """Its id was made up, and stays, also where the first token limits nothing else."""
+    client = listener(signed, **claims)
     assert client.ask({"type": "auth", "token": token()})["type"] == "authenticated"
     assert client.ask({"type": "auth", "token": token(sub="alice")})["type"] == "error"
 
