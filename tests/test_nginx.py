@@ -219,6 +219,16 @@ def test_a_handshake_is_refused_as_the_server_does(nginx: Nginx) -> None:
     assert limits(answers[0][1])[:2] == (5, 9)
 
 
+def test_each_address_has_buckets_of_its_own(nginx: Nginx) -> None:
+    """What one address does costs another nothing."""
+    for ask in (nginx.knock, lambda: nginx.http.get("/metrics")):
+        for _ in range(30):
+            ask()
+    nginx.be(f"127.0.2.{next(ADDRESSES)}")
+    assert nginx.knock()[0] == 101
+    assert nginx.http.get("/metrics").status_code == 200
+
+
 @pytest.mark.parametrize("path", ["/health", "/health/live"])
 def test_health_is_exempt(nginx: Nginx, path: str) -> None:
     """Also where the address may ask no more."""
