@@ -652,6 +652,15 @@ def test_a_file_may_come_from_any_editor(tmp_path: Path, text: str) -> None:
     assert isinstance(backend, KeysAndTokens) and backend._holder("one") == "ci"
 
 
+def test_each_key_of_both_places_is_one(tmp_path: Path) -> None:
+    """Several flags, and several lines of the file."""
+    path = tmp_path / "keys"
+    path.write_text("c:three\nd:four\n")
+    backend = backend_of(Settings(api_key=("a:one", "b:two"), api_key_file=str(path)))
+    assert isinstance(backend, KeysAndTokens)
+    assert [backend._holder(shown) for shown in ("one", "two", "three", "four")] == ["a", "b", "c", "d"]
+
+
 def test_a_secret_may_have_a_colon() -> None:
     """The first one ends the name."""
     backend = backend_of(Settings(api_key=("ci:one:two",)))
