@@ -164,8 +164,8 @@ def test_nginx_takes_the_file(nginx: Nginx) -> None:
 
 
 def test_a_request_goes_through(nginx: Nginx) -> None:
-    """With the server's limits on its answer, once."""
-    response = nginx.http.post("/notify", json={"message": "hello"})
+    """The longest message, too; with the server's limits on its answer, once."""
+    response = nginx.http.post("/notify", json={"message": "x" * 8192})
     assert response.status_code == 200
     assert limits(response.headers)[:2] == (10, 19)
 
