@@ -13,6 +13,7 @@ from test_store import SHORT_LEASE, _short_leases, any_store, on_loop, redis, sh
 
 from errors import TooManyConnections
 from rates import SECOND, Rate
+from seats import Seats
 
 RATE = Rate(1, 3)
 
@@ -99,6 +100,21 @@ async def test_an_address_has_so_many_seats(shared: str) -> None:  # noqa: F811
         await one.store.census()
         assert [await seat(other, 2), await seat(one, 2)] == ["", full(3)]
         await other.store.seat("203.0.113.2", 3)
+
+
+@on_loop
+async def test_who_is_refused_by_the_others_takes_no_seat(shared: str) -> None:  # noqa: F811
+    """However often: when they have left, there is room for as many as ever."""
+    async with members(shared, 2, max_connections_per_ip=3) as [one, other]:
+        seats = Seats(one.store, 3)
+        assert await seat(other, 3) == ""
+        for _ in range(5):
+            with pytest.raises(TooManyConnections):
+                await seats.take("203.0.113.1")
+        other.store.unseat("203.0.113.1", 0)
+        await other.store.census()
+        for _ in range(3):
+            await seats.take("203.0.113.1")
 
 
 @on_loop
