@@ -14,8 +14,9 @@
 --   members:NODE   set     its clients
 --   posts:NODE     stream  messages to it
 --   clients        hash    the node of each client;  topics  its topics, packed
---   topic:NAME     set     the clients
+--   topic:NODE:NAME  set   its clients with this topic
 --   seats:NODE     hash    how many of its clients each address has
+--   dead           set     the nodes whose clients are to be removed; they count for nothing and may be taken
 --   bucket:NAME    string  when it is full; expires then
 --   offers         hash    records to fill the log with
 
@@ -29,7 +30,9 @@ local function arg() i = i + 1; return ARGV[i] end
 local call = redis.call
 local META, LOG, NODES, TAILS, CLIENTS, TOPICS = P..'meta', P..'log', P..'nodes', P..'tails', P..'clients', P..'topics'
 local OFFERS, ROW, MEMBERS, POSTS, TOPIC = P..'offers', P..'node:', P..'members:', P..'posts:', P..'topic:'
-local SEATS, BUCKET = P..'seats:', P..'bucket:'
+local SEATS, BUCKET, DEAD = P..'seats:', P..'bucket:', P..'dead'
+-- How many clients of the dead one renewal removes: that takes a few milliseconds.
+local REMOVED_AT_ONCE = 1000
 local time = call('TIME')
 local now = time[1] * 1000000 + time[2]
 local newest, before, kept, bytes, seq, sent = '', '', 0, 0, 0, 0
@@ -87,35 +90,45 @@ local function trim()
   if from ~= '-' then call('XTRIM', LOG, 'MINID', '=', from); save() end
 end
 
-local function set_topics(id, packed)
-  local old = call('HGET', TOPICS, id)
-  if old then for _, topic in ipairs(cmsgpack.unpack(old)) do call('SREM', TOPIC..topic, id) end end
+local function set_topics(id, owner, packed)
+  local topic, old = TOPIC..owner..':', call('HGET', TOPICS, id)
+  if old then for _, name in ipairs(cmsgpack.unpack(old)) do call('SREM', topic..name, id) end end
   if packed ~= '' then
     call('HSET', TOPICS, id, packed)
-    for _, topic in ipairs(cmsgpack.unpack(packed)) do call('SADD', TOPIC..topic, id) end
+    for _, name in ipairs(cmsgpack.unpack(packed)) do call('SADD', topic..name, id) end
   elseif old then call('HDEL', TOPICS, id) end
 end
 
-local function enter(id, packed)
-  call('HSET', CLIENTS, id, node)
-  call('SADD', MEMBERS..node, id)
-  set_topics(id, packed)
+local function remove(id, owner)
+  call('SREM', MEMBERS..owner, id)
+  if call('HGET', CLIENTS, id) == owner then call('HDEL', CLIENTS, id); set_topics(id, owner, '') end
 end
 
-local function remove(id, owner)
-  if call('HGET', CLIENTS, id) == owner then call('HDEL', CLIENTS, id); set_topics(id, '') end
+local function is_alive(one) return call('ZSCORE', NODES, one) end
+
+local function enter(id, owner, packed)
+  if owner and owner ~= node then remove(id, owner) end
+  call('HSET', CLIENTS, id, node)
+  call('SADD', MEMBERS..node, id)
+  set_topics(id, node, packed)
+end
+
+local function active()
+  local count = call('HLEN', CLIENTS)
+  for _, dead in ipairs(call('SMEMBERS', DEAD)) do count = count - call('SCARD', MEMBERS..dead) end
+  return count
 end
 
 local function folded(of) return P..'folded:'..(call('HGET', META, 'started') or '')..':'..of end
 
 local function put_out(dead)
-  for _, id in ipairs(call('SMEMBERS', MEMBERS..dead)) do remove(id, dead) end
+  call('SADD', DEAD, dead)
   local row = call('HMGET', ROW..dead, 'messages', 'slow')
   call('HINCRBY', META, 'messages', row[1] or 0)
   call('HINCRBY', META, 'slow', row[2] or 0)
   -- It may only have been stopped: then it counts on from here, and this is taken out of the sums again.
   call('SET', folded(dead), (row[1] or 0)..' '..(row[2] or 0), 'EX', 86400)
-  call('DEL', ROW..dead, POSTS..dead, MEMBERS..dead, SEATS..dead)
+  call('UNLINK', ROW..dead, POSTS..dead, SEATS..dead)
   call('ZREM', NODES, dead)
   call('ZREM', TAILS, dead)
 end
@@ -124,25 +137,44 @@ local function put_out_the_dead()
   for _, dead in ipairs(call('ZRANGEBYSCORE', NODES, '-inf', now)) do put_out(dead) end
 end
 
-local function recipients(audience)
-  if audience == '' then return call('HLEN', CLIENTS) end
-  local clients, topics = unpack(cmsgpack.unpack(audience))
-  local count, largest = 0, nil
-  for _, topic in ipairs(topics) do
-    local size = call('SCARD', TOPIC..topic)
-    if size > count then largest, count = TOPIC..topic, size end
+local function remove_some_of_the_dead()
+  local left = REMOVED_AT_ONCE
+  for _, dead in ipairs(call('SMEMBERS', DEAD)) do
+    local ids = call('SRANDMEMBER', MEMBERS..dead, left)
+    for _, id in ipairs(ids) do remove(id, dead) end
+    left = left - #ids
+    if left == 0 then return end
+    call('SREM', DEAD, dead)
   end
-  local seen = {}
-  for _, topic in ipairs(topics) do
-    if largest and TOPIC..topic ~= largest then
-      for _, id in ipairs(call('SDIFF', TOPIC..topic, largest)) do
-        if not seen[id] then seen[id], count = true, count + 1 end
+end
+
+local function recipients(audience)
+  if audience == '' then return active() end
+  local clients, topics = unpack(cmsgpack.unpack(audience))
+  local count, wanted = 0, {}
+  for _, name in ipairs(topics) do wanted[name] = true end
+  for _, one in ipairs(#topics > 0 and call('ZRANGE', NODES, 0, -1) or {}) do
+    local largest, size, seen = nil, 0, {}
+    for _, name in ipairs(topics) do
+      local key = TOPIC..one..':'..name
+      local members = call('SCARD', key)
+      if members > size then largest, size = key, members end
+    end
+    for _, name in ipairs(largest and topics or {}) do
+      local key = TOPIC..one..':'..name
+      for _, id in ipairs(key ~= largest and call('SDIFF', key, largest) or {}) do
+        if not seen[id] then seen[id], size = true, size + 1 end
       end
     end
+    count = count + size
   end
   for _, id in ipairs(clients) do
-    local counted = seen[id] or largest and call('SISMEMBER', largest, id) == 1
-    if not counted and call('HEXISTS', CLIENTS, id) == 1 then count = count + 1 end
+    local owner = call('HGET', CLIENTS, id)
+    if owner and is_alive(owner) then
+      local counted, packed = false, #topics > 0 and call('HGET', TOPICS, id)
+      for _, name in ipairs(packed and cmsgpack.unpack(packed) or {}) do counted = counted or wanted[name] end
+      if not counted then count = count + 1 end
+    end
   end
   return count
 end
@@ -205,6 +237,7 @@ local function join()
   call('HSET', ROW..node, 'messages', math.max(messages, row[1] or 0), 'slow', math.max(slow, row[2] or 0))
   call('DEL', POSTS..node)
   call('ZADD', NODES, now + LEASE, node)
+  call('SREM', DEAD, node)
   local members = call('SMEMBERS', MEMBERS..node)
   -- No clock that jumps back makes it longer.
   if restoring and restoring > now and restoring <= now + RESTORE then return {current, members, newest} end
@@ -265,17 +298,17 @@ end
 function ops.admit()
   local id, topics = arg(), arg()
   local owner = call('HGET', CLIENTS, id)
-  if owner and owner ~= node then return {'taken', owner} end
-  local active = call('HLEN', CLIENTS)
-  if not owner and active >= MAX then return {'full', active} end
-  enter(id, topics)
+  if owner and owner ~= node and is_alive(owner) then return {'taken', owner} end
+  local count = owner ~= node and active() or 0
+  if owner ~= node and count >= MAX then return {'full', count} end
+  enter(id, owner, topics)
   call('HINCRBY', META, 'total', 1)
   return newest
 end
 
 function ops.subscribe()
   local id, topics = arg(), arg()
-  if call('HGET', CLIENTS, id) == node then set_topics(id, topics) end
+  if call('HGET', CLIENTS, id) == node then set_topics(id, node, topics) end
   return newest
 end
 
@@ -284,15 +317,13 @@ function ops.register()
   for _ = 1, tonumber(arg()) do
     local id, topics = arg(), arg()
     local owner = call('HGET', CLIENTS, id)
-    if owner and owner ~= node then taken[#taken + 1] = id else enter(id, topics) end
+    if owner and owner ~= node and is_alive(owner) then taken[#taken + 1] = id else enter(id, owner, topics) end
   end
   return taken
 end
 
 function ops.leave()
-  local id = arg()
-  call('SREM', MEMBERS..node, id)
-  remove(id, node)
+  remove(arg(), node)
   return 0
 end
 
@@ -325,7 +356,7 @@ end
 function ops.lead()
   local held = call('HMGET', META, 'leader', 'leads_until')
   local ends = tonumber(held[2] or 0)
-  if held[1] and held[1] ~= node and call('ZSCORE', NODES, held[1]) and ends > now and ends <= now + LEASE then
+  if held[1] and held[1] ~= node and is_alive(held[1]) and ends > now and ends <= now + LEASE then
     return -1
   end
   call('HSET', META, 'leader', node, 'leads_until', now + LEASE)
@@ -336,7 +367,7 @@ function ops.report() call('HSET', ROW..node, 'messages', arg(), 'slow', arg());
 
 function ops.census()
   local sums = call('HMGET', META, 'total', 'sent', 'messages', 'slow')
-  local reply = {call('HLEN', CLIENTS)}
+  local reply = {active()}
   for k = 1, 4 do reply[k + 1] = tonumber(sums[k] or 0) end
   reply[3] = reply[3] + sent
   for _, one in ipairs(call('ZRANGE', NODES, 0, -1)) do
@@ -349,7 +380,7 @@ end
 
 function ops.post()
   local to, message = arg(), arg()
-  if call('ZSCORE', NODES, to) then call('XADD', POSTS..to, 'MAXLEN', 1000, '*', 'n', node, 'm', message) end
+  if is_alive(to) then call('XADD', POSTS..to, 'MAXLEN', 1000, '*', 'n', node, 'm', message) end
   return 0
 end
 
@@ -359,6 +390,7 @@ function ops.renew()
   for _, one in ipairs(call('ZRANGEBYSCORE', NODES, now + LEASE + 1, '+inf')) do
     call('ZADD', NODES, now + LEASE, one)
   end
+  remove_some_of_the_dead()
   trim()
   local known = call('HMGET', META, 'total', 'sent', 'messages', 'slow', 'counter', 'started')
   for k = 1, 6 do known[k] = tonumber(known[k] or 0) end
@@ -370,7 +402,7 @@ function ops.close() put_out(node); return 0 end
 if ARGV[12] == 'join' then i = 12; return join() end
 if ARGV[12] == 'offer' then i = 12; return offer() end
 put_out_the_dead()
-if call('HGET', META, 'epoch') ~= epoch or not call('ZSCORE', NODES, node) then return 'join' end
+if call('HGET', META, 'epoch') ~= epoch or not is_alive(node) then return 'join' end
 call('ZADD', NODES, now + LEASE, node)
 call('ZADD', TAILS, tail, node)
 load()

@@ -221,7 +221,7 @@ class Process:
 
 
 async def _serve(url: str) -> None:
-    member = await Member(url, store_timeout=1).open()
+    member = await Member(url, store_timeout=1, max_connections=10_000).open()
     loop = asyncio.get_running_loop()
     while expression := await loop.run_in_executor(None, sys.stdin.readline):
         try:

@@ -10,15 +10,15 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 
 import pytest
-from members import SOMETHING, Member, Process, members, shorten_leases
+from members import SOMETHING, Member, Process, audience, members, shorten_leases
 from redis_server import RedisServer
 from test_store import on_loop, start_process  # noqa: F401
 
-from errors import StoreUnavailable
+from errors import ConnectionRefused, StoreUnavailable
 from hub import Hub
 from keys import Once
 from settings import Settings, SettingsError
-from store import LEASE_SECONDS, Report
+from store import LEASE_SECONDS, Draft, Report
 from store_redis import RedisStore
 
 SHORT_LEASE = 1.0
@@ -436,6 +436,77 @@ async def test_a_process_that_finds_the_log_empty_goes_on(
         process.ask("member.until(lambda: member.times_missed)")
         newest = process.ask("member.publish()")
         assert (process.ask("member.ids"), process.ask("member.times_missed")) == ([newest], 1)
+
+
+MANY = 5000
+
+
+async def admit_many(process: Process, member: Member) -> None:
+    """More clients than are removed at once, each with two topics."""
+    process.ask(f"asyncio.gather(*(member.admit(f'c{{number}}', 't', 'u') for number in range({MANY})))")
+    assert await member.active() == MANY
+
+
+async def recipients(member: Member) -> list[int]:
+    """Of everyone, of topics, of clients, and of both."""
+    audiences = [None, audience([], ["t"]), audience([], ["t", "u"]), audience(["c1", "c2"]), audience(["c1"], ["u"])]
+    appended = await member.store.append([Draft(b"{}", audience) for audience in audiences])
+    return [receipt.recipients for receipt in appended.receipts]
+
+
+@pytest.mark.usefixtures("_short_leases")
+@on_loop
+async def test_clients_of_a_dead_process_count_for_nothing_and_are_removed_later(
+    start_redis: StartRedis,
+    start_process: Callable[..., Process],  # noqa: F811
+) -> None:
+    """A few with each renewal, so that Redis is never busy with them for long; nothing is left in the end."""
+    redis = start_redis()
+    async with members(redis.url, max_connections=2) as [one]:
+        process = start_process(redis.url, SHORT_LEASE)
+        await admit_many(process, one)
+        assert await recipients(one) == [MANY, MANY, MANY, 2, MANY]
+        process.kill()
+        await one.eventually(lambda: is_alone(one))
+        assert redis.command("HLEN", "{notifyd}:clients") > MANY / 2
+        assert await recipients(one) == [0, 0, 0, 0, 0]
+        # The ids are free, and so are the slots.
+        await one.admit("c1", "t")
+        await one.admit("c2")
+        with pytest.raises(ConnectionRefused, match="2/2"):
+            await one.admit("c3")
+        assert await recipients(one) == [2, 1, 1, 2, 1]
+        await one.until(lambda: redis.command("HLEN", "{notifyd}:clients") == 2)
+        await one.until(lambda: not redis.command("EXISTS", "{notifyd}:dead"))
+        assert await recipients(one) == [2, 1, 1, 2, 1]
+        assert {key.split(":")[1] for key in redis.keys(0) if one.store.node_id not in key} == {
+            *("meta", "log", "nodes", "tails", "clients", "topics", "folded")
+        }
+
+
+@pytest.mark.usefixtures("_short_leases")
+@on_loop
+async def test_a_process_that_comes_back_before_its_clients_are_removed_has_them(
+    start_redis: StartRedis,
+    start_process: Callable[..., Process],  # noqa: F811
+) -> None:
+    """All but the one that another process has taken."""
+    redis = start_redis()
+    async with members(redis.url) as [one]:
+        process = start_process(redis.url, SHORT_LEASE)
+        await admit_many(process, one)
+        process.stop()
+        await one.eventually(lambda: is_alone(one))
+        await one.admit("c1")
+        assert redis.command("HLEN", "{notifyd}:clients") > MANY / 2
+        process.go_on()
+        process.ask("member.until(lambda: member.lost_clients)")
+        assert process.ask("member.lost_clients") == ["c1"]
+        assert await recipients(one) == [MANY, MANY - 1, MANY - 1, 2, MANY]
+
+
+async def is_alone(member: Member) -> bool:
+    return not (await member.store.census()).others
 
 
 @on_loop
