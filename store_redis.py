@@ -58,6 +58,7 @@ RESTORE_SECONDS = 1.5
 BLOCK_SECONDS = 1.0
 # What one call may hold, so that Redis is not busy with it for more than about 10 ms: arguments, and records read.
 GROUP_ARGUMENTS, READ_RECORDS, CHUNK = 4000, 200, 500
+LOST_DATA = "it has lost data and is being filled again"
 
 _SCRIPT = Path(__file__).with_suffix(".lua").read_text()
 _SHA = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
@@ -211,12 +212,15 @@ class RedisStore:
             seq = self._seq if self._opened else 0
             arguments: list[_Argument] = ["join", self._newest, *self._known, *self._report]
             epoch, members, position, *joined = await self._call(connection, self._epoch, seq, arguments)
+            if self._epoch not in ("", epoch.decode()):
+                # Nor is it known whether what was done before is in the log still.
+                self._fail(LOST_DATA)
             self._epoch = epoch.decode()
             if entered != self._epoch:
                 await self._enter_clients(connection, {member.decode() for member in members})
             if joined:
                 break
-            self._fail("it has lost data and is being filled again")
+            self._fail(LOST_DATA)
             if entered != self._epoch and self._opened:
                 await self._offer(connection, position.decode())
             entered = self._epoch
@@ -334,8 +338,13 @@ class RedisStore:
 
     async def _renew(self) -> None:
         while self._task is not None:
-            self._known = await self._put("renew", self._post_id)
+            # Not waited for: the answer comes after what is in the log before it, and that may be lost.
+            self._put("renew", self._post_id).add_done_callback(self._renewed)
             await asyncio.sleep(RENEW_SECONDS)
+
+    def _renewed(self, answer: asyncio.Future[Any]) -> None:
+        if not answer.cancelled() and answer.exception() is None:
+            self._known = answer.result()
 
     def _ask(self, *arguments: _Argument) -> asyncio.Future[Any]:
         if self.failure is not None or self._task is None:
@@ -441,8 +450,11 @@ class RedisStore:
     async def _read(self, connection: AbstractConnection, entries: list[tuple[bytes, list[bytes]]]) -> None:
         if _number(entries[0]) != self._seq + 1:
             async with asyncio.timeout(self._timeout):
-                await connection.send_command("HGET", self._prefix + "meta", "before")
-                self._check_missed((await connection.read_response() or b"").decode())
+                await connection.send_command("HMGET", self._prefix + "meta", "epoch", "before")
+                epoch, before = await connection.read_response()
+            if epoch != self._epoch.encode():
+                raise _Rejoin
+            self._check_missed(before.decode())
         # Without await: what is delivered and where this process stands change together.
         records = [record for record in map(_record, entries) if record.id > self._newest]
         self._seq = _number(entries[-1])

@@ -16,7 +16,7 @@ from test_store import on_loop, start_process  # noqa: F401
 
 from errors import ConnectionRefused, StoreUnavailable
 from hub import Hub
-from keys import Once
+from keys import Appended, Once
 from settings import Settings, SettingsError
 from store import LEASE_SECONDS, Draft, Report
 from store_redis import RedisStore
@@ -327,6 +327,28 @@ async def test_a_hub_puts_back_what_it_has(start_redis: StartRedis) -> None:
             [record._replace(at=0) for record in before.records],
         )
         assert all(abs(one.at - other.at) < 1 for one, other in zip(back, before.records, strict=True))
+
+
+async def begin_to_append(redis: RedisServer, member: Member) -> asyncio.Task[Appended]:
+    """Return when Redis has a batch that is read in several portions, and the member has not read the second yet."""
+    appending = asyncio.create_task(member.store.append([SOMETHING] * 1000))
+    while not redis.command("XLEN", "{notifyd}:log"):
+        await asyncio.sleep(0)
+    return appending
+
+
+@on_loop
+async def test_what_was_lost_before_it_was_read_is_not_answered(start_redis: StartRedis) -> None:
+    """Also where nobody asks for anything else, and what comes afterwards has greater numbers."""
+    redis = start_redis()
+    async with members(redis.url) as [one]:
+        appending = await begin_to_append(redis, one)
+        redis.empty()
+        with pytest.raises(StoreUnavailable):
+            await appending
+        await is_back(one)
+        newest = await one.publish()
+        await has_lost_nothing([newest], redis.url, one)
 
 
 @on_loop
