@@ -7,8 +7,9 @@
 --
 -- The keys, behind the prefix:
 --   meta           hash    what there is once, and the sums of what dead nodes have counted
---   log            stream  the entries <seq>-0: Id, Time, Rest, Audience, rePlayed, Once, siZe
---   once:KEY       string  the fingerprint and the answer of an append that may be repeated
+--   log            stream  the entries <seq>-0: Id, Time, Rest, Audience, rePlayed, Once, siZe, ansWer
+--   once:KEY       string  the number of the last entry of an append that may be repeated. That one has the key, and
+--                          for ansWer the fingerprint and what was answered; the entries before it have '+'
 --   nodes, tails   zsets   the nodes that are alive: when the lease ends, and the last number read
 --   node:NODE      hash    what it has counted;  folded:STARTED:NODE  the same, as added to the sums
 --   members:NODE   set     its clients
@@ -62,11 +63,13 @@ local function next_id(last)
     math.floor(c / 4294967296), c % 4294967296)
 end
 
-local function add(id, at, rest, size, audience, replayed, once)
+local function add(id, at, rest, size, audience, replayed, once, answer)
   newest, seq, bytes = id, seq + 1, bytes + size
   if replayed == '1' then kept = kept + 1 end
   call('XADD', LOG, string.format('%.0f-0', seq), 'i', id, 't', at, 'r', rest, 'a', audience, 'p', replayed,
-    'o', once, 'z', size)
+    'o', once, 'z', size, 'w', answer)
+  local left = math.ceil((at + TTL - now) / 1000)
+  if once ~= '' and left > 0 then call('SET', P..'once:'..once, string.format('%.0f', seq), 'PX', left) end
 end
 
 local function number(entry) return tonumber(entry[1]:sub(1, -3)) end
@@ -84,7 +87,8 @@ local function trim()
       if fits or number(entry) > slowest then full = false; break end
       before, bytes, from = f[2], bytes - f[14], string.format('%.0f-0', number(entry) + 1)
       if f[10] == '1' then kept = kept - 1 end
-      if f[12] ~= '' then call('DEL', P..'once:'..f[12]) end
+      local key = P..'once:'..f[12]
+      if f[12] ~= '' and tonumber(call('GET', key) or 0) == number(entry) then call('DEL', key) end
     end
   end
   if from ~= '-' then call('XTRIM', LOG, 'MINID', '=', from); save() end
@@ -255,7 +259,7 @@ local function offer()
   if front > (call('HGET', META, 'offered') or '') then call('HSET', META, 'offered', front) end
   while i < #ARGV do
     local id, age, rest, size, audience, replayed = arg(), arg(), arg(), arg(), arg(), arg()
-    call('HSET', OFFERS, id, cmsgpack.pack({now - age, rest, size, audience, replayed, ''}))
+    call('HSET', OFFERS, id, cmsgpack.pack({now - age, rest, size, audience, replayed, arg(), arg()}))
   end
   return 'offered'
 end
@@ -267,10 +271,11 @@ function ops.append()
   local draft = i
   i = i + 4 * n
   if key ~= '' then
-    local found = call('GET', P..'once:'..key)
-    if found then
-      found = cmsgpack.unpack(found)
-      return found[1] == print and found[2] or 'reused'
+    local last = call('GET', P..'once:'..key)
+    local entry = last and call('XRANGE', LOG, last..'-0', last..'-0')[1]
+    if entry and entry[2][12] == key then
+      local known = cmsgpack.unpack(entry[2][16])
+      return known[1] == print and known[2] or 'reused'
     end
   end
   if counter ~= '' then
@@ -282,16 +287,17 @@ function ops.append()
   for d = 1, n do
     local rest, size, audience, replayed = unpack(ARGV, draft + 1, draft + 4)
     draft = draft + 4
-    add(next_id(newest), now, rest, size, audience, replayed, d == n and key or '')
-    reply[#reply + 1] = newest
+    local id, once, answer = next_id(newest), '', key ~= '' and '+' or ''
+    reply[#reply + 1] = id
     reply[#reply + 1] = recipients(audience)
+    if key ~= '' and d == n then
+      reply[2] = 1
+      once, answer = key, cmsgpack.pack({print, reply})
+      reply[2] = 0
+    end
+    add(id, now, rest, size, audience, replayed, once, answer)
   end
   sent = sent + n
-  if key ~= '' then
-    reply[2] = 1
-    call('SET', P..'once:'..key, cmsgpack.pack({print, reply}), 'PX', math.ceil(TTL / 1000))
-    reply[2] = 0
-  end
   return reply
 end
 
@@ -394,6 +400,7 @@ function ops.renew()
   trim()
   local known = call('HMGET', META, 'total', 'sent', 'messages', 'slow', 'counter', 'started')
   for k = 1, 6 do known[k] = tonumber(known[k] or 0) end
+  known[7] = before
   return known
 end
 

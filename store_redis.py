@@ -16,7 +16,10 @@ user, password and database in the URL; Redis 6.2 or later, and Valkey. It must 
 5. `epoch` names one life of the data. It ends when Redis restarts, loses its keys, or is behind what a process has
    delivered. Then every process has RESTORE_SECONDS to offer what it has and the log has not; meanwhile the store is
    away. Ids and order stay, numbers begin anew, and a reader leaves out what it has delivered before.
-6. A process joins with each new connection and enters its clients again, whatever happened in between. So an operation
+6. An Idempotency-Key lies in the log, with its answer, at the last record of what was appended. Every process keeps
+   it for as long as the log does, to offer it with the record. It takes the records of one key together or not at all,
+   so no repetition can follow a part of them.
+7. A process joins with each new connection and enters its clients again, whatever happened in between. So an operation
    that failed half way leaves nothing behind, and a client that left meanwhile needs no memory.
 """
 
@@ -32,7 +35,7 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Collection, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,9 @@ _SCRIPT = Path(__file__).with_suffix(".lua").read_text()
 _SHA = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
 
 _Argument = bytes | str | int
+_Entry = tuple[bytes, list[bytes]]
+# Where an entry of the log has its key and the answer; store_redis.lua names all its fields.
+ONCE, ANSWER = 11, 15
 _unpack_audience = msgspec.msgpack.Decoder(tuple[frozenset[str], frozenset[str]]).decode
 
 
@@ -116,6 +122,8 @@ class RedisStore:
         self._newest = self._whole_since = ""
         # What was in the log, until all of it is read.
         self._found: list[Record] = []
+        # The keys of what is in the log, and their answers as the log has them, by the id of the record.
+        self._keys: dict[str, tuple[bytes, bytes]] = {}
         # What was done at a place of the log that this process has not read up to yet, with the replies.
         self._done: deque[tuple[int, list[_Operation], list[Any]]] = deque()
         # The counters of all: total, sent, messages, slow consumers, test notifications, and when they began.
@@ -273,7 +281,8 @@ class RedisStore:
             arguments: list[_Argument] = ["offer", before]
             for record in chunk:
                 # As an age, because it is the clock of Redis that forgets what is too old.
-                arguments += (record.id, round((time.time() - record.at) * 1e6), *_flat(record))
+                age = round((time.time() - record.at) * 1e6)
+                arguments += (record.id, age, *_flat(record), *self._keys.get(record.id, (b"", b"")))
             await self._enter(connection, arguments)
 
     def _open(self) -> None:
@@ -344,7 +353,10 @@ class RedisStore:
 
     def _renewed(self, answer: asyncio.Future[Any]) -> None:
         if not answer.cancelled() and answer.exception() is None:
-            self._known = answer.result()
+            *self._known, before = answer.result()
+            gone = before.decode()
+            for id in list(takewhile(gone.__ge__, self._keys)):
+                del self._keys[id]
 
     def _ask(self, *arguments: _Argument) -> asyncio.Future[Any]:
         if self.failure is not None or self._task is None:
@@ -431,23 +443,26 @@ class RedisStore:
     async def _follow(self, connection: AbstractConnection) -> None:
         """Read what is appended and posted, as it comes."""
         log, posts = self._prefix + "log", f"{self._prefix}posts:{self.node_id}"
-        block = round(BLOCK_SECONDS * 1000)
+        block, count = round(BLOCK_SECONDS * 1000), READ_RECORDS
         while True:
             async with asyncio.timeout(BLOCK_SECONDS + self._timeout):
                 await connection.send_command(
-                    *("XREAD", "COUNT", READ_RECORDS, "BLOCK", block, "STREAMS", log, posts),
+                    *("XREAD", "COUNT", count, "BLOCK", block, "STREAMS", log, posts),
                     *(f"{self._seq}-0", self._post_id),
                 )
                 streams = await connection.read_response()
             for stream, entries in streams or ():
                 if stream.decode() == log:
-                    await self._read(connection, entries)
+                    whole = entries[: _whole(entries)]
+                    count = READ_RECORDS if whole else 2 * count
+                    if whole:
+                        await self._read(connection, whole)
                 else:
                     self._post_id = entries[-1][0].decode()
                     for _, (_, sender, _, message) in entries:
                         self._node.told(sender.decode(), message)
 
-    async def _read(self, connection: AbstractConnection, entries: list[tuple[bytes, list[bytes]]]) -> None:
+    async def _read(self, connection: AbstractConnection, entries: list[_Entry]) -> None:
         if _number(entries[0]) != self._seq + 1:
             async with asyncio.timeout(self._timeout):
                 await connection.send_command("HMGET", self._prefix + "meta", "epoch", "before")
@@ -456,7 +471,12 @@ class RedisStore:
                 raise _Rejoin
             self._check_missed(before.decode())
         # Without await: what is delivered and where this process stands change together.
-        records = [record for record in map(_record, entries) if record.id > self._newest]
+        records = []
+        for entry in entries:
+            if (record := _record(entry)).id > self._newest:
+                records.append(record)
+                if key := entry[1][ONCE]:
+                    self._keys[record.id] = key, entry[1][ANSWER]
         self._seq = _number(entries[-1])
         if records:
             self._newest = records[-1].id
@@ -475,11 +495,16 @@ class RedisStore:
             self._node.missed()
 
 
-def _number(entry: tuple[bytes, list[bytes]]) -> int:
+def _number(entry: _Entry) -> int:
     return int(entry[0][:-2])
 
 
-def _record(entry: tuple[bytes, list[bytes]]) -> Record:
+def _whole(entries: list[_Entry]) -> int:
+    """Return how many entries there are without those at the end whose key comes later."""
+    return next((count for count in range(len(entries), 0, -1) if entries[count - 1][1][ANSWER] != b"+"), 0)
+
+
+def _record(entry: _Entry) -> Record:
     _, id, _, at, _, rest, _, packed, _, replayed, *_ = entry[1]
     audience = Audience(*_unpack_audience(packed)) if packed else None
     return Record(id.decode(), rest, audience, replayed == b"1", int(at) / 1e6)

@@ -14,7 +14,7 @@ from members import SOMETHING, Member, Process, audience, members, shorten_lease
 from redis_server import RedisServer
 from test_store import on_loop, start_process  # noqa: F401
 
-from errors import ConnectionRefused, StoreUnavailable
+from errors import ConnectionRefused, KeyReused, StoreUnavailable
 from hub import Hub
 from keys import Appended, Once
 from settings import Settings, SettingsError
@@ -329,9 +329,9 @@ async def test_a_hub_puts_back_what_it_has(start_redis: StartRedis) -> None:
         assert all(abs(one.at - other.at) < 1 for one, other in zip(back, before.records, strict=True))
 
 
-async def begin_to_append(redis: RedisServer, member: Member) -> asyncio.Task[Appended]:
+async def begin_to_append(redis: RedisServer, member: Member, once: Once | None) -> asyncio.Task[Appended]:
     """Return when Redis has a batch that is read in several portions, and the member has not read the second yet."""
-    appending = asyncio.create_task(member.store.append([SOMETHING] * 1000))
+    appending = asyncio.create_task(member.store.append([SOMETHING] * 1000, once))
     while not redis.command("XLEN", "{notifyd}:log"):
         await asyncio.sleep(0)
     return appending
@@ -342,13 +342,79 @@ async def test_what_was_lost_before_it_was_read_is_not_answered(start_redis: Sta
     """Also where nobody asks for anything else, and what comes afterwards has greater numbers."""
     redis = start_redis()
     async with members(redis.url) as [one]:
-        appending = await begin_to_append(redis, one)
+        appending = await begin_to_append(redis, one, None)
         redis.empty()
         with pytest.raises(StoreUnavailable):
             await appending
         await is_back(one)
         newest = await one.publish()
         await has_lost_nothing([newest], redis.url, one)
+
+
+@on_loop
+async def test_emptied_before_the_publisher_is_answered(
+    start_redis: StartRedis,
+    start_process: Callable[..., Process],  # noqa: F811
+) -> None:
+    """Another process has read it all, so it is put back. A repetition is told, and delivers nothing more."""
+    redis, once = start_redis(), Once("key", b"request")
+    process = start_process(redis.url)
+    async with members(redis.url) as [one]:
+        appending = await begin_to_append(redis, one, once)
+        # Without await: meanwhile this process reads nothing.
+        process.ask("member.until(lambda: len(member.records) == 1000)")
+        redis.empty()
+        with pytest.raises(StoreUnavailable):
+            await appending
+        await is_back(one)
+        answer = await one.store.append([SOMETHING] * 1000, once)
+        assert answer.repeated
+        assert [receipt.id for receipt in answer.receipts] == one.ids == process.ask("member.ids")
+        with pytest.raises(KeyReused):
+            await one.store.append([SOMETHING], Once("key", b"another"))
+
+
+@on_loop
+async def test_emptied_before_anybody_has_read_a_batch_with_a_key(start_redis: StartRedis) -> None:
+    """No process delivers the part that it has read: the repetition delivers it all."""
+    redis, once = start_redis(), Once("key", b"request")
+    async with members(redis.url) as [one]:
+        appending = await begin_to_append(redis, one, once)
+        redis.empty()
+        with pytest.raises(StoreUnavailable):
+            await appending
+        await is_back(one)
+        answer = await one.store.append([SOMETHING] * 1000, once)
+        assert [receipt.id for receipt in answer.receipts] == one.ids
+
+
+@on_loop
+async def test_keys_outlive_being_emptied_as_long_as_their_records(start_redis: StartRedis) -> None:
+    """In every process, and not a moment longer."""
+    redis = start_redis()
+    async with members(redis.url, 2, history_ttl=3) as [one, other]:
+        first = await one.store.append([SOMETHING], Once("key", b"request"))
+        await other.until(lambda: other.ids)
+        redis.empty()
+        await publish_until_it_works(one)
+        await is_back(one, other)
+        assert await other.store.append([SOMETHING], Once("key", b"request")) == first._replace(repeated=True)
+        assert 0 < redis.command("PTTL", "{notifyd}:once:key") <= 3000
+        await asyncio.sleep(3)
+        assert not (await other.store.append([SOMETHING], Once("key", b"request"))).repeated
+
+
+@on_loop
+async def test_a_key_that_is_used_again_outlives_its_first_record(start_redis: StartRedis) -> None:
+    """That record may stay until somebody joins, a moment longer than the key."""
+    redis, once = start_redis(), Once("key", b"request")
+    async with members(redis.url, history_ttl=0.5) as [one]:
+        await one.store.append([SOMETHING], once)
+        await asyncio.sleep(0.52)
+        assert not (await one.store.append([SOMETHING], once)).repeated
+        async with members(redis.url, history_ttl=0.5) as [late]:
+            assert [record.id for record in late.opening.records] == one.ids[1:]
+            assert (await late.store.append([SOMETHING], once)).repeated
 
 
 @on_loop
