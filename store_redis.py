@@ -61,6 +61,7 @@ RESTORE_SECONDS = 1.5
 BLOCK_SECONDS = 1.0
 # What one call may hold, so that Redis is not busy with it for more than about 10 ms: arguments, and records read.
 GROUP_ARGUMENTS, READ_RECORDS, CHUNK = 4000, 200, 500
+OLDEST_REDIS = (6, 2)
 LOST_DATA = "it has lost data and is being filled again"
 
 _SCRIPT = Path(__file__).with_suffix(".lua").read_text()
@@ -129,6 +130,8 @@ class RedisStore:
         # The counters of all: total, sent, messages, slow consumers, test notifications, and when they began.
         self._known = [0, 0, 0, 0, 0, 0]
         self._report = Report(0, 0)
+        # By which rule it evicts keys.
+        self._policy = "noeviction"
         # How many connections of each address this process holds.
         self._seats: dict[str, int] = {}
 
@@ -171,6 +174,7 @@ class RedisStore:
             async with asyncio.timeout(self._timeout):
                 await operations.connect()  # type: ignore[no-untyped-call]
                 await log.connect()  # type: ignore[no-untyped-call]
+                await self._check_server(operations)
             await self._join(operations)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._operate(operations))
@@ -181,6 +185,26 @@ class RedisStore:
         finally:
             for connection in (operations, log):
                 await connection.disconnect(nowait=True)
+
+    async def _check_server(self, connection: AbstractConnection) -> None:
+        """Look whether Redis is new enough, and warn of one that forgets.
+
+        This also is a small command before the large ones: to those, a Redis that asks for a password says no more
+        than that they are too large.
+        """
+        await connection.send_command("INFO")
+        try:
+            text = (await connection.read_response()).decode()
+        except exceptions.NoPermissionError:
+            return
+        info = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        version = info.get("redis_version", "6.2")
+        if [int(part) for part in re.findall(r"\d+", version)] < list(OLDEST_REDIS):
+            raise exceptions.RedisError(f"Redis 6.2 or later is needed, this is {version}")
+        policy = info.get("maxmemory_policy", "noeviction") if info.get("maxmemory") != "0" else "noeviction"
+        if policy not in ("noeviction", self._policy):
+            logger.warning("The store may forget what it has acknowledged: its maxmemory-policy is %s", policy)
+        self._policy = policy
 
     def _fail(self, reason: str) -> None:
         failure = f"The store is away: {reason}"

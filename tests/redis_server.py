@@ -57,9 +57,12 @@ class RedisServer:
             assert time.monotonic() < deadline, "redis-server does not answer"
             time.sleep(0.01)
 
-    def command(self, *words: str | int, database: int = 0) -> Any:
-        """Send one command on a connection of its own and return the answer."""
-        with redis.Redis(port=self.port, db=database, decode_responses=True, retry=None) as client:
+    def command(self, *words: str | int, database: int = 0, user: str | None = None) -> Any:
+        """Send one command on a connection of its own and return the answer. A user is one that needs no password."""
+        password = None if user is None else "any"
+        with redis.Redis(
+            port=self.port, db=database, username=user, password=password, decode_responses=True, retry=None
+        ) as client:
             return client.execute_command(*words)
 
     def keys(self, database: int) -> set[str]:

@@ -89,7 +89,7 @@ async def has_lost_nothing(answered: list[str], url: str, *everyone: Member) -> 
 async def test_a_user_a_password_a_database_and_a_prefix(start_redis: StartRedis) -> None:
     """All keys are in this database and begin with the prefix; a wrong password is told without it."""
     redis = start_redis()
-    redis.command("ACL", "SETUSER", "notifyd", "on", ">pa:ss", "~mine:*", "+@all")
+    redis.command("ACL", "SETUSER", "notifyd", "on", ">pa:ss", "~mine:*", "+@all", "-info")
     url = f"redis://notifyd:pa%3Ass@127.0.0.1:{redis.port}/3"
     async with members(url, store_prefix="mine:") as [one]:
         await one.admit("a", "t")
@@ -98,6 +98,36 @@ async def test_a_user_a_password_a_database_and_a_prefix(start_redis: StartRedis
         assert redis.keys(3) and all(key.startswith("mine:") for key in redis.keys(3))
     async with members(url.replace("pa%3Ass", "guess")) as [one]:
         assert one.store.failure == "The store is away: invalid username-password pair or user is disabled."
+
+
+@on_loop
+async def test_a_password_that_is_missing_or_asked_for_later(start_redis: StartRedis) -> None:
+    """It says so, and goes on when it may."""
+    redis = start_redis()
+    async with members(redis.url) as [one]:
+        await one.publish()
+        redis.command("ACL", "SETUSER", "admin", "on", "nopass", "+@all", "~*")
+        redis.command("CONFIG", "SET", "requirepass", "secret")
+        redis.command("CLIENT", "KILL", "TYPE", "normal", user="admin")
+        await is_away(one, "Authentication required.")
+        redis.command("CONFIG", "SET", "requirepass", "", user="admin")
+        await is_back(one)
+
+
+@on_loop
+async def test_a_redis_that_evicts_is_warned_of(start_redis: StartRedis, caplog: pytest.LogCaptureFixture) -> None:
+    """Once, where there is a limit that may make it."""
+    redis = start_redis("--maxmemory-policy", "volatile-lru")
+    async with members(redis.url) as [one]:
+        assert not caplog.records
+        redis.command("CONFIG", "SET", "maxmemory", "1gb")
+        for _ in range(2):
+            redis.command("CLIENT", "KILL", "TYPE", "normal")
+            await one.until(lambda: one.store.failure)
+            await is_back(one)
+    assert [record.message for record in caplog.records if "maxmemory" in record.message] == [
+        "The store may forget what it has acknowledged: its maxmemory-policy is volatile-lru"
+    ]
 
 
 @on_loop
