@@ -19,7 +19,7 @@
 --   seats:NODE     hash    how many of its clients each address has
 --   dead           set     the nodes whose clients are to be removed; they count for nothing and may be taken
 --   bucket:NAME    string  when it is full; expires then
---   offers         hash    records to fill the log with
+--   offers         hash    records to fill the log with;  offered  zset  their ids, in order
 
 local P, epoch, node, tail = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 math.randomseed(tonumber(ARGV[5]))
@@ -30,10 +30,10 @@ local function arg() i = i + 1; return ARGV[i] end
 
 local call = redis.call
 local META, LOG, NODES, TAILS, CLIENTS, TOPICS = P..'meta', P..'log', P..'nodes', P..'tails', P..'clients', P..'topics'
-local OFFERS, ROW, MEMBERS, POSTS, TOPIC = P..'offers', P..'node:', P..'members:', P..'posts:', P..'topic:'
-local SEATS, BUCKET, DEAD = P..'seats:', P..'bucket:', P..'dead'
--- How many clients of the dead one renewal removes: that takes a few milliseconds.
-local REMOVED_AT_ONCE = 1000
+local OFFERS, OFFERED, ROW, MEMBERS = P..'offers', P..'offered', P..'node:', P..'members:'
+local POSTS, TOPIC, SEATS, BUCKET, DEAD = P..'posts:', P..'topic:', P..'seats:', P..'bucket:', P..'dead'
+-- How many clients of the dead one renewal removes, and how many records one join puts back: milliseconds each.
+local REMOVED_AT_ONCE, RESTORED_AT_ONCE = 1000, 1000
 local time = call('TIME')
 local now = time[1] * 1000000 + time[2]
 local newest, before, kept, bytes, seq, sent = '', '', 0, 0, 0, 0
@@ -183,22 +183,22 @@ local function recipients(audience)
   return count
 end
 
-local function restore()
+local function restore()  -- Some of it; return whether that is all.
   local offered = call('HGET', META, 'offered') or ''
   if offered > newest then  -- What is left of the log ends before all that is offered begins.
-    call('DEL', LOG)
+    call('UNLINK', LOG)
     newest, before, kept, bytes = offered, offered, 0, 0
   end
   if newest == '' then newest = next_id(''); before = newest end
-  local ids = call('HKEYS', OFFERS)
-  table.sort(ids)
-  if #ids > 0 and ids[#ids] > newest then seq = math.max(seq, now) end
-  for _, id in ipairs(ids) do
-    if id > newest then add(id, unpack(cmsgpack.unpack(call('HGET', OFFERS, id)))) end
+  local last = call('ZREVRANGE', OFFERED, 0, 0)[1]
+  if last and last > newest and call('HGET', META, 'restoring') ~= '0' then seq = math.max(seq, now) end
+  for k, id in ipairs(call('ZPOPMIN', OFFERED, RESTORED_AT_ONCE)) do
+    if k % 2 == 1 and id > newest then add(id, unpack(cmsgpack.unpack(call('HGET', OFFERS, id)))) end
+    if k % 2 == 1 then call('HDEL', OFFERS, id) end
   end
-  call('DEL', OFFERS)
-  call('HDEL', META, 'restoring', 'offered')
   save()
+  if call('EXISTS', OFFERED) == 0 then call('HDEL', META, 'restoring', 'offered'); return true end
+  call('HSET', META, 'restoring', 0)
 end
 
 local function join()
@@ -245,7 +245,7 @@ local function join()
   local members = call('SMEMBERS', MEMBERS..node)
   -- No clock that jumps back makes it longer.
   if restoring and restoring > now and restoring <= now + RESTORE then return {current, members, newest} end
-  if restoring then restore() end
+  if restoring and not restore() then return {current, members, newest} end
   trim()
   local first = call('XRANGE', LOG, '-', '+', 'COUNT', 1)[1]
   tail = math.min(math.max(tail, first and number(first) - 1 or seq), seq)
@@ -259,6 +259,7 @@ local function offer()
   if front > (call('HGET', META, 'offered') or '') then call('HSET', META, 'offered', front) end
   while i < #ARGV do
     local id, age, rest, size, audience, replayed = arg(), arg(), arg(), arg(), arg(), arg()
+    call('ZADD', OFFERED, 0, id)
     call('HSET', OFFERS, id, cmsgpack.pack({now - age, rest, size, audience, replayed, arg(), arg()}))
   end
   return 'offered'

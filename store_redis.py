@@ -239,7 +239,7 @@ class RedisStore:
 
     async def _join(self, connection: AbstractConnection) -> None:
         """Enter this process and its clients; where the log has lost records, first help to fill it again."""
-        entered = ""
+        entered = reached = ""
         while True:
             seq = self._seq if self._opened else 0
             arguments: list[_Argument] = ["join", self._newest, *self._known, *self._report]
@@ -256,7 +256,9 @@ class RedisStore:
             if entered != self._epoch and self._opened:
                 await self._offer(connection, position.decode())
             entered = self._epoch
-            await asyncio.sleep(0.1)
+            # While it is filled, each call does a part of it.
+            await asyncio.sleep(0.1 if position.decode() == reached else 0)
+            reached = position.decode()
         self._post_id, before = "0", position.decode()
         self._seq, newest, now, self._known[5] = joined
         if self._opened:

@@ -8,6 +8,7 @@ import logging
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from members import SOMETHING, Member, Process, audience, members, shorten_leases
@@ -68,14 +69,14 @@ async def is_back(*everyone: Member) -> None:
         await member.until(lambda member=member: member.store.failure is None)
 
 
-async def has_lost_nothing(answered: list[str], url: str, *everyone: Member) -> None:
+async def has_lost_nothing(answered: list[str], url: str, *everyone: Member, **settings: Any) -> None:
     """Everyone was delivered all that was answered, once and in order; so finds it who comes later."""
     for member in everyone:
         await member.until(lambda member=member: member.ids[-1:] >= answered[-1:])
         assert member.ids == sorted(set(member.ids))
         assert set(answered) <= set(member.ids)
         assert member.times_missed == 0
-    async with members(url) as [late]:
+    async with members(url, **settings) as [late]:
         assert [record.id for record in late.opening.records] == everyone[0].ids
         for found, delivered in zip(late.opening.records, everyone[0].records, strict=True):
             assert found == delivered._replace(at=found.at)
@@ -476,6 +477,20 @@ async def test_emptied_while_everybody_publishes(start_redis: StartRedis) -> Non
         await asyncio.gather(*publishers)
         await is_back(*everyone)
         await has_lost_nothing(sorted(answered), redis.url, *everyone)
+
+
+@on_loop
+async def test_a_long_history_is_put_back_in_parts(start_redis: StartRedis) -> None:
+    """So that no call is a long one; everybody waits for the last."""
+    redis = start_redis()
+    async with members(redis.url, 2, history_size=5000) as [one, other]:
+        answered = [await one.publish(*[SOMETHING] * 1000) for _ in range(3)]
+        redis.empty()
+        await is_away(one, "it has lost data and is being filled again")
+        await is_back(one, other)
+        assert redis.command("INFO", "commandstats")["cmdstat_zpopmin"]["calls"] >= 3
+        answered.append(await publish_until_it_works(one))
+        await has_lost_nothing(answered, redis.url, one, other, history_size=5000)
 
 
 @on_loop
