@@ -30,6 +30,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import secrets
 import ssl
 import time
@@ -233,7 +234,9 @@ class RedisStore:
             return f"TLS: {cause.reason}"
         if isinstance(cause, OSError) and cause.errno:
             return os.strerror(cause.errno) if cause.errno > 0 else str(cause.strerror)
-        return str(error).partition(" script: ")[0].partition("\n")[0][:120]
+        # Where in the script that was stands behind it, or with its code before it, as in Redis before 7.
+        text = re.sub(r"Error running script .*: -[A-Z]+ ", "", str(error))
+        return text.partition(" script: ")[0].partition("\n")[0][:120]
 
     # --- join
 
