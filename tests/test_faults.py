@@ -405,6 +405,27 @@ def test_redis_refuses_to_write(two: list[Server], redis: RedisServer, refuse: C
         traffic.is_whole(connections=1)
 
 
+@on_redis
+def test_redis_hangs_up_again_and_again(two: list[Server], redis: RedisServer) -> None:
+    """In the middle of whatever is under way."""
+    with Traffic(*two) as traffic:
+        for _ in range(10):
+            redis.command("CLIENT", "KILL", "TYPE", "normal")
+            time.sleep(0.3)
+        traffic.is_whole(connections=1)
+
+
+@on_redis
+def test_redis_is_slow(two: list[Server], redis: RedisServer) -> None:
+    """Busy with something else, for nearly as long as it is waited for, again and again."""
+    with Traffic(*two) as traffic:
+        for _ in range(4):
+            redis.stop()
+            time.sleep(1.5)
+            redis.resume()
+        traffic.is_whole(connections=1)
+
+
 # SQLite.
 
 
