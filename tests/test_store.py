@@ -746,6 +746,8 @@ async def test_a_process_hears_that_it_missed_something(shared: str, start_proce
             return not (await one.store.census()).others
 
         await one.eventually(is_dead)
+        # A read that it had begun may still be answered, until it ends by itself.
+        await asyncio.sleep(SHORT_LEASE)
         await one.publish(*[SOMETHING] * 200)
         # A store may trim with the next renewal only, when those that are alive have read what is to go.
         await asyncio.sleep(SHORT_LEASE / 2)
