@@ -40,6 +40,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
+import hiredis
 import msgspec
 from redis import exceptions
 from redis.asyncio.connection import AbstractConnection, Connection, parse_url
@@ -111,9 +112,6 @@ class RedisStore:
         self._task: asyncio.Task[None] | None = None
         self._queue: deque[_Operation] = deque()
         self._under_way: list[_Operation] = []
-        self._wake = asyncio.Event()
-        # Set once the store is open or known to be away.
-        self._settled = asyncio.Event()
         self._epoch = ""
         self._seq = 0
         self._post_id = "0"
@@ -139,25 +137,46 @@ class RedisStore:
     # --- life
 
     async def open(self, node: Node) -> None:
+        # An event loop may have gone away without a word.
+        self._end()
         self._node = node
-        self._settled.clear()
-        self._task = asyncio.get_running_loop().create_task(self._stay())
-        await self._settled.wait()
+        self._wake = asyncio.Event()
+        # Set once the store is open or known to be away.
+        self._settled = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._task = self._loop.create_task(self._stay())
+        try:
+            await self._settled.wait()
+        except BaseException:
+            # Whoever waited for this has given up.
+            self._end()
+            raise
 
     async def close(self) -> None:
         if (task := self._task) is None:
             return
         with contextlib.suppress(StoreUnavailable):
             await self._ask("close")
-        self._task = None
-        task.cancel()
+        self._end()
         await asyncio.gather(task, return_exceptions=True)
-        self._drop("The store is closed")
+
+    def _end(self) -> None:
+        """Be joined no longer."""
+        task, self._task = self._task, None
+        if task is None:
+            return
+        if self._loop.is_closed():
+            self._done.clear()
+            self._queue.clear()
+            self._under_way = []
+        else:
+            task.cancel()
+            self._drop("The store is closed")
 
     async def _stay(self) -> None:
         """Be joined; whenever that fails, look again until it works."""
         # Not while True: an error in a task of the group can swallow the cancellation.
-        while self._task is not None:
+        while self._task is asyncio.current_task():
             try:
                 await self._live()
             except _Rejoin:
@@ -340,7 +359,7 @@ class RedisStore:
             *(round(seconds * 1e6) for seconds in (settings.history_ttl, LEASE_SECONDS, RESTORE_SECONDS)),
         )
         async with asyncio.timeout(self._timeout):
-            await connection.send_command("EVALSHA", _SHA, *header, *arguments)
+            await _send(connection, "EVALSHA", _SHA, *header, *arguments)
             try:
                 return await connection.read_response()
             except exceptions.NoScriptError:
@@ -394,9 +413,14 @@ class RedisStore:
 
     def _put(self, *arguments: _Argument) -> asyncio.Future[Any]:
         answer = asyncio.get_running_loop().create_future()
-        self._queue.append(_Operation(arguments, answer))
-        self._wake.set()
+        self._enqueue(_Operation(arguments, answer))
         return answer
+
+    def _enqueue(self, operation: _Operation) -> None:
+        self._queue.append(operation)
+        # Who leaves because the loop has gone away does so with the next join.
+        if not self._loop.is_closed():
+            self._wake.set()
 
     async def append(self, drafts: Sequence[Draft], once: Once | None = None, counter: int | None = None) -> Appended:
         key, fingerprint = ("", b"") if once is None else once
@@ -427,8 +451,7 @@ class RedisStore:
         return newest.decode()
 
     def leave(self, client_id: str) -> None:
-        self._queue.append(_Operation(("leave", client_id), None))
-        self._wake.set()
+        self._enqueue(_Operation(("leave", client_id), None))
 
     async def seat(self, address: str, held: int) -> None:
         limit = self._settings.max_connections_per_ip
@@ -443,8 +466,7 @@ class RedisStore:
             self._seats[address] = held
         else:
             self._seats.pop(address, None)
-        self._queue.append(_Operation(("unseat", address, held), None))
-        self._wake.set()
+        self._enqueue(_Operation(("unseat", address, held), None))
 
     async def draw(self, bucket: str, rate: Rate) -> Draw:
         allowed, until_full = await self._ask("draw", bucket, rate.cost, rate.depth)
@@ -475,8 +497,8 @@ class RedisStore:
         block, count = round(BLOCK_SECONDS * 1000), READ_RECORDS
         while True:
             async with asyncio.timeout(BLOCK_SECONDS + self._timeout):
-                await connection.send_command(
-                    *("XREAD", "COUNT", count, "BLOCK", block, "STREAMS", log, posts),
+                await _send(
+                    *(connection, "XREAD", "COUNT", count, "BLOCK", block, "STREAMS", log, posts),
                     *(f"{self._seq}-0", self._post_id),
                 )
                 streams = await connection.read_response()
@@ -522,6 +544,12 @@ class RedisStore:
         if self._opened and before > self._newest:
             self._newest = self._whole_since = before
             self._node.missed()
+
+
+async def _send(connection: AbstractConnection, *command: _Argument) -> None:
+    """Send a command as hiredis packs it: in 2 us, where redis-py takes 16 for an append."""
+    # Its stub speaks of a tuple of one.
+    await connection.send_packed_command([hiredis.pack_command(command)])  # type: ignore[arg-type]
 
 
 def _number(entry: _Entry) -> int:

@@ -11,6 +11,7 @@ import inspect
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from signal import SIGCONT, SIGSTOP
@@ -43,6 +44,14 @@ def shorten_leases(seconds: float) -> None:
     for name in ("store", "store_sqlite", "sqlite_database", "store_redis"):
         module = importlib.import_module(name)
         module.LEASE_SECONDS, module.RENEW_SECONDS, module.TRIM_SECONDS = seconds, seconds / 5, seconds / 5
+
+
+def threads_left() -> list[threading.Thread]:
+    """Return the stores' threads, when those that are about to end have ended."""
+    threads = [thread for thread in threading.enumerate() if thread.name == "notifyd-store"]
+    for thread in threads:
+        thread.join(1)
+    return [thread for thread in threads if thread.is_alive()]
 
 
 def audience(clients: Iterable[str] = (), topics: Iterable[str] = ()) -> Audience:

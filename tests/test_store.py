@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from members import SOMETHING, Member, Process, audience, members, shorten_leases
+from members import SOMETHING, Member, Process, audience, members, shorten_leases, threads_left
 from redis_server import RedisServer
 
 from errors import ConnectionRefused, KeyReused
@@ -732,6 +732,26 @@ async def test_a_store_that_is_opened_again_counts_on(shared: str) -> None:
         await one.open()
         await one.store.report(Report(8, 2))
         assert (await other.store.census())[3:5] == (8, 2)
+
+
+def test_a_loop_that_went_away_is_followed_by_another(shared: str) -> None:
+    """What came meanwhile is delivered then, and nothing is left of the store's life on the first one."""
+    member = Member(shared)
+    asyncio.run(member.open())
+
+    async def meanwhile() -> None:
+        async with members(shared) as [other]:
+            await other.publish()
+
+    async def again() -> None:
+        await member.open()
+        await member.until(lambda: member.records)
+        await member.publish()
+        await member.store.close()
+
+    asyncio.run(meanwhile())
+    asyncio.run(again())
+    assert (len(member.records), member.times_missed, threads_left()) == (2, 0, [])
 
 
 @pytest.mark.usefixtures("_short_leases")

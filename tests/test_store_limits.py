@@ -198,3 +198,19 @@ async def test_seats_survive_a_store_that_lost_its_data(redis: Callable[[], Redi
         await one.until(lambda: one.store.failure is None)
         await other.until(lambda: other.store.failure is None)
         assert await seat(one, 1) == full(3)
+
+
+@on_loop
+async def test_a_seat_that_is_left_while_redis_is_away_is_free(redis: Callable[[], RedisServer]) -> None:  # noqa: F811
+    redis().empty()
+    async with members(redis().url, 2, max_connections_per_ip=3, store_timeout=0.2) as both:
+        one, other = both
+        assert [await seat(one, held) for held in (1, 2, 3)] == ["", "", ""]
+        redis().stop()
+        for member in both:
+            await member.until(lambda member=member: member.store.failure is not None)
+        one.store.unseat("203.0.113.1", 0)
+        redis().resume()
+        for member in both:
+            await member.until(lambda member=member: member.store.failure is None)
+        assert await seat(other, 3) == ""

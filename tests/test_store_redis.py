@@ -686,3 +686,18 @@ async def test_a_store_that_is_closed_answers_nothing(start_redis: StartRedis) -
         await one.store.close()
         with pytest.raises(StoreUnavailable):
             await one.publish()
+
+
+@on_loop
+async def test_an_opening_that_was_given_up_leaves_nothing(start_redis: StartRedis) -> None:
+    """Whoever asks next opens the store."""
+    redis = start_redis()
+    redis.stop()
+    member = Member(redis.url)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(member.open(), 0.1)
+    redis.resume()
+    await member.open()
+    await member.publish()
+    await member.store.close()
+    assert (len(member.openings), asyncio.all_tasks()) == (1, {asyncio.current_task()})

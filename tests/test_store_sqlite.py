@@ -8,7 +8,6 @@ import os
 import resource
 import sqlite3
 import stat
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from clients import PATIENCE
-from members import Member, Process, audience, members
+from members import Member, Process, audience, members, threads_left
 from test_store import SHORT_LEASE, _short_leases, on_loop, start_process  # noqa: F401
 
 import sqlite_database
@@ -175,34 +174,6 @@ async def test_the_write_ahead_log_begins_anew(path: Path, monkeypatch: pytest.M
 
 
 # The event loop.
-
-
-def threads_left() -> list[threading.Thread]:
-    """Return the stores' threads, when those that are about to end have ended."""
-    threads = [thread for thread in threading.enumerate() if thread.name == "notifyd-store"]
-    for thread in threads:
-        thread.join(1)
-    return [thread for thread in threads if thread.is_alive()]
-
-
-def test_a_loop_that_went_away_is_followed_by_another(path: Path) -> None:
-    """What came meanwhile is delivered then, and nothing is left of the store's life on the first one."""
-    member = Member(f"sqlite:{path}")
-    asyncio.run(member.open())
-
-    async def meanwhile() -> None:
-        async with members(f"sqlite:{path}") as [other]:
-            await other.publish()
-
-    async def again() -> None:
-        await member.open()
-        await member.until(lambda: member.records)
-        await member.publish()
-        await member.store.close()
-
-    asyncio.run(meanwhile())
-    asyncio.run(again())
-    assert (len(member.records), member.times_missed, threads_left()) == (2, 0, [])
 
 
 @on_loop
