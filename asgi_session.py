@@ -223,9 +223,13 @@ class Session:
         """Whether the app has taken all messages and waits for the next."""
         return self._wanted is not None and not self._messages
 
+    def is_full(self) -> bool:
+        """Whether so much waits for the app that nothing more is to be read."""
+        return len(self._messages) >= MAX_QUEUED_MESSAGES
+
     def received(self, message: str | bytes) -> None:
         self._put({"type": "websocket.receive", "text" if isinstance(message, str) else "bytes": message})
-        if len(self._messages) >= MAX_QUEUED_MESSAGES:
+        if self.is_full():
             self._wire.pause_reading()
 
     def broken(self, error: FrameError) -> None:

@@ -27,6 +27,9 @@ WIRE_EXTENSION = "notifyd.wire"
 PROBE_EXTENSION = "notifyd.probe"
 STREAM_EXTENSION = "notifyd.stream"
 CLOSE_DEADLINE_SECONDS = 5.0
+# What is read of one connection in a turn of the event loop. In frames of 6 bytes these are 2 to 5 ms of work. Without
+# a limit uvloop hands over megabytes at a time, and one peer that floods keeps everybody else waiting for seconds.
+TURN_BYTES = 4096
 # A send that took at least so long has waited for the peer. One that ended at once shows that the server took it, which
 # it does for a dead peer, too.
 WAITED_SECONDS = 1.0

@@ -5,6 +5,8 @@ Owns how long a request may take to arrive and how long its head may be. What an
 1. One request is read at a time: the parser gets no byte of the next before the last is answered. So `cycle`, which
    is uvicorn's word for a request and its response, is always the one under way, and an upgrade always has its turn.
 2. A request is answered once, by the app or here.
+3. In one turn of the event loop a connection reads TURN_BYTES at most, but for bodies of known length, which cost
+   next to nothing: in heads and chunks each line has its price.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from httptools import HttpRequestParser, parse_url
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from connection import STREAM_EXTENSION
+from connection import STREAM_EXTENSION, TURN_BYTES
 from opening_handshake import error_response
 
 # From the first byte of a connection or request to the last byte of the request.
@@ -45,6 +47,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._stalled: asyncio.TimerHandle | None = None
         # What the parser has not been given yet.
         self._unread = b""
+        # Whether it is given more in the next turn of the event loop.
+        self._goes_on = False
         # Bytes of the head, or read since the last of the body: trailers may be no larger than a head.
         self._head_bytes = 0
         # What is to come of a body of known length.
@@ -78,8 +82,12 @@ class HttpProtocol(HttpToolsProtocol):
                 self.transport.abort()
         elif self._incomplete or self.cycle is None or self.cycle.keep_alive:
             self._unread += data
+            if self._goes_on:
+                # The app has resumed the reading meanwhile.
+                self.transport.pause_reading()
+                return
             self._read_on()
-            if len(self._unread) > HIGH_WATER_LIMIT:
+            if len(self._unread) > HIGH_WATER_LIMIT and not self._goes_on:
                 self.flow.pause_reading()
 
     def on_response_complete(self) -> None:
@@ -88,11 +96,14 @@ class HttpProtocol(HttpToolsProtocol):
             self._read_on()
 
     def _read_on(self) -> None:
-        data, position = self._unread, 0
-        while position < len(data) and self._is_reading():
+        data, position, left = self._unread, 0, TURN_BYTES
+        while position < len(data) and left > 0 and self._is_reading():
+            is_sized = self._body_left > 0
             start, position = position, self._end_of_piece(data, position)
             if start == position:
                 break
+            if not is_sized:
+                left -= position - start
             self._head_bytes += position - start
             if not self._in_head or self._head_bytes <= MAX_HEAD_BYTES:
                 super().data_received(data[start:position])
@@ -105,12 +116,25 @@ class HttpProtocol(HttpToolsProtocol):
         if self.parser is None:
             # An eager client's frames, which uvicorn would forget.
             if self._unread:
-                self.transport.get_protocol().data_received(self._unread)
+                early, self._unread = self._unread, b""
+                self.transport.get_protocol().data_received(early)
         elif not self._incomplete:
             self._disarm()
         elif self._deadline is None:
             # A request that arrives in one piece, as nearly all do, costs no timer.
             self._arm()
+        if left <= 0 and self._unread and self._is_reading() and not self._goes_on:
+            self._goes_on = True
+            # Not by way of `flow`, which is the app's: it would resume.
+            self.transport.pause_reading()
+            self.loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._goes_on = False
+        if not self.transport.is_closing():
+            if not self.flow.read_paused:
+                self.transport.resume_reading()
+            self._read_on()
 
     def _is_reading(self) -> bool:
         if self._refused or self.parser is None or self.transport.is_closing():
@@ -126,9 +150,10 @@ class HttpProtocol(HttpToolsProtocol):
             end = min(len(data), start + self._body_left)
             self._body_left -= end - start
             return end
-        if (end := data.find(_BLANK_LINE, start)) >= 0:
+        stop = min(len(data), start + TURN_BYTES)
+        if (end := data.find(_BLANK_LINE, start, stop)) >= 0:
             return end + len(_BLANK_LINE)
-        return len(data) - next((size for size in (3, 2, 1) if data.endswith(_BLANK_LINE[:size], start)), 0)
+        return stop - next((size for size in (3, 2, 1) if data.endswith(_BLANK_LINE[:size], start, stop)), 0)
 
     def pause_writing(self) -> None:
         super().pause_writing()

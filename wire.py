@@ -13,6 +13,7 @@ app is served with the standard `receive` and `send`, by asgi_session.py.
    connection, and destroy the goodbye on its way.
 4. When nothing more can be read, `_parser` is None and what still comes is dropped.
 5. Nobody waits in vain for a pong: a ping that comes while the transport is full is answered when it has drained.
+6. In one turn of the event loop a connection reads TURN_BYTES at most, so that one that floods holds up nobody.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from uvicorn.config import Config
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
+from websockets.frames import Frame
 from websockets.http11 import Request
 
 from asgi_session import ABNORMAL_CLOSURE, Session
-from connection import CLOSE_DEADLINE_SECONDS, PROBE_EXTENSION, ConnectionState, Receiver
+from connection import CLOSE_DEADLINE_SECONDS, PROBE_EXTENSION, TURN_BYTES, ConnectionState, Receiver
 from frames import CLOSE, PING, PONG, FrameError, FrameParser, close_frame, frame, read_close
 from opening_handshake import HandshakeError, Headers, check_handshake, refusal
 from schemas import GOING_AWAY, INVALID_DATA
@@ -56,6 +58,7 @@ class WireProtocol(asyncio.Protocol):
         "_session",
         "_transport",
         "_unanswered",
+        "_unread",
         "state",
         "writable",
         "write",
@@ -76,6 +79,8 @@ class WireProtocol(asyncio.Protocol):
         self._transport: asyncio.Transport = None  # type: ignore[assignment]
         # The last ping that came while nothing could be written. It answers for those before it (section 5.5.3).
         self._unanswered: bytes | None = None
+        # What has arrived and is read in a later turn of the event loop.
+        self._unread = b""
         self._descriptor = -1
         self.state = CONNECTING
         self.writable = False
@@ -113,6 +118,9 @@ class WireProtocol(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._parser is not None:
+            if len(data) > TURN_BYTES:
+                self._put_off(data[TURN_BYTES:])
+                data = data[:TURN_BYTES]
             if self._receiver is not None:
                 self._receiver.heard()
             self._read(self._parser, data)
@@ -184,9 +192,8 @@ class WireProtocol(asyncio.Protocol):
         # Handshake and greeting in one write: that saves a system call for every newcomer.
         self._transport.write(answer + greeting)
         if early := session.early_data():
-            # It must not be overtaken by what comes after it, nor be told before this has returned.
-            self.pause_reading()
-            asyncio.get_running_loop().call_soon(self._read_early, early)
+            # It must not be told before this has returned.
+            self._put_off(early)
 
     def buffered(self) -> int:
         return self._transport.get_write_buffer_size()
@@ -227,14 +234,23 @@ class WireProtocol(asyncio.Protocol):
         self._transport.pause_reading()
 
     def resume_reading(self) -> None:
-        if not self._transport.is_closing():
+        # What has arrived already comes first, and then this is asked again.
+        if not self._unread and not self._transport.is_closing():
             self._transport.resume_reading()
 
     # --- reading
 
-    def _read_early(self, early: bytes) -> None:
-        self.resume_reading()
-        self.data_received(early)
+    def _put_off(self, data: bytes) -> None:
+        """Read this in the next turn of the event loop, and nothing before it."""
+        self._unread = data
+        self.pause_reading()
+        asyncio.get_running_loop().call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        data, self._unread = self._unread, b""
+        if self._session is None or not self._session.is_full():
+            self.resume_reading()
+        self.data_received(data)
 
     def _read(self, parser: FrameParser, data: bytes) -> None:
         pings: list[bytes] = []
@@ -352,8 +368,9 @@ class StandardProtocol(WebSocketsSansIOProtocol):
     """uvicorn's own class (`--wire standard`), with what ASGI leaves out: protocol pings, and pongs that count."""
 
     receiver: Receiver | None = None
-    # What an eager client has sent before its handshake was answered. The base class would act on it at once.
-    _early = b""
+    # What is read in a later turn of the event loop. What an eager client sends before its handshake is answered waits
+    # for that: the base class would act on it at once.
+    _unread = b""
 
     def handle_connect(self, event: Request) -> None:
         items = event.headers.raw_items()
@@ -371,22 +388,30 @@ class StandardProtocol(WebSocketsSansIOProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self.handshake_initiated and not self.handshake_complete:
-            self._early += data
+            self._unread += data
             self.transport.pause_reading()
             return
+        if self.handshake_complete and len(data) > TURN_BYTES:
+            data, self._unread = data[:TURN_BYTES], data[TURN_BYTES:]
+            self.transport.pause_reading()
+            self.loop.call_soon(self._read_on)
         if self.receiver is not None:
             self.receiver.heard()
         super().data_received(data)
+        if self._unread:
+            # The base class would resume as soon as the app has taken a message. That is for _read_on now.
+            self.read_paused = False
         if self.conn.handshake_exc is not None and not self.handshake_initiated:
             # The library has a limit of its own for lines and headers. uvicorn would leave it at that, for ever.
             self.transport.write(refusal(HandshakeError(str(self.conn.handshake_exc))))
             self.transport.close()
 
     async def send(self, message: Any) -> None:
+        was_complete = self.handshake_complete
         await super().send(message)
-        if self._early and self.handshake_complete:
+        if self._unread and self.handshake_complete and not was_complete:
             # Not at once: the app may have something to say first.
-            self.loop.call_soon(self._read_early)
+            self.loop.call_soon(self._read_on)
         lost = message["type"] == "websocket.accept" and not self.handshake_complete
         if lost or (self.initial_response is not None and self.close_sent):
             # The app has answered, if with a refusal or too late. uvicorn would log that it has not.
@@ -394,11 +419,17 @@ class StandardProtocol(WebSocketsSansIOProtocol):
         if lost:
             raise ClientDisconnected
 
-    def _read_early(self) -> None:
-        early, self._early = self._early, b""
-        if early and not self.transport.is_closing():
-            self.transport.resume_reading()
-            self.data_received(early)
+    def _read_on(self) -> None:
+        data, self._unread = self._unread, b""
+        if data and not self.transport.is_closing():
+            if not self.read_paused:
+                self.transport.resume_reading()
+            self.data_received(data)
+
+    def handle_cont(self, event: Frame) -> None:
+        # The base class would keep each of the empty fragments that a message may have without end.
+        if event.data or event.fin:
+            super().handle_cont(event)
 
     def send_receive_event_to_app(self) -> None:
         """Refuse bad UTF-8 as the base class does, but without its traceback in the log."""
