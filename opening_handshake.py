@@ -62,7 +62,7 @@ def check_handshake(method: str, headers: Iterable[tuple[bytes, bytes]]) -> byte
     """Return the key of an opening handshake. Raises HandshakeError for what RFC 6455, section 4.2.1 forbids."""
     if method != "GET":
         raise HandshakeError("A WebSocket handshake is a GET request", 405, ((b"allow", b"GET"),))
-    hosts, versions, keys = [], [], []
+    hosts, versions, keys, has_body = [], [], [], False
     for name, value in headers:
         if name == b"host":
             hosts.append(value)
@@ -70,10 +70,15 @@ def check_handshake(method: str, headers: Iterable[tuple[bytes, bytes]]) -> byte
             versions.append(value)
         elif name == b"sec-websocket-key":
             keys.append(value)
+        elif name == b"transfer-encoding" or (name == b"content-length" and value != b"0"):
+            has_body = True
     if len(hosts) != 1:
         raise HandshakeError("Host must come once")
     if versions != [b"13"]:
         raise HandshakeError("Sec-WebSocket-Version must be 13", 426, ((b"sec-websocket-version", b"13"),))
+    if has_body:
+        # It would be read as frames, or by a proxy in front as a request of its own.
+        raise HandshakeError("A WebSocket handshake has no body")
     # Each comes once: sections 11.3.1 and 11.3.5.
     if len(keys) != 1 or not _is_key(keys[0]):
         raise HandshakeError("Sec-WebSocket-Key must be 16 bytes in base64")

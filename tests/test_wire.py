@@ -185,6 +185,13 @@ def test_a_handshake_is_http_1_1(anyone: Apps) -> None:
     assert (status, parse(body)) == (400, http_error("connection", naming("HTTP/1.1")))
 
 
+@pytest.mark.parametrize("changes", [{"Content_Length": "5"}, {"Transfer_Encoding": "chunked"}], ids=str)
+def test_a_handshake_has_no_body(anyone: Apps, changes: dict[str, str | None]) -> None:
+    """What a proxy takes for a body must not be read as frames, nor the other way round."""
+    assert anyone.response_to(request(**changes))[0] == 400
+    assert anyone.response_to(request(Content_Length="0"))[0] == 101
+
+
 @pytest.mark.parametrize("version", ["12", "8", "", "13, 8", "+13", None])
 def test_another_version_is_426_and_told_the_right_one(anyone: Apps, version: str | None) -> None:
     """RFC 6455, section 4.2.2: so that the client can try again."""
