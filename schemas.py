@@ -128,7 +128,7 @@ def decode(body: bytes, kind: Any) -> Any:
 
 
 _ZEROS = bytes(ord("0") if chr(byte) in "123456789" else byte for byte in range(256))
-_STRING_OR_LONG_NUMBER = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[-+.0-9Ee]{19,}')
+_STRING_OR_LONG_NUMBER = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[-+.0-9Ee]{19,}+')
 
 
 def _check_integers(body: bytes) -> None:
