@@ -213,11 +213,12 @@ async def connect(hub: Hub, door: Door | None, scope: Scope, receive: Receive, s
 
 
 async def _admit_or_close(hub: Hub, door: Door | None, connection: Connection, scope: Scope) -> None:
-    parameters = QueryParams(scope["query_string"])
     if door is not None and SUBPROTOCOL in scope.get("subprotocols", ()):
         # Also for a refusal: a browser whose subprotocols are not answered does not see it.
         connection.choose(SUBPROTOCOL)
     try:
+        schemas.check_query(scope["query_string"])
+        parameters = QueryParams(scope["query_string"])
         identity = None if door is None else await door.identify(scope)
         await hub.admit(
             connection,
@@ -333,6 +334,7 @@ class Endpoint:
             return self._options(Headers(scope=scope))
         if (handler := self.handlers.get(method)) is None:
             raise MethodNotAllowed(f"Method {method[:32]} is not allowed here", {"Allow": self.allow})
+        schemas.check_query(scope["query_string"])
         identity = None if self.door is None else await self.door.identify(scope)
         if identity is not None and self.check is not None:
             self.check(identity)

@@ -179,6 +179,8 @@ _RULES = {
 MAX_TOPICS = 100  # of one client
 MAX_TARGET_CLIENTS, MAX_TARGET_TOPICS = 1000, 100  # of one notification
 MAX_BATCH = 1000
+# A URL has room for tens of thousands, and to read them would be 50 ms of work.
+MAX_PARAMETERS = 100
 
 
 class NotifyRequest(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -209,6 +211,12 @@ class AuthRequest(Struct, kw_only=True):
     """A client's renewal of its token."""
 
     token: str
+
+
+def check_query(query: bytes) -> None:
+    """Raise InvalidRequest for more parameters than anybody needs, before they are read."""
+    if query.count(b"&") >= MAX_PARAMETERS:
+        raise InvalidRequest(f"Query: more than {MAX_PARAMETERS} parameters")
 
 
 def topics_of(parameter: str) -> frozenset[str]:

@@ -172,6 +172,7 @@ def test_limits_are_the_codes_own() -> None:
         http_wire.REQUEST_SECONDS,
         http_wire.STALLED_SECONDS,
         http_wire.MAX_HEAD_BYTES,
+        schemas.MAX_PARAMETERS,
         routes.STATUS_DETAILS,
     ]
 

@@ -361,6 +361,21 @@ def test_a_head_that_is_a_flood_is_refused(server: Server, flood: bytes) -> None
     assert server.answer_to(flood).startswith(b"HTTP/1.1 431 ")
 
 
+@pytest.mark.usefixtures("bystander")
+@pytest.mark.parametrize("path", ["/status", "/notifications", "/events", "/notify"])
+def test_a_query_with_a_flood_of_parameters_is_refused(server: Server, path: str) -> None:
+    """Before any of them is read: a URL has room for more than can be read at once."""
+    answer = server.get(f"{path}?{'a&' * 100}") if path != "/notify" else server.http.post(f"{path}?{'a&' * 100}")
+    assert (answer.status_code, parse(answer.content)) == (400, http_error("validation", naming("Query", "100")))
+
+
+@pytest.mark.usefixtures("bystander")
+def test_a_handshake_with_a_flood_of_parameters_is_closed(server: Server) -> None:
+    """With the reason; a hundred of them are still read."""
+    assert server.connect(query="a&" * 100).closed() == (1008, "Query: more than 100 parameters")
+    assert server.join(query="a&" * 98 + "client_id=bob").ask({"type": "ping"}) == PONG
+
+
 @needs_proc
 @pytest.mark.parametrize("headers", [b"X: " + b"x" * 9000, b"X: y\r\n" * 200 + b"Z: z"], ids=["long", "many"])
 def test_a_handshake_with_much_to_read_is_answered(server: Server, headers: bytes) -> None:
