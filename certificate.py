@@ -49,6 +49,10 @@ def _read(settings: Settings) -> ssl.SSLContext:
         except OSError as error:
             raise SettingsError(f"{flag}: cannot read {path}: {error.strerror}") from None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    # What Python and OpenSSL 3 do by themselves, unless the machine's configuration says otherwise; OpenSSL 1.1.1 would
+    # let a client have as many handshakes on one connection as it likes, each of which costs the server more than it.
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
     try:
         # An empty password is given too: without one OpenSSL would ask at the terminal.
         context.load_cert_chain(certificate, key, settings.ssl_keyfile_password)

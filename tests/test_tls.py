@@ -158,6 +158,24 @@ def test_what_is_no_tls_is_dropped(secure: Server) -> None:
     assert not [line for line in secure.stderr if "SSL" in line]
 
 
+def s_client(server: Server, *flags: str, say: str = "") -> subprocess.CompletedProcess[str]:
+    """Connect with OpenSSL's own client, at its lowest level of security, and type this."""
+    command = ["openssl", "s_client", "-connect", f"{server.host}:{server.port}", "-cipher", "ALL:@SECLEVEL=0", *flags]
+    return subprocess.run(command, input=say, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+
+@pytest.mark.parametrize(("version", "is_served"), [("1", False), ("1_1", False), ("1_2", True), ("1_3", True)])
+def test_only_versions_of_tls_that_are_not_broken_are_spoken(secure: Server, version: str, is_served: bool) -> None:
+    """RFC 8996: TLS 1.0 and 1.1 must not be used."""
+    assert (s_client(secure, f"-tls{version}").returncode == 0) == is_served
+
+
+def test_a_client_cannot_renegotiate(secure: Server) -> None:
+    """Each handshake costs the server more than the client, and nobody would count them."""
+    said = s_client(secure, "-tls1_2", say="R\n")
+    assert "RENEGOTIATING" in said.stdout + said.stderr and "no renegotiation" in said.stderr
+
+
 def test_a_silent_peer_is_dropped_after_the_deadline_of_a_request(pair: Pair) -> None:
     """Before its handshake there is no request, and uvicorn would wait for a minute."""
     _, _, *flags = notifyd_command("--port", "0", "--notification-interval", "0", *pair.flags)
