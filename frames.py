@@ -69,7 +69,7 @@ def read_close(payload: bytes) -> tuple[int, str]:
     if not payload:
         return NO_STATUS_RECEIVED, ""
     code, reason = int.from_bytes(payload[:2], "big"), _text(payload[2:])
-    if len(payload) == 1 or not (code in _CLOSE_CODES or 3000 <= code < 5000):
+    if not (code in _CLOSE_CODES or 3000 <= code < 5000):
         raise FrameError(PROTOCOL_ERROR, "Invalid close code")
     return code, reason
 
