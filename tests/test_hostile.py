@@ -6,6 +6,7 @@ import random
 import resource
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import pytest
 from clients import BareClient
 from conftest import StartServer
 from expected import PONG, Like, http_error, naming, parse, ws_error
-from server import Server, eventually
+from server import Server, eventually, notifyd_command
 from test_events import Stream
 from websockets.frames import Frame, Opcode
 
@@ -28,6 +29,7 @@ HANDSHAKE = (
     b"GET /ws HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
 )
+LENIENT = "import sys, client, notifyd; client.MESSAGE_BURST = 1e9; sys.exit(notifyd.main())"
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
 
@@ -153,6 +155,23 @@ def test_a_flood_without_reading_takes_no_memory(server: Server, opcode: Opcode)
     flooder, before = stalled(server), server.memory()
     push(flooder.socket, Frame(opcode, b"x" * 125).serialize(mask=True) * 500, 40 * MEGABYTE)
     assert server.memory() - before < 8 * MEGABYTE
+
+
+@pytest.fixture
+def lenient() -> Iterator[Server]:
+    """A server that lets a client send as many messages as it likes."""
+    _, _, *flags = notifyd_command("--port", "0", "--notification-interval", "0", "--ping-interval", "0")
+    server = Server([sys.executable, "-c", LENIENT, *flags])
+    yield server
+    server.stop()
+
+
+def test_answers_that_nobody_reads_are_the_end(lenient: Server) -> None:
+    """A client that asks and never reads is closed before they fill the memory."""
+    client = lenient.join_bare(receive_buffer=65_536)
+    client.socket.sendall(Frame(Opcode.TEXT, b"x").serialize(mask=True) * 100_000)
+    eventually(lambda: lenient.active() == 0)
+    assert client.closed() == (1008, "Slow consumer: answers are not read")
 
 
 @needs_proc
@@ -310,14 +329,24 @@ def test_deep_json_from_a_client_is_just_no_json(server: Server) -> None:
 def test_a_peer_that_ignores_its_close_is_aborted(start_server: StartServer) -> None:
     """After a deadline neither a slot nor a descriptor is left of a client that doesn't answer the close."""
     server = start_server("--on-duplicate", "replace")
-    server.get("/health")
-    before = server.descriptors()
     client = stalled(server, "bob")
     for _ in range(100):
         server.notify("large", data={"pad": "x" * 60_000})
+    assert server.holds(client.socket)
     server.join("bob").leave()
-    eventually(lambda: server.descriptors() <= before, 9)
+    eventually(lambda: not server.holds(client.socket), 12)
     assert client.closed()[0] in (1006, 1008)
+
+
+@needs_proc
+def test_a_peer_that_ends_its_side_and_reads_nothing_is_aborted(start_server: StartServer) -> None:
+    """What it has yet to take keeps nothing for long."""
+    server = start_server("--ping-interval", "1", "--ping-timeout", "2", quiet=False)
+    client = stalled(server)
+    for _ in range(100):
+        server.notify("large", data={"pad": "x" * 60_000})
+    client.socket.shutdown(socket.SHUT_WR)
+    eventually(lambda: not server.holds(client.socket), 15)
 
 
 @needs_proc
@@ -466,6 +495,18 @@ def test_a_publisher_of_100_megabytes_sees_the_413(server: Server) -> None:
 def test_half_a_body_is_no_notification(server: Server, sent: bytes) -> None:
     """A publisher that breaks off publishes nothing and leaves no exception in the log."""
     server.raw(PUBLISH + b"Content-Length: 1000\r\n\r\n" + sent).close()
+
+
+def test_half_a_text_is_no_notification(server: Server) -> None:
+    """Any part of a plain text could be one."""
+    client = server.join()
+    connection = server.raw(
+        b"POST /notify HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nContent-Type: text/plain\r\n\r\nhalf"
+    )
+    connection.shutdown(socket.SHUT_WR)
+    assert connection.recv(65_536) == b""
+    server.notify("whole")
+    assert client.receive()["data"]["message"] == "whole"
 
 
 @pytest.mark.usefixtures("bystander")
