@@ -406,6 +406,10 @@ class StandardProtocol(WebSocketsSansIOProtocol):
             self.transport.write(refusal(HandshakeError(str(self.conn.handshake_exc))))
             self.transport.close()
 
+    def eof_received(self) -> None:
+        # The transport closes when everything is written: a peer that reads nothing must not keep it.
+        self.loop.call_later(CLOSE_DEADLINE_SECONDS, self.transport.abort)
+
     async def send(self, message: Any) -> None:
         was_complete = self.handshake_complete
         await super().send(message)

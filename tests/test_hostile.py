@@ -339,9 +339,8 @@ def test_a_peer_that_ignores_its_close_is_aborted(start_server: StartServer) -> 
 
 
 @needs_proc
-def test_a_peer_that_ends_its_side_and_reads_nothing_is_aborted(start_server: StartServer) -> None:
+def test_a_peer_that_ends_its_side_and_reads_nothing_is_aborted(server: Server) -> None:
     """What it has yet to take keeps nothing for long."""
-    server = start_server("--ping-interval", "1", "--ping-timeout", "2", quiet=False)
     client = stalled(server)
     for _ in range(100):
         server.notify("large", data={"pad": "x" * 60_000})
