@@ -25,19 +25,21 @@ from starlette.datastructures import QueryParams
 from uvicorn.server import ServerState
 
 import connection
+import http_wire
 import schemas
+import wire
 from errors import InvalidRequest, Unauthorized
-from http_wire import HttpProtocol
 from notifyd import create_app
 from opening_handshake import HandshakeError, read_request
 from settings import Settings
 from tokens import tokens_of
-from wire import StandardProtocol, WireProtocol
 
 # An input that has not ended after so long is one that makes the server hang.
 PATIENCE = 10.0
 # The standard wire holds a connection for as long after its end: here not for seconds, to see whether it is let go.
-DEADLINE_SECONDS = connection.CLOSE_DEADLINE_SECONDS = 0.1
+DEADLINE_SECONDS = connection.CLOSE_DEADLINE_SECONDS = wire.CLOSE_DEADLINE_SECONDS = 0.1
+# So few that inputs are read in several turns of the event loop.
+http_wire.TURN_BYTES = wire.TURN_BYTES = 64
 
 NOTIFICATION = b'{"message":"m","type":"t","data":{"a":[1,2.5,null,true]},"clients":["bob"],"topics":["x"]}'
 HANDSHAKE = (
@@ -89,7 +91,7 @@ REQUESTS = [
 class App:
     """The app as notifyd.py serves it, with one protocol class for WebSockets, in an event loop of its own."""
 
-    def __init__(self, wire: type[asyncio.Protocol]) -> None:
+    def __init__(self, protocol: type[asyncio.Protocol]) -> None:
         # What is kept must be full soon, or it would pass for growth.
         settings = Settings(notification_interval=0, history_size=20, max_message_size=1000)
         self.errors: list[str] = []
@@ -103,8 +105,8 @@ class App:
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            http=HttpProtocol,
-            ws=wire,  # type: ignore[arg-type]
+            http=http_wire.HttpProtocol,
+            ws=protocol,  # type: ignore[arg-type]
             ws_ping_interval=None,
             ws_per_message_deflate=False,
             ws_max_size=settings.max_message_size,
@@ -121,7 +123,7 @@ class App:
         """Send the bytes, end our side, take all that is answered, and wait until nothing is left."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        await self.loop.connect_accepted_socket(lambda: HttpProtocol(self.config, self.state, {}), theirs)
+        await self.loop.connect_accepted_socket(lambda: http_wire.HttpProtocol(self.config, self.state, {}), theirs)
         with ours, suppress(ConnectionError):
             await self.loop.sock_sendall(ours, data)
             ours.shutdown(socket.SHUT_WR)
@@ -143,11 +145,11 @@ class _Errors(logging.Handler):
 
 
 def over_http() -> Callable[[bytes], None]:
-    return App(WireProtocol)
+    return App(wire.WireProtocol)
 
 
-def over_websocket(wire: type[asyncio.Protocol]) -> Callable[[bytes], None]:
-    app = App(wire)
+def over_websocket(protocol: type[asyncio.Protocol]) -> Callable[[bytes], None]:
+    app = App(protocol)
     return lambda data: app(HANDSHAKE + data)
 
 
@@ -205,6 +207,6 @@ TARGETS = {
         over_tokens, [TOKEN_HEADER, b'{"sub":"bob","topics":["a*"],"publish":["b"],"admin":true,"exp":9e9}']
     ),
     "http": Target(over_http, REQUESTS),
-    "websocket": Target(lambda: over_websocket(WireProtocol), FRAMES),
-    "standard": Target(lambda: over_websocket(StandardProtocol), FRAMES),
+    "websocket": Target(lambda: over_websocket(wire.WireProtocol), FRAMES),
+    "standard": Target(lambda: over_websocket(wire.StandardProtocol), FRAMES),
 }
