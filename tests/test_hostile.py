@@ -120,7 +120,7 @@ FLOODS = {
     "pongs": small_frames(Opcode.PONG),
     "chunks": PUBLISH.replace(b"/notify", b"/notify/batch")
     + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
-    + b"1\r\nx\r\n" * (2 * MEGABYTE // 6)
+    + b"1\r\nx\r\n" * (4 * MEGABYTE // 6)
     + b"0\r\n\r\n",
 }
 
@@ -135,7 +135,7 @@ def test_a_flood_of_little_things_is_read_in_turns(server: Server, flood: bytes)
             other.send_frame(Opcode.PING, b"")
             other.next_frame(Opcode.PONG)
             answered += 1
-    assert answered > 60
+    assert answered > 40
 
 
 def send_and_read_all(connection: socket.socket, data: bytes) -> None:
