@@ -18,6 +18,7 @@ from errors import StoreUnavailable
 from peers import Peers
 from schemas import ClientDetails, timestamp
 from store import Census, Report, Store
+from turns import in_slices
 
 # How long another process gets to say what it has counted.
 ANSWER_SECONDS = 1.0
@@ -81,7 +82,7 @@ class Accounts:
 
         Every process is asked what it has counted; one that does not answer stands with its last report.
         """
-        census, details = await self.census(), self.details(limit)
+        census, details = await self.census(), await self.details(limit)
         if census.others:
             with contextlib.suppress(StoreUnavailable):
                 asked = {"ask": "report", "limit": limit}
@@ -91,7 +92,7 @@ class Accounts:
             details = sorted(details, key=lambda one: (one.connected_at, one.client_id))[:limit]
         return census, details
 
-    def details(self, limit: int) -> list[ClientDetails]:
+    async def details(self, limit: int) -> list[ClientDetails]:
         """Return this process's first clients, in the order of their admission."""
         return [
             ClientDetails(
@@ -100,7 +101,7 @@ class Accounts:
                 last_ping=timestamp(self._wall_time(client.heard_at)),
                 user_agent=client.user_agent,
             )
-            for client in itertools.islice(self._directory, limit)
+            async for _, client in in_slices(list(itertools.islice(self._directory, limit)))
         ]
 
     def _wall_time(self, clock: float) -> float:

@@ -563,7 +563,7 @@ class Hub:
                 return {"stays": True}
             return {"stays": False}
         await self.accounts.report()
-        return schemas.to_plain(self.accounts.details(question["limit"]))
+        return schemas.to_plain(await self.accounts.details(question["limit"]))
 
     def _counted(self) -> Report:
         return Report(self.fanout.messages_sent, self.slow_consumers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -10,6 +11,11 @@ import pytest
 from conftest import StartServer
 from expected import CLIENT_ID, COUNT, SECONDS, TIME, http_error, naming, parse
 from server import Server, eventually, workers
+from virtual import FakeConnection
+
+import turns
+from hub import Hub
+from settings import Settings
 
 
 def details(server: Server, query: str = "") -> list[Any]:
@@ -142,6 +148,29 @@ def test_limit_caps_the_details(server: Server, limit: int) -> None:
     for _ in range(3):
         server.join()
     assert len(details(server, f"?limit={limit}")) == min(limit, 3)
+
+
+def test_a_long_list_is_made_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others have their turn meanwhile, however many are connected."""
+    monkeypatch.setattr(turns, "SLICE_SECONDS", 0)
+    hub, had_turns = Hub(Settings()), 0
+
+    async def others() -> None:
+        nonlocal had_turns
+        while True:
+            had_turns += 1
+            await asyncio.sleep(0)
+
+    async def listed() -> int:
+        async with hub:
+            for number in range(100):
+                await hub.admit(FakeConnection(), str(number), None)
+            task = asyncio.create_task(others())
+            details = await hub.accounts.details(100)
+            task.cancel()
+            return len(details)
+
+    assert asyncio.run(listed()) == 100 and had_turns > 50
 
 
 def test_limit_does_not_change_the_count(server: Server) -> None:
