@@ -309,6 +309,16 @@ def test_an_end_before_the_handshake_is_answered_is_just_an_end(server: Server, 
             pass
 
 
+@needs_proc
+@pytest.mark.usefixtures("bystander")
+def test_a_flood_before_the_handshake_is_answered_takes_no_memory(server: Server) -> None:
+    """A newcomer whose client_id is taken waits for two seconds, and may send what it likes meanwhile."""
+    server.join_bare("bob")
+    handshake, before = HANDSHAKE.replace(b"/ws", b"/ws?client_id=bob"), server.memory()
+    taken = push(server.raw(handshake), Frame(Opcode.PONG, b"x" * 125).serialize(mask=True) * 500, 40 * MEGABYTE)
+    assert taken < 40 * MEGABYTE and server.memory() - before < 8 * MEGABYTE
+
+
 @pytest.mark.usefixtures("bystander")
 def test_the_end_of_the_stream_in_the_middle_of_a_frame_is_a_goodbye(server: Server) -> None:
     """Who sends half a frame and a FIN has left."""
