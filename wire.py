@@ -411,6 +411,10 @@ class StandardProtocol(WebSocketsSansIOProtocol):
         self.loop.call_later(CLOSE_DEADLINE_SECONDS, self.transport.abort)
 
     async def send(self, message: Any) -> None:
+        await self.writable.wait()
+        if self.handshake_complete and self.close_sent and self.initial_response is None:
+            # The base class has failed the connection for a broken frame, and would blame the app.
+            raise ClientDisconnected
         was_complete = self.handshake_complete
         await super().send(message)
         if self._unread and self.handshake_complete and not was_complete:

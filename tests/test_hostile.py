@@ -213,6 +213,15 @@ def test_a_frame_against_the_protocol_closes_with_1002(server: Server, raw: byte
 
 
 @pytest.mark.usefixtures("bystander")
+def test_a_broken_frame_behind_a_message_is_no_error_of_ours(server: Server) -> None:
+    """When the message's answer is written, the connection has failed already: nothing is in the log."""
+    client = server.join_bare()
+    message, pong = Frame(Opcode.TEXT, b"x"), Frame(Opcode.PONG, b"x" * 125)
+    client.socket.sendall(message.serialize(mask=True) + pong.serialize(mask=True) * 65 + b"\x81\x02{}")
+    assert client.closed()[0] == 1002
+
+
+@pytest.mark.usefixtures("bystander")
 @pytest.mark.parametrize("code", [0, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, 65_535])
 def test_a_close_with_a_code_that_nobody_may_send_is_answered_with_1002(server: Server, code: int) -> None:
     """RFC 6455, 7.4: some are reserved, the others not defined."""
