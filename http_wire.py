@@ -87,8 +87,6 @@ class HttpProtocol(HttpToolsProtocol):
                 self.transport.pause_reading()
                 return
             self._read_on()
-            if len(self._unread) > HIGH_WATER_LIMIT and not self._goes_on:
-                self.flow.pause_reading()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -96,6 +94,32 @@ class HttpProtocol(HttpToolsProtocol):
             self._read_on()
 
     def _read_on(self) -> None:
+        left = self._feed()
+        if self._refused or self.transport.is_closing():
+            return
+        if self.parser is None:
+            # An eager client's frames, which uvicorn would forget.
+            if self._unread:
+                early, self._unread = self._unread, b""
+                self.transport.get_protocol().data_received(early)
+        elif not self._incomplete:
+            self._disarm()
+        elif self._deadline is None:
+            # A request that arrives in one piece, as nearly all do, costs no timer.
+            self._arm()
+        if self._goes_on:
+            return
+        if left <= 0 and self._unread and self._is_reading():
+            self._goes_on = True
+            # Not by way of `flow`, which is the app's: it would resume.
+            self.transport.pause_reading()
+            self.loop.call_soon(self._go_on)
+        elif len(self._unread) > HIGH_WATER_LIMIT:
+            # Whatever made it read on: uvicorn resumes at the end of each response.
+            self.flow.pause_reading()
+
+    def _feed(self) -> int:
+        """Give the parser what this turn allows, and return how many bytes more that would be."""
         data, position, left = self._unread, 0, TURN_BYTES
         while position < len(data) and left > 0 and self._is_reading():
             is_sized = self._body_left > 0
@@ -111,23 +135,7 @@ class HttpProtocol(HttpToolsProtocol):
                 self._refuse(431, f"request head: larger than the limit of {MAX_HEAD_BYTES} bytes")
                 break
         self._unread = data[position:]
-        if self._refused or self.transport.is_closing():
-            return
-        if self.parser is None:
-            # An eager client's frames, which uvicorn would forget.
-            if self._unread:
-                early, self._unread = self._unread, b""
-                self.transport.get_protocol().data_received(early)
-        elif not self._incomplete:
-            self._disarm()
-        elif self._deadline is None:
-            # A request that arrives in one piece, as nearly all do, costs no timer.
-            self._arm()
-        if left <= 0 and self._unread and self._is_reading() and not self._goes_on:
-            self._goes_on = True
-            # Not by way of `flow`, which is the app's: it would resume.
-            self.transport.pause_reading()
-            self.loop.call_soon(self._go_on)
+        return left
 
     def _go_on(self) -> None:
         self._goes_on = False

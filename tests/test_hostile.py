@@ -544,12 +544,13 @@ def test_a_publisher_that_does_not_read_its_answer_holds_up_nobody(server: Serve
 
 
 @needs_proc
-@pytest.mark.usefixtures("bystander")
-def test_requests_behind_an_answer_that_nobody_takes_take_no_memory(server: Server) -> None:
-    """They wait in the kernel, and then with whoever sends them."""
+@pytest.mark.parametrize("path", ["/notifications", "/health"])
+def test_requests_behind_an_answer_that_nobody_takes_take_no_memory(start_server: StartServer, path: str) -> None:
+    """They wait in the kernel, and then with whoever sends them; whether few answers are large, or many are small."""
+    server = start_server()
     for _ in range(17):
         server.notify("large", data={"pad": "x" * 60_000})
-    connection, before = server.raw(b"GET /notifications HTTP/1.1\r\nHost: x\r\n\r\n" * 100), server.memory()
+    connection, before = server.raw(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * 100), server.memory()
     assert push(connection, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 1000, 40 * MEGABYTE) < 40 * MEGABYTE
     assert server.memory() - before < 8 * MEGABYTE
 
