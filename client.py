@@ -11,7 +11,7 @@ from connection import Connection
 MESSAGE_BURST, MESSAGES_PER_SECOND = 100.0, 50.0
 # Pings are spread over the interval in this many portions.
 HEARTBEAT_PHASES = 20
-# The sequences that a client is owed are one list for all who are owed the same, up to this many.
+# Who cannot be written to has a list of its own of what it is owed, when it would be longer than this.
 SHARED_PENDING = 256
 
 
@@ -98,14 +98,14 @@ class Client:
         """Owe the client these entries too, all newer than what it is owed already.
 
         Whoever is owed the same keeps the same list, by which the pass knows that; `joined` is for all
-        clients of one publish. A client that is far behind has a list of its own, which only grows: it costs a
-        publish the same however far behind it is.
+        clients of one publish. A client that stalls and is far behind has a list of its own, which only grows: it
+        costs a publish the same however far behind it is.
         """
         if self.pending is None:
             self.pending, self._owns_pending = sequences, False
         elif self._owns_pending:
             self.pending += sequences
-        elif len(self.pending) + len(sequences) > SHARED_PENDING:
+        elif len(self.pending) + len(sequences) > SHARED_PENDING and not self.connection.writable:
             self.pending, self._owns_pending = [*self.pending, *sequences], True
         else:
             key = id(self.pending), id(sequences)

@@ -17,13 +17,16 @@ from collections.abc import Callable, Iterator, Sequence
 from client import Client, Joined
 from directory import Directory
 from frames import frame, payloads
-from ring import Audience, Ring
+from ring import Audience, Batch, Ring
 from schemas import Positions
 from store import Record
 
 # The pass yields to the event loop after this many clients: at 3 to 10 us each it is held for 1 to 3 ms. A request
 # that arrives meanwhile takes three turns of the loop, and is answered within 10 ms.
 SLICE_CLIENTS = 250
+# Nor is a slice more than about this much to write: the kernel copies a megabyte in 1 to 2 ms (bench/run.py --measure
+# hold).
+SLICE_BYTES = 1_048_576
 # The longest that a pass waits to collect publishes into one write for each client.
 COLLECT_SECONDS = 0.05
 
@@ -146,9 +149,12 @@ class FanOut:
         full, self._for_everyone = self._for_everyone, False
         clients = list(self._directory if full else self._owed)
         behind: list[Client] = []
+        start = 0
         try:
-            for start in range(0, len(clients), SLICE_CLIENTS):
-                behind += self._hand_over(clients[start : start + SLICE_CLIENTS])
+            while start < len(clients):
+                end = start + self._slice_from(clients[start])
+                behind += self._hand_over(clients[start:end])
+                start = end
                 await asyncio.sleep(0)
         except BaseException:
             # Whoever was not reached is reached by the next pass.
@@ -160,6 +166,17 @@ class FanOut:
         self._settled, self._passed = self._passed, reached
         self.trim()
 
+    def _slice_from(self, client: Client) -> int:
+        """Return how many clients are a slice, where each is owed what this one is."""
+        batch, _ = self._next(client)
+        return max(1, min(SLICE_CLIENTS, SLICE_BYTES // len(batch.frames))) if batch else SLICE_CLIENTS
+
+    def _next(self, client: Client) -> tuple[Batch | None, list[int]]:
+        """Return what a client is to be handed next, and what of its own is left then."""
+        if client.pending is None:
+            return self.ring.batch(client.cursor), []
+        return self.ring.merge(client.cursor, client.pending)
+
     def _hand_over(self, clients: list[Client]) -> list[Client]:
         """Hand a slice of clients what they are owed, and return those that are still behind.
 
@@ -169,7 +186,7 @@ class FanOut:
         of the system call (bench/run.py --measure fanout). What the kernel does not take is the transport's.
         """
         at, owed = clients[0].cursor, clients[0].pending
-        batch, left = (self.ring.batch(at), None) if owed is None else self.ring.merge(at, owed)
+        batch, left = self._next(clients[0])
         if batch is None or batch.end != self.ring.head or left:
             return [client for client in clients if not self.advance(client)]
         behind = []

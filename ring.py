@@ -7,7 +7,8 @@ Owns positions and what is kept. Knows no client, no socket and no clock of its 
    only takes no turn, so it moves nobody else's cursor.
 3. What is trimmed is gone from the front; nothing is ever removed from the middle. The id just before the
    front is remembered, because a client may stand there.
-4. A batch is joined once for all clients that stand at the same cursor, and forgotten at the next append.
+4. A batch is joined once for all clients that stand at the same cursor, and forgotten at the next append; so is one
+   for all who are owed the same list beside.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ NAME_BYTES = 64
 # One write hands a client at most about this much, so that a client that is far behind does not pin a copy of
 # the whole ring in its transport.
 BATCH_BYTES = 262_144
+# So many batches with what clients are owed beside are kept for the next one who is owed the same.
+MERGED = 8
 
 
 class Audience(NamedTuple):
@@ -71,6 +74,7 @@ class Ring:
         "_farewell",
         "_front",
         "_front_turn",
+        "_merged",
         "_replayed",
         "max_age",
         "max_bytes",
@@ -90,6 +94,8 @@ class Ring:
         self._farewell = -1  # the cursor behind the two frames of the farewell, once there is one
         self._replayed = 0  # entries that count towards max_entries
         self._batches: dict[int, Batch] = {}
+        # By cursor, and by the list that is owed with its length then. The list is kept, so that it is no other's id.
+        self._merged: dict[tuple[int, int, int], tuple[list[int], Batch, list[int]]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -129,6 +135,7 @@ class Ring:
         size = len(frame) + (0 if audience is None else audience.size())
         entry = Entry(self.next_sequence, self.head, id, frame, size, at, replayed, audience)
         self._entries.append(entry)
+        self._merged.clear()
         if audience is None:
             self._broadcasts.append(entry)
             self._batches.clear()
@@ -142,6 +149,7 @@ class Ring:
             self._broadcasts.append(Entry(self.next_sequence, self.head, self.position, frame, 0, 0.0, False, None))
         self._farewell = self.head
         self._batches.clear()
+        self._merged.clear()
 
     def batch(self, cursor: int) -> Batch | None:
         """Return what lies between the cursor and the head, up to BATCH_BYTES; None at the head."""
@@ -165,7 +173,17 @@ class Ring:
         """Return the next batch of a client that is also owed the entries `pending`, and what of these is left.
 
         `pending` holds sequences in their order; an entry comes before the broadcasts whose turn is not before its own.
+        It may grow afterwards, but not change; what is left is one list for all who are owed the same.
         """
+        key = cursor, id(pending), len(pending)
+        if (known := self._merged.get(key)) is None:
+            if len(self._merged) >= MERGED:
+                self._merged.clear()
+            known = self._merged[key] = pending, *self._merge(cursor, pending)
+        _, batch, left = known
+        return batch, left
+
+    def _merge(self, cursor: int, pending: list[int]) -> tuple[Batch, list[int]]:
         assert pending[0] >= self._front, "owed what is gone"
         frames: list[bytes] = []
         size = taken = notices = 0
@@ -238,6 +256,7 @@ class Ring:
         del self._broadcasts[: front_turn - self._front_turn]
         self._front_turn = front_turn
         self._batches = {cursor: batch for cursor, batch in self._batches.items() if cursor >= front_turn}
+        self._merged.clear()
 
     def find(self, id: str) -> int | None:
         """Return the sequence of the entry after this id, or None where the log cannot prove that it gave it."""

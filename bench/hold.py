@@ -1,10 +1,11 @@
-"""For how long does a fan-out hold notifyd's event loop, so that nothing else is served?
+"""For how long do a fan-out, and a batch to a topic, hold notifyd's event loop, so that nothing else is served?
 
-Method, from outside: with 15,000 clients connected, `GET /health` is asked again as soon as it is answered, while
-first one and then 64 notifications are published. The longest wait for an answer is the longest time that the loop
-was held, plus the request itself: an upper bound. Of a wait, the time counts in which neither the server nor the one
-who asks stood in line for its core (the scheduler's count): that is the machine's doing. The clients share their
-core with the one who asks, and the scheduler lets them run only when that one sleeps (SCHED_IDLE).
+Method, from outside: with 15,000 clients connected, `GET /health` is asked again as soon as it is answered, while first
+one and then 64 notifications are published, or one batch of 1,000 to a topic that all of them follow. The longest wait
+for an answer is the longest time that the loop was held, plus the request itself: an upper bound. Of a wait, the time
+counts in which neither the server nor the one who asks stood in line for its core (the scheduler's count): that is the
+machine's doing. The clients share their core with the one who asks, and the scheduler lets them run only when that one
+sleeps (SCHED_IDLE).
 
 Not measured: other ways of holding the loop, such as a wave of handshakes.
 """
@@ -13,17 +14,18 @@ import http.client
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
-from load import Load
+from load import NUMBER, Audience, Load
 from plan import Figure, Level, Row, Scale
 from server import Server
 
 from peers import NOTIFYD, Peer
 
-BURST = 64
+BURST, BATCH = 64, 1000
+TOPIC = f"?topics={NUMBER}", f',"topics":["{NUMBER}"]'
 
 
 class Probe(threading.Thread):
@@ -57,15 +59,25 @@ class Probe(threading.Thread):
         connection.close()
 
 
+def _hold(server: Server, load: Load, publish: Callable[[int], object], sizes: Iterable[int]) -> float:
+    """Return for how many milliseconds the loop was held at most."""
+    os.sched_setscheduler(load.process.pid, os.SCHED_IDLE, os.sched_param(0))
+    longest = 0.0
+    for size in sizes:
+        with Probe(server) as probe:
+            publish(size)
+        longest = max(longest, probe.longest)
+    return longest * 1e3
+
+
 def measure(peer: Peer, scale: Scale) -> Iterator[Figure]:
     if peer is not NOTIFYD:
         return
-    longest = 0.0
-    with Server(peer) as server, Load(server, scale.hold_clients) as load:
-        os.sched_setscheduler(load.process.pid, os.SCHED_IDLE, os.sched_param(0))
-        for notifications in (1, BURST) * scale.hold_rounds:
-            with Probe(server) as probe:
-                load.burst(notifications, 1, notifications)
-            longest = max(longest, probe.longest)
-    row = Row(f"event loop held, fan-out to {scale.hold_clients:,} clients, at most", "ms", levels=(Level(10),))
-    yield Figure(row, longest * 1e3)
+    clients, rounds = scale.hold_clients, scale.hold_rounds
+    with Server(peer) as server, Load(server, clients) as load:
+        held = _hold(server, load, lambda size: load.burst(size, 1, size), (1, BURST) * rounds)
+    row = Row(f"event loop held, fan-out to {clients:,} clients, at most", "ms", levels=(Level(10),))
+    yield Figure(row, held)
+    with Server(peer) as server, Load(server, clients, Audience(clients, *TOPIC)) as load:
+        held = _hold(server, load, lambda size: load.batches(1, size), [BATCH] * rounds)
+    yield Figure(Row(f"event loop held, a batch of {BATCH:,} to a topic of {clients:,} clients, at most", "ms"), held)

@@ -139,6 +139,18 @@ def test_a_merged_batch_has_an_end_too() -> None:
         assert ring.merge(3, [4]) == ((b"<5>", 3, 1), [])
 
 
+def test_who_is_owed_the_same_is_handed_the_same() -> None:
+    """It is joined once, and what is left stays one list; until something is appended."""
+    ring = ring_of(3)
+    pending = add(ring, [4, 5], audience=RED)
+    with mock.patch.object(ring_module, "BATCH_BYTES", 13):
+        (batch, left), (same_batch, same_left) = ring.merge(0, pending), ring.merge(0, pending)
+    assert batch is same_batch
+    assert left is same_left
+    pending += add(ring, [6], audience=RED)
+    assert ring.merge(0, pending) == ((b"<1><2><3><4><5><6>", 3, 6), [])
+
+
 def test_a_merged_farewell_comes_last_and_is_not_counted() -> None:
     """Also who is owed a replay is told goodbye, after it."""
     ring = ring_of(1)
