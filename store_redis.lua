@@ -222,7 +222,8 @@ local function join()
     call('HSET', META, 'restoring', restoring)
   end
   if not fresh then
-    for k, name in ipairs(names) do
+    -- Within one life of the data the sums are not behind; what is known of them may be from before a node came back.
+    for k, name in ipairs(epoch ~= current and names or {}) do
       call('HSET', META, name, math.max(known[k], tonumber(call('HGET', META, name) or 0)))
     end
     if started > 0 and started < tonumber(call('HGET', META, 'started')) then call('HSET', META, 'started', started) end

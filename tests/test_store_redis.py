@@ -638,6 +638,42 @@ async def test_a_process_that_comes_back_before_its_clients_are_removed_has_them
         assert await recipients(one) == [MANY, MANY - 1, MANY - 1, 2, MANY]
 
 
+@pytest.mark.usefixtures("_short_leases")
+@on_loop
+async def test_what_a_process_counted_that_came_back_is_counted_once(
+    start_redis: StartRedis,
+    start_process: Callable[..., Process],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where one connects again that has last heard of the sums while the other was gone."""
+    redis = start_redis()
+    async with members(redis.url) as [one]:
+
+        async def connects_again() -> None:
+            redis.command("CLIENT", "KILL", "TYPE", "normal")
+            await one.until(lambda: one.store.failure)
+            await is_back(one)
+
+        process = start_process(redis.url, SHORT_LEASE)
+        process.ask("member.store.report(Report(7, 2))")
+        process.stop()
+        await one.eventually(lambda: is_alone(one))
+        # It asks for the sums when it is back, and not again.
+        monkeypatch.setattr("store_redis.RENEW_SECONDS", 60)
+        await connects_again()
+        await one.store.census()
+        process.go_on()
+
+        async def is_there() -> bool:
+            return not await is_alone(one)
+
+        await one.eventually(is_there)
+        process.ask("member.until(lambda: member.store.failure is None)")
+        process.ask("member.store.report(Report(8, 2))")
+        await connects_again()
+        assert (await one.store.census())[3:5] == (8, 2)
+
+
 async def is_alone(member: Member) -> bool:
     return not (await member.store.census()).others
 
