@@ -380,6 +380,7 @@ class RedisStore:
                 group, self._under_way = self._under_way, []
                 if replies == b"join":
                     self._queue.extendleft(reversed(group))
+                    self._refuse_unanswered()
                     raise _Rejoin
                 seq, *replies = replies
                 self._done.append((seq, group, replies))
@@ -392,6 +393,12 @@ class RedisStore:
             for operation, reply in zip(group, replies, strict=True):
                 if operation.answer is not None and not operation.answer.done():
                     operation.answer.set_result(reply)
+
+    def _refuse_unanswered(self) -> None:
+        """Refuse what was done for a client and is not answered yet: the next join would undo it."""
+        for operation in (operation for _, group, _ in self._done for operation in group):
+            if operation.arguments[0] in ("admit", "subscribe") and operation.answer and not operation.answer.done():
+                operation.answer.set_exception(StoreUnavailable("The store is away: this process was taken for dead"))
 
     async def _renew(self) -> None:
         while self._task is not None:

@@ -674,6 +674,29 @@ async def test_what_a_process_counted_that_came_back_is_counted_once(
         assert (await one.store.census())[3:5] == (8, 2)
 
 
+@on_loop
+async def test_an_admission_that_was_not_answered_before_the_lease_ended(
+    start_redis: StartRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is told that it is admitted is in the registry."""
+    redis = start_redis()
+    # So that the log is read slowly.
+    monkeypatch.setattr("store_redis.READ_RECORDS", 1)
+    async with members(redis.url, 2) as [one, other]:
+        publish = asyncio.create_task(other.publish(*[SOMETHING] * 1000))
+        while not redis.command("EXISTS", "{notifyd}:log"):
+            await asyncio.sleep(0)
+        admission = asyncio.create_task(one.admit("a"))
+        while not redis.command("HEXISTS", "{notifyd}:clients", "a"):
+            await asyncio.sleep(0)
+        redis.command("ZADD", "{notifyd}:nodes", 1, one.store.node_id)
+        await one.store.report(Report(0, 0))
+        with contextlib.suppress(StoreUnavailable):
+            await admission
+        await publish
+        assert await other.active() == len(one.clients)
+
+
 async def is_alone(member: Member) -> bool:
     return not (await member.store.census()).others
 
