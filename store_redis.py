@@ -295,6 +295,8 @@ class RedisStore:
             self._open()
 
     async def _enter_clients(self, connection: AbstractConnection, entered: set[str]) -> None:
+        # Whoever was refused a moment ago undoes first what it did here.
+        await asyncio.sleep(0)
         # From here on those who leave are in order behind those that are entered now.
         self._queue = deque(operation for operation in self._queue if operation.answer is not None)
         clients = dict(self._node.registrations())

@@ -697,6 +697,24 @@ async def test_an_admission_that_was_not_answered_before_the_lease_ended(
         assert await other.active() == len(one.clients)
 
 
+@on_loop
+async def test_a_change_of_topics_that_was_refused_is_none(start_redis: StartRedis) -> None:
+    """Where Redis lost everything at this moment: the client is entered again with the topics that it has."""
+    redis = start_redis()
+    async with members(redis.url) as [one]:
+        await one.admit("a")
+        redis.empty()
+        # As a conversation does it: here first, and back where it is refused.
+        one.clients["a"] = frozenset("t")
+        try:
+            await one.store.subscribe("a", "t")
+        except StoreUnavailable:
+            one.clients["a"] = frozenset()
+        await is_back(one)
+        appended = await one.store.append([Draft(b"{}", audience([], ["t"]))])
+        assert appended.receipts[0].recipients == len(one.clients["a"])
+
+
 async def is_alone(member: Member) -> bool:
     return not (await member.store.census()).others
 
