@@ -262,6 +262,7 @@ class Database:
             return news
         news.records += self._appended
         self._arrive(self._state)
+        self._counted = self._peer.report
         assert self._socket is not None
         for node_id in self._rung:
             # One that has many wake-ups to read needs no more, and one that is gone none.
@@ -411,8 +412,6 @@ class Database:
     def _arrive(self, state: State) -> None:
         self._file, self._newest, self._sequence, self._told = state.file, state.last, state.sequence, state.mail
         self._seen, self._tried, self._is_replaced = state, True, False
-        if (own := state.nodes.get(self._node_id)) is not None:
-            self._counted = own.report
 
     def _read(self, state: State, news: News) -> None:
         """Find what lies between the place of this process and the end of the log."""
@@ -453,7 +452,9 @@ class Database:
             state.last = max(state.last, self._newest)
         if self._node_id not in state.nodes:
             self._join(news)
-        state.nodes[self._node_id].renewed = self._now
+        # Also that of a node that leaves now.
+        self._peer = state.nodes[self._node_id]
+        self._peer.renewed = self._now
         if self._has_mail or news.mail:
             self._run("DELETE FROM mail WHERE node = ? AND number <= ?", (self._node_id, state.mail))
             self._has_mail = False

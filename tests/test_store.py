@@ -754,6 +754,19 @@ def test_a_loop_that_went_away_is_followed_by_another(shared: str) -> None:
     assert (len(member.records), member.times_missed, threads_left()) == (2, 0, [])
 
 
+@on_loop
+async def test_a_store_that_is_closed_while_it_counts_counts_on(shared: str) -> None:
+    """What it put down last is in the sums once."""
+    async with members(shared, 2) as [one, other]:
+        report = asyncio.create_task(one.store.report(Report(7, 2)))
+        await asyncio.sleep(0)
+        await one.store.close()
+        await report
+        await one.open()
+        await one.store.report(Report(8, 2))
+        assert (await other.store.census())[3:5] == (8, 2)
+
+
 @pytest.mark.usefixtures("_short_leases")
 @on_loop
 async def test_a_process_hears_that_it_missed_something(shared: str, start_process: Callable[..., Process]) -> None:
