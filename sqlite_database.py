@@ -423,7 +423,7 @@ class Database:
             (sequence,) = found.fetchone()
         if state.last > self._newest and state.sequence > sequence:
             rows = self._run(RECORDS, (sequence,)).fetchall()
-            news.missed = news.missed or not rows or rows[0][0] != sequence + 1
+            news.missed = news.missed or state.before > self._newest
             news.records = [_record(row) for row in rows]
         if state.mail > told:
             sql = "SELECT sender, message FROM mail WHERE node = ? AND number > ? ORDER BY number"

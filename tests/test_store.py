@@ -769,6 +769,20 @@ async def test_a_store_that_is_closed_while_it_counts_counts_on(shared: str) -> 
 
 @pytest.mark.usefixtures("_short_leases")
 @on_loop
+async def test_a_store_that_is_opened_again_has_missed_nothing_that_it_was_told(shared: str) -> None:
+    """Also where the log ends there by now, since all of it was too old."""
+    async with members(shared, 2, history_ttl=0.1) as [one, other]:
+        await one.publish()
+        await one.store.close()
+        await asyncio.sleep(SHORT_LEASE)
+        newest = await other.publish()
+        await one.open()
+        await one.until(lambda: one.ids[-1:] == [newest])
+        assert (len(one.ids), one.times_missed) == (2, 0)
+
+
+@pytest.mark.usefixtures("_short_leases")
+@on_loop
 async def test_a_process_hears_that_it_missed_something(shared: str, start_process: Callable[..., Process]) -> None:
     """The log waits for no process that was taken for dead; from where it begins, all is delivered."""
     process = start_process(shared, SHORT_LEASE)
