@@ -182,6 +182,8 @@ class Database:
         self._seen: State | None = None
         self._counted = Report(0, 0)
         self._has_mail = False
+        # Whether this node was taken for dead, and its clients are yet to be entered again.
+        self._is_to_restore = False
         self._trimmed = 0.0
         self._saver: threading.Thread | None = None
 
@@ -483,7 +485,7 @@ class Database:
         rows = [(address, self._node_id, held) for address, held in self._seats.items()]
         self._db.executemany("INSERT OR REPLACE INTO seat VALUES (?, ?, ?)", rows)
         if self._file:
-            news.evicted = True
+            news.evicted = self._is_to_restore = True
         else:
             self._trim()
             records = [_record(row) for row in self._run(RECORDS, (0,))]
@@ -639,7 +641,11 @@ class Database:
         self._state.nodes[self._node_id].clients += 1
 
     def subscribe(self, client_id: str, topics: Collection[str]) -> str:
-        if self._owner(client_id) == self._node_id:
+        owner = self._owner(client_id)
+        if owner is None and self._is_to_restore:
+            # With these topics, and not with those that it had when the loop was asked for its clients.
+            self._register(client_id, topics)
+        elif owner == self._node_id:
             self._run("DELETE FROM topic WHERE client = ?", (client_id,))
             for topic in topics:
                 self._run("INSERT OR IGNORE INTO topic VALUES (?, ?)", (topic, client_id))
@@ -674,7 +680,7 @@ class Database:
 
     def restore(self, registrations: Iterable[tuple[str, frozenset[str]]]) -> list[str]:
         """Enter clients that this node had before it was taken for dead; return those that others have by now."""
-        taken = []
+        self._is_to_restore, taken = False, []
         for client_id, topics in registrations:
             owner = self._owner(client_id)
             if owner is None:

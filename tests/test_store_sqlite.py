@@ -305,6 +305,24 @@ async def test_a_full_disk(path: Path, start_process: Callable[..., Process]) ->
         assert await one.active() == 0
 
 
+@pytest.mark.usefixtures("_short_leases")
+@on_loop
+async def test_a_change_of_topics_while_the_lease_ends(path: Path) -> None:
+    """It is done, whichever of the two takes the other for dead, and before its clients are entered again."""
+    async with members(f"sqlite:{path}", 2, store_timeout=10) as both:
+        for member in both:
+            await member.admit(member.store.node_id, "t")
+        with turn_taken(path):
+            changes = [asyncio.create_task(member.store.subscribe(member.store.node_id, ())) for member in both]
+            await asyncio.sleep(1.5 * SHORT_LEASE)
+        await asyncio.gather(*changes)
+        await both[0].store.census()
+        await both[1].store.census()
+        draft = Draft(b"{}", audience([], ["t"]))
+        assert (await both[0].store.append([draft])).receipts[0].recipients == 0
+        assert await both[0].active() == 2
+
+
 @on_loop
 async def test_a_file_that_was_deleted(path: Path) -> None:
     """All processes go on with a new one, in which their clients are; ids and counters go on increasing."""
