@@ -48,7 +48,8 @@ DEALS_OUT = sys.platform == "linux"
 # A worker that dies sooner is not replaced at once: the next one is likely to die as well.
 STABLE_SECONDS = 2.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.25, 10.0
-# More than a worker needs to close all its connections and end: whoever takes longer hangs.
+# More than a worker needs to close all its connections and end, beside what it gives the store: whoever takes longer
+# hangs.
 KILL_SECONDS = 15.0
 # What a worker without a parent has for its goodbyes.
 ORPHAN_SECONDS = 1.0
@@ -281,7 +282,8 @@ class _Supervisor:
             port.close()
         for worker in self._workers:
             worker.order(order)
-        patience = KILL_SECONDS
+        # The store is told twice: of the shutdown, and that the worker leaves.
+        patience = KILL_SECONDS + 2 * self._settings.store_timeout
         if order == DRAIN:
             # At worst everyone stays until the end of the drain, and is then closed at its pace.
             patience += self._settings.shutdown_timeout + self._settings.max_connections / self._settings.drain_rate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import shutil
@@ -351,6 +352,17 @@ def test_a_drain_ends_also_where_a_worker_hangs(start_server: StartServer, tmp_p
     server.signal()
     server.wait_for_line(f"Worker {hanging} does not end and is killed")
     assert server.exit_status() == 128 + SIGKILL
+
+
+def test_a_worker_that_waits_for_the_store_is_not_killed(start_server: StartServer, tmp_path: Path) -> None:
+    """It gives the store its time, at the beginning of the drain and at the end."""
+    (tmp_path / "sitecustomize.py").write_text("import workers\nworkers.KILL_SECONDS = 3\n")
+    flags = ("--workers", "2", "--shutdown-timeout", "0", "--store-timeout", "2.5", "--store", f"sqlite:{tmp_path}/log")
+    server = start_server(*flags, variables={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    with (tmp_path / "log-lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        server.signal()
+        assert server.exit_status() == 0
 
 
 def test_the_workers_share_the_pace(start_server: StartServer) -> None:
