@@ -354,7 +354,10 @@ def warning_of_islands(environ: Mapping[str, str], argv: Sequence[str]) -> str |
     concurrency = f"--workers={environ.get('WEB_CONCURRENCY', '')}"
     flags = " ".join([concurrency, environ.get("GUNICORN_CMD_ARGS", ""), *argv])
     counts = re.findall(r"(?<!\S)(?:-w|--workers)[ =]?(\d+)(?!\S)", flags)
-    count = _configured_workers() or (int(counts[-1]) if counts else 1)
+    count = int(counts[-1]) if counts else 1
+    # It looks into what is somebody else's, which may be anything: a warning must not keep the host from starting.
+    with contextlib.suppress(Exception):
+        count = _configured_workers() or count
     if count < 2:
         return None
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import multiprocessing
 import os
 import resource
 import shutil
@@ -437,6 +438,18 @@ def test_an_app_says_so_too_where_no_flag_has_the_number(program: str, tmp_path:
 def test_one_process_is_not_warned_about(environ: dict[str, str], argv: list[str]) -> None:
     """Neither one that no other server runs, nor the only worker."""
     assert warning_of_islands(environ, argv) is None
+
+
+def test_somebody_elses_configuration_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of the host's own may have anything of that name, such as one that is not ready to be read."""
+
+    class Unready:
+        def __getattr__(self, name: str) -> None:
+            raise RuntimeError(name)
+
+    monkeypatch.setattr(multiprocessing, "parent_process", multiprocessing.current_process)
+    monkeypatch.setattr(multiprocessing.current_process(), "_kwargs", {"config": Unready()}, raising=False)
+    assert warning_of_islands({}, ["host", "--workers", "4"])
 
 
 @pytest.mark.parametrize(
