@@ -471,11 +471,13 @@ class Database:
                 state.report = Report(0, 0)
                 state.started, state.started_at = self._now, self._wall
         else:
-            if not state.nodes and state.file != seen.file:
-                # The file was made anew, but the server is the same.
-                for name in ("total", "notifications_sent", "counter", "started", "started_at"):
-                    setattr(state, name, getattr(seen, name))
-                state.report = seen.counted()
+            if state.file != seen.file and (not state.nodes or state.started == seen.started):
+                # The file was made anew, but the server is the same; who joins later may know of more.
+                state.started, state.started_at = seen.started, seen.started_at
+                for name in ("total", "notifications_sent", "counter"):
+                    setattr(state, name, max(getattr(state, name), getattr(seen, name)))
+                lacking = [max(0, known - less) for known, less in zip(seen.counted(), state.counted(), strict=True)]
+                state.report = _sum([state.report, Report(*lacking)])
             if state.started == seen.started:
                 # This node was taken for dead, or left; what it had counted is in the sums, and it counts on.
                 counted = self._counted

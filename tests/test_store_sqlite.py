@@ -349,6 +349,21 @@ async def test_a_file_that_was_deleted(path: Path) -> None:
 
 
 @on_loop
+async def test_no_counter_is_less_in_a_new_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where who makes it has not heard yet what the other has stated."""
+    monkeypatch.setattr("store_sqlite.RENEW_SECONDS", 60)
+    async with members(f"sqlite:{path}", 2) as [one, other]:
+        await one.store.census()
+        await other.admit("a")
+        await other.store.report(Report(9, 1))
+        for name in ("", "-wal", "-shm", "-lock"):
+            os.unlink(f"{path}{name}")
+        await one.publish()
+        await other.store.report(Report(10, 1))
+        assert (await other.store.census())[1:5] == (1, 1, 10, 1)
+
+
+@on_loop
 async def test_a_file_that_was_replaced(path: Path) -> None:
     """By an older copy, as when a backup is put back: all go on with that one, and it is not damaged."""
     async with members(f"sqlite:{path}", 2) as [one, other]:
