@@ -49,6 +49,8 @@ MAX_WAL_PAGES = 16_000
 MAX_MAIL = 10_000
 # No bucket takes longer to be full, in microseconds.
 LONGEST_BUCKET = 3600 * SECOND
+# More bytes than PATH-lock holds.
+MAX_PAIR = 200
 # The longest path that a socket is bound to, in bytes: what unix(7) and its kin elsewhere allow.
 MAX_SOCKET_PATH = 100
 
@@ -169,9 +171,8 @@ class Database:
         self._in_use = threading.Lock()
         self._lock = self._directory = -1
         self._is_sound = False
-        # What tells the file from another one at the same path, and a descriptor of the PATH-wal that goes with it.
-        self._identity: tuple[int, int] | None = None
-        self._wal = -1
+        # What tells the file from another one at the same path.
+        self._identity = ""
         self._is_replaced = False
         self._db: sqlite3.Connection | None = None
         self._socket: socket.socket | None = None
@@ -206,7 +207,6 @@ class Database:
                 yield self
             finally:
                 self._disconnect()
-                self._release_wal()
                 if self._socket is not None:
                     self._socket.close()
                     self._socket = None
@@ -312,11 +312,7 @@ class Database:
 
     def _is_ours(self) -> bool:
         """Return whether the path still leads to the file that is open; somebody may have deleted it."""
-        try:
-            status = os.stat(self._path)
-        except FileNotFoundError:
-            return False
-        return (status.st_dev, status.st_ino) == self._identity
+        return _identity(self._path) == self._identity
 
     def _connect(self) -> None:
         if os.path.isdir(self._path):
@@ -326,11 +322,9 @@ class Database:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        status = os.stat(self._path)
-        if self._identity not in (None, (status.st_dev, status.st_ino)):
+        before, self._identity = self._identity, _identity(self._path)
+        if self._is_first_in_another() or before not in ("", self._identity):
             self._is_replaced = True
-            self._remove_leftovers()
-        self._identity = status.st_dev, status.st_ino
         # isolation_level None: transactions begin where they are begun here.
         self._db = sqlite3.connect(self._path, timeout=self._settings.store_timeout, isolation_level=None)
         (version,) = self._run("PRAGMA user_version").fetchone()
@@ -352,22 +346,28 @@ class Database:
             self._run("COMMIT")
         for table in LIMITS:
             self._run(table)
-        self._release_wal()
-        with contextlib.suppress(FileNotFoundError):
-            self._wal = os.open(f"{self._path}-wal", os.O_RDONLY)
+        self._note_pair()
 
-    def _remove_leftovers(self) -> None:
-        """Remove what SQLite had beside the file that was here before: it would write it into the new one."""
-        # Another process may have done that: then they are the new file's. The descriptor keeps the number in use.
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(self._wal), os.stat(f"{self._path}-wal")):
-                os.unlink(f"{self._path}-wal")
-                os.unlink(f"{self._path}-shm")
+    def _is_first_in_another(self) -> bool:
+        """Return whether nobody has opened the file yet, but another one at the same path, of which PATH-lock tells.
 
-    def _release_wal(self) -> None:
-        if self._wal >= 0:
-            os.close(self._wal)
-        self._wal = -1
+        That one's PATH-wal is removed: SQLite would write it into this one. A PATH-wal that came with this one stays.
+        """
+        former, _, wal = os.pread(self._lock, MAX_PAIR, 0).decode().partition(" ")
+        if former in ("", self._identity):
+            return False
+        if wal == _identity(f"{self._path}-wal") != "":
+            for name in ("-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._path + name)
+        return True
+
+    def _note_pair(self) -> None:
+        """Write into PATH-lock which PATH-wal belongs to which file."""
+        pair = f"{self._identity} {_identity(f'{self._path}-wal')}".encode()
+        if os.pread(self._lock, MAX_PAIR, 0) != pair:
+            os.pwrite(self._lock, pair, 0)
+            os.ftruncate(self._lock, len(pair))
 
     def _disconnect(self) -> None:
         """Close everything; a transaction is rolled back before the turn is given up."""
@@ -439,7 +439,7 @@ class Database:
         self._rows: list[tuple[Any, ...]] = []
         self._appended: list[Record] = []
         self._rung: set[str] = set()
-        if self._is_replaced and state.file == self._file:
+        if self._is_replaced and self._file in ("", state.file):
             # An older copy of the same log: what came since is not in it, so from now on it is another one.
             state.file = secrets.token_hex(8)
             for node_id in list(state.nodes):
@@ -713,6 +713,15 @@ class Database:
             self._run("INSERT INTO mail VALUES (?, ?, ?, ?)", (state.mail, node_id, self._node_id, message))
             self._run("DELETE FROM mail WHERE number <= ?", (state.mail - MAX_MAIL,))
             self._rung.add(node_id)
+
+
+def _identity(path: str) -> str:
+    """Return what tells a file from another one at the same path; nothing where there is none."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return ""
+    return f"{status.st_dev}:{status.st_ino}"
 
 
 def _record(row: tuple[Any, ...]) -> Record:

@@ -392,6 +392,29 @@ async def test_a_file_that_was_replaced(path: Path) -> None:
 
 
 @on_loop
+async def test_a_process_that_starts_on_a_replaced_file(path: Path, start_process: Callable[..., Process]) -> None:  # noqa: F811
+    """It comes before those that had the former one open: nothing that it publishes is lost with that one's rest."""
+    old = start_process(f"sqlite:{path}")
+    old.ask("member.publish()")
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("VACUUM INTO ?", (f"{path}-copy",))
+    old.ask("member.publish()")
+    old.stop()
+    os.rename(f"{path}-copy", path)
+    async with members(f"sqlite:{path}") as [new]:
+        assert len(new.opening.records) == 1
+        await new.publish()
+        old.go_on()
+        old.ask("member.until(lambda: member.times_missed)")
+        old.ask("member.publish()")
+        await new.until(lambda: len(new.records) == 2)
+        assert new.times_missed == 0
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert connection.execute("SELECT count(*) FROM log").fetchone() == (3,)
+
+
+@on_loop
 async def test_an_unexpected_error_is_a_failure_that_passes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread goes on."""
     async with members(f"sqlite:{path}") as [one]:
