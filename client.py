@@ -13,6 +13,8 @@ MESSAGE_BURST, MESSAGES_PER_SECOND = 100.0, 50.0
 HEARTBEAT_PHASES = 20
 # Who cannot be written to has a list of its own of what it is owed, when it would be longer than this.
 SHARED_PENDING = 256
+# So has everybody else, where one publish would make more new lists than this: each is copied as long as it is.
+SHARED_LISTS = 16
 
 
 # Two lists of sequences and what they became together, by the ids of the two.
@@ -99,16 +101,20 @@ class Client:
 
         Whoever is owed the same keeps the same list, by which the pass knows that; `joined` is for all
         clients of one publish. A client that stalls and is far behind has a list of its own, which only grows: it
-        costs a publish the same however far behind it is.
+        costs a publish the same however far behind it is. So have clients that are owed different things.
         """
         if self.pending is None:
             self.pending, self._owns_pending = sequences, False
         elif self._owns_pending:
             self.pending += sequences
-        elif len(self.pending) + len(sequences) > SHARED_PENDING and not self.connection.writable:
+        elif len(self.pending) + len(sequences) > SHARED_PENDING and not self._may_share(sequences, joined):
             self.pending, self._owns_pending = [*self.pending, *sequences], True
         else:
             key = id(self.pending), id(sequences)
             if (known := joined.get(key)) is None:
                 known = joined[key] = self.pending, sequences, [*self.pending, *sequences]
             self.pending = known[2]
+
+    def _may_share(self, sequences: list[int], joined: Joined) -> bool:
+        key = id(self.pending), id(sequences)
+        return self.connection.writable and (key in joined or len(joined) < SHARED_LISTS)

@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from operator import is_
 from random import Random
 from typing import Any, NamedTuple, TypeVar
 from unittest import mock
@@ -31,6 +32,7 @@ import fanout as fanout_module
 import ring as ring_module
 import schemas
 import store as store_module
+from client import Joined
 from connection import ConnectionState, Receiver
 from errors import ConnectionRefused, DuplicateClient, NotifydError, ShuttingDown
 from frames import payloads
@@ -840,6 +842,23 @@ def test_a_client_that_is_far_behind_does_not_make_publishing_dear(loop: Virtual
     before = ann.pending
     loop.run_until_complete(hub.notify("for ann", clients=["ann"]))
     assert ann.pending is before and len(ann.pending or ()) == 301 and len(bob.pending or ()) == 300
+
+
+def test_clients_that_are_owed_different_things_do_not_make_publishing_dear(loop: VirtualLoop) -> None:
+    """Between two passes the lists of nearly all grow in place, also of those that can be written to."""
+    hub = hub_on(loop)
+    for number in range(100):
+        join(loop, hub, f"c{number}")
+    for client in hub.directory:
+        client.owe([*range(300)], {})
+    for common in ([300], [301]):
+        before: list[Any] = [client.pending for client in hub.directory]
+        joined: Joined = {}
+        for client in hub.directory:
+            client.owe(common, joined)
+    after = [client.pending for client in hub.directory]
+    assert all(pending == [*range(302)] for pending in after)
+    assert sum(map(is_, before, after)) > 80
 
 
 def test_each_gets_its_own_of_a_batch_for_many_topics(loop: VirtualLoop) -> None:
