@@ -430,6 +430,8 @@ class StandardProtocol(WebSocketsSansIOProtocol):
     def _read_on(self) -> None:
         data, self._unread = self._unread, b""
         if data and not self.transport.is_closing():
+            # Nothing more while messages wait for the app: with the last of them the base class resumes.
+            self.read_paused = not (self.queue.empty() or self.close_sent)
             if not self.read_paused:
                 self.transport.resume_reading()
             self.data_received(data)

@@ -87,6 +87,14 @@ def fast(request: pytest.FixtureRequest) -> Iterator[Apps]:
     server.stop()
 
 
+@pytest.fixture(scope="module", params=["uvloop", "asyncio"])
+def standard(request: pytest.FixtureRequest) -> Iterator[Apps]:
+    """StandardProtocol on each loop."""
+    server = Apps("--wire", "standard", "--loop", request.param)
+    yield server
+    server.stop()
+
+
 @pytest.fixture
 def failing(fast: Apps) -> Iterator[Apps]:
     """For a test whose app fails, which is logged."""
@@ -589,6 +597,18 @@ def test_a_slow_app_is_sent_no_more_than_it_can_take(fast: Apps) -> None:
     taken = push(client.socket, message, 4 * KERNEL_BYTES)
     assert taken < 4 * KERNEL_BYTES and fast.memory() - before < 4 * MEGABYTE
     fast.wake()
+    client.socket.sendall(message[taken % len(message) :] + masked(Opcode.TEXT, b"end"))
+    assert client.receive() == taken // len(message) + 1
+
+
+@needs_proc
+def test_a_slow_app_on_the_standard_wire_is_sent_no_more_than_a_few_messages(standard: Apps) -> None:
+    """Also where hardly any of what is read in a turn ends with a message."""
+    client, before = standard.at("dawdle"), standard.memory()
+    message = masked(Opcode.BINARY, b"x" * 1_000_000)
+    taken = push(client.socket, message, 4 * KERNEL_BYTES)
+    assert taken < 4 * KERNEL_BYTES and standard.memory() - before < 8 * MEGABYTE
+    standard.wake()
     client.socket.sendall(message[taken % len(message) :] + masked(Opcode.TEXT, b"end"))
     assert client.receive() == taken // len(message) + 1
 
