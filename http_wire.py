@@ -98,6 +98,10 @@ class HttpProtocol(HttpToolsProtocol):
         if self._refused or self.transport.is_closing():
             return
         if self.parser is None:
+            if self._goes_on:
+                # From now on it is the other protocol that pauses and resumes.
+                self._goes_on = False
+                self.transport.resume_reading()
             # An eager client's frames, which uvicorn would forget.
             if self._unread:
                 early, self._unread = self._unread, b""
@@ -138,8 +142,8 @@ class HttpProtocol(HttpToolsProtocol):
         return left
 
     def _go_on(self) -> None:
-        self._goes_on = False
-        if not self.transport.is_closing():
+        if self._goes_on and not self.transport.is_closing():
+            self._goes_on = False
             if not self.flow.read_paused:
                 self.transport.resume_reading()
             self._read_on()

@@ -304,6 +304,24 @@ def test_what_an_eager_client_sends_may_be_half_a_frame(fast: Apps) -> None:
         assert read_frame(stream) == b"x" * 200
 
 
+def test_what_an_eager_client_sends_behind_another_request_stays_in_order(anyone: Apps) -> None:
+    """Also where that request is answered while it is still being read, and the handshake comes with its end."""
+    messages = [b"%d " % number + b"x" * 5000 for number in range(200)]
+    frames = b"".join(masked(Opcode.TEXT, message) for message in messages)
+    head = b"POST /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    connection = anyone.raw(b"")
+    everything = head + b"1\r\nx\r\n" * 1000 + b"0\r\n\r\n" + request() + frames
+    sender = threading.Thread(target=connection.sendall, args=(everything,))
+    sender.start()
+    with connection.makefile("rb") as stream:
+        # The answer's head, its body, and the answer to the handshake.
+        for _ in range(3):
+            while stream.readline() != b"\r\n":
+                pass
+        assert [read_frame(stream) for _ in messages] == messages
+    sender.join(PATIENCE)
+
+
 def stream_after_the_answer(connection: socket.socket) -> BinaryIO:
     """Read the answer to a handshake, and return what follows as a file."""
     stream = connection.makefile("rb")
