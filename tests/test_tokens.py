@@ -7,6 +7,9 @@ import contextlib
 import itertools
 import json
 import logging
+import shutil
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -113,6 +116,8 @@ class Issuer:
         self.document: Any = {"keys": []}
         # What it sends in its place.
         self.parts: Iterable[bytes] = ()
+        # Where else the keys are.
+        self.location = ""
         self.away = False
         self.asked = 0
         self.answers = threading.Event()
@@ -123,7 +128,9 @@ class Issuer:
             def do_GET(self) -> None:
                 issuer.asked += 1
                 issuer.answers.wait(10)
-                self.send_response(500 if issuer.away else 200)
+                self.send_response(500 if issuer.away else 302 if issuer.location else 200)
+                if issuer.location:
+                    self.send_header("Location", issuer.location)
                 self.end_headers()
                 with contextlib.suppress(OSError):
                     for part in issuer.parts or (json.dumps(issuer.document).encode(),):
@@ -139,13 +146,19 @@ class Issuer:
         self.document = {"keys": list(keys)}
 
 
-@pytest.fixture
-def issuer() -> Iterator[Issuer]:
+@contextlib.contextmanager
+def issuer_of_keys() -> Iterator[Issuer]:
     one = Issuer()
     yield one
     one.answers.set()
     one.server.shutdown()
     one.server.server_close()
+
+
+@pytest.fixture
+def issuer() -> Iterator[Issuer]:
+    with issuer_of_keys() as one:
+        yield one
 
 
 def jwk(kid: str | None, kind: str = "RSA", **fields: Any) -> dict[str, Any]:
@@ -343,6 +356,25 @@ def test_keys_that_trickle_in_keep_no_thread(issuer: Issuer, monkeypatch: pytest
     issuer.parts = (time.sleep(0.05) or b" " for _ in range(200))
     with pytest.raises(TimeoutError, match="not complete"):
         tokens._fetch(issuer.url)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
+def test_https_is_redirected_to_nothing_else(issuer: Issuer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else whoever is on the way could give us keys of his own."""
+    pair = ["-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "certificate")]
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=x -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run([*command.split(), *pair], check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", pair[3])
+    with issuer_of_keys() as elsewhere:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(pair[3], pair[1])
+        issuer.server.socket = context.wrap_socket(issuer.server.socket, server_side=True)
+        url = issuer.url.replace("http:", "https:")
+        assert json.loads(tokens._fetch(url)) == {"keys": []}
+        issuer.location = elsewhere.url
+        with pytest.raises(ValueError, match="redirected"):
+            tokens._fetch(url)
+        assert elsewhere.asked == 0
 
 
 def held_up(source: Source) -> threading.Event:
