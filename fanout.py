@@ -24,8 +24,8 @@ from store import Record
 # The pass yields to the event loop after this many clients: at 3 to 10 us each it is held for 1 to 3 ms. A request
 # that arrives meanwhile takes three turns of the loop, and is answered within 10 ms.
 SLICE_CLIENTS = 250
-# Nor is a slice more than about this much to write: the kernel copies a megabyte in 1 to 2 ms (bench/run.py --measure
-# hold).
+# Nor is a slice, where its clients are owed the same, more than about this much to write: the kernel copies a megabyte
+# in 1 to 2 ms (bench/run.py --measure hold).
 SLICE_BYTES = 1_048_576
 # The longest that a pass waits to collect publishes into one write for each client.
 COLLECT_SECONDS = 0.05

@@ -104,6 +104,10 @@ class FrameParser:
         self._pieces: bytearray | None = None
         self._decoder: codecs.IncrementalDecoder | None = None
 
+    def payload_to_come(self) -> int:
+        """Return how many bytes of the data frame under way are still to come."""
+        return self._left
+
     def feed(self, data: bytes) -> Iterator[tuple[int, str | bytes]]:
         """Yield what is complete with these bytes. Raises FrameError."""
         position = 0

@@ -13,7 +13,8 @@ app is served with the standard `receive` and `send`, by asgi_session.py.
    connection, and destroy the goodbye on its way.
 4. When nothing more can be read, `_parser` is None and what still comes is dropped.
 5. Nobody waits in vain for a pong: a ping that comes while the transport is full is answered when it has drained.
-6. In one turn of the event loop a connection reads TURN_BYTES at most, so that one that floods holds up nobody.
+6. In one turn of the event loop a connection reads TURN_BYTES at most, and what is to come of the payload under way,
+   so that one that floods holds up nobody.
 """
 
 from __future__ import annotations
@@ -118,9 +119,11 @@ class WireProtocol(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._parser is not None:
-            if len(data) > TURN_BYTES:
-                self._put_off(data[TURN_BYTES:])
-                data = data[:TURN_BYTES]
+            # Payload costs next to nothing, heads do: of a large message nothing is put off but its first bytes.
+            allowed = TURN_BYTES + self._parser.payload_to_come()
+            if len(data) > allowed:
+                self._put_off(data[allowed:])
+                data = data[:allowed]
             if self._receiver is not None:
                 self._receiver.heard()
             self._read(self._parser, data)
