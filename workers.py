@@ -41,13 +41,16 @@ logger = logging.getLogger("notifyd")
 # Not one of the settings' variables: nobody but the parent sets it.
 VARIABLE = "_NOTIFYD_WORKER"
 DIRECTORY_PREFIX, LOCK = "notifyd-workers-", "lock"
-READY, DRAIN, NOW, RELOAD = b"r", b"d", b"n", b"h"
+READY, ALIVE, DRAIN, NOW, RELOAD = b"r", b"a", b"d", b"n", b"h"
 # Where workers accept from one socket, whoever wakes first takes all that wait: 362 of 400 that came at once to four.
 # Linux deals newcomers out to the sockets that share a port. Elsewhere the workers do accept from one.
 DEALS_OUT = sys.platform == "linux"
 # A worker that dies sooner is not replaced at once: the next one is likely to die as well.
 STABLE_SECONDS = 2.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.25, 10.0
+# A worker says so often that it is alive. One that says nothing for twice SILENCE_SECONDS hangs: the kernel goes on
+# dealing newcomers out to it, and nobody answers them.
+ALIVE_SECONDS, SILENCE_SECONDS = 1.0, 10.0
 # More than a worker needs to close all its connections and end, beside what it gives the store: whoever takes longer
 # hangs.
 KILL_SECONDS = 15.0
@@ -99,7 +102,13 @@ class Parent(asyncio.Protocol):
         link = socket.socket(fileno=self._link)
         transport, _ = await asyncio.get_running_loop().create_connection(lambda: self, sock=link)
         transport.write(READY)
+        self._say_alive(transport)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+    def _say_alive(self, link: asyncio.WriteTransport) -> None:
+        if not link.is_closing():
+            link.write(ALIVE)
+            asyncio.get_running_loop().call_later(ALIVE_SECONDS, self._say_alive, link)
 
     def data_received(self, data: bytes) -> None:
         if RELOAD in data:
@@ -185,9 +194,20 @@ class _Worker:
             self._link.send(order)
 
     async def ended(self) -> int:
-        """Wait for its end and return the exit status, as a shell has it."""
-        while await self._hear():
-            pass
+        """Wait for its end, which is near where it hangs, and return the exit status, as a shell has it."""
+        silences = 0
+        while True:
+            try:
+                async with asyncio.timeout(SILENCE_SECONDS):
+                    if not await self._hear():
+                        break
+                silences = 0
+            except TimeoutError:
+                # The first may be this process's own: it was stopped, and the worker with it.
+                silences += 1
+                if silences == 2:
+                    logger.error("Worker %d hangs and is killed", self.process.pid)
+                    self.process.kill()
         # A matter of milliseconds, for which a blocked event loop would be too long all the same.
         while (status := self.process.poll()) is None:  # noqa: ASYNC110
             await asyncio.sleep(0.01)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from signal import SIGINT, SIGKILL, SIGSTOP, SIGTERM
+from signal import SIGCONT, SIGINT, SIGKILL, SIGSTOP, SIGTERM
 
 import pytest
 from clients import Client
@@ -328,6 +328,29 @@ def test_a_signal_to_the_whole_group_counts_once(server: Server, number: int) ->
     os.killpg(server.pid, number)
     assert [client.closed() for client in clients] == [GONE] * len(clients)
     assert server.exit_status() == 0
+
+
+def test_a_worker_that_hangs_is_replaced(start_server: StartServer, tmp_path: Path) -> None:
+    """Newcomers that the kernel deals out to it would wait for ever."""
+    (tmp_path / "sitecustomize.py").write_text("import workers\nworkers.SILENCE_SECONDS = 1.5\n")
+    server = start_server("--workers", "2", variables={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    hanging = min(workers(server))
+    os.kill(hanging, SIGSTOP)
+    server.wait_for_line(f"Worker {hanging} hangs and is killed")
+    eventually(lambda: len(workers(server) - {hanging}) == 2)
+    assert len(join_each_worker(server)) >= 2
+
+
+def test_a_pause_of_all_is_no_reason_to_replace_anybody(start_server: StartServer, tmp_path: Path) -> None:
+    """As when a container is frozen for a while."""
+    (tmp_path / "sitecustomize.py").write_text("import workers\nworkers.SILENCE_SECONDS = 1.5\n")
+    server = start_server("--workers", "2", variables={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    before = workers(server)
+    os.killpg(server.pid, SIGSTOP)
+    time.sleep(4)
+    os.killpg(server.pid, SIGCONT)
+    time.sleep(4)
+    assert workers(server) == before
 
 
 def test_a_worker_that_hangs_is_killed_in_the_end(start_server: StartServer, tmp_path: Path) -> None:
