@@ -251,7 +251,8 @@ class WireProtocol(asyncio.Protocol):
 
     def _read_on(self) -> None:
         data, self._unread = self._unread, b""
-        if self._session is None or not self._session.is_full():
+        # Once it has said goodbye it reads on until the peer has, whatever an app has left.
+        if self._session is None or self.state is not OPEN or not self._session.is_full():
             self.resume_reading()
         self.data_received(data)
 

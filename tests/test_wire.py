@@ -31,6 +31,8 @@ from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.frames import Frame, Opcode
 
+from connection import CLOSE_DEADLINE_SECONDS
+
 MEGABYTE = 2**20
 # What the kernel holds for a peer that reads nothing, both directions of loopback together.
 KERNEL_BYTES = 16 * MEGABYTE
@@ -577,6 +579,19 @@ def test_a_peer_that_sends_first_and_reads_afterwards_sees_the_goodbye(fast: App
     assert client.next_frame(Opcode.CLOSE).data == b"\x0f\xa0Enough"
     client.send_close(4000)
     assert read_to_end(client.socket) == b""
+
+
+def test_a_goodbye_in_the_middle_of_small_messages_is_followed_by_the_rest(fast: Apps) -> None:
+    """It comes at any moment of the turns in which they are read, so this is tried several times."""
+    small, large = masked(Opcode.BINARY, b"x" * 10) * 16_000, masked(Opcode.BINARY, b"x" * 60_000) * 200
+    for _ in range(8):
+        client = fast.at("close")
+        sender = threading.Thread(target=client.socket.sendall, args=(small + large,))
+        sender.start()
+        fast.wake()
+        sender.join(CLOSE_DEADLINE_SECONDS / 2)
+        assert not sender.is_alive()
+        assert client.next_frame(Opcode.CLOSE).data == b"\x0f\xa0Enough"
 
 
 def test_a_refusal_reaches_a_peer_that_is_still_sending(fast: Apps) -> None:
