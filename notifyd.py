@@ -217,6 +217,8 @@ class Server(uvicorn.Server):
 
     async def _finish(self) -> None:
         await self._hub.wait_closed()
+        if self._parent is not None:
+            await self._parent.drained()
         self.should_exit = True
 
 

@@ -6,7 +6,9 @@ neither Hub nor uvicorn.
 1. The parent binds the ports and never listens, so nobody else gets them. Each worker inherits a socket of its own on
    each port and listens when it is ready; the kernel deals newcomers out to those who listen.
 2. Orders go over a socket pair, a byte each. Its end tells either side that the other is dead, whatever killed it.
-3. Only the parent hears Ctrl+C, which the terminal sends to the whole group, and a SIGHUP that means to reload. A
+3. A worker that has drained serves on until all have: when its socket closes, newcomers that the kernel has dealt out
+   to it are lost, and they are to be told of the shutdown.
+4. Only the parent hears Ctrl+C, which the terminal sends to the whole group, and a SIGHUP that means to reload. A
    worker that gets a SIGTERM of its own drains, and is replaced.
 """
 
@@ -41,7 +43,8 @@ logger = logging.getLogger("notifyd")
 # Not one of the settings' variables: nobody but the parent sets it.
 VARIABLE = "_NOTIFYD_WORKER"
 DIRECTORY_PREFIX, LOCK = "notifyd-workers-", "lock"
-READY, ALIVE, DRAIN, NOW, RELOAD = b"r", b"a", b"d", b"n", b"h"
+READY, ALIVE, DRAINED = b"r", b"a", b"e"
+DRAIN, NOW, END, RELOAD = b"d", b"n", b"x", b"h"
 # Where workers accept from one socket, whoever wakes first takes all that wait: 362 of 400 that came at once to four.
 # Linux deals newcomers out to the sockets that share a port. Elsewhere the workers do accept from one.
 DEALS_OUT = sys.platform == "linux"
@@ -95,24 +98,33 @@ class Parent(asyncio.Protocol):
         self.host = post.host
         # Whether the whole server stops, and not this worker alone.
         self.stops = False
+        self._all_have_drained = asyncio.Event()
 
     async def follow(self, server: Drains) -> None:
         """Report that the server is ready, and let the parent give it orders from now on."""
         self._server = server
         link = socket.socket(fileno=self._link)
-        transport, _ = await asyncio.get_running_loop().create_connection(lambda: self, sock=link)
-        transport.write(READY)
-        self._say_alive(transport)
+        self._transport, _ = await asyncio.get_running_loop().create_connection(lambda: self, sock=link)
+        self._transport.write(READY)
+        self._say_alive()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
-    def _say_alive(self, link: asyncio.WriteTransport) -> None:
-        if not link.is_closing():
-            link.write(ALIVE)
-            asyncio.get_running_loop().call_later(ALIVE_SECONDS, self._say_alive, link)
+    def _say_alive(self) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(ALIVE)
+            asyncio.get_running_loop().call_later(ALIVE_SECONDS, self._say_alive)
+
+    async def drained(self) -> None:
+        """Report that the server has drained. Where all do, return when all have."""
+        if self.stops and not self._transport.is_closing():
+            self._transport.write(DRAINED)
+            await self._all_have_drained.wait()
 
     def data_received(self, data: bytes) -> None:
         if RELOAD in data:
             self._server.reload()
+        if END in data:
+            self._all_have_drained.set()
         self.stops = self.stops or NOW in data or DRAIN in data
         if NOW in data:
             self._server.close_now()
@@ -124,6 +136,7 @@ class Parent(asyncio.Protocol):
         # First of all, so that the next start finds the port free.
         self._server.stop_listening()
         self._server.close_now()
+        self._all_have_drained.set()
         asyncio.get_running_loop().call_later(ORPHAN_SECONDS, os._exit, 1)
 
 
@@ -161,6 +174,7 @@ class _Worker:
 
     def __init__(self, settings: Settings, host: str, ports: Sequence[socket.socket]) -> None:
         """Start it. Raises OSError."""
+        self.has_drained = False
         self._link, link = socket.socketpair()
         self._link.setblocking(False)
         listeners = [_twin(port) if DEALS_OUT else port.dup() for port in ports]
@@ -193,15 +207,20 @@ class _Worker:
         with contextlib.suppress(OSError):
             self._link.send(order)
 
-    async def ended(self) -> int:
-        """Wait for its end, which is near where it hangs, and return the exit status, as a shell has it."""
-        silences = 0
-        while True:
+    async def ended(self, drained: Callable[[], None]) -> int:
+        """Wait for its end, which is near where it hangs, and return the exit status, as a shell has it.
+
+        Calls `drained` when it has drained.
+        """
+        silences, heard = 0, ALIVE
+        while heard:
             try:
                 async with asyncio.timeout(SILENCE_SECONDS):
-                    if not await self._hear():
-                        break
+                    heard = await self._hear()
                 silences = 0
+                if heard == DRAINED:
+                    self.has_drained = True
+                    drained()
             except TimeoutError:
                 # The first may be this process's own: it was stopped, and the worker with it.
                 silences += 1
@@ -284,9 +303,16 @@ class _Supervisor:
             self._one_is_ready.set()
             if self._ready == self._settings.workers and not self._stopping.is_set():
                 self._announce()
-        status = await worker.ended()
+        status = await worker.ended(self._let_end)
         self._workers.discard(worker)
+        self._let_end()
         return status
+
+    def _let_end(self) -> None:
+        """Let the workers end when all that are left have drained."""
+        if all(worker.has_drained for worker in self._workers):
+            for worker in self._workers:
+                worker.order(END)
 
     def _signalled(self) -> None:
         self._stop(NOW if self._stopping.is_set() else DRAIN)
@@ -311,8 +337,10 @@ class _Supervisor:
 
     def _kill(self) -> None:
         for worker in self._workers:
-            logger.error("Worker %d does not end and is killed", worker.process.pid)
-            worker.process.kill()
+            # Who has drained waits for the others.
+            if not worker.has_drained:
+                logger.error("Worker %d does not end and is killed", worker.process.pid)
+                worker.process.kill()
 
 
 @contextlib.contextmanager

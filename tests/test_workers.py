@@ -307,6 +307,17 @@ def test_a_signal_drains_all_workers(server: Server) -> None:
     assert server.exit_status() == 0
 
 
+def test_who_has_drained_tells_newcomers_until_all_have(server: Server) -> None:
+    """The kernel goes on dealing them out to all workers: none of them is lost when one has no clients left."""
+    client = server.join()
+    server.drain()
+    for _ in range(50):
+        assert server.connect().closed() == GONE
+    assert len(workers(server)) > 1
+    client.leave()
+    assert server.exit_status() == 0
+
+
 def test_a_second_signal_closes_everyone_now(server: Server) -> None:
     """On every worker, and the status is still 0."""
     clients = join_each_worker(server)
@@ -360,7 +371,7 @@ def test_a_worker_that_hangs_is_killed_in_the_end(start_server: StartServer, tmp
     hanging = min(workers(server))
     os.kill(hanging, SIGSTOP)
     server.signal()
-    eventually(lambda: len(workers(server)) == 1)
+    server.wait_for_line("Shutting down")
     server.signal()
     server.wait_for_line(f"Worker {hanging} does not end and is killed")
     assert server.exit_status() == 128 + SIGKILL
