@@ -622,28 +622,27 @@ def test_a_request_that_is_refused_on_its_way_sees_why(fast: Apps) -> None:
 # Nobody is held up.
 
 
+def makes_the_peer_wait(apps: Apps, message_bytes: int, most_bytes: int) -> None:
+    """Send such messages to an app that takes none for a while: so much memory they may cost, and none is missing."""
+    client, before = apps.at("dawdle"), apps.memory()
+    message = masked(Opcode.BINARY, b"x" * message_bytes)
+    taken = push(client.socket, message, 4 * KERNEL_BYTES)
+    assert taken < 4 * KERNEL_BYTES and apps.memory() - before < most_bytes
+    apps.wake()
+    client.socket.sendall(message[taken % len(message) :] + masked(Opcode.TEXT, b"end"))
+    assert client.receive() == taken // len(message) + 1
+
+
 @needs_proc
 def test_a_slow_app_is_sent_no_more_than_it_can_take(fast: Apps) -> None:
     """The peer has to wait, the server's memory stays, and when the app reads on nothing is missing."""
-    client, before = fast.at("dawdle"), fast.memory()
-    message = masked(Opcode.BINARY, b"x" * 10_000)
-    taken = push(client.socket, message, 4 * KERNEL_BYTES)
-    assert taken < 4 * KERNEL_BYTES and fast.memory() - before < 4 * MEGABYTE
-    fast.wake()
-    client.socket.sendall(message[taken % len(message) :] + masked(Opcode.TEXT, b"end"))
-    assert client.receive() == taken // len(message) + 1
+    makes_the_peer_wait(fast, 10_000, 4 * MEGABYTE)
 
 
 @needs_proc
 def test_a_slow_app_on_the_standard_wire_is_sent_no_more_than_a_few_messages(standard: Apps) -> None:
     """Also where hardly any of what is read in a turn ends with a message."""
-    client, before = standard.at("dawdle"), standard.memory()
-    message = masked(Opcode.BINARY, b"x" * 1_000_000)
-    taken = push(client.socket, message, 4 * KERNEL_BYTES)
-    assert taken < 4 * KERNEL_BYTES and standard.memory() - before < 8 * MEGABYTE
-    standard.wake()
-    client.socket.sendall(message[taken % len(message) :] + masked(Opcode.TEXT, b"end"))
-    assert client.receive() == taken // len(message) + 1
+    makes_the_peer_wait(standard, 1_000_000, 8 * MEGABYTE)
 
 
 def test_pings_are_answered_while_an_app_is_busy(fast: Apps) -> None:
