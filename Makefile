@@ -24,7 +24,7 @@ test: $(VENV)/dev
 
 # What clients and publishers see, again for each store, and with several processes.
 API := $(addprefix tests/test_,$(addsuffix .py,batch drain events health heartbeat history hostile http_errors \
-	http_wire limits metrics notify origin plain_text publish_once rates resume scale status targets ws_messages))
+	wire_http limits metrics notify origin plain_text publish_once rates resume scale status targets ws_messages))
 test-stores: export PYTHONDONTWRITEBYTECODE :=
 test-stores: $(VENV)/dev
 	@$(BIN)/python -m pytest -n 4 --server-args='--workers 2' $(API) $(ARGS)

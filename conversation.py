@@ -19,11 +19,10 @@ import orjson
 from msgspec import Struct
 
 import schemas
-from client import Client
-from directory import Directory
+from clients import Client, Clients
 from errors import InvalidRequest, NotifydError, StoreUnavailable
-from frames import frame
-from identity import Identities, Identity
+from guard_identity import Identities, Identity
+from log import frame
 from schemas import POLICY_VIOLATION, encode, timestamp
 from store import Census, Store
 
@@ -44,7 +43,7 @@ class Conversation:
 
     def __init__(
         self,
-        directory: Directory,
+        clients: Clients,
         store: Store,
         census: Callable[[], Awaitable[Census]],
         close: Close,
@@ -55,7 +54,7 @@ class Conversation:
 
         Without `renew`, which finds out whom a token stands for, nobody may send one.
         """
-        self._directory = directory
+        self._clients = clients
         self._store = store
         self._census = census
         self._close = close
@@ -97,7 +96,7 @@ class Conversation:
         """Answer a client's messages from the first that asks the store on, until all are answered."""
         waiting = self._waiting[client]
         try:
-            while waiting and client in self._directory:
+            while waiting and client in self._clients:
                 value = waiting.popleft()
                 answer = _answer(value)
                 if isinstance(value, dict) and value["type"] in self._asks:
@@ -110,7 +109,7 @@ class Conversation:
                         failure = _error_message(NotifydError("Internal server error"))
                         logger.error("Unexpected error %s", failure.error_id, exc_info=error)
                         answer = failure
-                if client in self._directory:
+                if client in self._clients:
                     self._reply(client, answer)
         finally:
             del self._waiting[client]
@@ -126,7 +125,7 @@ class Conversation:
 
     async def _authenticate(self, client: Client, renew: Renew, value: dict[str, Any]) -> schemas.Authenticated:
         identity = await renew(schemas.check(value, schemas.AuthRequest).token)
-        if client in self._directory:
+        if client in self._clients:
             self._identities.renew(client, identity)
         until = None if identity.expires_at is None else timestamp(identity.expires_at)
         return schemas.Authenticated(expires_at=until, timestamp=timestamp())
@@ -146,7 +145,7 @@ class Conversation:
                     f"topics: at most {schemas.MAX_TOPICS} a client, and this would make {len(topics)}"
                 )
             # Here first: nothing that is addressed to the client from now on may pass by.
-            self._directory.subscribe(client, topics)
+            self._clients.subscribe(client, topics)
             try:
                 await self._store.subscribe(client.client_id, topics)
             except StoreUnavailable:
@@ -156,8 +155,8 @@ class Conversation:
         return schemas.Subscribed(topics=sorted(topics), timestamp=timestamp())
 
     def _follow(self, client: Client, topics: frozenset[str]) -> None:
-        if client in self._directory:
-            self._directory.subscribe(client, topics)
+        if client in self._clients:
+            self._clients.subscribe(client, topics)
 
     def _reply(self, client: Client, answer: Struct | None) -> None:
         if answer is None:

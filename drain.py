@@ -11,8 +11,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 
-from client import Client
-from directory import Directory
+from clients import Client, Clients
 
 logger = logging.getLogger("notifyd")
 
@@ -22,9 +21,9 @@ REPORT_SECONDS = 15.0
 class Drain:
     """Tells the clients of a directory, waits until they have left, and closes the rest."""
 
-    def __init__(self, directory: Directory, clock: Callable[[], float], rate: float, timeout: float) -> None:
+    def __init__(self, clients: Clients, clock: Callable[[], float], rate: float, timeout: float) -> None:
         """Clients told or closed a second at most, and seconds after which those who remain are closed."""
-        self._directory = directory
+        self._clients = clients
         self._clock = clock
         self._rate = rate
         self._deadline = clock() + timeout
@@ -38,7 +37,7 @@ class Drain:
 
     async def wait_until_empty(self, empty: asyncio.Event) -> None:
         """Wait until everyone has left, until the deadline."""
-        while self._directory and (left := self._deadline - self._clock()) > 0:
+        while self._clients and (left := self._deadline - self._clock()) > 0:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(empty.wait(), left)
 
@@ -49,11 +48,11 @@ class Drain:
 
     async def _paced(self) -> AsyncIterator[Client]:
         started_at = self._clock()
-        for count, client in enumerate(list(self._directory)):
+        for count, client in enumerate(list(self._clients)):
             ahead = started_at + count / self._rate - self._clock()
             if ahead > 0.01:
                 await asyncio.sleep(ahead)
-            if client in self._directory:
+            if client in self._clients:
                 yield client
 
     @contextlib.asynccontextmanager
@@ -66,11 +65,11 @@ class Drain:
             reporter.cancel()
 
     async def _report(self) -> None:
-        while self._directory:
+        while self._clients:
             left = max(0.0, self._deadline - self._clock())
             logger.info(
                 "Draining: %d clients remain; they are closed in %.0f s at most (a second signal: now)",
-                len(self._directory),
+                len(self._clients),
                 left,
             )
             await asyncio.sleep(REPORT_SECONDS)

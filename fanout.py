@@ -1,8 +1,8 @@
 """The fan-out: every client gets what lies between its cursor and the head of the log, in one write.
 
-Owns the ring, the passes over the clients, and who falls off the ring. Knows neither HTTP nor messages of clients.
+Owns the log, the passes over the clients, and who falls off the log. Knows neither HTTP nor messages of clients.
 
-1. Every client's cursor, and what it is owed beside, lies between the ring's front and its head. `trim` keeps that
+1. Every client's cursor, and what it is owed beside, lies between the log's front and its head. `trim` keeps that
    true: who would fall off is closed first, and only a client that cannot be written to is behind by then.
 2. A notification is framed once. A client that cannot be written to costs its cursor, an integer.
 """
@@ -14,10 +14,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from client import Client, Joined
-from directory import Directory
-from frames import frame, payloads
-from ring import Audience, Batch, Ring
+from clients import Client, Clients, Joined
+from log import Audience, Batch, Log, frame, payloads
 from schemas import Positions
 from store import Record
 
@@ -39,15 +37,15 @@ def payload(id: str, rest: bytes) -> bytes:
 
 
 class FanOut:
-    """The ring, and the passes that move every client's cursor to its head."""
+    """The log, and the passes that move every client's cursor to its head."""
 
     def __init__(
-        self, ring: Ring, directory: Directory, clock: Callable[[], float], close_slow: Callable[[Client, int], None]
+        self, log: Log, clients: Clients, clock: Callable[[], float], close_slow: Callable[[Client, int], None]
     ) -> None:
-        """`close_slow` closes a client that would fall off the ring, and is told the sequence it is owed next."""
-        self.ring = ring
+        """`close_slow` closes a client that would fall off the log, and is told the sequence it is owed next."""
+        self.log = log
         self.messages_sent = 0
-        self._directory = directory
+        self._clients = clients
         self._clock = clock
         self._close_slow = close_slow
         self.restart()
@@ -62,22 +60,22 @@ class FanOut:
         # Held by whoever hands clients what they are owed in portions: a pass, or the drain.
         self.passing = asyncio.Lock()
         # The sequence up to which the pass before the last one has gone: nothing newer is trimmed.
-        self._settled = self._passed = self.ring.front
+        self._settled = self._passed = self.log.front
         # Admissions that are under way: what is newer than their sequences is not trimmed.
         self.held: dict[object, int] = {}
 
     def begin(self, before: str, records: Sequence[Record]) -> None:
         """Take the log as it is found; `before` is the id before its first record."""
-        self.ring.begin(before)
+        self.log.begin(before)
         now = time.time()
         for record in records:
             self._put(record, self._clock() - max(0.0, now - record.at))
-        self._settled = self._passed = self.ring.next_sequence
+        self._settled = self._passed = self.log.next_sequence
 
     def begin_anew(self) -> None:
         """Forget the whole log. Its position is from now on an id that was never given to anything."""
-        self.ring.trim(self.ring.next_sequence)
-        self.ring.begin(Positions(self.ring.position).next())
+        self.log.trim(self.log.next_sequence)
+        self.log.begin(Positions(self.log.position).next())
 
     def append(self, records: Sequence[Record]) -> None:
         """Append what comes next in the log, and have it handed out."""
@@ -91,17 +89,17 @@ class FanOut:
                 targeted.append((sequence, record.audience))
         if targeted:
             joined: Joined = {}
-            for client, sequences in self._directory.owed(targeted):
+            for client, sequences in self._clients.owed(targeted):
                 client.owe(sequences, joined)
                 self._owed.add(client)
         self._published.set()
 
     def _put(self, record: Record, at: float) -> int:
         data = frame(payload(record.id, record.rest))
-        return self.ring.append(record.id, data, at, replayed=record.replayed, audience=record.audience)
+        return self.log.append(record.id, data, at, replayed=record.replayed, audience=record.audience)
 
     def records(self) -> Iterator[Record]:
-        """Return what the ring holds now, as records that are made one by one."""
+        """Return what the log holds now, as records that are made one by one."""
         began = time.time() - self._clock()
         return (
             Record(
@@ -111,7 +109,7 @@ class FanOut:
                 entry.replayed,
                 began + entry.at,
             )
-            for entry in list(self.ring.since(self.ring.front))
+            for entry in list(self.log.since(self.log.front))
         )
 
     def owe(self, client: Client, sequences: list[int]) -> None:
@@ -141,13 +139,13 @@ class FanOut:
                 await asyncio.sleep(min(self._clock() - started_at, COLLECT_SECONDS))
 
     async def _pass(self) -> None:
-        """Hand every client what lies between its cursor and the head, in slices, then trim the ring.
+        """Hand every client what lies between its cursor and the head, in slices, then trim the log.
 
         When everything published since the last pass is for some clients only, the pass visits only those.
         """
-        reached = self.ring.next_sequence
+        reached = self.log.next_sequence
         full, self._for_everyone = self._for_everyone, False
-        clients = list(self._directory if full else self._owed)
+        clients = list(self._clients if full else self._owed)
         behind: list[Client] = []
         start = 0
         try:
@@ -174,8 +172,8 @@ class FanOut:
     def _next(self, client: Client) -> tuple[Batch | None, list[int]]:
         """Return what a client is to be handed next, and what of its own is left then."""
         if client.pending is None:
-            return self.ring.batch(client.cursor), []
-        return self.ring.merge(client.cursor, client.pending)
+            return self.log.batch(client.cursor), []
+        return self.log.merge(client.cursor, client.pending)
 
     def _hand_over(self, clients: list[Client]) -> list[Client]:
         """Hand a slice of clients what they are owed, and return those that are still behind.
@@ -187,7 +185,7 @@ class FanOut:
         """
         at, owed = clients[0].cursor, clients[0].pending
         batch, left = self._next(clients[0])
-        if batch is None or batch.end != self.ring.head or left:
+        if batch is None or batch.end != self.log.head or left:
             return [client for client in clients if not self.advance(client)]
         behind = []
         others = 0
@@ -222,18 +220,18 @@ class FanOut:
         connection = client.connection
         while connection.writable:
             if client.pending is not None:
-                batch, left = self.ring.merge(client.cursor, client.pending)
+                batch, left = self.log.merge(client.cursor, client.pending)
                 client.pending = left or None
                 if not left:
                     self._owed.discard(client)
-            elif (found := self.ring.batch(client.cursor)) is not None:
+            elif (found := self.log.batch(client.cursor)) is not None:
                 batch = found
             else:
                 return True
             client.cursor = batch.end
             self.messages_sent += batch.notifications
             connection.write(batch.frames)
-        return client.cursor == self.ring.head and client.pending is None
+        return client.cursor == self.log.head and client.pending is None
 
     def trim(self) -> None:
         """Forget what the bounds say, after closing the clients that would fall off.
@@ -241,24 +239,24 @@ class FanOut:
         Only who was behind after the last full pass, or is owed something beside, can be that far behind: nothing
         newer than the pass before is trimmed.
         """
-        until = self.ring.expired(self._clock(), min([self._settled, *self.held.values()]))
-        if until == self.ring.front:
+        until = self.log.expired(self._clock(), min([self._settled, *self.held.values()]))
+        if until == self.log.front:
             return
         for client in {*self._behind, *self._owed}:
-            if client in self._directory:
-                owed = self.ring.next_owed(client.cursor, client.pending)
+            if client in self._clients:
+                owed = self.log.next_owed(client.cursor, client.pending)
                 if owed < until:
                     self._close_slow(client, owed)
-        self.ring.trim(until)
+        self.log.trim(until)
 
     async def keep_short(self) -> None:
         """Let what is too old go also when nothing is published."""
         while True:
-            await asyncio.sleep(min(1.0, self.ring.max_age))
+            await asyncio.sleep(min(1.0, self.log.max_age))
             async with self.passing:
                 self._settled = self._passed
                 self.trim()
 
     def clients_behind(self) -> int:
-        head = self.ring.head
-        return sum(client.cursor != head or client.pending is not None for client in self._directory)
+        head = self.log.head
+        return sum(client.cursor != head or client.pending is not None for client in self._clients)

@@ -109,7 +109,7 @@ async def status(hub: Hub, limit: int) -> Status:
 async def prometheus(hub: Hub) -> str:
     """Return the figures in Prometheus' text format: the documented four first, to the letter."""
     census, _ = await hub.accounts.exact_census()
-    ring = hub.fanout.ring
+    log = hub.fanout.log
     figures: list[tuple[str, str, str, float]] = [
         (
             "websocket_active_connections",
@@ -133,8 +133,8 @@ async def prometheus(hub: Hub) -> str:
         ),
         ("notifyd_slow_consumers_total", "counter", "Clients closed for being too far behind", census.slow_consumers),
         ("notifyd_clients_behind", "gauge", "Clients of this process that have a backlog", hub.fanout.clients_behind()),
-        ("notifyd_log_notifications", "gauge", "Notifications in the log", len(ring)),
-        ("notifyd_log_bytes", "gauge", "Bytes of notifications in the log", ring.size),
+        ("notifyd_log_notifications", "gauge", "Notifications in the log", len(log)),
+        ("notifyd_log_bytes", "gauge", "Bytes of notifications in the log", log.size),
     ]
     return "\n".join(
         f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value}\n" for name, kind, text, value in figures

@@ -14,10 +14,9 @@ import itertools
 import logging
 from collections.abc import Callable
 
-from client import HEARTBEAT_PHASES, Client
-from directory import Directory
+from clients import HEARTBEAT_PHASES, Client, Clients
 from errors import DuplicateClient
-from frames import frame
+from log import frame
 from schemas import Ping, encode, timestamp
 
 logger = logging.getLogger("notifyd")
@@ -36,14 +35,14 @@ class Heartbeat:
 
     def __init__(
         self,
-        directory: Directory,
+        clients: Clients,
         clock: Callable[[], float],
         interval: float,
         timeout: float,
         close_silent: Callable[[Client], None],
     ) -> None:
         """Seconds between the pings to a client, and of silence after which `close_silent` is called with it."""
-        self._directory = directory
+        self._clients = clients
         self._clock = clock
         # A live client must get the chance to prove itself before its time is over.
         self._interval = min(interval, timeout / 2)
@@ -69,7 +68,7 @@ class Heartbeat:
             due = max(due, self._clock() - self._interval)
             self._close_all_silent()
             ping = _ping_message()
-            for count, client in enumerate([client for client in self._directory if client.phase == phase], 1):
+            for count, client in enumerate([client for client in self._clients if client.phase == phase], 1):
                 _ping(client, ping)
                 if not count % SLICE_CLIENTS:
                     await asyncio.sleep(0)
@@ -87,7 +86,7 @@ class Heartbeat:
         limit = self._clock() - self._timeout
         if self._awake_since > limit:
             return
-        for client in [client for client in self._directory if client.heard_at < limit]:
+        for client in [client for client in self._clients if client.heard_at < limit]:
             if client.can_prove_life():
                 logger.info("Client %s has been silent for too long and is closed", client.client_id)
                 self._close_silent(client)
@@ -113,7 +112,7 @@ class Heartbeat:
         asked_at = self._clock()
         # Turns and not the clock: while this process does not run, nobody can be heard.
         for turn in range(int(PROBE_SECONDS / PROBE_TURN_SECONDS)):
-            if client not in self._directory:
+            if client not in self._clients:
                 return False
             if client.heard_at > asked_at or not client.can_prove_life():
                 return True
@@ -123,7 +122,7 @@ class Heartbeat:
             elif turn == 0:
                 _ping(client, _ping_message())
             await asyncio.sleep(PROBE_TURN_SECONDS)
-        return client in self._directory and client.heard_at > asked_at
+        return client in self._clients and client.heard_at > asked_at
 
 
 def _ping_message() -> bytes:

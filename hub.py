@@ -1,12 +1,12 @@
 """The Hub: who is admitted, what is published, and what a client is answered.
 
 Knows connections only through the seam in connection.py, the log only through the one in store.py, and neither
-Starlette nor uvicorn. The parts that it puts together have files of their own: the clients (directory.py), the
+Starlette nor uvicorn. The parts that it puts together have files of their own: the clients (clients.py), the
 fan-out, the heartbeat and the drain.
 
 1. Only `_join` and `_leave` change the directory; a client that ends, for whatever reason, is taken out first and
    closed afterwards.
-2. No await between reading a position of the ring and joining the directory: a client is handed everything after it.
+2. No await between reading a position of the log and joining the directory: a client is handed everything after it.
 3. Counters only grow, and are changed in the same stretch without await as what they count.
 """
 
@@ -25,11 +25,10 @@ import orjson
 from msgspec import UNSET, UnsetType
 
 import schemas
-from accounts import ANSWER_SECONDS, Accounts
-from client import Client
+from census import ANSWER_SECONDS, Accounts, Peers
+from clients import Client, Clients
 from connection import CLOSE_DEADLINE_SECONDS, Connection, ConnectionState
 from conversation import Conversation, Renew
-from directory import Directory
 from drain import Drain
 from errors import (
     ConnectionRefused,
@@ -40,17 +39,14 @@ from errors import (
     TooLarge,
 )
 from fanout import NOBODY, FanOut, payload
-from frames import frame, payloads
+from guard_identity import Identities, Identity
 from heartbeat import PROBE_SECONDS, Heartbeat
-from identity import Identities, Identity
-from keys import Appended, Once, Receipt
-from peers import Peers
-from ring import Audience, Entry, Ring
+from log import Audience, Entry, Log, frame, payloads
 from schemas import GOING_AWAY, INTERNAL_ERROR, POLICY_VIOLATION, TRY_AGAIN_LATER, encode, timestamp
 from seats import Seats
 from settings import Settings, number
-from store import Draft, Opening, Record, Report, Store, Taken, make_store
-from turns import in_slices
+from slices import in_slices
+from store import Appended, Draft, Once, Opening, Receipt, Record, Report, Store, Taken, make_store
 
 logger = logging.getLogger("notifyd")
 
@@ -98,21 +94,21 @@ class Hub:
         self.store = store or make_store(settings, clock)
         self.clock = clock
         self.state = HubState.STARTING
-        self.directory = Directory()
+        self.clients = Clients()
         self.fanout = FanOut(
-            Ring(settings.history_size, settings.history_bytes, settings.history_ttl),
-            self.directory,
+            Log(settings.history_size, settings.history_bytes, settings.history_ttl),
+            self.clients,
             clock,
             self._close_slow_consumer,
         )
         self.heartbeat = Heartbeat(
-            self.directory, clock, settings.ping_interval, settings.ping_timeout, self._close_silent
+            self.clients, clock, settings.ping_interval, settings.ping_timeout, self._close_silent
         )
         self.peers = Peers(self.store, self._answer_peer)
-        self.accounts = Accounts(self.directory, self.store, self.peers, clock, self._counted)
+        self.accounts = Accounts(self.clients, self.store, self.peers, clock, self._counted)
         self.identities = Identities(self._close_expired)
         self.conversation = Conversation(
-            self.directory, self.store, self.accounts.census, self._dismiss, self.identities, renew
+            self.clients, self.store, self.accounts.census, self._dismiss, self.identities, renew
         )
         self.seats = Seats(self.store, settings.max_connections_per_ip) if settings.max_connections_per_ip else None
         # Whose address holds a seat for each client, where there is a limit.
@@ -167,7 +163,7 @@ class Hub:
             )
         self._tasks = []
         self._leaving.clear()
-        for client in list(self.directory):
+        for client in list(self.clients):
             self._leave(client)
         self.conversation.restart()
         self._make_primitives()
@@ -190,7 +186,7 @@ class Hub:
         if self.state is HubState.STOPPED or self._loop is None:
             return
         self._become(HubState.STOPPED)
-        for client in list(self.directory):
+        for client in list(self.clients):
             self._dismiss(client, GOING_AWAY, "Server shutting down")
         for task in self._tasks:
             task.cancel()
@@ -267,9 +263,9 @@ class Hub:
 
     @contextlib.contextmanager
     def _claimed(self, client_id: str) -> Iterator[None]:
-        """Let no other newcomer of this process register the client_id, and keep in the ring what is appended now."""
+        """Let no other newcomer of this process register the client_id, and keep in the log what is appended now."""
         claim = self._claims[client_id] = asyncio.Event()
-        self.fanout.held[claim] = self.fanout.ring.next_sequence
+        self.fanout.held[claim] = self.fanout.log.next_sequence
         try:
             yield
         finally:
@@ -296,7 +292,7 @@ class Hub:
     async def _contest_here(self, client_id: str) -> None:
         """Return once nobody of this process has the client_id. Raises DuplicateClient where somebody keeps it."""
         while True:
-            if (incumbent := self.directory.get(client_id)) is not None:
+            if (incumbent := self.clients.get(client_id)) is not None:
                 await self._contest(incumbent)
             elif (claim := self._claims.get(client_id)) is not None:
                 await claim.wait()
@@ -319,7 +315,7 @@ class Hub:
             if await self.heartbeat.is_alive(incumbent):
                 raise DuplicateClient(f"Client {incumbent.client_id} is already connected")
             code, reason = INTERNAL_ERROR, "Ping timeout"
-        if incumbent in self.directory:
+        if incumbent in self.clients:
             self._dismiss(incumbent, code, reason)
 
     def _join(
@@ -335,9 +331,9 @@ class Hub:
     ) -> Client:
         # Without await: the cursor is read, what is to be replayed is fixed and the client is in the directory
         # before anything else can be delivered. So nothing is missing at the seam, and nothing comes twice.
-        ring = self.fanout.ring
-        client = Client(self, connection, client_id, user_agent, ring.head, next(self._numbers))
-        self.directory.add(client, topics)
+        log = self.fanout.log
+        client = Client(self, connection, client_id, user_agent, log.head, next(self._numbers))
+        self.clients.add(client, topics)
         self.identities.set(client, identity)
         if self.seats is not None:
             self._seated[client] = address
@@ -361,15 +357,15 @@ class Hub:
         return client
 
     def _since(self, position: str) -> Iterable[Entry]:
-        ring = self.fanout.ring
-        start = None if position == ring.position else ring.find(position)
-        return () if start is None else ring.since(start)
+        log = self.fanout.log
+        start = None if position == log.position else log.find(position)
+        return () if start is None else log.since(start)
 
     def _resume(self, client: Client, since: str) -> schemas.Resume:
         """Owe the client what it missed after `since`, and return what it is told about that."""
         entries, complete = self._missed(since, client.client_id, client.topics)
         self.fanout.owe(client, [entry.sequence for entry in entries])
-        data = schemas.ResumeData(position=self.fanout.ring.position, replayed=len(entries), complete=complete)
+        data = schemas.ResumeData(position=self.fanout.log.position, replayed=len(entries), complete=complete)
         return schemas.Resume(timestamp=timestamp(), data=data)
 
     def _missed(self, since: str | None, client_id: str | None, topics: Collection[str]) -> tuple[list[Entry], bool]:
@@ -380,27 +376,27 @@ class Hub:
         """
         if since == "":
             return [], True
-        ring = self.fanout.ring
-        front = ring.expired(self.clock(), ring.next_sequence)
-        after = 0 if since is None else ring.find(since)
+        log = self.fanout.log
+        front = log.expired(self.clock(), log.next_sequence)
+        after = 0 if since is None else log.find(since)
         complete = after is not None and after >= front
         start = after if after is not None and complete else front
         entries = [
             entry
-            for entry in ring.since(start)
+            for entry in log.since(start)
             if entry.replayed and (entry.audience is None or entry.audience.includes(client_id, topics))
         ]
         return entries, complete
 
     def _leave(self, client: Client) -> None:
-        if client in self.directory:
-            self.directory.remove(client)
+        if client in self.clients:
+            self.clients.remove(client)
             self.identities.set(client, None)
             self.fanout.forget(client)
             self.store.leave(client.client_id)
             if self.seats is not None:
                 self.seats.give(self._seated.pop(client))
-            if not self.directory:
+            if not self.clients:
                 self._empty.set()
 
     def _dismiss(self, client: Client, code: int, reason: str) -> None:
@@ -422,10 +418,10 @@ class Hub:
         return self.fanout.advance(client)
 
     def _close_slow_consumer(self, client: Client, owed: int) -> None:
-        behind = self.fanout.ring.behind(client.cursor) + len(client.pending or ())
+        behind = self.fanout.log.behind(client.cursor) + len(client.pending or ())
         self.slow_consumers += 1
         logger.warning("Client %s is %d notifications behind and is closed", client.client_id, behind)
-        position = self.fanout.ring.id_before(owed)
+        position = self.fanout.log.id_before(owed)
         self._dismiss(
             client, POLICY_VIOLATION, f"Slow consumer: {behind} notifications behind; resume with since={position}"
         )
@@ -504,7 +500,7 @@ class Hub:
                 break
         return schemas.History(
             notifications=[orjson.Fragment(next(payloads(entry.frame))) for entry in page],
-            position=page[-1].id if len(page) < len(entries) else self.fanout.ring.position,
+            position=page[-1].id if len(page) < len(entries) else self.fanout.log.position,
             complete=complete,
         )
 
@@ -524,10 +520,10 @@ class Hub:
     def missed(self) -> None:
         """Close everyone: they would miss what this process could not read before the log let go of it.
 
-        Nobody can prove any more that a resume from before that is complete, so the ring begins anew.
+        Nobody can prove any more that a resume from before that is complete, so the log begins anew.
         """
         logger.error("The log has let go of what this process had not read; its clients are closed")
-        for client in list(self.directory):
+        for client in list(self.clients):
             self._dismiss(client, TRY_AGAIN_LATER, "Notifications are missing; connect again and resume")
         self.fanout.begin_anew()
 
@@ -535,25 +531,25 @@ class Hub:
         self.peers.told(sender, message)
 
     def kept(self) -> tuple[str, Iterable[Record]]:
-        """Return what the ring holds, as the log had it, and the id before that."""
-        ring = self.fanout.ring
-        return ring.id_before(ring.front), self.fanout.records()
+        """Return what the log holds, as the log had it, and the id before that."""
+        log = self.fanout.log
+        return log.id_before(log.front), self.fanout.records()
 
     def registrations(self) -> Iterable[tuple[str, frozenset[str]]]:
-        return [(client.client_id, client.topics) for client in self.directory]
+        return [(client.client_id, client.topics) for client in self.clients]
 
     def evicted(self, client_ids: Sequence[str]) -> None:
         """Close clients whose ids are other processes' by now."""
         for client_id in client_ids:
-            if (client := self.directory.get(client_id)) is not None:
+            if (client := self.clients.get(client_id)) is not None:
                 self._dismiss(client, POLICY_VIOLATION, "Replaced by a new connection")
 
     def active_connections(self) -> int:
         """Return how many clients this process has."""
-        return len(self.directory)
+        return len(self.clients)
 
     def recipients(self, audience: Audience | None) -> int:
-        return self.directory.count(audience)
+        return self.clients.count(audience)
 
     async def _answer_peer(self, question: dict[str, Any]) -> Any:
         if question["ask"] == "contest":
@@ -612,7 +608,7 @@ class Hub:
         """
         await self.start()
         self._become(HubState.DRAINING)
-        drain = Drain(self.directory, self.clock, self.settings.drain_rate, self.settings.shutdown_timeout)
+        drain = Drain(self.clients, self.clock, self.settings.drain_rate, self.settings.shutdown_timeout)
         try:
             async with drain.reported():
                 # The lock waits for the pass that is under way, and keeps the next one from telling everyone at once.
@@ -622,7 +618,7 @@ class Hub:
                 await drain.wait_until_empty(self._empty)
             await drain.close(self._close_going_away)
         finally:
-            for client in list(self.directory):
+            for client in list(self.clients):
                 self._close_going_away(client)
 
     def _close_going_away(self, client: Client) -> None:
@@ -630,7 +626,7 @@ class Hub:
         self._dismiss(client, GOING_AWAY, "Server shutting down")
 
     async def _announce_shutdown(self, once: Once | None) -> None:
-        """Put what everyone on this host is to be told at the end of the ring.
+        """Put what everyone on this host is to be told at the end of the log.
 
         In the log the notification is for nobody: a place to resume from, the same for all processes of the host.
         """
@@ -639,9 +635,9 @@ class Hub:
         try:
             position = (await self.store.append([draft], once)).receipts[0].id
         except StoreUnavailable:
-            position = schemas.Positions(self.fanout.ring.position).next()
+            position = schemas.Positions(self.fanout.log.position).next()
         message = encode(schemas.ShutdownMessage(timestamp=now))
-        self.fanout.ring.append_farewell(frame(payload(position, draft.rest)), frame(message))
+        self.fanout.log.append_farewell(frame(payload(position, draft.rest)), frame(message))
 
     async def wait_closed(self) -> None:
         """Wait until every connection has ended, for as long as a connection takes at most to give up."""

@@ -31,15 +31,16 @@ from starlette.datastructures import State
 from starlette.middleware import Middleware
 from starlette.routing import Router
 
-from auth import Door, backend_of, warnings_of
-from certificate import Certificate
-from http_wire import REQUEST_SECONDS, HttpProtocol
+from answers import not_found
+from guard import OriginGuard, Throttle
+from guard_auth import Door, backend_of, warnings_of
 from hub import Hub
-from routes import OriginGuard, internal_routes, not_found, routes
+from routes import internal_routes, routes
+from server_certificate import Certificate
+from server_workers import Parent, check_store, read_post, signals_to, supervise, warning_of_islands
 from settings import VERSION, Settings, SettingsError, from_environ, load
-from throttle import Throttle
 from wire import StandardProtocol, WireProtocol
-from workers import Parent, check_store, read_post, signals_to, supervise, warning_of_islands
+from wire_http import REQUEST_SECONDS, HttpProtocol
 
 try:
     import resource

@@ -7,37 +7,32 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Collection, Sequence
 
 import orjson
 from msgspec import Struct
 from starlette.datastructures import Headers, QueryParams
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 import figures
 import schemas
-from auth import SUBPROTOCOL, Door
-from connection import PROBE_EXTENSION, WIRE_EXTENSION, Connection, SendConnection
+from answers import Endpoint, Request, answer, refuse_handshake
+from connection import PROBE_EXTENSION, WIRE_EXTENSION, Connection, EventStream, SendConnection
 from errors import (
     InvalidRequest,
-    MethodNotAllowed,
-    NotFound,
     NotifydError,
     StoreUnavailable,
-    TooLarge,
     TooManyConnections,
     UnsupportedMediaType,
     UpgradeRequired,
 )
-from events import EventStream
-from guard import Origins
+from guard_auth import SUBPROTOCOL, Door
+from guard_identity import Identity
 from hub import Hub
-from identity import Identity
-from keys import Appended, Once
 from schemas import TRY_AGAIN_LATER, encode, timestamp
-from turns import in_slices
+from slices import in_slices
+from store import Appended, Once
 
 logger = logging.getLogger("notifyd.routes")
 
@@ -48,69 +43,6 @@ MAX_BATCH_BYTES = 1_048_576
 MAX_KEY_LENGTH = 255
 # It is kept for each client.
 MAX_USER_AGENT = 256
-# When to try again where the limit is reached or the server drains.
-RETRY_AFTER_SECONDS = 5
-# How long a browser need not ask again what a page may do.
-PREFLIGHT_SECONDS = 600
-# The headers of ours that a page from elsewhere may read.
-EXPOSED = b"Notification-Id, Idempotent-Replayed, Retry-After"
-
-
-class ClientGone(Exception):
-    """The other side left before its request was whole; there is nobody to answer."""
-
-
-class Request:
-    """One HTTP request as the handlers see it."""
-
-    __slots__ = ("headers", "identity", "receive", "scope")
-
-    def __init__(self, scope: Scope, receive: Receive, identity: Identity | None = None) -> None:
-        self.scope = scope
-        self.headers = Headers(scope=scope)
-        self.receive = receive
-        # None where there is no authentication.
-        self.identity = identity
-
-    def check_publish(self, requests: Sequence[schemas.NotifyRequest]) -> None:
-        """Raise Forbidden where its sender may not publish one of these."""
-        if self.identity is not None:
-            self.identity.check_publish(requests)
-
-    def parameters(self) -> QueryParams:
-        return QueryParams(self.scope["query_string"])
-
-    def media_type(self) -> str:
-        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-    async def body(self, limit: int) -> bytes:
-        """Return the whole body. Raises TooLarge as soon as it is known to be, before it is read."""
-        too_large = TooLarge(f"request body: larger than the limit of {limit} bytes")
-        length = self.headers.get("content-length", "")
-        if length.isdigit() and int(length) > limit:
-            raise too_large
-        parts = []
-        size, more = 0, True
-        while more:
-            event = await self.receive()
-            if event["type"] == "http.disconnect":
-                raise ClientGone
-            parts.append(event.get("body", b""))
-            size += len(parts[-1])
-            if size > limit:
-                raise too_large
-            more = event.get("more_body", False)
-        return b"".join(parts)
-
-
-Handler = Callable[[Hub, Request], Awaitable[Response | EventStream]]
-# Raises Forbidden or Unauthorized.
-Check = Callable[[Identity], None]
-
-
-def answer(body: Struct, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    # The line end is for whoever reads it in a terminal.
-    return Response(encode(body) + b"\n", status, headers, "application/json")
 
 
 # --- handlers
@@ -304,68 +236,6 @@ def _check_content_type(media_type: str) -> None:
 # --- where an error becomes an answer
 
 
-class Endpoint:
-    """One path as an ASGI app: its methods, and the documented body for whatever goes wrong."""
-
-    def __init__(self, hub: Hub, door: Door | None = None, check: Check | None = None, **handlers: Handler) -> None:
-        """With a door it wants to know who asks, and whether they pass the check."""
-        self.hub = hub
-        self.door = door
-        self.check = check
-        self.handlers = handlers
-        if "GET" in handlers:
-            self.handlers["HEAD"] = handlers["GET"]
-        self.allow = ", ".join([*self.handlers, "OPTIONS"])
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            response: Response | EventStream = await self._respond(scope, receive)
-        except ClientGone:
-            return
-        except NotifydError as error:
-            response = error_response(error)
-        except Exception as error:
-            response = unexpected_response(error)
-        await response(scope, receive, send)
-
-    async def _respond(self, scope: Scope, receive: Receive) -> Response | EventStream:
-        method = scope["method"]
-        if method == "OPTIONS":
-            return self._options(Headers(scope=scope))
-        if (handler := self.handlers.get(method)) is None:
-            raise MethodNotAllowed(f"Method {method[:32]} is not allowed here", {"Allow": self.allow})
-        schemas.check_query(scope["query_string"])
-        identity = None if self.door is None else await self.door.identify(scope)
-        if identity is not None and self.check is not None:
-            self.check(identity)
-        if handler is not live:
-            # Which tells of the process alone, whatever the Hub and its store are up to.
-            await self.hub.start()
-        return await handler(self.hub, Request(scope, receive, identity))
-
-    def _options(self, asked: Headers) -> Response:
-        """Tell the methods; a preflight (https://fetch.spec.whatwg.org/#http-cors-protocol) may send any header."""
-        headers = {"Allow": self.allow}
-        if "access-control-request-method" in asked:
-            headers["Access-Control-Allow-Methods"] = self.allow
-            headers["Access-Control-Allow-Headers"] = asked.get("access-control-request-headers", "")
-            headers["Access-Control-Max-Age"] = str(PREFLIGHT_SECONDS)
-        return Response(status_code=204, headers=headers)
-
-
-def error_response(error: NotifydError, category: str | None = None, error_id: str | None = None) -> Response:
-    body = schemas.error_body(error.message, category or error.category, error_id)
-    retry = {"Retry-After": str(RETRY_AFTER_SECONDS)} if error.status in (429, 503) else {}
-    return answer(body, error.status, retry | error.headers)
-
-
-def unexpected_response(error: Exception) -> Response:
-    """Log what nobody expected under the id that the other side is told."""
-    error_id = schemas.new_error_id()
-    logger.error("Unexpected error %s", error_id, exc_info=error)
-    return error_response(NotifydError("Internal server error"), error_id=error_id)
-
-
 class Socket:
     """The WebSocket path as an ASGI app: the border at which one connection's unexpected error stops."""
 
@@ -378,67 +248,6 @@ class Socket:
             await connect(self.hub, self.door, scope, receive, send)
         except Exception as error:
             logger.error("Unexpected error %s", schemas.new_error_id(), exc_info=error)
-
-
-class OriginGuard:
-    """Refuses, before anything else, what comes from a page of a foreign origin; one that is allowed may read answers.
-
-    Also errors, and with the methods of each path: Starlette's CORSMiddleware stands before the routes and knows none.
-    """
-
-    def __init__(self, app: ASGIApp, allowed: Collection[str]) -> None:
-        self.app = app
-        self.origins = Origins(allowed)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self.app(scope, receive, send)
-            return
-        try:
-            page = self.origins.admit(scope["headers"])
-        except NotifydError as error:
-            await refuse(error, scope, receive, send)
-            return
-        if scope["type"] == "http" and self.origins.allowed:
-            send = readable(send, page)
-        await self.app(scope, receive, send)
-
-
-def readable(send: Send, page: bytes | None) -> Send:
-    """Return a `send` whose response a page of this origin may read, if there is one."""
-    # Also without a page: a cache must not give one's answer to another.
-    headers = [(b"vary", b"Origin")]
-    if page:
-        headers += [(b"access-control-allow-origin", page), (b"access-control-expose-headers", EXPOSED)]
-
-    async def send_readable(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message["headers"], *headers]}
-        await send(message)
-
-    return send_readable
-
-
-async def refuse(error: NotifydError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with an HTTP error; a WebSocket handshake too, where the server can."""
-    if scope["type"] == "http":
-        await error_response(error)(scope, receive, send)
-        return
-    await receive()
-    await refuse_handshake(error, scope, receive, send)
-
-
-async def refuse_handshake(error: NotifydError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a handshake that has been received with an HTTP error, where the server can."""
-    if "websocket.http.response" in scope.get("extensions", {}):
-        await error_response(error, "connection")(scope, receive, send)
-    else:
-        await send({"type": "websocket.close", "code": error.close_code, "reason": error.message})
-
-
-async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer for every path that has no route."""
-    await refuse(NotFound(f"There is nothing at {scope['path'][:200]}"), scope, receive, send)
 
 
 def routes(hub: Hub, door: Door | None = None) -> list[BaseRoute]:
@@ -462,7 +271,7 @@ def internal_routes(hub: Hub, door: Door | None = None) -> list[BaseRoute]:
 
 
 def _probes(hub: Hub) -> list[BaseRoute]:
-    return [Route("/health", Endpoint(hub, GET=health)), Route("/health/live", Endpoint(hub, GET=live))]
+    return [Route("/health", Endpoint(hub, GET=health)), Route("/health/live", Endpoint(hub, starts=False, GET=live))]
 
 
 def _figures(hub: Hub, door: Door | None) -> list[BaseRoute]:

@@ -1,7 +1,7 @@
 """What a store promises the Hub: one log, and one registry of clients, however many processes share them.
 
 Owns the seam between a Hub and its store, and the store in memory, which is this one process. The shared ones are
-store_sqlite.py and store_redis.py. Knows ids, payloads and audiences; no socket, no frame and no ring.
+store_sqlite.py and store_redis.py. Knows ids, payloads and audiences; no socket, no frame.
 
 1. The store gives the ids: strictly increasing over all processes, whatever the clocks do.
 2. Every process is told every record once, in the one order of the log (`Node.deliver`); also its own. Before a
@@ -20,13 +20,11 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from errors import ConnectionRefused
-from keys import Appended, Keys, Once, Receipt
-from rates import SECOND, Buckets, Draw, Rate
-from ring import Audience
+from errors import ConnectionRefused, KeyReused
+from log import Audience
 from schemas import Positions
 from settings import Settings
-from turns import SLICE_SECONDS
+from slices import SLICE_SECONDS
 
 # A process that has not renewed its lease for so long is dead: its client ids and slots are free.
 LEASE_SECONDS = 5.0
@@ -291,3 +289,130 @@ def make_store(settings: Settings, clock: Callable[[], float]) -> Store:
 
         return RedisStore(settings, settings.store)
     return MemoryStore(settings, clock)
+
+
+class Receipt(NamedTuple):
+    """The id of a published notification, and how many connected clients it is addressed to."""
+
+    id: str
+    recipients: int
+
+
+class Appended(NamedTuple):
+    """The receipts of what was appended at `at`, in seconds since the epoch; `repeated` where that was before."""
+
+    receipts: list[Receipt]
+    at: float
+    repeated: bool = False
+
+
+class Once(NamedTuple):
+    """An Idempotency-Key, and what stands for the request that it came with."""
+
+    key: str
+    fingerprint: bytes
+
+
+class _Kept(NamedTuple):
+    fingerprint: bytes
+    appended: Appended
+    at: float
+
+
+class Keys:
+    """What was appended, by key, the oldest first: at most `max_receipts`, for at most `max_age` seconds."""
+
+    def __init__(self, max_receipts: int, max_age: float) -> None:
+        self._max_receipts = max_receipts
+        self._max_age = max_age
+        self._kept: dict[str, _Kept] = {}
+        self._receipts = 0
+
+    def find(self, once: Once, now: float) -> Appended | None:
+        """Return what the request appended before. Raises KeyReused where the key came with another request."""
+        while self._kept and now - next(iter(self._kept.values())).at > self._max_age:
+            self._forget_oldest()
+        if (known := self._kept.get(once.key)) is None:
+            return None
+        check_reuse(once, known.fingerprint)
+        return known.appended._replace(repeated=True)
+
+    def keep(self, once: Once, appended: Appended, now: float) -> None:
+        """Remember a request that find() did not know. The newest is kept whatever its size."""
+        self._kept[once.key] = _Kept(once.fingerprint, appended, now)
+        self._receipts += len(appended.receipts)
+        while self._receipts > self._max_receipts and len(self._kept) > 1:
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        oldest = self._kept.pop(next(iter(self._kept)))
+        self._receipts -= len(oldest.appended.receipts)
+
+
+def check_reuse(once: Once, fingerprint: bytes) -> None:
+    """Raise KeyReused unless the key came with the same request before."""
+    if once.fingerprint != fingerprint:
+        raise KeyReused("Idempotency-Key: already used for another request")
+
+
+SECOND = 1_000_000
+
+
+class Rate(NamedTuple):
+    """So many requests a second, and so many at once out of a full bucket."""
+
+    per_second: int
+    burst: int
+
+    @property
+    def cost(self) -> int:
+        """The microseconds in which one request is refilled."""
+        return SECOND // self.per_second
+
+    @property
+    def depth(self) -> int:
+        """The microseconds in which an empty bucket is full again."""
+        return self.burst * self.cost
+
+
+class Draw(NamedTuple):
+    """Whether a request was let through, and the microseconds until its bucket is full."""
+
+    allowed: bool
+    until_full: int
+
+
+def draw(full_at: int, now: int, rate: Rate) -> Draw:
+    """Take one request out of the bucket that is full at `full_at`."""
+    # Where the clock was put back, the bucket is empty, and no worse.
+    left = min(max(full_at - now, 0), rate.depth)
+    return Draw(True, left + rate.cost) if left + rate.cost <= rate.depth else Draw(False, left)
+
+
+class Buckets:
+    """Buckets by name, of one process. One that is full is forgotten within a second."""
+
+    def __init__(self) -> None:
+        self._full_at: dict[str, int] = {}
+        self._swept = 0
+
+    def draw(self, name: str, rate: Rate, now: int) -> Draw:
+        drawn = draw(self._full_at.get(name, 0), now, rate)
+        self.put(name, drawn, now)
+        return drawn
+
+    def put(self, name: str, drawn: Draw, now: int) -> None:
+        """Set a bucket to what was found elsewhere."""
+        # So there are never more than requests came in the last seconds.
+        if now - self._swept > SECOND:
+            self._swept = now
+            self._full_at = {name: at for name, at in self._full_at.items() if at > now}
+        self._full_at[name] = now + drawn.until_full
+
+    def refusal(self, name: str, rate: Rate, now: int) -> Draw | None:
+        """Return the refusal where the bucket is known to hold no whole request."""
+        drawn = draw(self._full_at.get(name, 0), now, rate)
+        return None if drawn.allowed else drawn
+
+    def __len__(self) -> int:
+        return len(self._full_at)

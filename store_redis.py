@@ -46,11 +46,23 @@ from redis import exceptions
 from redis.asyncio.connection import AbstractConnection, Connection, parse_url
 
 from errors import ConnectionRefused, KeyReused, StoreUnavailable, TooManyConnections
-from keys import Appended, Once, Receipt
-from rates import Draw, Rate
-from ring import Audience
+from log import Audience
 from settings import Settings, SettingsError
-from store import LEASE_SECONDS, Census, Draft, Node, Opening, Record, Report, Taken
+from store import (
+    LEASE_SECONDS,
+    Appended,
+    Census,
+    Draft,
+    Draw,
+    Node,
+    Once,
+    Opening,
+    Rate,
+    Receipt,
+    Record,
+    Report,
+    Taken,
+)
 
 logger = logging.getLogger("notifyd")
 

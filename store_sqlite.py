@@ -29,11 +29,9 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 from errors import StoreUnavailable
-from keys import Appended, Once
-from rates import Draw, Rate
 from settings import Settings, number
-from sqlite_database import Database, News, Operation, away
-from store import Census, Draft, Node, Report
+from store import Appended, Census, Draft, Draw, Node, Once, Rate, Report
+from store_sqlite_file import Database, News, Operation, away
 
 logger = logging.getLogger("notifyd")
 

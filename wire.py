@@ -33,11 +33,12 @@ from uvicorn.server import ServerState
 from websockets.frames import Frame
 from websockets.http11 import Request
 
-from asgi_session import ABNORMAL_CLOSURE, Session
 from connection import CLOSE_DEADLINE_SECONDS, PROBE_EXTENSION, TURN_BYTES, ConnectionState, Receiver
-from frames import CLOSE, PING, PONG, FrameError, FrameParser, close_frame, frame, read_close
-from opening_handshake import HandshakeError, Headers, check_handshake, refusal
+from log import frame
 from schemas import GOING_AWAY, INVALID_DATA
+from wire_frames import CLOSE, PING, PONG, FrameError, FrameParser, close_frame, read_close
+from wire_handshake import HandshakeError, Headers, check_handshake, refusal
+from wire_session import ABNORMAL_CLOSURE, Session
 
 # Once both have said goodbye, or no goodbye can be understood, the peer gets this long to end its side.
 LINGER_SECONDS = 1.0

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from functools import partial
 
 from load import Load
+from peers import NOTIFYD, Peer
 from plan import Figure, Row, Scale
 from server import Server
-
-from peers import NOTIFYD, Peer
 from turns import Side, ratio, take_turns
 
 CLIENTS = (0, 100)

@@ -20,10 +20,9 @@ from functools import partial
 from statistics import median, quantiles
 
 from load import Load
+from peers import FLOOR, Peer
 from plan import Figure, Level, Row, Scale
 from server import Server
-
-from peers import FLOOR, Peer
 from turns import Side, ratio, take_turns
 
 COST_TITLE = "CPU per delivery, {:,} clients"

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from statistics import median
 
 from load import Load
+from peers import Peer
 from plan import Figure, Level, Row, Scale
 from server import Server
-
-from peers import Peer
 
 
 def measure(peer: Peer, scale: Scale) -> Iterator[Figure]:

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Self
 
 from load import NUMBER, Audience, Load
+from peers import NOTIFYD, Peer
 from plan import Figure, Level, Row, Scale
 from server import Server
-
-from peers import NOTIFYD, Peer
 
 BURST, BATCH = 64, 1000
 TOPIC = f"?topics={NUMBER}", f',"topics":["{NUMBER}"]'

@@ -18,10 +18,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
+from peers import CACHE, HERE, compile_c
 from server import LOAD_CORE, Server, on_core
 from websockets.sync.client import connect
-
-from peers import CACHE, HERE, compile_c
 
 SOURCE = HERE.parent / "load.c"
 PAYLOAD_BYTES = 200

@@ -9,10 +9,9 @@ Not measured: the kernel's memory for a socket, which is the same for all, and w
 from collections.abc import Iterator
 
 from load import Load
+from peers import Peer
 from plan import Figure, Level, Row, Scale
 from server import Server
-
-from peers import Peer
 
 
 def measure(peer: Peer, scale: Scale) -> Iterator[Figure]:

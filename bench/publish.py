@@ -13,10 +13,9 @@ import subprocess
 from collections.abc import Iterator
 
 from load import CheckFailed, Load
+from peers import HERE, Peer
 from plan import Figure, Level, Row, Scale
 from server import LOAD_CORE, Server, on_core
-
-from peers import HERE, Peer
 
 CONNECTIONS = 32
 TITLE = f"POST /notify, no clients, {CONNECTIONS} connections"

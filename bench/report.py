@@ -7,10 +7,9 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+from peers import PEERS
 from plan import MEMORY, Figure, Level, Row
 from server import CORES
-
-from peers import PEERS
 
 HERE = Path(__file__).parent
 RESULTS, PLOT = HERE / "RESULTS.md", HERE / "results.svg"

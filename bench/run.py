@@ -26,11 +26,11 @@ import report
 import stores
 import target
 import uptime
+from peers import FLOOR, PEERS, REDIS, Peer
 from plan import FULL, QUICK, TINY, Figure, Scale
 from server import CORES, LOAD_CORE, raise_file_limit
 
 import fanout
-from peers import FLOOR, PEERS, REDIS, Peer
 
 MEASURES: dict[str, ModuleType] = {
     module.__name__: module

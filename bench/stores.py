@@ -20,12 +20,11 @@ from statistics import median, quantiles
 
 from burst import CONNECTIONS, DEPTH
 from load import Load
+from peers import NOTIFYD, REDIS, Peer, notifyd_on
 from plan import MEMORY, Figure, Level, Row, Scale
 from publish import TITLE as PUBLISH_TITLE
 from publish import rate
 from server import Server
-
-from peers import NOTIFYD, REDIS, Peer, notifyd_on
 from turns import Side, ratio, take_turns
 
 WORKERS = 2

@@ -18,10 +18,9 @@ from dataclasses import replace
 from functools import partial
 
 from load import NUMBER, Audience, Load
+from peers import NOTIFYD, Peer
 from plan import Figure, Level, Row, Scale
 from server import Server
-
-from peers import NOTIFYD, Peer
 from turns import Side, ratio, take_turns
 
 FEW = 10

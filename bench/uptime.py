@@ -12,10 +12,9 @@ from functools import partial
 
 from burst import CONNECTIONS, DEPTH
 from load import Load
+from peers import NOTIFYD, Peer
 from plan import Figure, Level, Row, Scale
 from server import Server
-
-from peers import NOTIFYD, Peer
 from turns import Side, ratio, take_turns
 
 ROUNDS = 3

@@ -18,8 +18,8 @@ from typing import Any
 
 import uvicorn
 
-from http_wire import HttpProtocol
 from wire import StandardProtocol, WireProtocol
+from wire_http import HttpProtocol
 
 MAX_MESSAGE_BYTES = 2**20
 PAGE = b"x" * 65_536

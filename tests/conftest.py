@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from expected import Record, order_differs
+from processes import Server, use_extra_flags
 from redis_server import RedisServer
-from server import Server, use_extra_flags
 
 StartServer = Callable[..., Server]
 

@@ -9,7 +9,7 @@ from websockets.frames import Frame as TheirFrame
 from websockets.frames import Opcode
 from websockets.protocol import Protocol, Side
 
-from frames import CLOSE, TEXT, FrameError, FrameParser, read_close
+from wire_frames import CLOSE, TEXT, FrameError, FrameParser, read_close
 
 LIMIT = 70_000
 # For what Hypothesis makes up: more than that comes to, because the reference counts control frames, too, for it.

@@ -17,11 +17,11 @@ from contextlib import asynccontextmanager
 from signal import SIGCONT, SIGSTOP
 from typing import Any
 
-from clients import PATIENCE
-from server import ROOT, environment
+from processes import ROOT, environment
+from ws_clients import PATIENCE
 
 import store
-from ring import Audience
+from log import Audience
 from settings import Settings
 from store import Draft, MemoryStore, Opening, Record, Store
 
@@ -41,7 +41,7 @@ def make(url: str, settings: Settings) -> Store:
 
 def shorten_leases(seconds: float) -> None:
     """Have nodes taken for dead sooner than a server would wait."""
-    for name in ("store", "store_sqlite", "sqlite_database", "store_redis"):
+    for name in ("store", "store_sqlite", "store_sqlite_file", "store_redis"):
         module = importlib.import_module(name)
         module.LEASE_SECONDS, module.RENEW_SECONDS, module.TRIM_SECONDS = seconds, seconds / 5, seconds / 5
 

@@ -15,15 +15,15 @@ from typing import Any
 
 import jwt
 import pytest
-from clients import PATIENCE, Client
 from conftest import StartServer
 from expected import TIME, Like, Record, http_error, notification, parse, welcome, ws_error
-from server import ROOT, Server, environment, eventually, free_port, notifyd_command
+from processes import ROOT, Server, environment, eventually, free_port, notifyd_command
 from test_embedding import granian, host, hypercorn, uvicorn
+from ws_clients import PATIENCE, Client
 
-from auth import KeysAndTokens, backend_of
+from guard_auth import KeysAndTokens, backend_of
+from guard_tokens import MAX_TOKEN_BYTES
 from settings import Settings, SettingsError
-from tokens import MAX_TOKEN_BYTES
 
 SECRET = "the secret of the tokens of these tests"
 KEY, OTHER_KEY = "key-of-ci-4711", "key-of-ops-0815"

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from conftest import StartServer
 from expected import TIME, UUID7, Record, http_error, naming, parse
-from server import Server
+from processes import Server
 
 MEBIBYTE = 1_048_576
 TOO_DEEP: Any = {}

@@ -21,7 +21,7 @@ from typing import Any
 
 import orjson
 from conftest import StartServer
-from server import Server
+from processes import Server
 from websockets.client import ClientProtocol
 from websockets.frames import Frame, Opcode
 from websockets.uri import parse_uri

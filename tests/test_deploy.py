@@ -16,8 +16,8 @@ from typing import Any
 import orjson
 import pytest
 import yaml
+from processes import ROOT, Server, free_port
 from redis_server import RedisServer
-from server import ROOT, Server, free_port
 
 from settings import Settings, from_environ
 

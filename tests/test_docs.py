@@ -17,26 +17,27 @@ import httpx
 import msgspec
 import orjson
 import pytest
-from clients import PATIENCE
 from expected import Record, parse
-from server import ROOT, Server, environment
+from processes import ROOT, Server, environment
+from ws_clients import PATIENCE
 
-import client
+import answers
+import clients
+import connection
 import conversation
 import errors
-import events
-import http_wire
+import guard_tokens
 import hub
 import routes
 import schemas
 import settings
-import tokens
+import wire_http
 from notifyd import create_app
 
 FILES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
 README, PROTOCOL, DESIGN = PAGES["README.md"], PAGES["docs/protocol.md"], PAGES["docs/design.md"]
-REASONED = ("hub.py", "heartbeat.py", "identity.py", "auth.py", "tokens.py", "schemas.py", "store.py")
+REASONED = ("hub.py", "heartbeat.py", "guard_identity.py", "guard_auth.py", "guard_tokens.py", "schemas.py", "store.py")
 MODULES = {path.name: path.read_text() for path in ROOT.glob("*.py")}
 
 # Flags of other programs that the pages name.
@@ -44,7 +45,14 @@ FOREIGN_FLAGS = {"experimental-websocket", "factory", "appendonly", "save", "bui
 FOREIGN_FLAGS |= {"forwarded-allow-ips"}
 # Raised in the Hub's part of the code, and never the reason of a close: one is for nobody, two are told otherwise.
 NO_REASONS = {
-    *map(re.escape, ("The newcomer has left", "The store is away: its log cannot be read")),
+    *map(
+        re.escape,
+        (
+            "The newcomer has left",
+            "The store is away: its log cannot be read",
+            "Idempotency-Key: already used for another request",
+        ),
+    ),
     re.escape("Invalid JSON: ") + ".+",
 }
 NO_REASONS |= {re.escape("Not allowed: to publish ") + end for end in ("other\\ than\\ by\\ topic", "to\\ topic\\ .+")}
@@ -162,16 +170,16 @@ def test_limits_are_the_codes_own() -> None:
         routes.MAX_BATCH_BYTES,
         routes.MAX_HISTORY_LIMIT,
         routes.HISTORY_LIMIT,
-        events.RETRY_MILLISECONDS,
-        routes.RETRY_AFTER_SECONDS,
-        client.MESSAGE_BURST,
-        client.MESSAGES_PER_SECOND,
+        connection.RETRY_MILLISECONDS,
+        answers.RETRY_AFTER_SECONDS,
+        clients.MESSAGE_BURST,
+        clients.MESSAGES_PER_SECOND,
         conversation.UNREAD_BYTES,
         hub.PROBE_SECONDS,
         hub.CLOSE_DEADLINE_SECONDS,
-        http_wire.REQUEST_SECONDS,
-        http_wire.STALLED_SECONDS,
-        http_wire.MAX_HEAD_BYTES,
+        wire_http.REQUEST_SECONDS,
+        wire_http.STALLED_SECONDS,
+        wire_http.MAX_HEAD_BYTES,
         schemas.MAX_PARAMETERS,
         routes.STATUS_DETAILS,
     ]
@@ -190,17 +198,17 @@ def test_limits_are_the_codes_own() -> None:
         f"An array of 1 to {schemas.MAX_BATCH} requests as for `/notify`, of {routes.MAX_BATCH_BYTES} bytes at most",
         f"1 to {routes.MAX_HISTORY_LIMIT} notifications at most, {routes.HISTORY_LIMIT} unless told",
         f"lists N clients at most, {routes.STATUS_DETAILS} unless told",
-        f"more than {client.MESSAGES_PER_SECOND:.0f} messages a second over "
-        f"{client.MESSAGE_BURST / client.MESSAGES_PER_SECOND:.0f} seconds",
+        f"more than {clients.MESSAGES_PER_SECOND:.0f} messages a second over "
+        f"{clients.MESSAGE_BURST / clients.MESSAGES_PER_SECOND:.0f} seconds",
         f"heard from within {hub.PROBE_SECONDS:.0f} seconds",
         f"cut off after {hub.CLOSE_DEADLINE_SECONDS:.0f} seconds",
-        f"did not arrive within {http_wire.REQUEST_SECONDS:.0f} seconds",
-        f"headers together are over {http_wire.MAX_HEAD_BYTES} bytes",
-        f"may be {tokens.CLOCK_SKEW_SECONDS} seconds ahead",
-        f"more than {tokens.MAX_TOKEN_BYTES} characters make",
-        f"every {tokens.FRESH_SECONDS / 60:.0f} minutes, and at once",
-        f"not more often than every {tokens.PAUSE_SECONDS:.0f} seconds",
-        f"\nretry: {events.RETRY_MILLISECONDS}\n",
+        f"did not arrive within {wire_http.REQUEST_SECONDS:.0f} seconds",
+        f"headers together are over {wire_http.MAX_HEAD_BYTES} bytes",
+        f"may be {guard_tokens.CLOCK_SKEW_SECONDS} seconds ahead",
+        f"more than {guard_tokens.MAX_TOKEN_BYTES} characters make",
+        f"every {guard_tokens.FRESH_SECONDS / 60:.0f} minutes, and at once",
+        f"not more often than every {guard_tokens.PAUSE_SECONDS:.0f} seconds",
+        f"\nretry: {connection.RETRY_MILLISECONDS}\n",
     ],
 )
 def test_limits_in_the_text_are_the_codes_own_too(phrase: str) -> None:
@@ -361,7 +369,7 @@ def test_every_http_error_is_documented_and_no_other() -> None:
     """Each status with its categories is that of an error class, or is answered before there is an app."""
     documented = {(int(row[0]), category) for row in rows(PROTOCOL, "Status", "Category") for category in spans(row[1])}
     there = {(each.status, each.category) for each in error_classes()}
-    there |= {(int(status), "validation") for status in re.findall(r"_refuse\((4\d\d)", MODULES["http_wire.py"])}
+    there |= {(int(status), "validation") for status in re.findall(r"_refuse\((4\d\d)", MODULES["wire_http.py"])}
     # On a handshake: what breaks RFC 6455, a foreign origin, an unknown path, another version, too many, our failure.
     there |= {(status, "connection") for status in (400, 403, 404, 426, 429, 500)}
     assert documented == there

@@ -13,11 +13,11 @@ from signal import SIGINT, SIGTERM
 
 import httpx
 import pytest
-from clients import Client
 from conftest import StartServer
 from expected import COUNT, PONG, SHUTDOWN, SYSTEM, TIME, http_error, naming, parse
-from server import Server, eventually, workers
+from processes import Server, eventually, workers
 from websockets.exceptions import InvalidStatus
+from ws_clients import Client
 
 GONE = (1001, "Server shutting down")
 

@@ -23,7 +23,7 @@ from expected import (
     welcome,
     ws_error,
 )
-from server import Server, eventually, free_port
+from processes import Server, eventually, free_port
 
 QUIET = {"NOTIFYD_NOTIFICATION_INTERVAL": "0", "NOTIFYD_MAX_CONNECTIONS": "4"}
 

@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from clients import PATIENCE
 from conftest import StartServer
 from expected import CLIENT_ID, SHUTDOWN, SYSTEM, TIME, http_error, naming, parse, welcome
-from server import Server, eventually
+from processes import Server, eventually
+from ws_clients import PATIENCE
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 

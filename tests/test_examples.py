@@ -24,12 +24,12 @@ from urllib.parse import parse_qs, quote, urlsplit
 import httpx
 import jwt
 import pytest
-from clients import PATIENCE
 from conftest import StartServer
-from server import ROOT, Server, environment, eventually, free_port
+from processes import ROOT, Server, environment, eventually, free_port
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 from websockets.sync.server import ServerConnection, serve
+from ws_clients import PATIENCE
 
 EXAMPLES = ROOT / "examples"
 NO_PROXY = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}

@@ -26,13 +26,13 @@ from typing import Any
 
 import httpx
 import pytest
-from clients import PATIENCE
 from conftest import StartServer
 from expected import parse
+from processes import Server, eventually
 from redis_server import RedisServer
-from server import Server, eventually
 from websockets.asyncio.client import connect
 from websockets.exceptions import WebSocketException
+from ws_clients import PATIENCE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
 

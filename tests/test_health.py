@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 from conftest import StartServer
 from expected import COUNT, TIME
-from server import Server, eventually, workers
+from processes import Server, eventually, workers
 
 
 def test_the_answer_has_the_documented_fields_in_their_order(server: Server) -> None:

@@ -12,7 +12,7 @@ from signal import SIGCONT, SIGSTOP
 import pytest
 from conftest import StartServer
 from expected import PING, PONG
-from server import Server, eventually
+from processes import Server, eventually
 from websockets.frames import Opcode
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import StartServer
 from expected import UUID7, http_error, naming, parse
-from server import Server, eventually
+from processes import Server, eventually
 
 NEVER_GIVEN = "550e8400-e29b-41d4-a716-446655440000"
 

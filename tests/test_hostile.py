@@ -16,12 +16,12 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from clients import BareClient
 from conftest import StartServer
 from expected import PONG, Like, http_error, naming, parse, ws_error
-from server import Server, eventually, notifyd_command
+from processes import Server, eventually, notifyd_command
 from test_events import Stream
 from websockets.frames import Frame, Opcode
+from ws_clients import BareClient
 
 MEGABYTE = 2**20
 PUBLISH = b"POST /notify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -29,7 +29,7 @@ HANDSHAKE = (
     b"GET /ws HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
 )
-LENIENT = "import sys, client, notifyd; client.MESSAGE_BURST = 1e9; sys.exit(notifyd.main())"
+LENIENT = "import sys, clients, notifyd; clients.MESSAGE_BURST = 1e9; sys.exit(notifyd.main())"
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from expected import http_error, naming, parse
-from server import Server
+from processes import Server
 from websockets.exceptions import InvalidStatus
 
 READABLE = ["/health", "/metrics", "/metrics/prometheus", "/status"]

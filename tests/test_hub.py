@@ -29,19 +29,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from virtual import FakeConnection, VirtualLoop
 
 import fanout as fanout_module
-import ring as ring_module
+import log as log_module
 import schemas
 import store as store_module
-from client import Joined
+from clients import Joined
 from connection import ConnectionState, Receiver
 from errors import ConnectionRefused, DuplicateClient, NotifydError, ShuttingDown
-from frames import payloads
 from hub import Hub
-from keys import Appended, Once, Receipt
-from ring import Audience
+from log import Audience, payloads
 from schemas import NotifyRequest
 from settings import Settings
-from store import Draft, MemoryStore, Record
+from store import Appended, Draft, MemoryStore, Once, Receipt, Record
 
 logger = logging.getLogger("notifyd")
 
@@ -174,7 +172,7 @@ class Model:
             self.faults.append(fault)
 
     def newest(self) -> str:
-        return self.hub.fanout.ring.position
+        return self.hub.fanout.log.position
 
     @property
     def position(self) -> str:
@@ -245,7 +243,7 @@ class Model:
     ) -> int:
         payload = orjson.dumps(body | {"sender": sender})
         size = len(payload) + (2 if len(payload) < 126 else 4)
-        size += sum(len(name) + ring_module.NAME_BYTES for names in audience or () for name in set(names))
+        size += sum(len(name) + log_module.NAME_BYTES for names in audience or () for name in set(names))
         at = self.loop.time() if at is None else at
         self.fault_unless(body["id"] > self.position, f"{body['id']} does not come after {self.position}")
         self.log.append(Published(body["id"], body["data"]["message"], size, at, replayed, audience))
@@ -427,7 +425,7 @@ class HubMachine(RuleBasedStateMachine):
         batch_bytes=st.sampled_from([1, 500]),
     )
     def open(self, crowd: dict[str, tuple[frozenset[str], dict[str, Any]]], batch_bytes: int) -> None:
-        self.stack.enter_context(mock.patch.object(ring_module, "BATCH_BYTES", batch_bytes))
+        self.stack.enter_context(mock.patch.object(log_module, "BATCH_BYTES", batch_bytes))
         for client_id, (topics, kind) in crowd.items():
             self.join(Session(self.model, client_id, topics, None, **kind))
 
@@ -560,7 +558,7 @@ class HubMachine(RuleBasedStateMachine):
     def what_is_too_old_is_forgotten(self) -> None:
         """What was out of the bounds a good second ago is out of the log, whoever is behind."""
         kept = len(self.model.log) - self.model.front(self.loop.time() - 1.1)
-        assert self.model.draining or len(self.hub.fanout.ring) <= kept
+        assert self.model.draining or len(self.hub.fanout.log) <= kept
 
     @precondition(lambda self: self.is_open() and self.published > 20)
     @rule()
@@ -614,7 +612,7 @@ class HubMachine(RuleBasedStateMachine):
         assert census.total == self.model.admitted
         assert census.slow_consumers == self.model.slow_consumers
         assert census.active == len(self.model.sessions)
-        assert [one.client_id for one in self.hub.directory] == list(self.model.sessions)
+        assert [one.client_id for one in self.hub.clients] == list(self.model.sessions)
 
     @invariant()
     def whoever_is_behind_is_counted(self) -> None:
@@ -788,7 +786,7 @@ def test_the_shutdown_message_is_not_lost_when_everything_before_it_has_expired(
         client.room = 2
         return asyncio.create_task(hub.drain())
 
-    with mock.patch.object(ring_module, "BATCH_BYTES", 1):
+    with mock.patch.object(log_module, "BATCH_BYTES", 1):
         drain = loop.run_until_complete(drain_during_a_burst())
         loop.run_until_complete(asyncio.sleep(5))
         assert client.messages[-1]["type"] == "system"
@@ -826,7 +824,7 @@ def test_a_batch_for_a_topic_is_one_list_for_all_who_follow_it(loop: VirtualLoop
     requests = [NotifyRequest(message=str(number), topics=["t"]) for number in range(50)]
     for _ in range(3):
         loop.run_until_complete(hub.publish(requests))
-    owed = [client.pending for client in hub.directory]
+    owed = [client.pending for client in hub.clients]
     assert all(one is owed[0] for one in owed) and len(owed[0] or ()) == 150
 
 
@@ -838,7 +836,7 @@ def test_a_client_that_is_far_behind_does_not_make_publishing_dear(loop: Virtual
     requests = [NotifyRequest(message=str(number), topics=["t"]) for number in range(300)]
     loop.run_until_complete(hub.publish(requests[:200]))
     loop.run_until_complete(hub.publish(requests[200:]))
-    ann, bob = hub.directory
+    ann, bob = hub.clients
     before = ann.pending
     loop.run_until_complete(hub.notify("for ann", clients=["ann"]))
     assert ann.pending is before and len(ann.pending or ()) == 301 and len(bob.pending or ()) == 300
@@ -849,14 +847,14 @@ def test_clients_that_are_owed_different_things_do_not_make_publishing_dear(loop
     hub = hub_on(loop)
     for number in range(100):
         join(loop, hub, f"c{number}")
-    for client in hub.directory:
+    for client in hub.clients:
         client.owe([*range(300)], {})
     for common in ([300], [301]):
-        before: list[Any] = [client.pending for client in hub.directory]
+        before: list[Any] = [client.pending for client in hub.clients]
         joined: Joined = {}
-        for client in hub.directory:
+        for client in hub.clients:
             client.owe(common, joined)
-    after = [client.pending for client in hub.directory]
+    after = [client.pending for client in hub.clients]
     assert all(pending == [*range(302)] for pending in after)
     assert sum(map(is_, before, after)) > 80
 
@@ -978,7 +976,7 @@ def test_a_notification_is_encoded_once_for_all(loop: VirtualLoop, monkeypatch: 
     loop.run_until_complete(hub.notify("hello"))
     loop.run_until_complete(asyncio.sleep(1))
     assert len(encoded) == 1
-    assert all(len(client.connection.messages) == 2 for client in hub.directory)  # type: ignore[attr-defined]
+    assert all(len(client.connection.messages) == 2 for client in hub.clients)  # type: ignore[attr-defined]
 
 
 def test_a_batch_lets_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:

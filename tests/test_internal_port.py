@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from clients import PATIENCE
 from conftest import StartServer
-from server import Server, free_port
+from processes import Server, free_port
 from test_settings import run, said_in_one_line
+from ws_clients import PATIENCE
 
 from notifyd import App, create_app
 from settings import Settings

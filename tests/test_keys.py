@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from errors import InvalidRequest, KeyReused
-from keys import Appended, Keys, Once, Receipt
+from store import Appended, Keys, Once, Receipt
 
 REQUEST, OTHER = b"a request", b"another request"
 

@@ -6,11 +6,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from clients import claims
 from conftest import StartServer
 from expected import CLIENT_ID, PONG, ws_error
-from server import Server, eventually
+from processes import Server, eventually
 from websockets.frames import Opcode
+from ws_clients import claims
 
 FULL = "Connection limit exceeded: 2/2"
 TAKEN = "Client bob is already connected"

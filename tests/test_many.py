@@ -20,10 +20,10 @@ from socket import socket
 from typing import Any, NamedTuple
 
 import pytest
-from clients import PATIENCE, Client, claims
 from expected import PONG, SHUTDOWN, SYSTEM, parse
+from processes import Server, eventually, free_port
 from redis_server import RedisServer
-from server import Server, eventually, free_port
+from ws_clients import PATIENCE, Client, claims
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tells the processes apart by what Linux says")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import StartServer
 from expected import COUNT, SECONDS, TIME
-from server import Server, workers
+from processes import Server, workers
 
 # The reference, to the letter, with every number left open.
 DOCUMENTED = """\

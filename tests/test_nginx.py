@@ -19,14 +19,14 @@ from typing import Any
 
 import httpx
 import pytest
-from clients import PATIENCE, Client
 from conftest import StartServer
 from expected import http_error, parse
-from server import ROOT, Server, eventually, free_port
+from processes import ROOT, Server, eventually, free_port
+from ws_clients import PATIENCE, Client
 
-from rates import Rate
+from guard import HANDSHAKES, REQUESTS
 from settings import Settings
-from throttle import HANDSHAKES, REQUESTS
+from store import Rate
 
 CONF = (ROOT / "deploy" / "nginx.conf").read_text()
 SECRET = "sesame-open"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import StartServer
 from expected import TIME, http_error, naming, notification, parse
-from server import Server, eventually
+from processes import Server, eventually
 
 OWN_TYPES = ["welcome", "ping", "pong", "status_response", "error", "shutdown", "resume", "subscribed", "authenticated"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import StartServer
 from expected import http_error, naming, parse, welcome
-from server import Server
+from processes import Server
 from websockets.exceptions import InvalidStatus
 
 APP = "https://app.example"

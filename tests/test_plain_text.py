@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from expected import UUID7, http_error, naming, notification, parse
-from server import Server
+from processes import Server
 
 FORM = "application/x-www-form-urlencoded"  # What `curl -d` says by itself.
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")

@@ -10,8 +10,8 @@ import httpx
 import pytest
 from conftest import StartServer
 from expected import TIME
+from processes import Server, eventually
 from redis_server import RedisServer
-from server import Server, eventually
 
 from notifyd import create_app
 from settings import Settings

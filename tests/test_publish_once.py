@@ -10,7 +10,7 @@ import httpx
 import pytest
 from conftest import StartServer
 from expected import http_error, naming, parse
-from server import Server, eventually
+from processes import Server, eventually
 
 ONE, OTHER = {"message": "order 18 has shipped"}, {"message": "order 19 has shipped"}
 PATHS = {"/notify": ONE, "/notify/batch": [ONE, OTHER]}

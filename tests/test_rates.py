@@ -11,11 +11,11 @@ import httpx
 import pytest
 from conftest import StartServer
 from expected import http_error, parse
-from server import Server, eventually
+from processes import Server, eventually
 from websockets.exceptions import InvalidStatus
 
-from addresses import Proxies
-from rates import SECOND, Buckets, Rate, draw
+from guard import Proxies
+from store import SECOND, Buckets, Rate, draw
 
 HANDSHAKES, REQUESTS = (5, 10), (10, 20)
 ALICE, BOB = {"X-Forwarded-For": "203.0.113.1"}, {"X-Forwarded-For": "203.0.113.2"}

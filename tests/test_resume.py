@@ -9,11 +9,11 @@ import threading
 from typing import Any
 
 import pytest
-from clients import Client
 from conftest import StartServer
 from expected import TIME, UUID7, parse, welcome
-from server import Server, eventually
+from processes import Server, eventually
 from websockets.asyncio.client import connect
+from ws_clients import Client
 
 NEVER_GIVEN = "550e8400-e29b-41d4-a716-446655440000"
 SLOW = re.compile(r"Slow consumer: (\d+) notifications behind; resume with since=(\S+)")

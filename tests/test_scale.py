@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import StartServer
 from expected import parse
-from server import Server, eventually, notifyd_command
+from processes import Server, eventually, notifyd_command
 from websockets.asyncio.client import connect
 
 CLIENTS = 1000
@@ -84,7 +84,7 @@ def test_clients_that_stop_reading_cost_the_ring_and_no_more(start_server: Start
 
 COUNTS_GARBAGE = """
 import gc, signal, sys, notifyd
-ours = {"client", "connection", "events", "http_wire", "wire", "asgi_session", "starlette.requests"}
+ours = {"clients", "connection", "wire_http", "wire", "wire_session", "starlette.requests"}
 gc.set_debug(gc.DEBUG_SAVEALL)
 def collect(*_):
     gc.collect()

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from conftest import StartServer
 from expected import PONG, welcome
-from server import ROOT, Server, environment, eventually, notifyd_command
+from processes import ROOT, Server, environment, eventually, notifyd_command
 
 import notifyd
 from settings import Settings, SettingsError

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from conftest import StartServer
 from expected import CLIENT_ID, COUNT, SECONDS, TIME, http_error, naming, parse
-from server import Server, eventually, workers
+from processes import Server, eventually, workers
 from virtual import FakeConnection
 
-import turns
+import slices as turns
 from hub import Hub
 from settings import Settings
 

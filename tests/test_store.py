@@ -15,8 +15,7 @@ from members import SOMETHING, Member, Process, audience, members, shorten_lease
 from redis_server import RedisServer
 
 from errors import ConnectionRefused, KeyReused
-from keys import Once
-from store import LEASE_SECONDS, Draft, Record, Report, Taken
+from store import LEASE_SECONDS, Draft, Once, Record, Report, Taken
 
 UUID7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\Z")
 SHORT_LEASE = 1.0

@@ -12,8 +12,8 @@ from redis_server import RedisServer
 from test_store import SHORT_LEASE, _short_leases, any_store, on_loop, redis, shared, start_process  # noqa: F401
 
 from errors import TooManyConnections
-from rates import SECOND, Rate
 from seats import Seats
+from store import SECOND, Rate
 
 RATE = Rate(1, 3)
 

@@ -17,9 +17,8 @@ from test_store import on_loop, start_process  # noqa: F401
 
 from errors import ConnectionRefused, KeyReused, StoreUnavailable
 from hub import Hub
-from keys import Appended, Once
 from settings import Settings, SettingsError
-from store import LEASE_SECONDS, Draft, Report
+from store import LEASE_SECONDS, Appended, Draft, Once, Report
 from store_redis import RedisStore
 
 SHORT_LEASE = 1.0

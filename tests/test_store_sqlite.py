@@ -14,11 +14,11 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from clients import PATIENCE
 from members import Member, Process, audience, members, threads_left
 from test_store import SHORT_LEASE, _short_leases, on_loop, start_process  # noqa: F401
+from ws_clients import PATIENCE
 
-import sqlite_database
+import store_sqlite_file
 from errors import StoreUnavailable
 from settings import SettingsError
 from store import Draft, Report, Taken
@@ -78,7 +78,7 @@ def spoil_with_another_program(path: Path) -> None:
 
 def spoil_with_the_future(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute(f"PRAGMA user_version = {sqlite_database.SCHEMA_VERSION + 1}")
+        connection.execute(f"PRAGMA user_version = {store_sqlite_file.SCHEMA_VERSION + 1}")
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,8 @@ async def test_a_killed_process_leaves_no_socket(path: Path, start_process: Call
 @on_loop
 async def test_the_write_ahead_log_begins_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it never comes to rest, at the second bound."""
-    monkeypatch.setattr(sqlite_database, "CHECKPOINT_PAGES", 50)
-    monkeypatch.setattr(sqlite_database, "MAX_WAL_PAGES", 200)
+    monkeypatch.setattr(store_sqlite_file, "CHECKPOINT_PAGES", 50)
+    monkeypatch.setattr(store_sqlite_file, "MAX_WAL_PAGES", 200)
     async with members(f"sqlite:{path}", 2) as both:
 
         async def publish_until_it_has_begun_anew(member: Member) -> None:
@@ -419,7 +419,7 @@ async def test_an_unexpected_error_is_a_failure_that_passes(path: Path, monkeypa
     """The thread goes on."""
     async with members(f"sqlite:{path}") as [one]:
         with monkeypatch.context() as patch:
-            patch.setattr(sqlite_database, "msgspec", None)
+            patch.setattr(store_sqlite_file, "msgspec", None)
             with pytest.raises(StoreUnavailable, match="internal error"):
                 await one.publish()
         await one.until(lambda: one.store.failure is None)

@@ -6,10 +6,10 @@ import asyncio
 from typing import Any
 
 import pytest
-from clients import Client
 from expected import TIME, UUID7, http_error, naming, notification, parse, ws_error
-from server import Server
+from processes import Server
 from virtual import FakeConnection, VirtualLoop
+from ws_clients import Client
 
 from connection import ConnectionState
 from hub import Hub

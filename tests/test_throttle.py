@@ -10,14 +10,14 @@ import httpx
 import pytest
 from conftest import StartServer
 from expected import http_error, naming, parse
-from server import Server, workers
+from processes import Server, workers
 from test_embedding import CARRIERS, host
 from websockets.exceptions import InvalidStatus
 
 from errors import StoreUnavailable
-from rates import Buckets, Draw, Rate
+from guard import Throttle
 from settings import Settings, SettingsError
-from throttle import Throttle
+from store import Buckets, Draw, Rate
 
 
 class FakeStore:

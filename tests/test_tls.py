@@ -16,14 +16,14 @@ from signal import SIGHUP
 from typing import Any
 
 import pytest
-from clients import PATIENCE
 from conftest import StartServer
 from expected import parse
-from server import Server, eventually, free_port, notifyd_command
+from processes import Server, eventually, free_port, notifyd_command
 from test_settings import run, said_in_one_line
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed
+from ws_clients import PATIENCE
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
 

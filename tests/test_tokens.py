@@ -19,17 +19,17 @@ from typing import Any
 
 import jwt
 import pytest
-from clients import PATIENCE
 from conftest import StartServer
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from expected import http_error, parse
-from server import Server, eventually
+from processes import Server, eventually
 from test_auth import SECRET, bearer, token, unsigned
+from ws_clients import PATIENCE
 
-import tokens
+import guard_tokens as tokens
 from errors import KeysUnavailable, Unauthorized
-from tokens import FRESH_SECONDS, KEPT_SECONDS, PAUSE_SECONDS, KeySet
+from guard_tokens import FRESH_SECONDS, KEPT_SECONDS, PAUSE_SECONDS, KeySet
 
 RSA = rsa.generate_private_key(65537, 2048)
 KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {

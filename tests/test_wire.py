@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
-from clients import PATIENCE, BareClient, Client
 from expected import http_error, naming, parse
-from server import Server, eventually, free_port
+from processes import Server, eventually, free_port
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.frames import Frame, Opcode
+from ws_clients import PATIENCE, BareClient, Client
 
 from connection import CLOSE_DEADLINE_SECONDS
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from signal import SIGCONT, SIGINT, SIGKILL, SIGSTOP, SIGTERM
 
 import pytest
-from clients import Client
 from conftest import StartServer
 from expected import PONG, SHUTDOWN, SYSTEM
-from server import ROOT, Server, environment, eventually, free_port, notifyd_command
+from processes import ROOT, Server, environment, eventually, free_port, notifyd_command
 from websockets.exceptions import ConnectionClosed
+from ws_clients import Client
 
-from workers import VARIABLE, warning_of_islands
+from server_workers import VARIABLE, warning_of_islands
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
@@ -343,7 +343,7 @@ def test_a_signal_to_the_whole_group_counts_once(server: Server, number: int) ->
 
 def test_a_worker_that_hangs_is_replaced(start_server: StartServer, tmp_path: Path) -> None:
     """Newcomers that the kernel deals out to it would wait for ever."""
-    (tmp_path / "sitecustomize.py").write_text("import workers\nworkers.SILENCE_SECONDS = 1.5\n")
+    (tmp_path / "sitecustomize.py").write_text("import server_workers\nserver_workers.SILENCE_SECONDS = 1.5\n")
     server = start_server("--workers", "2", variables={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     hanging = min(workers(server))
     os.kill(hanging, SIGSTOP)
@@ -354,7 +354,7 @@ def test_a_worker_that_hangs_is_replaced(start_server: StartServer, tmp_path: Pa
 
 def test_a_pause_of_all_is_no_reason_to_replace_anybody(start_server: StartServer, tmp_path: Path) -> None:
     """As when a container is frozen for a while."""
-    (tmp_path / "sitecustomize.py").write_text("import workers\nworkers.SILENCE_SECONDS = 1.5\n")
+    (tmp_path / "sitecustomize.py").write_text("import server_workers\nserver_workers.SILENCE_SECONDS = 1.5\n")
     server = start_server("--workers", "2", variables={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     before = workers(server)
     os.killpg(server.pid, SIGSTOP)
@@ -366,7 +366,7 @@ def test_a_pause_of_all_is_no_reason_to_replace_anybody(start_server: StartServe
 
 def test_a_worker_that_hangs_is_killed_in_the_end(start_server: StartServer, tmp_path: Path) -> None:
     """After a second signal nothing keeps the server from ending; the status says that something was wrong."""
-    (tmp_path / "sitecustomize.py").write_text("import workers\nworkers.KILL_SECONDS = 0.5\n")
+    (tmp_path / "sitecustomize.py").write_text("import server_workers\nserver_workers.KILL_SECONDS = 0.5\n")
     server = start_server("--workers", "2", variables={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     hanging = min(workers(server))
     os.kill(hanging, SIGSTOP)
@@ -379,7 +379,7 @@ def test_a_worker_that_hangs_is_killed_in_the_end(start_server: StartServer, tmp
 
 def test_a_drain_ends_also_where_a_worker_hangs(start_server: StartServer, tmp_path: Path) -> None:
     """When the drain should long be over, nobody has to signal again."""
-    (tmp_path / "sitecustomize.py").write_text("import workers\nworkers.KILL_SECONDS = 0.5\n")
+    (tmp_path / "sitecustomize.py").write_text("import server_workers\nserver_workers.KILL_SECONDS = 0.5\n")
     flags = ("--workers", "2", "--shutdown-timeout", "0.5", "--max-connections", "10")
     server = start_server(*flags, variables={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     hanging = min(workers(server))
@@ -391,7 +391,7 @@ def test_a_drain_ends_also_where_a_worker_hangs(start_server: StartServer, tmp_p
 
 def test_a_worker_that_waits_for_the_store_is_not_killed(start_server: StartServer, tmp_path: Path) -> None:
     """It gives the store its time, at the beginning of the drain and at the end."""
-    (tmp_path / "sitecustomize.py").write_text("import workers\nworkers.KILL_SECONDS = 3\n")
+    (tmp_path / "sitecustomize.py").write_text("import server_workers\nserver_workers.KILL_SECONDS = 3\n")
     flags = ("--workers", "2", "--shutdown-timeout", "0", "--store-timeout", "2.5", "--store", f"sqlite:{tmp_path}/log")
     server = start_server(*flags, variables={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     with (tmp_path / "log-lock").open() as lock:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from clients import Client
 from conftest import StartServer
 from expected import CLIENT_ID, COUNT, PONG, SECONDS, TIME, notification, welcome, ws_error
-from server import Server
+from processes import Server
 from websockets.frames import Frame, Opcode
+from ws_clients import Client
 
 PING = b'{"type": "ping"}'
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from expected import parse
 
 from connection import ConnectionState, Receiver
-from frames import payloads
+from log import payloads
 
 Result = TypeVar("Result")
 

@@ -25,21 +25,21 @@ from starlette.datastructures import QueryParams
 from uvicorn.server import ServerState
 
 import connection
-import http_wire
 import schemas
 import wire
+import wire_http
 from errors import InvalidRequest, Unauthorized
+from guard_tokens import tokens_of
 from notifyd import create_app
-from opening_handshake import HandshakeError, read_request
 from settings import Settings
-from tokens import tokens_of
+from wire_handshake import HandshakeError, read_request
 
 # An input that has not ended after so long is one that makes the server hang.
 PATIENCE = 10.0
 # The standard wire holds a connection for as long after its end: here not for seconds, to see whether it is let go.
 DEADLINE_SECONDS = connection.CLOSE_DEADLINE_SECONDS = wire.CLOSE_DEADLINE_SECONDS = 0.1
 # So few that inputs are read in several turns of the event loop.
-http_wire.TURN_BYTES = wire.TURN_BYTES = 64
+wire_http.TURN_BYTES = wire.TURN_BYTES = 64
 
 NOTIFICATION = b'{"message":"m","type":"t","data":{"a":[1,2.5,null,true]},"clients":["bob"],"topics":["x"]}'
 HANDSHAKE = (
@@ -105,7 +105,7 @@ class App:
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            http=http_wire.HttpProtocol,
+            http=wire_http.HttpProtocol,
             ws=protocol,  # type: ignore[arg-type]
             ws_ping_interval=None,
             ws_per_message_deflate=False,
@@ -123,7 +123,7 @@ class App:
         """Send the bytes, end our side, take all that is answered, and wait until nothing is left."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        await self.loop.connect_accepted_socket(lambda: http_wire.HttpProtocol(self.config, self.state, {}), theirs)
+        await self.loop.connect_accepted_socket(lambda: wire_http.HttpProtocol(self.config, self.state, {}), theirs)
         with ours, suppress(ConnectionError):
             await self.loop.sock_sendall(ours, data)
             ours.shutdown(socket.SHUT_WR)

@@ -30,7 +30,7 @@ from statistics import linear_regression, mean
 
 import httpx
 from crowd import HEAVY, TOPICS, Client, Soak, come_and_go, read_on, send_garbage, stall, stay  # sets sys.path
-from server import ALARMING, ROOT, Server, notifyd_command
+from processes import ALARMING, ROOT, Server, notifyd_command
 
 DOCS = ROOT / "docs"
 MAX_GROWTH = 0.02

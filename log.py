@@ -13,6 +13,7 @@ Owns positions and what is kept. Knows no client, no socket and no clock of its 
 
 from __future__ import annotations
 
+import struct
 from bisect import bisect_left
 from collections.abc import Collection, Iterator
 from operator import attrgetter
@@ -21,7 +22,7 @@ from typing import NamedTuple
 # What a name in an audience takes in memory beside its letters.
 NAME_BYTES = 64
 # One write hands a client at most about this much, so that a client that is far behind does not pin a copy of
-# the whole ring in its transport.
+# the whole log in its transport.
 BATCH_BYTES = 262_144
 # So many batches with what clients are owed beside are kept for the next one who is owed the same.
 MERGED = 8
@@ -62,7 +63,7 @@ class Batch(NamedTuple):
     notifications: int
 
 
-class Ring:
+class Log:
     """Entries bounded by count, bytes and age."""
 
     __slots__ = (
@@ -264,3 +265,26 @@ class Ring:
         if index < len(self._entries) and self._entries[index].id == id:
             return self._front + index + 1
         return self._front if id == self._before_front else None
+
+
+def frame(payload: bytes, opcode: int = 1) -> bytes:
+    """Return one unmasked, final frame."""
+    size = len(payload)
+    if size < 126:
+        return bytes((0x80 | opcode, size)) + payload
+    if size < 65536:
+        return struct.pack("!BBH", 0x80 | opcode, 126, size) + payload
+    return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
+
+
+def payloads(frames: bytes) -> Iterator[bytes]:
+    """Yield the payload of each of our own frames that stand one after the other in `frames`."""
+    position, end = 0, len(frames)
+    while position < end:
+        size, start = frames[position + 1], position + 2
+        if size == 126:
+            (size,), start = struct.unpack_from("!H", frames, start), start + 2
+        elif size == 127:
+            (size,), start = struct.unpack_from("!Q", frames, start), start + 8
+        position = start + size
+        yield frames[start:position]

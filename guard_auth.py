@@ -31,11 +31,11 @@ from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from errors import Unauthorized
-from identity import ALL, Identity
+from guard_identity import ALL, Identity
 from settings import Settings, SettingsError, is_api_key
 
 if TYPE_CHECKING:
-    from tokens import Tokens
+    from guard_tokens import Tokens
 
 # The subprotocol before the token, for browsers, which can set no header on a WebSocket.
 SUBPROTOCOL = "bearer"
@@ -160,7 +160,7 @@ def backend_of(settings: Settings) -> AuthenticationBackend | None:
             raise SettingsError(f"{source}: there are two keys called {name}")
         keys[name] = secret
     if any((settings.jwt_secret, settings.jwt_public_key, settings.jwks_url)):
-        from tokens import tokens_of  # noqa: PLC0415 - needs PyJWT and cryptography
+        from guard_tokens import tokens_of  # noqa: PLC0415 - needs PyJWT and cryptography
 
         return KeysAndTokens(keys.items(), tokens_of(settings))
     if settings.jwt_audience or settings.jwt_issuer or settings.jwt_algorithms:

@@ -31,12 +31,26 @@ import msgspec
 from msgspec import Struct, field
 
 from errors import ConnectionRefused, KeyReused, StoreUnavailable, TooManyConnections
-from keys import Appended, Once, Receipt, check_reuse
-from rates import SECOND, Draw, Rate, draw
-from ring import Audience
+from log import Audience
 from schemas import Positions
 from settings import Settings, SettingsError
-from store import LEASE_SECONDS, Census, Draft, Opening, Record, Report, Taken
+from store import (
+    LEASE_SECONDS,
+    SECOND,
+    Appended,
+    Census,
+    Draft,
+    Draw,
+    Once,
+    Opening,
+    Rate,
+    Receipt,
+    Record,
+    Report,
+    Taken,
+    check_reuse,
+    draw,
+)
 
 logger = logging.getLogger("notifyd")
 

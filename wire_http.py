@@ -24,7 +24,7 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from connection import STREAM_EXTENSION, TURN_BYTES
-from opening_handshake import error_response
+from wire_handshake import error_response
 
 # From the first byte of a connection or request to the last byte of the request.
 REQUEST_SECONDS = 10.0

@@ -21,9 +21,9 @@ from typing import Any, ClassVar
 from urllib.parse import quote, urlsplit
 
 import httpx
-from clients import PATIENCE, BareClient, Client
 from expected import parse
 from websockets.sync.client import connect
+from ws_clients import PATIENCE, BareClient, Client
 
 ROOT = Path(__file__).resolve().parent.parent
 ALARMING = re.compile(r"Traceback|Exception|Task exception was never retrieved|was never awaited|ResourceWarning")

@@ -22,20 +22,8 @@ from websockets.frames import Close, Opcode
 from websockets.frames import Frame as TheirFrame
 from websockets.protocol import Protocol, Side
 
-from frames import (
-    BINARY,
-    CLOSE,
-    CONTINUATION,
-    PING,
-    PONG,
-    TEXT,
-    FrameError,
-    FrameParser,
-    close_frame,
-    frame,
-    payloads,
-    read_close,
-)
+from log import frame, payloads
+from wire_frames import BINARY, CLOSE, CONTINUATION, PING, PONG, TEXT, FrameError, FrameParser, close_frame, read_close
 
 
 def byte_by_byte(stream: bytes) -> Iterator[bytes]:

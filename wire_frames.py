@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 from websockets.frames import apply_mask  # type: ignore[attr-defined]
 
+from log import frame
 from schemas import INVALID_DATA, MESSAGE_TOO_BIG, NO_STATUS_RECEIVED, PROTOCOL_ERROR
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
@@ -25,35 +26,12 @@ MAX_CONTROL_BYTES = 125  # section 5.5
 _CLOSE_CODES = frozenset((1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014))
 
 
-def frame(payload: bytes, opcode: int = TEXT) -> bytes:
-    """Return one unmasked, final frame."""
-    size = len(payload)
-    if size < 126:
-        return bytes((0x80 | opcode, size)) + payload
-    if size < 65536:
-        return struct.pack("!BBH", 0x80 | opcode, 126, size) + payload
-    return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
-
-
 def close_frame(code: int, reason: str = "") -> bytes:
     """Return a close frame, empty for 1005; the reason is cut to what fits (123 bytes of whole characters)."""
     if code == NO_STATUS_RECEIVED:
         return frame(b"", CLOSE)
     text = reason.encode()[: MAX_CONTROL_BYTES - 2].decode(errors="ignore").encode()
     return frame(struct.pack("!H", code) + text, CLOSE)
-
-
-def payloads(frames: bytes) -> Iterator[bytes]:
-    """Yield the payload of each of our own frames that stand one after the other in `frames`."""
-    position, end = 0, len(frames)
-    while position < end:
-        size, start = frames[position + 1], position + 2
-        if size == 126:
-            (size,), start = struct.unpack_from("!H", frames, start), start + 2
-        elif size == 127:
-            (size,), start = struct.unpack_from("!Q", frames, start), start + 8
-        position = start + size
-        yield frames[start:position]
 
 
 class FrameError(Exception):

@@ -1,4 +1,4 @@
-"""One HTTP connection as http_wire.py reads it: one request after the other, deadlines, and how a head may come."""
+"""One HTTP connection as wire_http.py reads it: one request after the other, deadlines, and how a head may come."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from clients import PATIENCE
 from conftest import StartServer
-from server import Server, eventually, notifyd_command
+from processes import Server, eventually, notifyd_command
 from websockets.frames import Frame, Opcode
+from ws_clients import PATIENCE
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 LAST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -27,8 +27,8 @@ HALF_A_POST = b"POST /notify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 # A server whose patience is a matter of fractions of seconds.
 IMPATIENT = """
-import sys, http_wire, notifyd
-http_wire.REQUEST_SECONDS, http_wire.STALLED_SECONDS = 0.5, 0.5
+import sys, wire_http, notifyd
+wire_http.REQUEST_SECONDS, wire_http.STALLED_SECONDS = 0.5, 0.5
 sys.exit(notifyd.main())
 """
 

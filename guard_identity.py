@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from msgspec import UNSET, Struct
 
-from client import Client
+from clients import Client
 from errors import Forbidden, NotifydError, Unauthorized
 from schemas import NotifyRequest
 

@@ -23,9 +23,10 @@ from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.server import ServerState
 
 from connection import WIRE_EXTENSION, ConnectionState, Receiver
-from frames import BINARY, FrameError, frame
-from opening_handshake import HandshakeError, Headers, acceptance, error_response, http_response, read_request, refusal
+from log import frame
 from schemas import INTERNAL_ERROR, NORMAL_CLOSURE
+from wire_frames import BINARY, FrameError
+from wire_handshake import HandshakeError, Headers, acceptance, error_response, http_response, read_request, refusal
 
 logger = logging.getLogger("notifyd.wire")
 

@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from msgspec import Meta, Struct
 
 from errors import KeysUnavailable, Unauthorized
-from identity import Identity
+from guard_identity import Identity
 from settings import Settings, SettingsError
 
 logger = logging.getLogger("notifyd.auth")
