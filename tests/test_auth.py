@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import hmac
-import json
 import re
 import subprocess
 import sys
@@ -16,6 +14,7 @@ from typing import Any
 import jwt
 import pytest
 from conftest import StartServer
+from credentials import SECRET, bearer, part, token, unsigned
 from expected import TIME, Like, Record, http_error, notification, parse, welcome, ws_error
 from processes import ROOT, Server, environment, eventually, free_port, notifyd_command
 from test_embedding import granian, host, hypercorn, uvicorn
@@ -25,7 +24,6 @@ from guard_auth import KeysAndTokens, backend_of
 from guard_tokens import MAX_TOKEN_BYTES
 from settings import Settings, SettingsError
 
-SECRET = "the secret of the tokens of these tests"
 KEY, OTHER_KEY = "key-of-ci-4711", "key-of-ops-0815"
 NEEDED, INVALID, EXPIRED = "Authentication required", "Invalid token", "Token expired"
 HEALTH_PATHS = ["/health", "/health/live"]
@@ -53,16 +51,6 @@ def signed() -> Iterator[Server]:
     )
     yield server
     server.stop()
-
-
-def token(secret: Any = SECRET, algorithm: str = "HS256", headers: Any = None, **claims: Any) -> str:
-    """A token that is good for a minute unless its claims say something else."""
-    given = {"exp": int(time.time()) + 60, **claims}
-    return jwt.encode({name: one for name, one in given.items() if one is not None}, secret, algorithm, headers)
-
-
-def bearer(shown: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {shown}"}
 
 
 def listener(server: Server, **claims: Any) -> Client:
@@ -406,15 +394,6 @@ def test_an_issuers_clock_may_be_a_little_ahead(signed: Server) -> None:
 
 
 # Tokens: what none is.
-
-
-def part(value: object) -> str:
-    data = value if isinstance(value, bytes) else json.dumps(value).encode()
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
-
-
-def unsigned(header: object, claims: object | None = None, signature: bytes = b"") -> str:
-    return ".".join((part(header), part({"admin": True} if claims is None else claims), part(signature)))
 
 
 BAD = {

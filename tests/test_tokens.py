@@ -20,11 +20,11 @@ from typing import Any
 import jwt
 import pytest
 from conftest import StartServer
+from credentials import SECRET, bearer, token, unsigned
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from expected import http_error, parse
 from processes import Server, eventually
-from test_auth import SECRET, bearer, token, unsigned
 from ws_clients import PATIENCE
 
 import guard_tokens as tokens
