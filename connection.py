@@ -15,16 +15,16 @@ import asyncio
 import enum
 import logging
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 from starlette.types import Message, Receive, Scope, Send
 
 from log import payloads
 
-# Where a server puts what it offers beyond ASGI, in scope["extensions"]: a Connection, a Probe, or for a response a
-# function that gives it the whole connection, on which no request is read any more, and returns what aborts it.
+# Where a server puts what it offers beyond ASGI, in scope["extensions"]: a Connection, or for a response a function
+# that gives it the whole connection, on which no request is read any more, and returns what aborts it.
 WIRE_EXTENSION = "notifyd.wire"
-PROBE_EXTENSION = "notifyd.probe"
 STREAM_EXTENSION = "notifyd.stream"
 CLOSE_DEADLINE_SECONDS = 5.0
 # What is read of one connection in a turn of the event loop. In frames of 6 bytes these are 2 to 5 ms of work. Without
@@ -86,15 +86,6 @@ class Connection(Protocol):
         """Say goodbye, wait for the peer's goodbye for a bounded time, and end. Accepts first if need be."""
 
 
-class Probe(Protocol):
-    """What ASGI leaves out, offered by `--wire standard` as an entry in `scope["extensions"]`."""
-
-    receiver: Receiver | None
-
-    def ping(self) -> None: ...
-    def abort(self) -> None: ...
-
-
 class SendConnection:
     """A WebSocket of any ASGI server: a task of its own awaits the standard `send`.
 
@@ -106,26 +97,24 @@ class SendConnection:
         "_deadline",
         "_goodbye",
         "_out",
-        "_probe",
         "_reader",
         "_receive",
         "_receiver",
         "_send",
         "_subprotocol",
         "_wake",
-        "hears_pongs",
         "state",
         "writable",
     )
 
+    hears_pongs = False
     is_stream = False
 
-    def __init__(self, receive: Receive, send: Send, probe: Probe | None = None) -> None:
+    def __init__(self, receive: Receive, send: Send) -> None:
         self._receive = receive
         self._send = send
-        self._probe = probe
-        self._abort = None if probe is None else probe.abort
-        self.hears_pongs = probe is not None
+        # What cuts the peer off, where the server lets us.
+        self._abort: Callable[[], None] | None = None
         self._subprotocol: str | None = None
         self._receiver: Receiver | None = None
         self._out: deque[bytes] = deque()
@@ -141,8 +130,6 @@ class SendConnection:
 
     def accept(self, receiver: Receiver, greeting: bytes) -> None:
         self._receiver = receiver
-        if self._probe is not None:
-            self._probe.receiver = receiver
         self.state = ConnectionState.OPEN
         self.write(greeting)
 
@@ -156,8 +143,7 @@ class SendConnection:
         return sum(map(len, self._out))
 
     def ping(self) -> None:
-        if self._probe is not None:
-            self._probe.ping()
+        """ASGI has no way to send a protocol ping."""
 
     def close(self, code: int, reason: str) -> None:
         if self.state >= ConnectionState.CLOSING:
@@ -283,7 +269,6 @@ _TYPE_START = len(b'{"type":"')
 class EventStream(SendConnection):
     """A stream that is one client of the Hub, and the ASGI response that carries it."""
 
-    hears_pongs = False
     is_stream = True
 
     def __init__(self, receive: Receive) -> None:

@@ -39,7 +39,7 @@ from routes import internal_routes, routes
 from server_certificate import Certificate
 from server_workers import Parent, check_store, read_post, signals_to, supervise, warning_of_islands
 from settings import VERSION, Settings, SettingsError, from_environ, load
-from wire import StandardProtocol, WireProtocol
+from wire import WireProtocol
 from wire_http import REQUEST_SECONDS, HttpProtocol
 
 try:
@@ -286,7 +286,7 @@ def _config(app: App, settings: Settings, certificate: Certificate | None) -> uv
         proxy_headers=False,
         loop=settings.loop,
         http=HttpProtocol,
-        ws=WireProtocol if settings.wire == "fast" else StandardProtocol,
+        ws=WireProtocol,
         # The Hub's heartbeat does this, and knows who has proved alive.
         ws_ping_interval=None,
         timeout_graceful_shutdown=REQUESTS_GRACE_SECONDS,

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 import figures
 import schemas
 from answers import Endpoint, Request, answer, refuse_handshake
-from connection import PROBE_EXTENSION, WIRE_EXTENSION, Connection, EventStream, SendConnection
+from connection import WIRE_EXTENSION, Connection, EventStream, SendConnection
 from errors import (
     InvalidRequest,
     NotifydError,
@@ -136,7 +136,7 @@ async def connect(hub: Hub, door: Door | None, scope: Scope, receive: Receive, s
             await _admit_or_close(hub, door, wire, scope)
             return
         await receive()  # websocket.connect
-        connection = SendConnection(receive, send, extensions.get(PROBE_EXTENSION))
+        connection = SendConnection(receive, send)
         await _admit_or_close(hub, door, connection, scope)
     except TooManyConnections as refusal:
         await refuse_handshake(refusal, scope, receive, send)

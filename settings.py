@@ -149,9 +149,6 @@ class Settings(Struct, frozen=True, kw_only=True):
         int,
         Meta(ge=0, le=1_000_000_000, description="clients of one address connected at once, at most; 0: any number"),
     ] = 0
-    wire: Annotated[
-        Literal["fast", "standard"], Meta(description="WebSocket protocol class: notifyd's own or uvicorn's")
-    ] = "fast"
     loop: Annotated[
         Literal["auto", "uvloop", "asyncio"], Meta(description="event loop; auto: uvloop where it is installed")
     ] = "auto"

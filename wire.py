@@ -21,23 +21,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Callable
-from http import HTTPStatus
 from typing import Any, cast
 
 from uvicorn.config import Config
-from uvicorn.protocols.utils import ClientDisconnected
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
-from websockets.frames import Frame
-from websockets.http11 import Request
 
-from connection import CLOSE_DEADLINE_SECONDS, PROBE_EXTENSION, TURN_BYTES, ConnectionState, Receiver
+from connection import CLOSE_DEADLINE_SECONDS, TURN_BYTES, ConnectionState, Receiver
 from log import frame
-from schemas import GOING_AWAY, INVALID_DATA
+from schemas import GOING_AWAY
 from wire_frames import CLOSE, PING, PONG, FrameError, FrameParser, close_frame, read_close
-from wire_handshake import HandshakeError, Headers, check_handshake, refusal
+from wire_handshake import Headers
 from wire_session import ABNORMAL_CLOSURE, Session
 
 # Once both have said goodbye, or no goodbye can be understood, the peer gets this long to end its side.
@@ -108,7 +102,7 @@ class WireProtocol(asyncio.Protocol):
         self.write = self._transport.write
         # The kernel's buffer is the backlog that a client may have: the transport says that it is full as soon as
         # the kernel takes no more. Only so may the Hub write past it: while it is writable, it holds nothing.
-        plain = os.name == "posix" and self._transport.get_extra_info("sslcontext") is None
+        plain = self._transport.get_extra_info("sslcontext") is None
         # What is left of an HTTP response before the handshake must not be overtaken.
         past = plain and not self._transport.get_write_buffer_size()
         self._descriptor = self._transport.get_extra_info("socket").fileno() if past else -1
@@ -367,115 +361,3 @@ class _Nobody:
 
 
 _NOBODY = _Nobody()
-
-
-class StandardProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's own class (`--wire standard`), with what ASGI leaves out: protocol pings, and pongs that count."""
-
-    receiver: Receiver | None = None
-    # What is read in a later turn of the event loop. What an eager client sends before its handshake is answered waits
-    # for that: the base class would act on it at once.
-    _unread = b""
-
-    def handle_connect(self, event: Request) -> None:
-        items = event.headers.raw_items()
-        headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in items]
-        try:
-            check_handshake(event.method, headers)
-        except HandshakeError as error:
-            self.transport.write(refusal(error))
-            self.transport.close()
-            return
-        super().handle_connect(event)
-        if self.response.status_code == HTTPStatus.SWITCHING_PROTOCOLS:
-            extensions = cast("dict[str, Any]", self.scope["extensions"])
-            extensions[PROBE_EXTENSION] = self
-
-    def data_received(self, data: bytes) -> None:
-        if self.handshake_initiated and not self.handshake_complete:
-            self._unread += data
-            self.transport.pause_reading()
-            return
-        if self.handshake_complete and len(data) > TURN_BYTES:
-            data, self._unread = data[:TURN_BYTES], data[TURN_BYTES:]
-            self.transport.pause_reading()
-            self.loop.call_soon(self._read_on)
-        if self.receiver is not None:
-            self.receiver.heard()
-        super().data_received(data)
-        if self._unread:
-            # The base class would resume as soon as the app has taken a message. That is for _read_on now.
-            self.read_paused = False
-        if self.conn.handshake_exc is not None and not self.handshake_initiated:
-            # The library has a limit of its own for lines and headers. uvicorn would leave it at that, for ever.
-            self.transport.write(refusal(HandshakeError(str(self.conn.handshake_exc))))
-            self.transport.close()
-
-    def eof_received(self) -> None:
-        # The transport closes when everything is written: a peer that reads nothing must not keep it.
-        self.loop.call_later(CLOSE_DEADLINE_SECONDS, self.transport.abort)
-
-    async def send(self, message: Any) -> None:
-        await self.writable.wait()
-        if self.handshake_complete and self.close_sent and self.initial_response is None:
-            # The base class has failed the connection for a broken frame, and would blame the app.
-            raise ClientDisconnected
-        was_complete = self.handshake_complete
-        await super().send(message)
-        if self._unread and self.handshake_complete and not was_complete:
-            # Not at once: the app may have something to say first.
-            self.loop.call_soon(self._read_on)
-        lost = message["type"] == "websocket.accept" and not self.handshake_complete
-        if lost or (self.initial_response is not None and self.close_sent):
-            # The app has answered, if with a refusal or too late. uvicorn would log that it has not.
-            self.handshake_complete = True
-        if lost:
-            raise ClientDisconnected
-
-    def _read_on(self) -> None:
-        data, self._unread = self._unread, b""
-        if data and not self.transport.is_closing():
-            # Nothing more while messages wait for the app: with the last of them the base class resumes.
-            self.read_paused = not (self.queue.empty() or self.close_sent)
-            if not self.read_paused:
-                self.transport.resume_reading()
-            self.data_received(data)
-
-    def handle_cont(self, event: Frame) -> None:
-        # The base class would keep each of the empty fragments that a message may have without end.
-        if event.data or event.fin:
-            super().handle_cont(event)
-
-    def send_receive_event_to_app(self) -> None:
-        """Refuse bad UTF-8 as the base class does, but without its traceback in the log."""
-        try:
-            if self.curr_msg_data_type == "text":
-                b"".join(self.frames).decode()
-        except UnicodeDecodeError:
-            self.frames = []
-            self.conn.fail(INVALID_DATA, "Text is not valid UTF-8")
-            self.handle_parser_exception()
-            return
-        super().send_receive_event_to_app()
-
-    def handle_parser_exception(self) -> None:
-        """End; without a goodbye where an eager client has broken the protocol before its handshake was answered."""
-        if self.conn.close_sent is None:
-            self.transport.close()
-        else:
-            super().handle_parser_exception()
-
-    def handle_ping(self) -> None:
-        # A peer that sends pings and reads no pongs must not fill our memory.
-        if self.writable.is_set():
-            super().handle_ping()
-        else:
-            self.conn.data_to_send()
-
-    def ping(self) -> None:
-        if self.handshake_complete and not self.close_sent and not self.disconnected:
-            self.conn.send_ping(b"")
-            self.transport.write(b"".join(self.conn.data_to_send()))
-
-    def abort(self) -> None:
-        self.transport.abort()

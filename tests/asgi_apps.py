@@ -3,7 +3,7 @@
 For test_wire.py and the Autobahn TestSuite. The apps know ASGI and nothing of notifyd; what they hear and meet they
 write to stderr. `/health` counts the WebSocket apps that run; `/wake` wakes those that wait for it.
 
-    python tests/asgi_apps.py --wire fast --loop uvloop
+    python tests/asgi_apps.py --loop uvloop
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import uvicorn
 
-from wire import StandardProtocol, WireProtocol
+from wire import WireProtocol
 from wire_http import HttpProtocol
 
 MAX_MESSAGE_BYTES = 2**20
@@ -202,7 +202,6 @@ class Server(uvicorn.Server):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--wire", choices=("fast", "standard"), default="fast")
     parser.add_argument("--loop", choices=("uvloop", "asyncio"), default="uvloop")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--certificate", help="a PEM file with key and certificate: serve TLS")
@@ -214,7 +213,7 @@ def main() -> None:
         port=options.port,
         loop=options.loop,
         http=HttpProtocol,
-        ws=WireProtocol if options.wire == "fast" else StandardProtocol,
+        ws=WireProtocol,
         ws_max_size=MAX_MESSAGE_BYTES,
         ws_per_message_deflate=False,
         ws_ping_interval=None,

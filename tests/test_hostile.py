@@ -246,11 +246,7 @@ def test_a_frame_that_lies_about_its_length_ends_the_connection(server: Server, 
     """At once, with what it says alone: nothing is waited for and nothing reserved."""
     client = server.join_bare()
     client.socket.sendall(lie)
-    with suppress(BrokenPipeError, ConnectionResetError):  # It may have ended by now.
-        client.send_frame(Opcode.TEXT, b"{}")  # The standard wire takes sizes that are not minimal.
-        client.send_close()
-    received = client.rest()
-    assert client.closed()[0] in (1002, 1009) or received[-1]["type"] == "error"
+    assert client.closed()[0] in (1002, 1009) or client.rest()[-1]["type"] == "error"
 
 
 @pytest.mark.usefixtures("bystander")
@@ -426,10 +422,9 @@ def test_a_handshake_with_a_flood_of_parameters_is_closed(server: Server) -> Non
 @needs_proc
 @pytest.mark.parametrize("headers", [b"X: " + b"x" * 9000, b"X: y\r\n" * 200 + b"Z: z"], ids=["long", "many"])
 def test_a_handshake_with_much_to_read_is_answered(server: Server, headers: bytes) -> None:
-    """The standard wire takes less than the fast one, and says so; neither keeps it without a word."""
+    """As long as the head keeps to its limit."""
     connection = server.raw(HANDSHAKE[:-2] + headers + b"\r\n\r\n")
-    if connection.recv(65_536).startswith(b"HTTP/1.1 400 "):
-        eventually(lambda: not server.holds(connection))
+    assert connection.recv(65_536).startswith(b"HTTP/1.1 101 ")
 
 
 @needs_proc

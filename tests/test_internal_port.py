@@ -30,14 +30,12 @@ class Inside:
         return httpx.get(self.url + path, trust_env=False, timeout=PATIENCE)
 
 
-@pytest.fixture(scope="module", params=["fast", "standard", "fast with workers"])
+@pytest.fixture(scope="module", params=["1", "2"])
 def inside(request: pytest.FixtureRequest) -> Iterator[Inside]:
-    """A server with an internal port, on each wire, and with two workers."""
-    wire, *workers = request.param.split(" with ")
-    flags = ["--wire", wire, *(["--workers", "2"] if workers else [])]
+    """A server with an internal port, of one process and of two."""
     port = free_port()
     silence = ("--notification-interval", "0", "--ping-interval", "0")
-    server = Server.notifyd(*silence, *flags, "--internal-port", str(port))
+    server = Server.notifyd(*silence, "--workers", request.param, "--internal-port", str(port))
     yield Inside(server, port)
     server.stop()
 

@@ -141,10 +141,7 @@ def test_several_origins_are_refused(open_to_all: Server, category: str, origins
     """Which of them a page would be from is anybody's guess, also where every page is let in."""
     headers = "Host: a.example\r\nOrigin: {}\r\nOrigin: {}\r\n".format(*origins).encode()
     status, _, body = open_to_all.response_to(HEADS[category] % headers)
-    if status == 400:  # With --wire standard the websockets library refuses such a handshake before the app.
-        assert category == "connection" and "standard" in Server.extra_flags
-    else:
-        assert (status, parse(body)) == (403, http_error(category, naming("rigin")))
+    assert (status, parse(body)) == (403, http_error(category, naming("rigin")))
 
 
 @pytest.mark.parametrize("category", HEADS)

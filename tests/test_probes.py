@@ -17,7 +17,6 @@ from notifyd import create_app
 from settings import Settings
 
 ALIVE = {"status": "alive", "timestamp": TIME}
-WIRES = pytest.mark.parametrize("wire", ["fast", "standard"])
 
 
 @pytest.fixture
@@ -32,22 +31,18 @@ def test_the_process_says_that_it_lives(server: Server) -> None:
     assert server.read("/health/live") == ALIVE
 
 
-@WIRES
-def test_a_server_that_drains_is_alive_and_not_ready(start_server: StartServer, wire: str) -> None:
+def test_a_server_that_drains_is_alive_and_not_ready(start_server: StartServer) -> None:
     """An orchestrator sends it nobody, and does not kill it."""
-    server = start_server("--wire", wire)
+    server = start_server()
     server.join()
     server.drain()
     assert server.get("/health").json()["status"] == "shutting_down"
     assert server.read("/health/live") == ALIVE
 
 
-@WIRES
-def test_a_server_without_its_store_is_alive_and_not_ready(
-    start_server: StartServer, redis: RedisServer, wire: str
-) -> None:
+def test_a_server_without_its_store_is_alive_and_not_ready(start_server: StartServer, redis: RedisServer) -> None:
     """Killed for it, it would lose its clients for nothing; when the store is back, it is ready."""
-    server = start_server("--wire", wire, "--store", redis.url)
+    server = start_server("--store", redis.url)
     redis.kill()
     eventually(lambda: server.get("/health").status_code == 503)
     assert server.get("/health").json()["status"] == "unhealthy"

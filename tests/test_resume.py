@@ -285,10 +285,9 @@ def test_the_close_of_a_slow_consumer_names_the_id_to_resume_from(start_server: 
     assert (data["complete"], replayed) == (False, [str(number) for number in range(count - 20, count)])
 
 
-@pytest.mark.parametrize("wire", ["fast", "standard"])
-def test_who_has_just_been_promised_a_replay_is_no_slow_consumer(start_server: StartServer, wire: str) -> None:
+def test_who_has_just_been_promised_a_replay_is_no_slow_consumer(start_server: StartServer) -> None:
     """However fast the history moves on, a client that reads gets all that its resume has promised."""
-    server = start_server("--history-size", "5", "--wire", wire)
+    server = start_server("--history-size", "5")
     ids = publish(server, *map(str, range(5)))
     done = threading.Event()
 

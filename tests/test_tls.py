@@ -27,7 +27,6 @@ from ws_clients import PATIENCE
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
 
-WIRES = pytest.mark.parametrize("wire", ["fast", "standard"])
 # A server whose patience is a matter of fractions of seconds.
 IMPATIENT = """
 import sys, notifyd
@@ -78,7 +77,7 @@ def other(tmp_path: Path) -> Pair:
 
 @pytest.fixture(
     scope="module",
-    params=["--wire fast", "--wire standard", "--wire fast --loop asyncio", "--wire fast --workers 2"],
+    params=["", "--loop asyncio", "--workers 2"],
 )
 def secure(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with TLS."""
@@ -189,7 +188,7 @@ def test_a_silent_peer_is_dropped_after_the_deadline_of_a_request(pair: Pair) ->
         server.stop()
 
 
-@pytest.mark.parametrize("flags", [["--wire", "fast"], ["--wire", "standard"], ["--workers", "2"]])
+@pytest.mark.parametrize("flags", [[], ["--workers", "2"]])
 def test_a_drain_over_tls(start_server: StartServer, pair: Pair, flags: list[str]) -> None:
     """Clients are told, and the process ends when the last has left."""
     server = start_server(*flags, *pair.flags)
@@ -204,10 +203,9 @@ def test_a_drain_over_tls(start_server: StartServer, pair: Pair, flags: list[str
     assert server.exit_status() == 0
 
 
-@WIRES
-def test_the_end_of_a_drain_closes_over_tls(start_server: StartServer, pair: Pair, wire: str) -> None:
+def test_the_end_of_a_drain_closes_over_tls(start_server: StartServer, pair: Pair) -> None:
     """Who stays gets the documented goodbye."""
-    server = start_server("--wire", wire, "--shutdown-timeout", "0.2", *pair.flags)
+    server = start_server("--shutdown-timeout", "0.2", *pair.flags)
 
     async def conversation() -> None:
         async with connect(server) as client:
@@ -233,7 +231,7 @@ def test_the_internal_port_speaks_plain_http(start_server: StartServer, pair: Pa
 # A new certificate.
 
 
-@pytest.mark.parametrize("flags", [["--wire", "fast"], ["--wire", "standard"], ["--workers", "2"]])
+@pytest.mark.parametrize("flags", [[], ["--workers", "2"]])
 def test_a_sighup_replaces_the_certificate_and_drops_nobody(
     start_server: StartServer, pair: Pair, other: Pair, flags: list[str]
 ) -> None:
@@ -256,7 +254,7 @@ def test_a_sighup_replaces_the_certificate_and_drops_nobody(
     talk(conversation)
 
 
-@pytest.mark.parametrize("flags", [["--wire", "fast"], ["--wire", "standard"], ["--workers", "2"]])
+@pytest.mark.parametrize("flags", [[], ["--workers", "2"]])
 def test_a_bad_pair_is_logged_and_the_old_one_stays(
     start_server: StartServer, pair: Pair, other: Pair, tmp_path: Path, flags: list[str]
 ) -> None:

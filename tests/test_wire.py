@@ -1,7 +1,6 @@
 """uvicorn with our protocol classes, and ordinary ASGI apps on them: what goes over real sockets.
 
-Most of it holds for each class and each event loop. What only the fast one promises is tested with `fast`: that
-nothing is lost behind unread data, and that no peer holds anything up.
+All of it holds on each event loop.
 """
 
 from __future__ import annotations
@@ -72,36 +71,19 @@ class Apps(Server):
         self.get("/wake")
 
 
-@pytest.fixture(scope="module", params=["fast uvloop", "fast asyncio", "standard uvloop", "standard asyncio"])
-def anyone(request: pytest.FixtureRequest) -> Iterator[Apps]:
-    """Each class on each loop."""
-    wire, loop = request.param.split()
-    server = Apps("--wire", wire, "--loop", loop)
-    yield server
-    server.stop()
-
-
 @pytest.fixture(scope="module", params=["uvloop", "asyncio"])
-def fast(request: pytest.FixtureRequest) -> Iterator[Apps]:
+def apps(request: pytest.FixtureRequest) -> Iterator[Apps]:
     """WireProtocol on each loop."""
     server = Apps("--loop", request.param)
     yield server
     server.stop()
 
 
-@pytest.fixture(scope="module", params=["uvloop", "asyncio"])
-def standard(request: pytest.FixtureRequest) -> Iterator[Apps]:
-    """StandardProtocol on each loop."""
-    server = Apps("--wire", "standard", "--loop", request.param)
-    yield server
-    server.stop()
-
-
 @pytest.fixture
-def failing(fast: Apps) -> Iterator[Apps]:
+def failing(apps: Apps) -> Iterator[Apps]:
     """For a test whose app fails, which is logged."""
-    yield fast
-    assert "on purpose" in fast.new_log()
+    yield apps
+    assert "on purpose" in apps.new_log()
 
 
 def request(path: str = "/echo", method: str = "GET", **changes: str | None) -> bytes:
@@ -137,9 +119,9 @@ def push(connection: socket.socket, data: bytes, limit: int) -> int:
 # The handshake.
 
 
-def test_the_answer_shows_that_the_key_was_read(anyone: Apps) -> None:
+def test_the_answer_shows_that_the_key_was_read(apps: Apps) -> None:
     """The example of RFC 6455, section 1.3."""
-    status, headers, _ = anyone.response_to(request())
+    status, headers, _ = apps.response_to(request())
     assert (status, headers["Sec-WebSocket-Accept"]) == (101, "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")
     assert (headers["Upgrade"], headers["Connection"]) == ("websocket", "Upgrade")
 
@@ -157,9 +139,9 @@ def test_the_answer_shows_that_the_key_was_read(anyone: Apps) -> None:
     ],
     ids=str,
 )
-def test_a_handshake_may_look_like_this_too(anyone: Apps, changes: dict[str, str | None]) -> None:
+def test_a_handshake_may_look_like_this_too(apps: Apps, changes: dict[str, str | None]) -> None:
     """Names of headers and some values are the same in any case; extensions needn't be agreed on."""
-    status, headers, _ = anyone.response_to(request(**changes))
+    status, headers, _ = apps.response_to(request(**changes))
     assert (status, headers["Sec-WebSocket-Extensions"]) == (101, None)
 
 
@@ -176,50 +158,50 @@ def test_a_handshake_may_look_like_this_too(anyone: Apps, changes: dict[str, str
     ],
     ids=str,
 )
-def test_a_handshake_without_a_valid_key_is_400(anyone: Apps, changes: dict[str, str | None]) -> None:
+def test_a_handshake_without_a_valid_key_is_400(apps: Apps, changes: dict[str, str | None]) -> None:
     """RFC 6455, section 4.2.1: sixteen bytes in base64, once."""
-    status, _, body = anyone.response_to(request(**changes))
+    status, _, body = apps.response_to(request(**changes))
     assert (status, parse(body)) == (400, http_error("connection", naming("Sec-WebSocket-Key")))
 
 
 @pytest.mark.parametrize("changes", [{"Host": None}, {"host": "elsewhere"}], ids=["none", "two"])
-def test_a_handshake_has_one_host(anyone: Apps, changes: dict[str, str | None]) -> None:
+def test_a_handshake_has_one_host(apps: Apps, changes: dict[str, str | None]) -> None:
     """RFC 6455, section 4.2.1, and RFC 9112, section 3.2."""
-    status, _, body = anyone.response_to(request(**changes))
+    status, _, body = apps.response_to(request(**changes))
     assert (status, parse(body)) == (400, http_error("connection", naming("Host")))
 
 
-def test_a_handshake_is_http_1_1(anyone: Apps) -> None:
+def test_a_handshake_is_http_1_1(apps: Apps) -> None:
     """RFC 6455, section 4.2.1."""
-    status, _, body = anyone.response_to(request().replace(b"HTTP/1.1", b"HTTP/1.0"))
+    status, _, body = apps.response_to(request().replace(b"HTTP/1.1", b"HTTP/1.0"))
     assert (status, parse(body)) == (400, http_error("connection", naming("HTTP/1.1")))
 
 
 @pytest.mark.parametrize("changes", [{"Content_Length": "5"}, {"Transfer_Encoding": "chunked"}], ids=str)
-def test_a_handshake_has_no_body(anyone: Apps, changes: dict[str, str | None]) -> None:
+def test_a_handshake_has_no_body(apps: Apps, changes: dict[str, str | None]) -> None:
     """What a proxy takes for a body must not be read as frames, nor the other way round."""
-    assert anyone.response_to(request(**changes))[0] == 400
-    assert anyone.response_to(request(Content_Length="0"))[0] == 101
+    assert apps.response_to(request(**changes))[0] == 400
+    assert apps.response_to(request(Content_Length="0"))[0] == 101
 
 
 @pytest.mark.parametrize("version", ["12", "8", "", "13, 8", "+13", None])
-def test_another_version_is_426_and_told_the_right_one(anyone: Apps, version: str | None) -> None:
+def test_another_version_is_426_and_told_the_right_one(apps: Apps, version: str | None) -> None:
     """RFC 6455, section 4.2.2: so that the client can try again."""
-    status, headers, body = anyone.response_to(request(Sec_WebSocket_Version=version))
+    status, headers, body = apps.response_to(request(Sec_WebSocket_Version=version))
     assert (status, headers["Sec-WebSocket-Version"]) == (426, "13")
     assert parse(body) == http_error("connection", naming("Sec-WebSocket-Version"))
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "HEAD", "OPTIONS"])
-def test_a_handshake_is_a_get(anyone: Apps, method: str) -> None:
+def test_a_handshake_is_a_get(apps: Apps, method: str) -> None:
     """RFC 6455, section 4.2.1."""
-    status, headers, body = anyone.response_to(request(method=method))
+    status, headers, body = apps.response_to(request(method=method))
     assert (status, headers["Allow"], parse(body)) == (405, "GET", http_error("connection", naming("GET")))
 
 
-def test_a_refused_handshake_ends_the_connection(anyone: Apps) -> None:
+def test_a_refused_handshake_ends_the_connection(apps: Apps) -> None:
     """And says so before."""
-    connection = anyone.raw(request(Sec_WebSocket_Key=None) + b"x" * 1000)
+    connection = apps.raw(request(Sec_WebSocket_Key=None) + b"x" * 1000)
     answer = connection.recv(65_536)
     with suppress(OSError):
         connection.sendall(b"x" * 1000)
@@ -227,16 +209,16 @@ def test_a_refused_handshake_ends_the_connection(anyone: Apps) -> None:
     assert b"connection: close" in answer.lower()
 
 
-def test_the_app_chooses_a_subprotocol_and_adds_headers(anyone: Apps) -> None:
+def test_the_app_chooses_a_subprotocol_and_adds_headers(apps: Apps) -> None:
     """Headers are tuples or lists."""
-    status, headers, _ = anyone.response_to(request("/describe", Sec_WebSocket_Protocol="a, b"))
+    status, headers, _ = apps.response_to(request("/describe", Sec_WebSocket_Protocol="a, b"))
     assert (status, headers["Sec-WebSocket-Protocol"]) == (101, "b")
     assert (headers["x-list"], headers["x-tuple"]) == ("1", "2")
 
 
-def test_the_app_sees_what_was_asked_for(anyone: Apps) -> None:
+def test_the_app_sees_what_was_asked_for(apps: Apps) -> None:
     """The scope is the specification's."""
-    client = anyone.join_app("de%20scribe?a=b%20c", subprotocols=["a", "b"])
+    client = apps.join_app("de%20scribe?a=b%20c", subprotocols=["a", "b"])
     assert json.loads(client.connection.recv(PATIENCE)) == {
         "type": "websocket",
         "http_version": "1.1",
@@ -249,9 +231,9 @@ def test_the_app_sees_what_was_asked_for(anyone: Apps) -> None:
     }
 
 
-def test_an_app_may_refuse_with_a_response(anyone: Apps) -> None:
+def test_an_app_may_refuse_with_a_response(apps: Apps) -> None:
     """ASGI's extension websocket.http.response."""
-    status, headers, body = anyone.response_to(request("/deny"))
+    status, headers, body = apps.response_to(request("/deny"))
     assert (status, headers["x-why"], headers["content-type"], body) == (
         418,
         "short and stout",
@@ -260,9 +242,9 @@ def test_an_app_may_refuse_with_a_response(anyone: Apps) -> None:
     )
 
 
-def test_an_app_may_refuse_by_closing(anyone: Apps) -> None:
+def test_an_app_may_refuse_by_closing(apps: Apps) -> None:
     """A close before the handshake is 403."""
-    assert anyone.response_to(request("/forbid"))[0] == 403
+    assert apps.response_to(request("/forbid"))[0] == 403
 
 
 def test_an_app_that_fails_before_it_answers_is_500(failing: Apps) -> None:
@@ -272,46 +254,46 @@ def test_an_app_that_fails_before_it_answers_is_500(failing: Apps) -> None:
     failing.wait_for_line("Error: on purpose")
 
 
-def test_only_an_app_that_forgets_to_answer_is_logged(anyone: Apps) -> None:
+def test_only_an_app_that_forgets_to_answer_is_logged(apps: Apps) -> None:
     """Its client gets a 500. A refusal is an answer."""
-    line = len(anyone.stderr)
-    assert anyone.response_to(request("/deny"))[0] == 418
-    assert anyone.response_to(request("/forget"))[0] == 500
-    anyone.wait_for_line("without", after=line)
-    assert sum("without" in each for each in anyone.stderr[line:]) == 1
+    line = len(apps.stderr)
+    assert apps.response_to(request("/deny"))[0] == 418
+    assert apps.response_to(request("/forget"))[0] == 500
+    apps.wait_for_line("without", after=line)
+    assert sum("without" in each for each in apps.stderr[line:]) == 1
 
 
-def test_what_an_eager_client_sends_is_read_after_the_handshake(fast: Apps) -> None:
+def test_what_an_eager_client_sends_is_read_after_the_handshake(apps: Apps) -> None:
     """In order, from the segment of the request on, however much it is."""
     messages = [b"%d " % number + b"x" * 1000 for number in range(1000)]
     frames = b"".join(masked(Opcode.TEXT, message) for message in messages)
-    connection = fast.raw(request("/late") + frames[:5000])
-    eventually(lambda: fast.active() == 1)
+    connection = apps.raw(request("/late") + frames[:5000])
+    eventually(lambda: apps.active() == 1)
     sender = threading.Thread(target=connection.sendall, args=(frames[5000:],))
     sender.start()
-    fast.wake()
+    apps.wake()
     with stream_after_the_answer(connection) as stream:
         assert [read_frame(stream) for _ in messages] == messages
     sender.join(PATIENCE)
 
 
-def test_what_an_eager_client_sends_may_be_half_a_frame(fast: Apps) -> None:
+def test_what_an_eager_client_sends_may_be_half_a_frame(apps: Apps) -> None:
     """The other half comes after the answer."""
     frame = masked(Opcode.TEXT, b"x" * 200)
-    connection = fast.raw(request("/late") + frame[:3])
-    eventually(lambda: fast.active() == 1)
-    fast.wake()
+    connection = apps.raw(request("/late") + frame[:3])
+    eventually(lambda: apps.active() == 1)
+    apps.wake()
     with stream_after_the_answer(connection) as stream:
         connection.sendall(frame[3:])
         assert read_frame(stream) == b"x" * 200
 
 
-def test_what_an_eager_client_sends_behind_another_request_stays_in_order(anyone: Apps) -> None:
+def test_what_an_eager_client_sends_behind_another_request_stays_in_order(apps: Apps) -> None:
     """Also where that request is answered while it is still being read, and the handshake comes with its end."""
     messages = [b"%d " % number + b"x" * 5000 for number in range(200)]
     frames = b"".join(masked(Opcode.TEXT, message) for message in messages)
     head = b"POST /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
-    connection = anyone.raw(b"")
+    connection = apps.raw(b"")
     everything = head + b"1\r\nx\r\n" * 1000 + b"0\r\n\r\n" + request() + frames
     sender = threading.Thread(target=connection.sendall, args=(everything,))
     sender.start()
@@ -342,24 +324,24 @@ def read_frame(stream: BinaryIO) -> bytes:
 
 
 @pytest.mark.parametrize("message", ["text", "", "ü" * 100, b"bytes", b"", b"\xff" * 100_000, "x" * MEGABYTE])
-def test_a_message_comes_back_as_it_was_sent(anyone: Apps, message: str | bytes) -> None:
+def test_a_message_comes_back_as_it_was_sent(apps: Apps, message: str | bytes) -> None:
     """Text as text, bytes as bytes, up to the limit."""
-    client = anyone.join_app("echo")
+    client = apps.join_app("echo")
     client.send(message)
     assert client.connection.recv(PATIENCE) == message
 
 
-def test_messages_come_back_in_order(anyone: Apps) -> None:
+def test_messages_come_back_in_order(apps: Apps) -> None:
     """Two thousand of them, more than wait for an app at once."""
-    client = anyone.at("echo")
+    client = apps.at("echo")
     for number in range(2000):
         client.send(number)
     assert [client.receive() for _ in range(2000)] == list(range(2000))
 
 
-def test_a_ping_is_answered_with_its_payload(anyone: Apps) -> None:
+def test_a_ping_is_answered_with_its_payload(apps: Apps) -> None:
     """In the middle of a fragmented message, too."""
-    client = anyone.at("echo")
+    client = apps.at("echo")
     client.send_frame(Opcode.TEXT, b'"Hel', fin=False)
     client.send_frame(Opcode.PING, b"there?")
     client.send_frame(Opcode.CONT, b'lo"')
@@ -379,65 +361,65 @@ def test_a_ping_is_answered_with_its_payload(anyone: Apps) -> None:
     ],
     ids=["not masked", "continues nothing", "no text", "too large", "a bad code", "a bad reason"],
 )
-def test_a_broken_frame_is_answered_with_its_code(anyone: Apps, frame: bytes, code: int) -> None:
+def test_a_broken_frame_is_answered_with_its_code(apps: Apps, frame: bytes, code: int) -> None:
     """RFC 6455, section 7.4.1."""
-    client = anyone.at("echo")
+    client = apps.at("echo")
     client.socket.sendall(frame)
     assert client.closed()[0] == code
 
 
-def test_what_came_before_a_broken_frame_is_answered_before(fast: Apps) -> None:
+def test_what_came_before_a_broken_frame_is_answered_before(apps: Apps) -> None:
     """Even in the same segment: Autobahn 3.2."""
-    client = fast.at("echo")
+    client = apps.at("echo")
     client.socket.sendall(masked(Opcode.TEXT, b'"one"') + masked(Opcode.TEXT, b'"two"') + b"\xff\xff")
     assert (client.rest(), client.closed()) == (["one", "two"], (1002, "Reserved bits are set"))
 
 
-def test_a_broken_frame_waits_only_so_long_for_a_slow_app(fast: Apps) -> None:
+def test_a_broken_frame_waits_only_so_long_for_a_slow_app(apps: Apps) -> None:
     """After a second the connection fails, whatever the app is doing."""
-    client = fast.at("answer_in_its_own_time")
+    client = apps.at("answer_in_its_own_time")
     client.socket.sendall(masked(Opcode.TEXT, b'"one"') + b"\xff\xff")
     assert client.closed() == (1002, "Reserved bits are set")
-    fast.wake()
+    apps.wake()
 
 
 # The end.
 
 
-def test_a_close_is_answered_with_its_code(anyone: Apps) -> None:
+def test_a_close_is_answered_with_its_code(apps: Apps) -> None:
     """And the app hears of it, with the reason."""
-    client, line = anyone.at("echo"), len(anyone.stderr)
+    client, line = apps.at("echo"), len(apps.stderr)
     client.send_frame(Opcode.CLOSE, b"\x0f\xa0" + "grün".encode())
     assert client.closed()[0] == 4000
-    anyone.wait_for_line("disconnect 4000 'grün'", after=line)
+    apps.wait_for_line("disconnect 4000 'grün'", after=line)
 
 
-def test_an_empty_close_is_answered_with_an_empty_one(anyone: Apps) -> None:
+def test_an_empty_close_is_answered_with_an_empty_one(apps: Apps) -> None:
     """For the app that is 1005."""
-    client, line = anyone.at("echo"), len(anyone.stderr)
+    client, line = apps.at("echo"), len(apps.stderr)
     client.send_frame(Opcode.CLOSE, b"")
     assert bytes(client.next_frame(Opcode.CLOSE).data) == b""
-    anyone.wait_for_line("disconnect 1005", after=line)
+    apps.wait_for_line("disconnect 1005", after=line)
 
 
-def test_a_close_in_the_middle_of_a_message_is_a_close(fast: Apps) -> None:
+def test_a_close_in_the_middle_of_a_message_is_a_close(apps: Apps) -> None:
     """Autobahn 7.1.5: control frames may come between fragments, and what follows a close is nothing."""
-    client = fast.at("echo")
+    client = apps.at("echo")
     fragment = masked(Opcode.TEXT, b"frag", fin=False)
     client.socket.sendall(fragment + masked(Opcode.CLOSE, b"\x03\xe8") + masked(Opcode.CONT, b"ment"))
     assert client.closed()[0] == 1000
 
 
-def test_an_app_closes_with_code_and_reason(anyone: Apps) -> None:
+def test_an_app_closes_with_code_and_reason(apps: Apps) -> None:
     """Whenever it likes."""
-    client = anyone.at("close")
-    anyone.wake()
+    client = apps.at("close")
+    apps.wake()
     assert client.closed() == (4000, "Enough")
 
 
-def test_an_app_that_returns_closes_normally(fast: Apps) -> None:
+def test_an_app_that_returns_closes_normally(apps: Apps) -> None:
     """It has nothing more to say."""
-    assert fast.at("finish").closed() == (1000, "")
+    assert apps.at("finish").closed() == (1000, "")
 
 
 @pytest.mark.parametrize("app", ["crash", "lose_a_file"])
@@ -448,70 +430,70 @@ def test_an_app_that_fails_closes_with_1011(failing: Apps, app: str) -> None:
     failing.wait_for_line("Error: on purpose", after=line)
 
 
-def test_a_send_after_the_end_is_an_oserror(anyone: Apps) -> None:
+def test_a_send_after_the_end_is_an_oserror(apps: Apps) -> None:
     """ASGI 2.4. It is nothing to be logged."""
-    client, line = anyone.at("send_too_late"), len(anyone.stderr)
+    client, line = apps.at("send_too_late"), len(apps.stderr)
     client.send_close()
     client.rest()
-    anyone.wait_for_line("send raised an OSError: True", after=line)
+    apps.wait_for_line("send raised an OSError: True", after=line)
 
 
-def test_the_end_of_the_stream_is_the_end(anyone: Apps) -> None:
+def test_the_end_of_the_stream_is_the_end(apps: Apps) -> None:
     """A peer that ends its side without a goodbye has left: the server ends the other."""
-    client, line = anyone.at("echo"), len(anyone.stderr)
+    client, line = apps.at("echo"), len(apps.stderr)
     client.socket.shutdown(socket.SHUT_WR)
     assert read_to_end(client.socket) == b""
-    anyone.wait_for_line("disconnect", after=line)
+    apps.wait_for_line("disconnect", after=line)
 
 
-def test_the_end_of_the_stream_ends_an_app_that_waits_to_send(fast: Apps) -> None:
+def test_the_end_of_the_stream_ends_an_app_that_waits_to_send(apps: Apps) -> None:
     """Nobody writes on for a peer that has left; what is on its way still goes out."""
-    client = fast.at("flood", receive_buffer=65_536)
+    client = apps.at("flood", receive_buffer=65_536)
     eventually(stands_still(client.socket))
     client.socket.shutdown(socket.SHUT_WR)
-    eventually(lambda: fast.active() == 0)
+    eventually(lambda: apps.active() == 0)
     assert 0 < len(read_to_end(client.socket)) < 16 * MEGABYTE
 
 
-def test_half_a_handshake_and_the_end_of_the_stream(anyone: Apps) -> None:
+def test_half_a_handshake_and_the_end_of_the_stream(apps: Apps) -> None:
     """Who ends its side before the answer gets none, and its app hears of it."""
-    connection, line = anyone.raw(request("/late")), len(anyone.stderr)
-    eventually(lambda: anyone.active() == 1)
+    connection, line = apps.raw(request("/late")), len(apps.stderr)
+    eventually(lambda: apps.active() == 1)
     connection.shutdown(socket.SHUT_WR)
     with suppress(ConnectionResetError):
         assert connection.recv(1000) == b""
-    anyone.wake()
-    eventually(lambda: anyone.active() == 0)
-    assert not any("Traceback" in each for each in anyone.stderr[line:])
+    apps.wake()
+    eventually(lambda: apps.active() == 0)
+    assert not any("Traceback" in each for each in apps.stderr[line:])
 
 
 @needs_proc
 @pytest.mark.parametrize("goodbye", [b"", b"\x03\xe8"], ids=["without a goodbye", "with a goodbye"])
-def test_a_reset_is_the_end(fast: Apps, goodbye: bytes) -> None:
+def test_a_reset_is_the_end(apps: Apps, goodbye: bytes) -> None:
     """A hundred peers that break off, some in the middle of their close, leave nothing and raise nothing."""
-    fast.get("/health")
-    before = fast.descriptors()
+    apps.get("/health")
+    before = apps.descriptors()
     for _ in range(100):
-        client = fast.at("echo")
+        client = apps.at("echo")
         if goodbye:
             client.send_frame(Opcode.CLOSE, goodbye)
         client.reset()
-    eventually(lambda: fast.active() == 0 and fast.descriptors() <= before)
+    eventually(lambda: apps.active() == 0 and apps.descriptors() <= before)
 
 
-def test_what_follows_a_close_does_not_destroy_the_answer(fast: Apps) -> None:
+def test_what_follows_a_close_does_not_destroy_the_answer(apps: Apps) -> None:
     """A peer that goes on after its close gets the answer and an orderly end, not a reset."""
-    client = fast.at("echo")
+    client = apps.at("echo")
     client.send_close()
     with suppress(BrokenPipeError, ConnectionResetError):
         client.socket.sendall(masked(Opcode.BINARY, b"x" * 60_000) * 20)
     assert read_to_end(client.socket) == b"\x88\x02\x03\xe8"
 
 
-def test_a_peer_that_answers_no_close_is_aborted(fast: Apps) -> None:
+def test_a_peer_that_answers_no_close_is_aborted(apps: Apps) -> None:
     """It has five seconds."""
-    client = fast.at("close")
-    fast.wake()
+    client = apps.at("close")
+    apps.wake()
     assert client.next_frame(Opcode.CLOSE)
     began = time.monotonic()
     with suppress(ConnectionResetError):
@@ -520,15 +502,15 @@ def test_a_peer_that_answers_no_close_is_aborted(fast: Apps) -> None:
 
 
 @needs_proc
-def test_a_peer_that_says_goodbye_and_stays_is_aborted(fast: Apps) -> None:
+def test_a_peer_that_says_goodbye_and_stays_is_aborted(apps: Apps) -> None:
     """Once both have closed, it has a second to end its side."""
-    fast.get("/health")
-    before = fast.descriptors()
+    apps.get("/health")
+    before = apps.descriptors()
     for _ in range(10):
-        client = fast.at("echo")
+        client = apps.at("echo")
         client.send_close()
         assert read_to_end(client.socket) == b"\x88\x02\x03\xe8"
-    eventually(lambda: fast.descriptors() <= before)
+    eventually(lambda: apps.descriptors() <= before)
 
 
 def test_the_servers_end_says_goodbye() -> None:
@@ -559,21 +541,21 @@ def test_an_app_hears_that_the_server_ends() -> None:
 # Nothing is lost behind unread data.
 
 
-def test_a_goodbye_reaches_a_peer_whose_data_nobody_reads(fast: Apps) -> None:
+def test_a_goodbye_reaches_a_peer_whose_data_nobody_reads(apps: Apps) -> None:
     """The app has read nothing of many megabytes, and closes. The peer sends on until it sees the close."""
-    client = fast.at("close")
+    client = apps.at("close")
     data = masked(Opcode.BINARY, b"x" * 60_000)
     assert push(client.socket, data, 2 * KERNEL_BYTES) < 2 * KERNEL_BYTES
-    fast.wake()
+    apps.wake()
     assert client.closed() == (4000, "Enough")
 
 
-def test_a_peer_that_sends_first_and_reads_afterwards_sees_the_goodbye(fast: Apps) -> None:
+def test_a_peer_that_sends_first_and_reads_afterwards_sees_the_goodbye(apps: Apps) -> None:
     """All of its 32 MiB are taken, though nobody wants them."""
-    client = fast.at("close")
+    client = apps.at("close")
     sender = threading.Thread(target=client.socket.sendall, args=(masked(Opcode.BINARY, b"x" * 60_000) * 550,))
     sender.start()
-    fast.wake()
+    apps.wake()
     sender.join(PATIENCE)
     assert not sender.is_alive()
     assert client.next_frame(Opcode.CLOSE).data == b"\x0f\xa0Enough"
@@ -581,39 +563,39 @@ def test_a_peer_that_sends_first_and_reads_afterwards_sees_the_goodbye(fast: App
     assert read_to_end(client.socket) == b""
 
 
-def test_a_goodbye_in_the_middle_of_small_messages_is_followed_by_the_rest(fast: Apps) -> None:
+def test_a_goodbye_in_the_middle_of_small_messages_is_followed_by_the_rest(apps: Apps) -> None:
     """It comes at any moment of the turns in which they are read, so this is tried several times."""
     small, large = masked(Opcode.BINARY, b"x" * 10) * 16_000, masked(Opcode.BINARY, b"x" * 60_000) * 200
     for _ in range(8):
-        client = fast.at("close")
+        client = apps.at("close")
         sender = threading.Thread(target=client.socket.sendall, args=(small + large,))
         sender.start()
-        fast.wake()
+        apps.wake()
         sender.join(CLOSE_DEADLINE_SECONDS / 2)
         assert not sender.is_alive()
         assert client.next_frame(Opcode.CLOSE).data == b"\x0f\xa0Enough"
 
 
-def test_a_refusal_reaches_a_peer_that_is_still_sending(fast: Apps) -> None:
+def test_a_refusal_reaches_a_peer_that_is_still_sending(apps: Apps) -> None:
     """What follows a broken frame is dropped, and the close says why."""
-    client = fast.at("echo")
+    client = apps.at("echo")
     with suppress(BrokenPipeError, ConnectionResetError):
         client.socket.sendall(b"\x81\x05Hello" + b"x" * (20 * MEGABYTE))
     assert client.closed() == (1002, "Frame is not masked")
 
 
-def test_a_goodbye_waits_for_what_the_peer_has_not_read(fast: Apps) -> None:
+def test_a_goodbye_waits_for_what_the_peer_has_not_read(apps: Apps) -> None:
     """Sixteen megabytes first, for a peer with a small buffer; then the close."""
-    client = fast.at("flood", receive_buffer=65_536)
+    client = apps.at("flood", receive_buffer=65_536)
     received = 0
     while (frame := client.frame()) is not None and frame.opcode is Opcode.BINARY:
         received += len(frame.data)
     assert (received, client.closed()) == (16 * MEGABYTE, (4001, "All said"))
 
 
-def test_a_request_that_is_refused_on_its_way_sees_why(fast: Apps) -> None:
+def test_a_request_that_is_refused_on_its_way_sees_why(apps: Apps) -> None:
     """A head that is too large is 431, for a client that first sends it all, too."""
-    connection = fast.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: ")
+    connection = apps.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: ")
     connection.sendall(b"x" * 500_000)
     connection.shutdown(socket.SHUT_WR)
     assert read_to_end(connection).startswith(b"HTTP/1.1 431 ")
@@ -634,32 +616,26 @@ def makes_the_peer_wait(apps: Apps, message_bytes: int, most_bytes: int) -> None
 
 
 @needs_proc
-def test_a_slow_app_is_sent_no_more_than_it_can_take(fast: Apps) -> None:
+def test_a_slow_app_is_sent_no_more_than_it_can_take(apps: Apps) -> None:
     """The peer has to wait, the server's memory stays, and when the app reads on nothing is missing."""
-    makes_the_peer_wait(fast, 10_000, 4 * MEGABYTE)
+    makes_the_peer_wait(apps, 10_000, 4 * MEGABYTE)
 
 
-@needs_proc
-def test_a_slow_app_on_the_standard_wire_is_sent_no_more_than_a_few_messages(standard: Apps) -> None:
-    """Also where hardly any of what is read in a turn ends with a message."""
-    makes_the_peer_wait(standard, 1_000_000, 8 * MEGABYTE)
-
-
-def test_pings_are_answered_while_an_app_is_busy(fast: Apps) -> None:
+def test_pings_are_answered_while_an_app_is_busy(apps: Apps) -> None:
     """Reading goes on for a while."""
-    client = fast.at("dawdle")
+    client = apps.at("dawdle")
     for number in range(20):
         client.send(number)
     client.send_frame(Opcode.PING, b"alive?")
     assert bytes(client.next_frame(Opcode.PONG).data) == b"alive?"
-    fast.wake()
+    apps.wake()
     client.socket.sendall(masked(Opcode.TEXT, b"end"))
     assert client.receive() == 20
 
 
-def test_a_ping_of_a_peer_that_does_not_read_is_answered_later(fast: Apps) -> None:
+def test_a_ping_of_a_peer_that_does_not_read_is_answered_later(apps: Apps) -> None:
     """Who has a backlog to read gets a pong behind it: for its last ping, which answers for those before."""
-    client = fast.at("flood", receive_buffer=65_536)
+    client = apps.at("flood", receive_buffer=65_536)
     eventually(stands_still(client.socket))
     for number in range(3):
         client.send_frame(Opcode.PING, b"%d" % number)
@@ -679,18 +655,18 @@ def stands_still(connection: socket.socket) -> Callable[[], bool]:
 
 
 @needs_proc
-def test_a_send_waits_for_a_peer_that_does_not_read(fast: Apps) -> None:
+def test_a_send_waits_for_a_peer_that_does_not_read(apps: Apps) -> None:
     """Of sixteen megabytes none is piled up in the server."""
-    before = fast.memory()
-    client = fast.at("flood", receive_buffer=65_536)
+    before = apps.memory()
+    client = apps.at("flood", receive_buffer=65_536)
     eventually(stands_still(client.socket))
-    assert fast.memory() - before < 2 * MEGABYTE
+    assert apps.memory() - before < 2 * MEGABYTE
     client.rest()
 
 
-def test_two_tasks_may_send_at_once(anyone: Apps) -> None:
+def test_two_tasks_may_send_at_once(apps: Apps) -> None:
     """Both wait for the same peer, and both go on."""
-    client = anyone.at("flood_from_two_tasks", receive_buffer=65_536)
+    client = apps.at("flood_from_two_tasks", receive_buffer=65_536)
     eventually(stands_still(client.socket))
     received = 0
     while received < 16 * MEGABYTE:
@@ -701,15 +677,14 @@ def test_two_tasks_may_send_at_once(anyone: Apps) -> None:
 # TLS.
 
 
-@pytest.fixture(scope="module", params=["fast uvloop", "fast asyncio"])
+@pytest.fixture(scope="module", params=["uvloop", "asyncio"])
 def secure(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apps]:
     """A server with TLS and a certificate of its own."""
-    wire, loop = request.param.split()
     port, pem = free_port(), tmp_path_factory.mktemp("tls") / "key-and-certificate.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
     subprocess.run([*command, "-keyout", pem, "-out", pem.with_suffix(".crt")], check=True, capture_output=True)
     pem.write_text(pem.read_text() + pem.with_suffix(".crt").read_text())
-    flags = ["--wire", wire, "--loop", loop, "--port", str(port), "--certificate", str(pem)]
+    flags = ["--loop", request.param, "--port", str(port), "--certificate", str(pem)]
     server = Apps(*flags, url=f"https://localhost:{port}")
     yield server
     server.stop()

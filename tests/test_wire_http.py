@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import StartServer
 from processes import Server, eventually, notifyd_command
 from websockets.frames import Frame, Opcode
 from ws_clients import PATIENCE
@@ -92,10 +91,8 @@ def test_a_handshake_may_come_behind_a_request(server: Server) -> None:
     assert answer.index(b"healthy") < answer.index(b"HTTP/1.1 101 ")
 
 
-@pytest.mark.parametrize("wire", ["fast", "standard"])
-def test_a_goodbye_may_come_with_the_handshake(start_server: StartServer, wire: str) -> None:
+def test_a_goodbye_may_come_with_the_handshake(server: Server) -> None:
     """An eager client is welcomed first."""
-    server = start_server("--wire", wire)
     answer = rest(server.raw(HANDSHAKE + Frame(Opcode.CLOSE, b"\x03\xe8").serialize(mask=True)))
     assert b'"type":"welcome"' in answer and answer.endswith(b"\x88\x02\x03\xe8")
 

@@ -92,7 +92,6 @@ def judge(found: dict[str, dict[str, str]]) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--wire", choices=("fast", "standard"), default="fast")
     parser.add_argument("--loop", choices=("uvloop", "asyncio"), default="uvloop")
     parser.add_argument("--cases", nargs="+", default=CASES)
     options = parser.parse_args()
@@ -101,7 +100,7 @@ def main() -> int:
         print("skipped: no Python 2.7 in AUTOBAHN_PYTHON, PATH or pyenv")
         return os.EX_UNAVAILABLE
     suite = set_up(python)
-    command = [sys.executable, str(HERE.parent / "asgi_apps.py"), "--wire", options.wire, "--loop", options.loop]
+    command = [sys.executable, str(HERE.parent / "asgi_apps.py"), "--loop", options.loop]
     log = (CACHE / "echo.log").open("w")
     echo = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
@@ -109,7 +108,7 @@ def main() -> int:
         served = re.search(r"serves http(://\S+)", echo.stderr.readline())
         assert served, "the echo app does not start"
         threading.Thread(target=shutil.copyfileobj, args=(echo.stderr, log), daemon=True).start()
-        return not judge(run_cases(suite, f"ws{served[1]}/echo", list(options.cases), f"{options.wire}-{options.loop}"))
+        return not judge(run_cases(suite, f"ws{served[1]}/echo", list(options.cases), options.loop))
     finally:
         echo.kill()
         echo.wait()

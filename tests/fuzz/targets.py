@@ -1,7 +1,7 @@
 """What is fuzzed: for each target a function that takes any bytes and raises for whatever must not happen.
 
-The seeds are what an engine starts from. The targets `http`, `websocket` and `standard` speak to the real app through
-a real pair of sockets: what they send is read as from any peer, and after each input nothing may be left of it.
+The seeds are what an engine starts from. The targets `http` and `websocket` speak to the real app through a real pair
+of sockets: what they send is read as from any peer, and after each input nothing may be left of it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from wire_handshake import HandshakeError, read_request
 
 # An input that has not ended after so long is one that makes the server hang.
 PATIENCE = 10.0
-# The standard wire holds a connection for as long after its end: here not for seconds, to see whether it is let go.
+# A connection may be held so long after its end: here not for seconds, to see whether it is let go.
 DEADLINE_SECONDS = connection.CLOSE_DEADLINE_SECONDS = wire.CLOSE_DEADLINE_SECONDS = 0.1
 # So few that inputs are read in several turns of the event loop.
 wire_http.TURN_BYTES = wire.TURN_BYTES = 64
@@ -89,9 +89,9 @@ REQUESTS = [
 
 
 class App:
-    """The app as notifyd.py serves it, with one protocol class for WebSockets, in an event loop of its own."""
+    """The app as notifyd.py serves it, in an event loop of its own."""
 
-    def __init__(self, protocol: type[asyncio.Protocol]) -> None:
+    def __init__(self) -> None:
         # What is kept must be full soon, or it would pass for growth.
         settings = Settings(notification_interval=0, history_size=20, max_message_size=1000)
         self.errors: list[str] = []
@@ -106,7 +106,7 @@ class App:
             proxy_headers=False,
             server_header=False,
             http=wire_http.HttpProtocol,
-            ws=protocol,  # type: ignore[arg-type]
+            ws=wire.WireProtocol,
             ws_ping_interval=None,
             ws_per_message_deflate=False,
             ws_max_size=settings.max_message_size,
@@ -145,11 +145,11 @@ class _Errors(logging.Handler):
 
 
 def over_http() -> Callable[[bytes], None]:
-    return App(wire.WireProtocol)
+    return App()
 
 
-def over_websocket(protocol: type[asyncio.Protocol]) -> Callable[[bytes], None]:
-    app = App(protocol)
+def over_websocket() -> Callable[[bytes], None]:
+    app = App()
     return lambda data: app(HANDSHAKE + data)
 
 
@@ -207,6 +207,5 @@ TARGETS = {
         over_tokens, [TOKEN_HEADER, b'{"sub":"bob","topics":["a*"],"publish":["b"],"admin":true,"exp":9e9}']
     ),
     "http": Target(over_http, REQUESTS),
-    "websocket": Target(lambda: over_websocket(wire.WireProtocol), FRAMES),
-    "standard": Target(lambda: over_websocket(wire.StandardProtocol), FRAMES),
+    "websocket": Target(over_websocket, FRAMES),
 }
