@@ -2,7 +2,7 @@
 
 `--help`, the `NOTIFYD_*` variables, the checks, the README's table and `/status` all come from the one Struct
 below. A flag goes before a variable, a variable before the default. A bad value raises SettingsError, whose
-text is the one line that the user sees; it names the flag or variable as it was given.
+text is one line for the user and names the flag or variable as given.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from msgspec import Meta, Struct
 VERSION = "0.1.0"
 PREFIX = "NOTIFYD_"
 
-# What is repeated more often than this does nothing else.
+# A shorter interval would keep the event loop busy with nothing else.
 LEAST_SECONDS = 0.01
 _LISTS = ("allow_origin", "api_key", "jwt_algorithms", "trusted_proxies")
 _SECRETS = ("api_key", "jwt_secret", "ssl_keyfile_password")
@@ -34,13 +34,13 @@ _STORE = re.compile(r"(auto|memory|sqlite:.+|(rediss?|unix)://.+)\Z", re.DOTALL)
 _API_KEY = re.compile(r"[\w.@-]{1,64}:[!-~]+\Z", re.ASCII)
 _URL = re.compile(r"(https?://[!-~]+)?\Z", re.IGNORECASE)
 _WITH_PASSWORD = re.compile(r"\w+://[^/?#]*@")
-# RFC 7518, section 3.2: as long as the digest. A shorter one can be found out from any token.
+# RFC 7518, section 3.2: as long as the digest. A shorter secret can be guessed from any token.
 LEAST_SECRET_BYTES = 32
 ALGORITHMS = frozenset(f"{kind}{bits}" for kind in ("HS", "RS", "PS", "ES") for bits in (256, 384, 512)) | {
     "ES256K",
     "EdDSA",
 }
-# "null" is what a page without an origin sends: of a file, or in a sandbox.
+# A page without an origin sends "null": a file, or a page in a sandbox.
 _ORIGIN = re.compile(r"(https?://[^/\s?#@*]+|null)\Z", re.IGNORECASE)
 
 
@@ -49,7 +49,7 @@ class SettingsError(Exception):
 
 
 class Settings(Struct, frozen=True, kw_only=True):
-    """What an operator may change. Durations are seconds, sizes are bytes. Raises SettingsError for a bad value."""
+    """The settings of one server. Durations are seconds, sizes are bytes. Raises SettingsError for a bad value."""
 
     host: Annotated[str, Meta(min_length=1, description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
@@ -61,41 +61,37 @@ class Settings(Struct, frozen=True, kw_only=True):
             "redis://HOST:PORT (many); auto: memory, or with several workers sqlite in a temporary file"
         ),
     ] = "auto"
-    store_prefix: Annotated[
-        str, Meta(min_length=1, max_length=64, description="what the names of all keys in Redis begin with")
-    ] = "{notifyd}:"
-    store_timeout: Annotated[
-        float, Meta(ge=0.1, le=60, description="seconds after which a store that does not answer is given up on")
-    ] = 2
+    store_prefix: Annotated[str, Meta(min_length=1, max_length=64, description="prefix of every key in Redis")] = (
+        "{notifyd}:"
+    )
+    store_timeout: Annotated[float, Meta(ge=0.1, le=60, description="seconds within which the store must answer")] = 2
     debug: Annotated[
-        bool, Meta(description="log at level DEBUG whatever log_level says; shown in /metrics and /status")
+        bool, Meta(description="log at level DEBUG, overriding log_level; shown in /metrics and /status")
     ] = False
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
-        Meta(description="least severe level that is logged"),
+        Meta(description="lowest level that is logged"),
     ] = "INFO"
     notification_interval: Annotated[
-        Seconds, Meta(description="seconds between test notifications, at least 0.01; 0: none")
+        Seconds, Meta(description="seconds between test notifications, at least 0.01; 0: off")
     ] = 10
     max_connections: Annotated[Positive, Meta(description="clients connected at once, at most")] = 1000
     on_duplicate: Annotated[
         Literal["refuse", "replace"],
-        Meta(
-            description="who stays when a client_id that is connected connects again: refuse the new, replace the old"
-        ),
+        Meta(description="when a connected client_id connects again: refuse the new client, or replace the old"),
     ] = "refuse"
-    ping_interval: Annotated[Seconds, Meta(description="seconds between pings to a client, at least 0.01; 0: none")] = (
-        30
-    )
+    ping_interval: Annotated[Seconds, Meta(description="seconds between pings to a client, at least 0.01; 0: off")] = 30
     ping_timeout: Annotated[
         float, Meta(ge=1, le=31_536_000, description="seconds of silence after which a client is closed")
     ] = 60
     shutdown_timeout: Annotated[
-        Seconds, Meta(description="seconds that clients get to leave at a shutdown; 0: closed at once")
+        Seconds, Meta(description="seconds for clients to leave during a drain; 0: close them at once")
     ] = 1800
-    drain_rate: Annotated[Positive, Meta(description="clients told or closed per second at a shutdown, at most")] = 1000
+    drain_rate: Annotated[
+        Positive, Meta(description="clients told, and clients closed, per second during a drain, at most")
+    ] = 1000
     history_size: Annotated[
-        Positive, Meta(description="notifications kept for resume and for clients that are behind")
+        Positive, Meta(description="notifications kept for resume and for clients with a backlog")
     ] = 1000
     history_ttl: Annotated[
         float,
@@ -106,34 +102,32 @@ class Settings(Struct, frozen=True, kw_only=True):
         Positive, Meta(description="bytes of a request body or a message, at most, in both directions")
     ] = 65_536
     api_key: Annotated[
-        tuple[str, ...], Meta(description="NAME:SECRET that may do everything; may be repeated; see api_key_file")
+        tuple[str, ...], Meta(description="NAME:SECRET with every right; may be repeated; see api_key_file")
     ] = ()
-    api_key_file: Annotated[str, Meta(description="file with a NAME:SECRET a line, and # comments")] = ""
-    jwt_secret: Annotated[
-        str, Meta(description="secret of tokens signed with HMAC, of 32 bytes at least; best in the variable")
-    ] = ""
+    api_key_file: Annotated[str, Meta(description="file with one NAME:SECRET per line, and # comments")] = ""
+    jwt_secret: Annotated[str, Meta(description="HMAC secret of tokens, at least 32 bytes; best in the variable")] = ""
     jwt_public_key: Annotated[str, Meta(description="PEM file with the public key of tokens")] = ""
-    jwks_url: Annotated[str, Meta(description="where the public keys of tokens are (a JSON Web Key Set)")] = ""
-    jwt_audience: Annotated[str, Meta(description="`aud` that tokens must have; without it they must have none")] = ""
-    jwt_issuer: Annotated[str, Meta(description="`iss` that tokens must have; without it any will do")] = ""
+    jwks_url: Annotated[str, Meta(description="URL of the public keys of tokens (a JSON Web Key Set)")] = ""
+    jwt_audience: Annotated[str, Meta(description="`aud` that tokens must have; none: tokens must have none")] = ""
+    jwt_issuer: Annotated[str, Meta(description="`iss` that tokens must have; none: any")] = ""
     jwt_algorithms: Annotated[
         tuple[str, ...],
-        Meta(description="algorithms that tokens may be signed with, such as RS256,ES256; none: the key's"),
+        Meta(description="algorithms allowed for tokens, such as RS256,ES256; none: those of the key"),
     ] = ()
     internal_port: Annotated[
         int,
         Meta(
             ge=0,
             le=65535,
-            description="port of their own for /metrics, /metrics/prometheus and /status, which the other then lacks; "
-            "0: none",
+            description="separate port for /metrics, /metrics/prometheus and /status; they are then 404 on the main "
+            "port; 0: off",
         ),
     ] = 0
     internal_host: Annotated[str, Meta(min_length=1, description="address of internal_port")] = "127.0.0.1"
     ssl_certfile: Annotated[
         str, Meta(description="PEM file of the certificate and its chain: serve TLS; SIGHUP reads it again")
     ] = ""
-    ssl_keyfile: Annotated[str, Meta(description="PEM file of the key, unless ssl_certfile has it")] = ""
+    ssl_keyfile: Annotated[str, Meta(description="PEM file of the key, if not in ssl_certfile")] = ""
     ssl_keyfile_password: Annotated[str, Meta(max_length=1024, description="password of the key, if it has one")] = ""
     rate_limit: Annotated[
         bool, Meta(description="limit each address to 5 handshakes (10 at once) and 10 requests (20 at once) a second")
@@ -141,27 +135,27 @@ class Settings(Struct, frozen=True, kw_only=True):
     trusted_proxies: Annotated[
         tuple[str, ...],
         Meta(
-            description="address or network of a proxy whose X-Forwarded-For is believed; unix: whoever comes through "
-            "a Unix socket; may be repeated"
+            description="address or network of a proxy to believe X-Forwarded-For from; unix: any peer on a Unix "
+            "socket; may be repeated"
         ),
     ] = ()
     max_connections_per_ip: Annotated[
         int,
-        Meta(ge=0, le=1_000_000_000, description="clients of one address connected at once, at most; 0: any number"),
+        Meta(ge=0, le=1_000_000_000, description="clients of one address connected at once, at most; 0: no limit"),
     ] = 0
     loop: Annotated[
         Literal["auto", "uvloop", "asyncio"], Meta(description="event loop; auto: uvloop where it is installed")
     ] = "auto"
     allow_origin: Annotated[
         tuple[str, ...],
-        Meta(description="origin whose pages may connect, such as https://example.com; *: any; may be repeated"),
+        Meta(description="origin of pages that may connect, such as https://example.com; *: any; may be repeated"),
     ] = ()
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
             msgspec.structs.force_setattr(self, name, _checked(name, getattr(self, name), source=name))
         if self.debug:
-            # So that what is shown is what is logged.
+            # /status shows log_level: keep it true.
             msgspec.structs.force_setattr(self, "log_level", "DEBUG")
 
     def __repr__(self) -> str:
@@ -175,7 +169,7 @@ _TYPES = {field.name: field.type for field in msgspec.structs.fields(Settings)}
 
 
 def _checked(name: str, value: Any, source: str, *, strict: bool = True) -> Any:
-    """Return the value of one setting in its type. Raises SettingsError, which names where the value came from."""
+    """Return the value of one setting in its type. Raises SettingsError, naming the flag or variable (`source`)."""
     given = value.upper() if name == "log_level" and isinstance(value, str) else value
     try:
         checked = msgspec.convert(given, _TYPES[name], strict=strict)
@@ -186,7 +180,7 @@ def _checked(name: str, value: Any, source: str, *, strict: bool = True) -> Any:
         if name == "trusted_proxies" and not all(map(_is_proxy, checked)):
             raise msgspec.ValidationError("Expected addresses, networks such as 10.0.0.0/8, or unix")
         if name == "store" and not _STORE.match(checked):
-            # Without what was given: it may hold a password.
+            # The value is left out: it may hold a password.
             raise SettingsError(f"{source}: expected auto, memory, sqlite:PATH or redis://HOST:PORT")
         _check_auth(name, checked, source)
     except msgspec.ValidationError as error:
@@ -196,13 +190,13 @@ def _checked(name: str, value: Any, source: str, *, strict: bool = True) -> Any:
 
 
 def _check_auth(name: str, value: Any, source: str) -> None:
-    """Raise an error for what a key, a secret or a list of algorithms cannot be; never with the secret."""
+    """Raise an error for an invalid key, secret, URL or list of algorithms; never with the secret in it."""
     if name == "api_key" and not all(map(is_api_key, value)):
         raise SettingsError(f"{source}: expected NAME:SECRET, a secret without spaces (best in --api-key-file)")
     if name == "jwt_secret" and 0 < len(value.encode()) < LEAST_SECRET_BYTES:
         raise SettingsError(f"{source}: expected {LEAST_SECRET_BYTES} bytes or more")
     if name == "jwks_url" and _WITH_PASSWORD.match(value):
-        # Nobody would send it, and the log would show it.
+        # The fetch of the keys ignores them, and the log would show them.
         raise SettingsError(f"{source}: expected a URL without a user and a password")
     if name == "jwks_url" and not _URL.match(value):
         raise msgspec.ValidationError("Expected a URL such as https://login.example.com/jwks.json")
@@ -223,7 +217,7 @@ def _is_proxy(text: str) -> bool:
 
 
 def normal_origin(origin: str) -> str:
-    """Return an origin as browsers write it: in lower case, and without the port that goes without saying."""
+    """Return an origin as browsers write it: in lower case, without the default port of its scheme."""
     origin = origin.lower()
     return origin.removesuffix(":443" if origin.startswith("https:") else ":80")
 
@@ -301,11 +295,11 @@ def _reason(name: str, error: msgspec.ValidationError) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing a page of usage above the one line that matters."""
+        """Raise SettingsError: the user sees one line instead of a page of usage."""
         raise SettingsError(f"{message} (--help shows every flag)")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Name what is not understood, and no more of it: whatever comes after a flag may be a secret."""
+        """Name an unknown flag without its value, which may be a secret."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].partition("=")[0]
@@ -320,7 +314,7 @@ def _dashed(name: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="notifyd.py",
-        description="A WebSocket notification server: POST /notify, and everyone who is connected knows at once.",
+        description="A WebSocket notification server: POST /notify, and every connected client knows at once.",
         epilog=f"Each flag has a variable: --max-connections is {PREFIX}MAX_CONNECTIONS. A flag goes before it.",
         allow_abbrev=False,
     )
