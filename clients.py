@@ -44,6 +44,7 @@ class Client:
         "_owns_pending",
         "_tokens",
         "_tokens_at",
+        "address",
         "client_id",
         "connected_at",
         "connection",
@@ -58,9 +59,17 @@ class Client:
     )
 
     def __init__(
-        self, home: Home, connection: Connection, client_id: str, user_agent: str | None, cursor: int, phase: int
+        self,
+        home: Home,
+        connection: Connection,
+        client_id: str,
+        user_agent: str | None,
+        cursor: int,
+        phase: int,
+        address: str,
     ) -> None:
         self._home = home
+        self.address = address
         self.connection = connection
         self.client_id = client_id
         self.user_agent = user_agent

@@ -43,10 +43,9 @@ from guard_identity import Identities, Identity
 from heartbeat import PROBE_SECONDS, Heartbeat
 from log import Audience, Entry, Log, frame, payloads
 from schemas import GOING_AWAY, INTERNAL_ERROR, POLICY_VIOLATION, TRY_AGAIN_LATER, encode, timestamp
-from seats import Seats
 from settings import Settings, number
 from slices import in_slices
-from store import Appended, Draft, Once, Opening, Receipt, Record, Report, Store, Taken, make_store
+from store import Appended, Draft, Once, Opening, Receipt, Record, Registration, Report, Store, Taken, make_store
 
 logger = logging.getLogger("notifyd")
 
@@ -110,9 +109,6 @@ class Hub:
         self.conversation = Conversation(
             self.clients, self.store, self.accounts.census, self._dismiss, self.identities, renew
         )
-        self.seats = Seats(self.store, settings.max_connections_per_ip) if settings.max_connections_per_ip else None
-        # Whose address holds a seat for each client, where there is a limit.
-        self._seated: dict[Client, str] = {}
         # Out of the directory, but their connection has not ended yet.
         self._leaving: set[Client] = set()
         self._numbers = itertools.count()
@@ -274,18 +270,11 @@ class Hub:
 
     async def _register(self, connection: Connection, client_id: str, topics: frozenset[str], address: str) -> str:
         """Register the client_id in the store, and return the position from which on it is addressed."""
-        if self.seats is not None:
-            await self.seats.take(address)
+        position = await self.store.admit(client_id, topics, address)
         try:
-            position = await self.store.admit(client_id, topics)
-            try:
-                self._check_open(connection)
-            except BaseException:
-                self.store.leave(client_id)
-                raise
+            self._check_open(connection)
         except BaseException:
-            if self.seats is not None:
-                self.seats.give(address)
+            self.store.leave(client_id)
             raise
         return position
 
@@ -332,11 +321,9 @@ class Hub:
         # Without await: the cursor is read, what is to be replayed is fixed and the client is in the directory
         # before anything else can be delivered. So nothing is missing at the seam, and nothing comes twice.
         log = self.fanout.log
-        client = Client(self, connection, client_id, user_agent, log.head, next(self._numbers))
+        client = Client(self, connection, client_id, user_agent, log.head, next(self._numbers), address)
         self.clients.add(client, topics)
         self.identities.set(client, identity)
-        if self.seats is not None:
-            self._seated[client] = address
         self._empty.clear()
         welcome = schemas.Welcome(
             client_id=client_id,
@@ -394,8 +381,6 @@ class Hub:
             self.identities.set(client, None)
             self.fanout.forget(client)
             self.store.leave(client.client_id)
-            if self.seats is not None:
-                self.seats.give(self._seated.pop(client))
             if not self.clients:
                 self._empty.set()
 
@@ -535,8 +520,8 @@ class Hub:
         log = self.fanout.log
         return log.id_before(log.front), self.fanout.records()
 
-    def registrations(self) -> Iterable[tuple[str, frozenset[str]]]:
-        return [(client.client_id, client.topics) for client in self.clients]
+    def registrations(self) -> Iterable[Registration]:
+        return [Registration(client.client_id, client.topics, client.address) for client in self.clients]
 
     def evicted(self, client_ids: Sequence[str]) -> None:
         """Close clients whose ids are other processes' by now."""

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from errors import ConnectionRefused, KeyReused
+from errors import ConnectionRefused, KeyReused, TooManyConnections
 from log import Audience
 from schemas import Positions
 from settings import Settings
@@ -55,6 +55,14 @@ class Opening(NamedTuple):
     records: list[Record]
     started_at: float
     age: float
+
+
+class Registration(NamedTuple):
+    """A client as the registry has it: its topics, and the address that it counts for."""
+
+    client_id: str
+    topics: Collection[str]
+    address: str
 
 
 class Report(NamedTuple):
@@ -101,8 +109,8 @@ class Node(Protocol):
     def kept(self) -> tuple[str, Iterable[Record]]:
         """Return what this process has of the log, to put it back where the store lost it, and the id before that."""
 
-    def registrations(self) -> Iterable[tuple[str, frozenset[str]]]:
-        """Return this process's client ids with their topics, to enter them again where the store lost them."""
+    def registrations(self) -> Iterable[Registration]:
+        """Return this process's clients, to register them again where the store lost them."""
 
     def evicted(self, client_ids: Sequence[str]) -> None:
         """Hear that these clients belong to other processes by now: this one was taken for dead."""
@@ -134,10 +142,12 @@ class Store(Protocol):
         receipts) unless the process leads and the last one had the number before.
         """
 
-    async def admit(self, client_id: str, topics: Collection[str]) -> str:
-        """Register a client of this process and return the newest id. Raises Taken, and ConnectionRefused at the limit.
+    async def admit(self, client_id: str, topics: Collection[str], address: str) -> str:
+        """Register a client of this process and return the newest id, in one step over all processes.
 
-        A client_id that this process holds already is not Taken: the Hub knows its own clients.
+        Raises, in this order: Taken, TooManyConnections when the address has max_connections_per_ip clients, and
+        ConnectionRefused when max_connections clients are registered. A refusal changes nothing. A client_id that
+        this process holds already is not Taken: the Hub knows its own clients. An empty address has no limit.
         """
 
     async def subscribe(self, client_id: str, topics: Collection[str]) -> str:
@@ -145,15 +155,6 @@ class Store(Protocol):
 
     def leave(self, client_id: str) -> None:
         """Take a client of this process out, soon and in order: before any admission that is asked for later."""
-
-    async def seat(self, address: str, held: int) -> None:
-        """Put down that this process holds so many connections of an address, with one newcomer.
-
-        Raises TooManyConnections where that is more than max_connections_per_ip with those of the other processes.
-        """
-
-    def unseat(self, address: str, held: int) -> None:
-        """Put down that this process holds only so many by now, soon and in order."""
 
     async def draw(self, bucket: str, rate: Rate) -> Draw:
         """Take one request out of a bucket that all processes share."""
@@ -178,6 +179,7 @@ class MemoryStore:
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_connections = settings.max_connections
+        self._max_per_address = settings.max_connections_per_ip
         self._clock = clock
         self._positions = Positions()
         self._newest = self._positions.next()
@@ -190,6 +192,9 @@ class MemoryStore:
         self._notifications_sent = 0
         self._report = Report(0, 0)
         self._buckets = Buckets()
+        # Empty unless addresses are limited: the address of each client, and how many clients each address has.
+        self._addresses: dict[str, str] = {}
+        self._clients_of: dict[str, int] = {}
 
     async def open(self, node: Node) -> None:
         self._node = node
@@ -242,23 +247,26 @@ class MemoryStore:
         self._notifications_sent += len(records)
         self._node.deliver(records)
 
-    async def admit(self, client_id: str, topics: Collection[str]) -> str:  # noqa: ARG002
+    async def admit(self, client_id: str, topics: Collection[str], address: str) -> str:  # noqa: ARG002
+        # Without await up to the Hub's join: active_connections() counts every client that was admitted before.
+        if self._max_per_address and (held := self._clients_of.get(address, 0)) >= self._max_per_address:
+            raise address_is_full(held, self._max_per_address)
         if (active := self._node.active_connections()) >= self._max_connections:
             raise ConnectionRefused(f"Connection limit exceeded: {active}/{self._max_connections}")
         self._total += 1
+        if self._max_per_address and address:
+            self._addresses[client_id] = address
+            self._clients_of[address] = self._clients_of.get(address, 0) + 1
         return self._newest
 
     async def subscribe(self, client_id: str, topics: Collection[str]) -> str:  # noqa: ARG002
         return self._newest
 
     def leave(self, client_id: str) -> None:
-        pass
-
-    async def seat(self, address: str, held: int) -> None:
-        pass
-
-    def unseat(self, address: str, held: int) -> None:
-        pass
+        if (address := self._addresses.pop(client_id, None)) is not None:
+            self._clients_of[address] -= 1
+            if not self._clients_of[address]:
+                del self._clients_of[address]
 
     async def draw(self, bucket: str, rate: Rate) -> Draw:
         return self._buckets.draw(bucket, rate, int(self._clock() * SECOND))
@@ -275,6 +283,10 @@ class MemoryStore:
 
     async def post(self, node_id: str, message: bytes) -> None:
         pass
+
+
+def address_is_full(held: int, limit: int) -> TooManyConnections:
+    return TooManyConnections(f"Connection limit exceeded for this address: {held}/{limit}")
 
 
 def make_store(settings: Settings, clock: Callable[[], float]) -> Store:

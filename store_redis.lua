@@ -1,6 +1,6 @@
 -- What store_redis.py has done in Redis: one call is one group of operations of one node, and one atomic step.
 --
--- KEYS[1] is the hash `meta`. ARGV begins with 11 words about the node and its settings, in the order below; then come
+-- KEYS[1] is the hash `meta`. ARGV begins with 12 words about the node and its settings, in the order below; then come
 -- the operations, each its name and its arguments. The answer is 'join' where nothing was done, since the node is not
 -- alive or of another epoch; else the number of the newest entry, and an answer for each operation. 'join' and 'offer'
 -- stand alone. Times are microseconds of Redis's clock.
@@ -14,24 +14,26 @@
 --   node:NODE      hash    what it has counted;  folded:STARTED:NODE  the same, as added to the sums
 --   members:NODE   set     its clients
 --   posts:NODE     stream  messages to it
---   clients        hash    the node of each client;  topics  its topics, packed
+--   clients        hash    the node of each client;  topics  its topics, packed;  addresses  its address, if limited
 --   topic:NODE:NAME  set   its clients with this topic
---   seats:NODE     hash    how many of its clients each address has
+--   address:NODE:NAME  set  its clients of this address
 --   dead           set     the nodes whose clients are to be removed; they count for nothing and may be taken
 --   bucket:NAME    string  when it is full; expires then
 --   offers         hash    records to fill the log with;  offered  zset  their ids, in order
 
 local P, epoch, node, tail = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 math.randomseed(tonumber(ARGV[5]))
-local MAX, SIZE, BYTES, TTL = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
-local LEASE, RESTORE = tonumber(ARGV[10]), tonumber(ARGV[11])
-local i = 11
+local MAX, MAX_PER_ADDRESS = tonumber(ARGV[6]), tonumber(ARGV[7])
+local SIZE, BYTES, TTL = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
+local LEASE, RESTORE = tonumber(ARGV[11]), tonumber(ARGV[12])
+local i = 12
 local function arg() i = i + 1; return ARGV[i] end
 
 local call = redis.call
 local META, LOG, NODES, TAILS, CLIENTS, TOPICS = P..'meta', P..'log', P..'nodes', P..'tails', P..'clients', P..'topics'
 local OFFERS, OFFERED, ROW, MEMBERS = P..'offers', P..'offered', P..'node:', P..'members:'
-local POSTS, TOPIC, SEATS, BUCKET, DEAD = P..'posts:', P..'topic:', P..'seats:', P..'bucket:', P..'dead'
+local POSTS, TOPIC, BUCKET, DEAD = P..'posts:', P..'topic:', P..'bucket:', P..'dead'
+local ADDRESSES, ADDRESS = P..'addresses', P..'address:'
 -- How many clients of the dead one renewal removes, and how many records one join puts back: milliseconds each.
 local REMOVED_AT_ONCE, RESTORED_AT_ONCE = 1000, 1000
 local time = call('TIME')
@@ -103,18 +105,39 @@ local function set_topics(id, owner, packed)
   elseif old then call('HDEL', TOPICS, id) end
 end
 
+local function set_address(id, owner, address)
+  if MAX_PER_ADDRESS == 0 then address = '' end
+  local old = call('HGET', ADDRESSES, id)
+  if old then call('SREM', ADDRESS..owner..':'..old, id) end
+  if address ~= '' then
+    call('HSET', ADDRESSES, id, address)
+    call('SADD', ADDRESS..owner..':'..address, id)
+  elseif old then call('HDEL', ADDRESSES, id) end
+end
+
 local function remove(id, owner)
   call('SREM', MEMBERS..owner, id)
-  if call('HGET', CLIENTS, id) == owner then call('HDEL', CLIENTS, id); set_topics(id, owner, '') end
+  if call('HGET', CLIENTS, id) == owner then
+    call('HDEL', CLIENTS, id)
+    set_topics(id, owner, '')
+    set_address(id, owner, '')
+  end
 end
 
 local function is_alive(one) return call('ZSCORE', NODES, one) end
 
-local function enter(id, owner, packed)
+local function enter(id, owner, packed, address)
   if owner and owner ~= node then remove(id, owner) end
   call('HSET', CLIENTS, id, node)
   call('SADD', MEMBERS..node, id)
   set_topics(id, node, packed)
+  set_address(id, node, address)
+end
+
+local function clients_of(address)
+  local count = 0
+  for _, one in ipairs(call('ZRANGE', NODES, 0, -1)) do count = count + call('SCARD', ADDRESS..one..':'..address) end
+  return count
 end
 
 local function active()
@@ -132,7 +155,7 @@ local function put_out(dead)
   call('HINCRBY', META, 'slow', row[2] or 0)
   -- It may only have been stopped: then it counts on from here, and this is taken out of the sums again.
   call('SET', folded(dead), (row[1] or 0)..' '..(row[2] or 0), 'EX', 86400)
-  call('UNLINK', ROW..dead, POSTS..dead, SEATS..dead)
+  call('UNLINK', ROW..dead, POSTS..dead)
   call('ZREM', NODES, dead)
   call('ZREM', TAILS, dead)
 end
@@ -304,12 +327,16 @@ function ops.append()
 end
 
 function ops.admit()
-  local id, topics = arg(), arg()
+  local id, topics, address = arg(), arg(), arg()
   local owner = call('HGET', CLIENTS, id)
   if owner and owner ~= node and is_alive(owner) then return {'taken', owner} end
+  if MAX_PER_ADDRESS > 0 and address ~= '' then
+    local held = clients_of(address) - call('SISMEMBER', ADDRESS..node..':'..address, id)
+    if held >= MAX_PER_ADDRESS then return {'address', held} end
+  end
   local count = owner ~= node and active() or 0
   if owner ~= node and count >= MAX then return {'full', count} end
-  enter(id, owner, topics)
+  enter(id, owner, topics, address)
   call('HINCRBY', META, 'total', 1)
   return newest
 end
@@ -323,9 +350,13 @@ end
 function ops.register()
   local taken = {}
   for _ = 1, tonumber(arg()) do
-    local id, topics = arg(), arg()
+    local id, topics, address = arg(), arg(), arg()
     local owner = call('HGET', CLIENTS, id)
-    if owner and owner ~= node and is_alive(owner) then taken[#taken + 1] = id else enter(id, owner, topics) end
+    if owner and owner ~= node and is_alive(owner) then
+      taken[#taken + 1] = id
+    else
+      enter(id, owner, topics, address)
+    end
   end
   return taken
 end
@@ -333,23 +364,6 @@ end
 function ops.leave()
   remove(arg(), node)
   return 0
-end
-
-function ops.vacate() call('DEL', SEATS..node); return 0 end
-
-function ops.unseat()
-  local address, held = arg(), arg()
-  if held == '0' then call('HDEL', SEATS..node, address) else call('HSET', SEATS..node, address, held) end
-  return 0
-end
-
-function ops.seat()
-  local address, held, limit, others = arg(), arg(), tonumber(arg()), 0
-  for _, one in ipairs(call('ZRANGE', NODES, 0, -1)) do
-    if one ~= node then others = others + (call('HGET', SEATS..one, address) or 0) end
-  end
-  if others + held <= limit then call('HSET', SEATS..node, address, held) end
-  return others
 end
 
 function ops.draw()  -- rates.py has it once more.
@@ -408,8 +422,8 @@ end
 
 function ops.close() put_out(node); return 0 end
 
-if ARGV[12] == 'join' then i = 12; return join() end
-if ARGV[12] == 'offer' then i = 12; return offer() end
+if ARGV[13] == 'join' then i = 13; return join() end
+if ARGV[13] == 'offer' then i = 13; return offer() end
 put_out_the_dead()
 if call('HGET', META, 'epoch') ~= epoch or not is_alive(node) then return 'join' end
 call('ZADD', NODES, now + LEASE, node)

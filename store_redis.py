@@ -45,7 +45,7 @@ import msgspec
 from redis import exceptions
 from redis.asyncio.connection import AbstractConnection, Connection, parse_url
 
-from errors import ConnectionRefused, KeyReused, StoreUnavailable, TooManyConnections
+from errors import ConnectionRefused, KeyReused, StoreUnavailable
 from log import Audience
 from settings import Settings, SettingsError
 from store import (
@@ -62,6 +62,7 @@ from store import (
     Record,
     Report,
     Taken,
+    address_is_full,
 )
 
 logger = logging.getLogger("notifyd")
@@ -143,8 +144,6 @@ class RedisStore:
         self._report = Report(0, 0)
         # By which rule it evicts keys.
         self._policy = "noeviction"
-        # How many connections of each address this process holds.
-        self._seats: dict[str, int] = {}
 
     # --- life
 
@@ -311,19 +310,15 @@ class RedisStore:
         await asyncio.sleep(0)
         # From here on those who leave are in order behind those that are entered now.
         self._queue = deque(operation for operation in self._queue if operation.answer is not None)
-        clients = dict(self._node.registrations())
+        clients = {client.client_id: client for client in self._node.registrations()}
         gone = iter(entered - clients.keys())
         while chunk := list(islice(gone, CHUNK)):
             await self._enter(connection, [part for client_id in chunk for part in ("leave", client_id)])
-        waiting, taken = iter(clients.items()), list[str]()
-        while pairs := list(islice(waiting, CHUNK)):
-            parts = [part for client_id, topics in pairs for part in (client_id, _packed_topics(topics))]
-            _, refused = await self._enter(connection, ["register", len(pairs), *parts])
+        waiting, taken = iter(clients.values()), list[str]()
+        while some := list(islice(waiting, CHUNK)):
+            parts = [part for client in some for part in _flat_registration(*client)]
+            _, refused = await self._enter(connection, ["register", len(some), *parts])
             taken += [client_id.decode() for client_id in refused]
-        await self._enter(connection, ["vacate"])
-        seats = iter(list(self._seats.items()))
-        while some := list(islice(seats, CHUNK)):
-            await self._enter(connection, [part for pair in some for part in ("unseat", *pair)])
         if taken:
             self._node.evicted(taken)
 
@@ -369,7 +364,8 @@ class RedisStore:
         settings = self._settings
         header: tuple[_Argument, ...] = (
             *(1, self._prefix + "meta", self._prefix, epoch, self.node_id, seq, secrets.randbits(31)),
-            *(settings.max_connections, settings.history_size, settings.history_bytes),
+            *(settings.max_connections, settings.max_connections_per_ip),
+            *(settings.history_size, settings.history_bytes),
             *(round(seconds * 1e6) for seconds in (settings.history_ttl, LEASE_SECONDS, RESTORE_SECONDS)),
         )
         async with asyncio.timeout(self._timeout):
@@ -454,9 +450,10 @@ class RedisStore:
         receipts = [Receipt(reply[n].decode(), reply[n + 1]) for n in range(2, len(reply), 2)]
         return Appended(receipts, reply[0] / 1e6, bool(reply[1]))
 
-    async def admit(self, client_id: str, topics: Collection[str]) -> str:
+    async def admit(self, client_id: str, topics: Collection[str], address: str) -> str:
+        settings = self._settings
         try:
-            reply = await self._ask("admit", client_id, _packed_topics(topics))
+            reply = await self._ask("admit", *_flat_registration(client_id, topics, address))
         except asyncio.CancelledError:
             # It may be under way already.
             self.leave(client_id)
@@ -465,7 +462,9 @@ class RedisStore:
             return reply.decode()
         if reply[0] == b"taken":
             raise Taken(reply[1].decode())
-        raise ConnectionRefused(f"Connection limit exceeded: {reply[1]}/{self._settings.max_connections}")
+        if reply[0] == b"address":
+            raise address_is_full(reply[1], settings.max_connections_per_ip)
+        raise ConnectionRefused(f"Connection limit exceeded: {reply[1]}/{settings.max_connections}")
 
     async def subscribe(self, client_id: str, topics: Collection[str]) -> str:
         newest: bytes = await self._ask("subscribe", client_id, _packed_topics(topics))
@@ -473,21 +472,6 @@ class RedisStore:
 
     def leave(self, client_id: str) -> None:
         self._enqueue(_Operation(("leave", client_id), None))
-
-    async def seat(self, address: str, held: int) -> None:
-        limit = self._settings.max_connections_per_ip
-        # Before it is known to be done: one that was given up may be done all the same.
-        self._seats[address] = held
-        others = await self._ask("seat", address, held, limit)
-        if others + held > limit:
-            raise TooManyConnections(f"Connection limit exceeded for this address: {others + held - 1}/{limit}")
-
-    def unseat(self, address: str, held: int) -> None:
-        if held:
-            self._seats[address] = held
-        else:
-            self._seats.pop(address, None)
-        self._enqueue(_Operation(("unseat", address, held), None))
 
     async def draw(self, bucket: str, rate: Rate) -> Draw:
         allowed, until_full = await self._ask("draw", bucket, rate.cost, rate.depth)
@@ -596,6 +580,10 @@ def _flat(draft: Draft | Record) -> tuple[_Argument, ...]:
 def _size(draft: Draft | Record) -> int:
     """Return what counts towards the bytes of the history."""
     return len(draft.rest) + sum(len(name) for names in draft.audience or () for name in names)
+
+
+def _flat_registration(client_id: str, topics: Collection[str], address: str) -> tuple[_Argument, ...]:
+    return client_id, _packed_topics(topics), address
 
 
 def _packed_topics(topics: Collection[str]) -> bytes:

@@ -112,21 +112,17 @@ class SqliteStore:
     async def append(self, drafts: Sequence[Draft], once: Once | None = None, counter: int | None = None) -> Appended:
         return await self._do(lambda database: database.append(drafts, once, counter))
 
-    async def admit(self, client_id: str, topics: Collection[str]) -> str:
+    async def admit(self, client_id: str, topics: Collection[str], address: str) -> str:
         # One that was given up may be done all the same, and nobody would ever take the client out.
-        return await self._do(lambda database: database.admit(client_id, topics), lambda: self.leave(client_id))
+        return await self._do(
+            lambda database: database.admit(client_id, topics, address), lambda: self.leave(client_id)
+        )
 
     async def subscribe(self, client_id: str, topics: Collection[str]) -> str:
         return await self._do(lambda database: database.subscribe(client_id, topics))
 
     def leave(self, client_id: str) -> None:
         self._put(Operation(lambda database: database.leave(client_id)))
-
-    async def seat(self, address: str, held: int) -> None:
-        await self._do(lambda database: database.seat(address, held))
-
-    def unseat(self, address: str, held: int) -> None:
-        self._put(Operation(lambda database: database.unseat(address, held)))
 
     async def draw(self, bucket: str, rate: Rate) -> Draw:
         return await self._do(lambda database: database.draw(bucket, rate))

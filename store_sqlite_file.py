@@ -30,7 +30,7 @@ from urllib.parse import quote
 import msgspec
 from msgspec import Struct, field
 
-from errors import ConnectionRefused, KeyReused, StoreUnavailable, TooManyConnections
+from errors import ConnectionRefused, KeyReused, StoreUnavailable
 from log import Audience
 from schemas import Positions
 from settings import Settings, SettingsError
@@ -46,8 +46,10 @@ from store import (
     Rate,
     Receipt,
     Record,
+    Registration,
     Report,
     Taken,
+    address_is_full,
     check_reuse,
     draw,
 )
@@ -92,8 +94,9 @@ CREATE TABLE mail (number INTEGER PRIMARY KEY, node TEXT NOT NULL, sender TEXT N
 # microseconds of CLOCK_MONOTONIC.
 LIMITS = (
     "CREATE TABLE IF NOT EXISTS bucket (name TEXT PRIMARY KEY, full_at INTEGER NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS seat (address TEXT NOT NULL, node TEXT NOT NULL, held INTEGER NOT NULL,"
-    " PRIMARY KEY (address, node)) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS address (client TEXT PRIMARY KEY REFERENCES client ON DELETE CASCADE,"
+    " name TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE INDEX IF NOT EXISTS address_name ON address (name)",
 )
 APPEND = (
     "INSERT INTO log (sequence, replayed_before, bytes_before, id, rest, audience, replayed, at)"
@@ -212,8 +215,6 @@ class Database:
         """
         with self._in_use:
             self._node_id, self._tried = node_id, False
-            # How many connections of each address this node holds.
-            self._seats: dict[str, int] = {}
             self._newest, self._sequence = told, -1
             if not told:
                 self._file = ""
@@ -477,7 +478,6 @@ class Database:
         self._positions = Positions(state.last)
 
     def _join(self, news: News) -> None:
-        assert self._db is not None
         state, seen, counted = self._state, self._seen, Report(0, 0)
         if seen is None:
             if not state.nodes:
@@ -498,8 +498,6 @@ class Database:
                 state.report = Report(*map(sub, state.report, counted))
         self._bind()
         state.nodes[self._node_id] = Peer(self._now, state.sequence, report=counted)
-        rows = [(address, self._node_id, held) for address, held in self._seats.items()]
-        self._db.executemany("INSERT OR REPLACE INTO seat VALUES (?, ?, ?)", rows)
         if self._file:
             news.evicted = self._is_to_restore = True
         else:
@@ -516,7 +514,6 @@ class Database:
             state.leader = ""
         self._run("DELETE FROM client WHERE node = ?", (node_id,))
         self._run("DELETE FROM mail WHERE node = ?", (node_id,))
-        self._run("DELETE FROM seat WHERE node = ?", (node_id,))
         with contextlib.suppress(OSError):
             os.unlink(self._address(node_id))
 
@@ -632,19 +629,33 @@ class Database:
             )
         return int(found.fetchone()[0])
 
-    def admit(self, client_id: str, topics: Collection[str]) -> str:
+    def admit(self, client_id: str, topics: Collection[str], address: str) -> str:
         state, limit = self._state, self._settings.max_connections
         owner = self._owner(client_id)
-        if owner is None:
-            if (active := state.active()) >= limit:
-                raise ConnectionRefused(f"Connection limit exceeded: {active}/{limit}")
-            self._register(client_id, topics)
-        elif owner == self._node_id:
-            self.subscribe(client_id, topics)
-        else:
+        if owner not in (None, self._node_id):
             raise Taken(owner)
+        self._check_address(client_id, address)
+        if owner is None and (active := state.active()) >= limit:
+            raise ConnectionRefused(f"Connection limit exceeded: {active}/{limit}")
+        if owner is None:
+            self._register(client_id, topics)
+        else:
+            self.subscribe(client_id, topics)
+        self._set_address(client_id, address)
         state.total += 1
         return state.last
+
+    def _check_address(self, client_id: str, address: str) -> None:
+        """Raise TooManyConnections where the other clients of the address are as many as may be."""
+        if address and (limit := self._settings.max_connections_per_ip):
+            sql = "SELECT count(*) FROM address WHERE name = ? AND client <> ?"
+            (held,) = self._run(sql, (address, client_id)).fetchone()
+            if held >= limit:
+                raise address_is_full(held, limit)
+
+    def _set_address(self, client_id: str, address: str) -> None:
+        if address and self._settings.max_connections_per_ip:
+            self._run("INSERT OR REPLACE INTO address VALUES (?, ?)", (client_id, address))
 
     def _owner(self, client_id: str) -> str | None:
         row = self._run("SELECT node FROM client WHERE id = ?", (client_id,)).fetchone()
@@ -671,21 +682,6 @@ class Database:
         gone = self._run("DELETE FROM client WHERE id = ? AND node = ?", (client_id, self._node_id))
         self._state.nodes[self._node_id].clients -= gone.rowcount
 
-    def seat(self, address: str, held: int) -> None:
-        sql = "SELECT coalesce(sum(held), 0) FROM seat WHERE address = ? AND node <> ?"
-        (others,) = self._run(sql, (address, self._node_id)).fetchone()
-        if others + held > (limit := self._settings.max_connections_per_ip):
-            raise TooManyConnections(f"Connection limit exceeded for this address: {others + held - 1}/{limit}")
-        self.unseat(address, held)
-
-    def unseat(self, address: str, held: int) -> None:
-        if held:
-            self._seats[address] = held
-            self._run("INSERT OR REPLACE INTO seat VALUES (?, ?, ?)", (address, self._node_id, held))
-        else:
-            self._seats.pop(address, None)
-            self._run("DELETE FROM seat WHERE address = ? AND node = ?", (address, self._node_id))
-
     def draw(self, bucket: str, rate: Rate) -> Draw:
         row = self._run("SELECT full_at FROM bucket WHERE name = ?", (bucket,)).fetchone()
         now = int(self._now * SECOND)
@@ -694,15 +690,17 @@ class Database:
             self._run("INSERT OR REPLACE INTO bucket VALUES (?, ?)", (bucket, now + drawn.until_full))
         return drawn
 
-    def restore(self, registrations: Iterable[tuple[str, frozenset[str]]]) -> list[str]:
+    def restore(self, registrations: Iterable[Registration]) -> list[str]:
         """Enter clients that this node had before it was taken for dead; return those that others have by now."""
         self._is_to_restore, taken = False, []
-        for client_id, topics in registrations:
+        for client_id, topics, address in registrations:
             owner = self._owner(client_id)
+            if owner not in (None, self._node_id):
+                taken.append(client_id)
+                continue
             if owner is None:
                 self._register(client_id, topics)
-            elif owner != self._node_id:
-                taken.append(client_id)
+            self._set_address(client_id, address)
         return taken
 
     def lead(self) -> int | None:

@@ -23,7 +23,7 @@ from ws_clients import PATIENCE
 import store
 from log import Audience
 from settings import Settings
-from store import Draft, MemoryStore, Opening, Record, Store
+from store import Draft, MemoryStore, Opening, Record, Registration, Store
 
 SOMETHING = Draft(b',"type":"custom"}')
 
@@ -67,6 +67,7 @@ class Member:
         self.records: list[Record] = []
         self.mail: list[tuple[str, bytes]] = []
         self.clients: dict[str, frozenset[str]] = {}
+        self.addresses: dict[str, str] = {}
         self.lost_clients: list[str] = []
         self.times_missed = 0
         self._changed = asyncio.Event()
@@ -94,8 +95,8 @@ class Member:
     def kept(self) -> tuple[str, Iterable[Record]]:
         return self.opening.before, self.opening.records + self.records
 
-    def registrations(self) -> Iterable[tuple[str, frozenset[str]]]:
-        return self.clients.items()
+    def registrations(self) -> Iterable[Registration]:
+        return [Registration(*client, self.addresses[client[0]]) for client in self.clients.items()]
 
     def evicted(self, client_ids: Sequence[str]) -> None:
         self.lost_clients += client_ids
@@ -133,9 +134,9 @@ class Member:
         while True:
             print(await self.publish(), flush=True)
 
-    async def admit(self, client_id: str, *topics: str) -> str:
-        newest = await self.store.admit(client_id, topics)
-        self.clients[client_id] = frozenset(topics)
+    async def admit(self, client_id: str, *topics: str, address: str = "") -> str:
+        newest = await self.store.admit(client_id, topics, address)
+        self.clients[client_id], self.addresses[client_id] = frozenset(topics), address
         return newest
 
     def leave(self, client_id: str) -> None:
@@ -174,9 +175,9 @@ async def members(url: str, count: int = 1, **settings: Any) -> AsyncIterator[li
 class Process:
     """A member in a process of its own."""
 
-    def __init__(self, url: str, lease: float = store.LEASE_SECONDS) -> None:
+    def __init__(self, url: str, lease: float = store.LEASE_SECONDS, max_connections_per_ip: int = 0) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, url, str(lease)],
+            [sys.executable, __file__, url, str(lease), str(max_connections_per_ip)],
             cwd=ROOT,
             env=environment(),
             stdin=subprocess.PIPE,
@@ -229,8 +230,9 @@ class Process:
                 stream.close()
 
 
-async def _serve(url: str) -> None:
-    member = await Member(url, store_timeout=1, max_connections=10_000).open()
+async def _serve(url: str, max_connections_per_ip: int) -> None:
+    settings = {"max_connections": 10_000, "max_connections_per_ip": max_connections_per_ip}
+    member = await Member(url, store_timeout=1, **settings).open()
     loop = asyncio.get_running_loop()
     while expression := await loop.run_in_executor(None, sys.stdin.readline):
         try:
@@ -244,4 +246,4 @@ async def _serve(url: str) -> None:
 
 if __name__ == "__main__":
     shorten_leases(float(sys.argv[2]))
-    asyncio.run(_serve(sys.argv[1]))
+    asyncio.run(_serve(sys.argv[1], int(sys.argv[3])))

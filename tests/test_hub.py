@@ -694,7 +694,7 @@ class LaggingStore(MemoryStore):
         self.tell()
         return appended
 
-    async def admit(self, client_id: str, topics: Collection[str]) -> str:
+    async def admit(self, client_id: str, topics: Collection[str], address: str) -> str:
         await self.lag()
         assert client_id not in self.registered, "registered twice"
         self.registered[client_id] = Registration(frozenset(topics), [])

@@ -748,7 +748,7 @@ async def test_messages_to_one_that_does_not_read_are_bounded(
 async def test_a_cancelled_admission_is_taken_back(start_redis: StartRedis) -> None:
     """The store may have done it by then."""
     async with members(start_redis().url, 2) as [one, other]:
-        admission = asyncio.create_task(one.store.admit("a", ["t"]))
+        admission = asyncio.create_task(one.store.admit("a", ["t"], ""))
         await asyncio.sleep(0)
         admission.cancel()
         await one.publish()
