@@ -169,7 +169,7 @@ async def flood_from_two_tasks(scope: Any, receive: Any, send: Any) -> None:
 
 APPS = (echo, late, describe, deny, forbid, forget, crash_early, crash, lose_a_file, finish, close)
 APPS += (send_too_late, dawdle, answer_in_its_own_time, flood, flood_from_two_tasks)
-BY_PATH = {f"/{app.__name__}": app for app in APPS}
+BY_PATH = {"/ws": echo} | {f"/{app.__name__}": app for app in APPS}
 
 
 async def over_http(scope: Any, receive: Any, send: Any) -> None:

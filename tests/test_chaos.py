@@ -20,6 +20,7 @@ from itertools import pairwise
 from typing import Any
 
 import orjson
+from bytes import masked
 from conftest import StartServer
 from processes import Server
 from websockets.client import ClientProtocol
@@ -137,7 +138,7 @@ class WebSocketBytes:
         return b"".join(self._protocol.data_to_send())
 
     def half_a_message(self) -> bytes:
-        return Frame(Opcode.TEXT, b'{"type": "ping"}').serialize(mask=True)[:-7]
+        return masked(Opcode.TEXT, b'{"type": "ping"}')[:-7]
 
     @property
     def reason(self) -> str:

@@ -16,19 +16,15 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from bytes import HANDSHAKE, MEGABYTE, handshake, masked, push
 from conftest import StartServer
 from expected import PONG, Like, http_error, naming, parse, ws_error
 from processes import Server, eventually, notifyd_command
 from test_events import Stream
-from websockets.frames import Frame, Opcode
+from websockets.frames import Opcode
 from ws_clients import BareClient
 
-MEGABYTE = 2**20
 PUBLISH = b"POST /notify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-HANDSHAKE = (
-    b"GET /ws HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-)
 LENIENT = "import sys, clients, notifyd; clients.MESSAGE_BURST = 1e9; sys.exit(notifyd.main())"
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
@@ -44,16 +40,6 @@ def bystander(server: Server) -> Iterator[None]:
     while awaited:
         message = client.receive()
         awaited.discard(message["data"]["message"] if message["type"] == "custom" else message["type"])
-
-
-def push(connection: socket.socket, data: bytes, limit: int) -> int:
-    """Send the same bytes again and again until nobody takes them any more; return how many were taken."""
-    connection.settimeout(0.5)
-    taken = 0
-    with suppress(OSError):
-        while taken < limit:
-            taken += connection.send(data)
-    return taken
 
 
 def stalled(server: Server, client_id: str | None = None) -> BareClient:
@@ -101,7 +87,7 @@ def test_a_client_that_falls_off_the_history_is_closed_as_slow(start_server: Sta
 def test_a_flood_from_one_does_not_delay_another(server: Server) -> None:
     """While one sends a hundred thousand messages, another one's ping is answered in time."""
     flooder, other = server.join_bare(), server.join()
-    push(flooder.socket, Frame(Opcode.TEXT, b'{"type": "ping"}').serialize(mask=True) * 1000, 2 * MEGABYTE)
+    push(flooder.socket, masked(Opcode.TEXT, b'{"type": "ping"}') * 1000, 2 * MEGABYTE)
     began = time.monotonic()
     assert other.ask({"type": "ping"}) == PONG
     assert time.monotonic() - began < 1
@@ -109,9 +95,9 @@ def test_a_flood_from_one_does_not_delay_another(server: Server) -> None:
 
 def small_frames(opcode: Opcode) -> bytes:
     """Two megabytes of frames that cost the most for their size, within a message, and a goodbye."""
-    start, end = Frame(Opcode.TEXT, b"", fin=False), Frame(Opcode.CLOSE, b"\x03\xe8")
-    flood = Frame(opcode, b"", fin=opcode is not Opcode.CONT).serialize(mask=True) * (2 * MEGABYTE // 6)
-    return HANDSHAKE + start.serialize(mask=True) + flood + end.serialize(mask=True)
+    start, end = masked(Opcode.TEXT, fin=False), masked(Opcode.CLOSE, b"\x03\xe8")
+    flood = masked(opcode, b"", fin=opcode is not Opcode.CONT) * (2 * MEGABYTE // 6)
+    return HANDSHAKE + start + flood + end
 
 
 FLOODS = {
@@ -153,7 +139,7 @@ def send_and_read_all(connection: socket.socket, data: bytes) -> None:
 def test_a_flood_without_reading_takes_no_memory(server: Server, opcode: Opcode) -> None:
     """Answers to a client that doesn't read aren't piled up, neither pongs nor error messages."""
     flooder, before = stalled(server), server.memory()
-    push(flooder.socket, Frame(opcode, b"x" * 125).serialize(mask=True) * 500, 40 * MEGABYTE)
+    push(flooder.socket, masked(opcode, b"x" * 125) * 500, 40 * MEGABYTE)
     assert server.memory() - before < 8 * MEGABYTE
 
 
@@ -169,7 +155,7 @@ def lenient() -> Iterator[Server]:
 def test_answers_that_nobody_reads_are_the_end(lenient: Server) -> None:
     """A client that asks and never reads is closed before they fill the memory."""
     client = lenient.join_bare(receive_buffer=65_536)
-    client.socket.sendall(Frame(Opcode.TEXT, b"x").serialize(mask=True) * 100_000)
+    client.socket.sendall(masked(Opcode.TEXT, b"x") * 100_000)
     eventually(lambda: lenient.active() == 0)
     assert client.closed() == (1008, "Slow consumer: answers are not read")
 
@@ -181,7 +167,7 @@ def test_an_endless_fragmented_message_takes_no_memory(server: Server) -> None:
     client, before = server.join_bare(), server.memory()
     client.socket.settimeout(30)
     client.send_frame(Opcode.TEXT, b"", fin=False)
-    client.socket.sendall(Frame(Opcode.CONT, b"", fin=False).serialize(mask=True) * 600_000)
+    client.socket.sendall(masked(Opcode.CONT, b"", fin=False) * 600_000)
     client.send_frame(Opcode.PING, b"")
     client.next_frame(Opcode.PONG)  # All that came before it has been read.
     assert server.memory() - before < 3 * MEGABYTE
@@ -216,8 +202,8 @@ def test_a_frame_against_the_protocol_closes_with_1002(server: Server, raw: byte
 def test_a_broken_frame_behind_a_message_is_no_error_of_ours(server: Server) -> None:
     """When the message's answer is written, the connection has failed already: nothing is in the log."""
     client = server.join_bare()
-    message, pong = Frame(Opcode.TEXT, b"x"), Frame(Opcode.PONG, b"x" * 125)
-    client.socket.sendall(message.serialize(mask=True) + pong.serialize(mask=True) * 65 + b"\x81\x02{}")
+    message, pong = masked(Opcode.TEXT, b"x"), masked(Opcode.PONG, b"x" * 125)
+    client.socket.sendall(message + pong * 65 + b"\x81\x02{}")
     assert client.closed()[0] == 1002
 
 
@@ -273,7 +259,7 @@ def test_a_megabyte_of_pings_is_answered(server: Server) -> None:
     """To who reads the pongs; others are served meanwhile."""
     client, count = server.join_bare(), MEGABYTE // 131
     with ThreadPoolExecutor(1) as background:
-        sent = background.submit(client.socket.sendall, Frame(Opcode.PING, b"x" * 125).serialize(mask=True) * count)
+        sent = background.submit(client.socket.sendall, masked(Opcode.PING, b"x" * 125) * count)
         assert server.join().ask({"type": "ping"}) == PONG
         for _ in range(count):
             assert client.next_frame(Opcode.PONG).data == b"x" * 125
@@ -302,7 +288,7 @@ def test_noise_after_the_handshake_ends_the_connection(server: Server, seed: int
 @pytest.mark.usefixtures("bystander")
 @pytest.mark.parametrize(
     "eager",
-    [Frame(Opcode.CLOSE, b"\x03\xe8").serialize(mask=True), b"\x81\x05Hello", b"\x81"],
+    [masked(Opcode.CLOSE, b"\x03\xe8"), b"\x81\x05Hello", b"\x81"],
     ids=["goodbye", "unmasked", "half a frame"],
 )
 def test_an_end_before_the_handshake_is_answered_is_just_an_end(server: Server, eager: bytes) -> None:
@@ -319,8 +305,8 @@ def test_an_end_before_the_handshake_is_answered_is_just_an_end(server: Server, 
 def test_a_flood_before_the_handshake_is_answered_takes_no_memory(server: Server) -> None:
     """A newcomer whose client_id is taken waits for two seconds, and may send what it likes meanwhile."""
     server.join_bare("bob")
-    handshake, before = HANDSHAKE.replace(b"/ws", b"/ws?client_id=bob"), server.memory()
-    taken = push(server.raw(handshake), Frame(Opcode.PONG, b"x" * 125).serialize(mask=True) * 500, 40 * MEGABYTE)
+    request, before = handshake("/ws?client_id=bob"), server.memory()
+    taken = push(server.raw(request), masked(Opcode.PONG, b"x" * 125) * 500, 40 * MEGABYTE)
     assert taken < 40 * MEGABYTE and server.memory() - before < 8 * MEGABYTE
 
 

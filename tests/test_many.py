@@ -20,6 +20,7 @@ from socket import socket
 from typing import Any, NamedTuple
 
 import pytest
+from bytes import handshake, read_until
 from expected import PONG, SHUTDOWN, SYSTEM, parse
 from processes import Server, eventually, free_port
 from redis_server import RedisServer
@@ -71,14 +72,8 @@ class Place:
     def join_dead(self, client_id: str) -> None:
         """Join, and never read or answer anything again."""
         connection = self.tcp()
-        connection.sendall(
-            f"GET /ws?client_id={client_id} HTTP/1.1\r\nHost: {self.server.host}:{self.server.port}\r\n"
-            "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-            "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n".encode()
-        )
-        received = b""
-        while b'"welcome"' not in received:
-            received += connection.recv(4096)
+        connection.sendall(handshake(f"/ws?client_id={client_id}"))
+        read_until(connection, b'"welcome"')
 
     def request(self, method: str, path: str, body: object = None, **headers: str) -> Response:
         connection = self._idle_connection() or self._new_connection()

@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
+from bytes import HANDSHAKE
 from conftest import StartServer
 from expected import http_error, parse
 from processes import ROOT, Server, eventually, free_port
@@ -31,10 +32,6 @@ from store import Rate
 CONF = (ROOT / "deploy" / "nginx.conf").read_text()
 SECRET = "sesame-open"
 ADDRESSES = itertools.count(1)
-HANDSHAKE = (
-    b"GET /ws HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-)
 
 
 def program(name: str) -> str:

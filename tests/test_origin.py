@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from bytes import handshake
 from conftest import StartServer
 from expected import http_error, naming, parse, welcome
 from processes import Server
@@ -31,7 +32,7 @@ def open_to_all() -> Iterator[Server]:
     server.stop()
 
 
-def handshake(server: Server, origin: str, **headers: str) -> Any:
+def met(server: Server, origin: str, **headers: str) -> Any:
     """The first message to a client with this origin, or the status and the parsed body of the refusal."""
     try:
         return server.connect("bob", additional_headers={"Origin": origin} | headers).receive()
@@ -66,7 +67,7 @@ def test_without_an_origin_everyone_is_let_in(server: Server) -> None:
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_the_servers_own_pages_are_let_in(server: Server, scheme: str) -> None:
     """Host and port are compared, the scheme isn't: a proxy may speak TLS."""
-    assert handshake(server, f"{scheme}://127.0.0.1:{server.port}") == welcome("bob")
+    assert met(server, f"{scheme}://127.0.0.1:{server.port}") == welcome("bob")
 
 
 def test_the_name_that_was_asked_for_counts(server: Server) -> None:
@@ -77,7 +78,7 @@ def test_the_name_that_was_asked_for_counts(server: Server) -> None:
 
 def test_a_foreign_handshake_is_refused_before_the_upgrade(server: Server) -> None:
     """A page from elsewhere gets 403, with the documented body."""
-    assert handshake(server, "https://evil.example") == (403, http_error("connection", naming("rigin")))
+    assert met(server, "https://evil.example") == (403, http_error("connection", naming("rigin")))
 
 
 def test_a_foreign_request_is_refused(server: Server) -> None:
@@ -125,13 +126,12 @@ def test_made_up_origins_do_not_flood_the_log(start_server: StartServer) -> None
 def test_a_look_alike_cannot_open_a_websocket(server: Server) -> None:
     """The handshake compares as strictly."""
     for origin in foreign(server):
-        assert handshake(server, origin) == (403, http_error("connection", naming("rigin")))
+        assert met(server, origin) == (403, http_error("connection", naming("rigin")))
 
 
 HEADS = {
-    "application": b"GET /health HTTP/1.1\r\nConnection: close\r\n%s\r\n",
-    "connection": b"GET /ws HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n%s\r\n",
+    "application": b"GET /health HTTP/1.1\r\nConnection: close\r\n",
+    "connection": handshake(Host=None).removesuffix(b"\r\n"),
 }
 
 
@@ -140,7 +140,7 @@ HEADS = {
 def test_several_origins_are_refused(open_to_all: Server, category: str, origins: tuple[str, str]) -> None:
     """Which of them a page would be from is anybody's guess, also where every page is let in."""
     headers = "Host: a.example\r\nOrigin: {}\r\nOrigin: {}\r\n".format(*origins).encode()
-    status, _, body = open_to_all.response_to(HEADS[category] % headers)
+    status, _, body = open_to_all.response_to(HEADS[category] + headers + b"\r\n")
     assert (status, parse(body)) == (403, http_error(category, naming("rigin")))
 
 
@@ -149,7 +149,7 @@ def test_several_hosts_are_a_bad_request(server: Server, category: str) -> None:
     """RFC 9112, section 3.2: with an Origin that is one of them or without."""
     for origin in (b"", b"Origin: https://evil.example\r\n"):
         headers = b"Host: evil.example\r\nHost: localhost\r\n" + origin
-        status, _, body = server.response_to(HEADS[category] % headers)
+        status, _, body = server.response_to(HEADS[category] + headers + b"\r\n")
         kind = "validation" if category == "application" else category
         assert (status, parse(body)) == (400, http_error(kind, naming("Host")))
 
@@ -172,14 +172,14 @@ def test_the_origin_is_checked_before_the_id(server: Server) -> None:
 @pytest.mark.parametrize("origin", [APP, "http://localhost:3000"])
 def test_an_allowed_origin_is_let_in(open_to_two: Server, origin: str) -> None:
     """--allow-origin may be repeated, and each is allowed."""
-    assert handshake(open_to_two, origin)["type"] == "welcome"
+    assert met(open_to_two, origin)["type"] == "welcome"
 
 
 @pytest.mark.parametrize("origin", [APP, "https://APP.example:443"])
 def test_case_and_the_schemes_own_port_do_not_count(start_server: StartServer, origin: str) -> None:
     """Neither in the setting nor in the header, for the check as for what the page may read."""
     server = start_server("--allow-origin", "HTTPS://App.Example:443")
-    assert handshake(server, origin) == welcome("bob")
+    assert met(server, origin) == welcome("bob")
     assert server.get("/health", headers={"Origin": origin}).headers["access-control-allow-origin"] == origin
 
 
@@ -195,24 +195,24 @@ def test_they_do_not_count_for_the_own_pages_either(server: Server, origin: str,
 )
 def test_allowed_origins_are_full_origins(open_to_two: Server, origin: str) -> None:
     """Scheme, host and port must all be those that were allowed."""
-    assert handshake(open_to_two, origin)[0] == 403
+    assert met(open_to_two, origin)[0] == 403
 
 
 def test_allowing_others_does_not_shut_out_the_own(open_to_two: Server) -> None:
     """The server's own pages stay allowed."""
-    assert handshake(open_to_two, open_to_two.url)["type"] == "welcome"
+    assert met(open_to_two, open_to_two.url)["type"] == "welcome"
 
 
 @pytest.mark.parametrize("origin", [APP, "http://anything.example:1234", "null"])
 def test_a_star_lets_everyone_in(open_to_all: Server, origin: str) -> None:
     """--allow-origin '*' turns the check off."""
-    assert handshake(open_to_all, origin)["type"] == "welcome"
+    assert met(open_to_all, origin)["type"] == "welcome"
 
 
 def test_the_variable_is_a_comma_list(start_server: StartServer) -> None:
     """NOTIFYD_ALLOW_ORIGIN names several origins."""
     server = start_server(variables={"NOTIFYD_ALLOW_ORIGIN": f"http://localhost:3000, {APP}"})
-    assert handshake(server, APP) == welcome("bob")
+    assert met(server, APP) == welcome("bob")
 
 
 # CORS.

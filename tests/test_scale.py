@@ -11,13 +11,13 @@ from signal import SIGUSR1
 from typing import Any
 
 import pytest
+from bytes import MEGABYTE
 from conftest import StartServer
 from expected import parse
 from processes import Server, eventually, notifyd_command
 from websockets.asyncio.client import connect
 
 CLIENTS = 1000
-MEGABYTE = 2**20
 
 
 async def listen(url: str, count: int, ready: asyncio.Barrier) -> list[Any]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import jwt
 import pytest
+from bytes import handshake
 from conftest import StartServer
 from credentials import SECRET, bearer, token, unsigned
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -223,7 +224,7 @@ def test_a_slow_issuer_holds_up_nobody_else(start_server: StartServer, issuer: I
     issuer.publish(jwk("r1"))
     issuer.answers.clear()
     server = start_server("--jwks-url", issuer.url)
-    waiting = [server.raw(f"GET /ws?token={from_issuer('r1')} HTTP/1.1\r\n{HANDSHAKE}".encode()) for _ in range(5)]
+    waiting = [server.raw(handshake(f"/ws?token={from_issuer('r1')}")) for _ in range(5)]
     eventually(lambda: issuer.asked == 1)
     began = time.monotonic()
     assert server.get("/health").status_code == 200
@@ -231,12 +232,6 @@ def test_a_slow_issuer_holds_up_nobody_else(start_server: StartServer, issuer: I
     issuer.answers.set()
     assert all(one.recv(12) == b"HTTP/1.1 101" for one in waiting)
     assert issuer.asked == 1
-
-
-HANDSHAKE = (
-    "Host: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-)
 
 
 class Source:

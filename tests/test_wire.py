@@ -22,27 +22,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
+from bytes import HANDSHAKE, KEY, MEGABYTE, handshake, masked, push, read_to_end
 from expected import http_error, naming, parse
 from processes import Server, eventually, free_port
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.frames import Frame, Opcode
+from websockets.frames import Opcode
 from ws_clients import PATIENCE, BareClient, Client
 
 from connection import CLOSE_DEADLINE_SECONDS
 
-MEGABYTE = 2**20
 # What the kernel holds for a peer that reads nothing, both directions of loopback together.
 KERNEL_BYTES = 16 * MEGABYTE
-KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # RFC 6455, section 1.3.
-HANDSHAKE = {
-    "Host": "localhost",
-    "Connection": "Upgrade",
-    "Upgrade": "websocket",
-    "Sec-WebSocket-Key": KEY,
-    "Sec-WebSocket-Version": "13",
-}
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
 
@@ -86,42 +78,12 @@ def failing(apps: Apps) -> Iterator[Apps]:
     assert "on purpose" in apps.new_log()
 
 
-def request(path: str = "/echo", method: str = "GET", **changes: str | None) -> bytes:
-    """A handshake with some headers changed, or for None left out; `Sec_WebSocket_Key` names Sec-WebSocket-Key."""
-    headers = HANDSHAKE | {name.replace("_", "-"): value for name, value in changes.items()}
-    lines = [f"{name}: {value}" for name, value in headers.items() if value is not None]
-    return "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""]).encode()
-
-
-def masked(opcode: Opcode, payload: bytes, *, fin: bool = True) -> bytes:
-    return Frame(opcode, payload, fin).serialize(mask=True)
-
-
-def read_to_end(connection: socket.socket) -> bytes:
-    """Return all that comes until the peer ends its side. A reset instead is an error."""
-    received = b""
-    while data := connection.recv(1 << 18):
-        received += data
-    return received
-
-
-def push(connection: socket.socket, data: bytes, limit: int) -> int:
-    """Send the same bytes again and again until nobody takes them any more; return how many were taken."""
-    connection.settimeout(0.5)
-    taken = 0
-    with suppress(TimeoutError):
-        while taken < limit:
-            taken += connection.send(data[taken % len(data) :])
-    connection.settimeout(PATIENCE)
-    return taken
-
-
 # The handshake.
 
 
 def test_the_answer_shows_that_the_key_was_read(apps: Apps) -> None:
     """The example of RFC 6455, section 1.3."""
-    status, headers, _ = apps.response_to(request())
+    status, headers, _ = apps.response_to(HANDSHAKE)
     assert (status, headers["Sec-WebSocket-Accept"]) == (101, "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")
     assert (headers["Upgrade"], headers["Connection"]) == ("websocket", "Upgrade")
 
@@ -141,7 +103,7 @@ def test_the_answer_shows_that_the_key_was_read(apps: Apps) -> None:
 )
 def test_a_handshake_may_look_like_this_too(apps: Apps, changes: dict[str, str | None]) -> None:
     """Names of headers and some values are the same in any case; extensions needn't be agreed on."""
-    status, headers, _ = apps.response_to(request(**changes))
+    status, headers, _ = apps.response_to(handshake(**changes))
     assert (status, headers["Sec-WebSocket-Extensions"]) == (101, None)
 
 
@@ -160,34 +122,34 @@ def test_a_handshake_may_look_like_this_too(apps: Apps, changes: dict[str, str |
 )
 def test_a_handshake_without_a_valid_key_is_400(apps: Apps, changes: dict[str, str | None]) -> None:
     """RFC 6455, section 4.2.1: sixteen bytes in base64, once."""
-    status, _, body = apps.response_to(request(**changes))
+    status, _, body = apps.response_to(handshake(**changes))
     assert (status, parse(body)) == (400, http_error("connection", naming("Sec-WebSocket-Key")))
 
 
 @pytest.mark.parametrize("changes", [{"Host": None}, {"host": "elsewhere"}], ids=["none", "two"])
 def test_a_handshake_has_one_host(apps: Apps, changes: dict[str, str | None]) -> None:
     """RFC 6455, section 4.2.1, and RFC 9112, section 3.2."""
-    status, _, body = apps.response_to(request(**changes))
+    status, _, body = apps.response_to(handshake(**changes))
     assert (status, parse(body)) == (400, http_error("connection", naming("Host")))
 
 
 def test_a_handshake_is_http_1_1(apps: Apps) -> None:
     """RFC 6455, section 4.2.1."""
-    status, _, body = apps.response_to(request().replace(b"HTTP/1.1", b"HTTP/1.0"))
+    status, _, body = apps.response_to(HANDSHAKE.replace(b"HTTP/1.1", b"HTTP/1.0"))
     assert (status, parse(body)) == (400, http_error("connection", naming("HTTP/1.1")))
 
 
 @pytest.mark.parametrize("changes", [{"Content_Length": "5"}, {"Transfer_Encoding": "chunked"}], ids=str)
 def test_a_handshake_has_no_body(apps: Apps, changes: dict[str, str | None]) -> None:
     """What a proxy takes for a body must not be read as frames, nor the other way round."""
-    assert apps.response_to(request(**changes))[0] == 400
-    assert apps.response_to(request(Content_Length="0"))[0] == 101
+    assert apps.response_to(handshake(**changes))[0] == 400
+    assert apps.response_to(handshake(Content_Length="0"))[0] == 101
 
 
 @pytest.mark.parametrize("version", ["12", "8", "", "13, 8", "+13", None])
 def test_another_version_is_426_and_told_the_right_one(apps: Apps, version: str | None) -> None:
     """RFC 6455, section 4.2.2: so that the client can try again."""
-    status, headers, body = apps.response_to(request(Sec_WebSocket_Version=version))
+    status, headers, body = apps.response_to(handshake(Sec_WebSocket_Version=version))
     assert (status, headers["Sec-WebSocket-Version"]) == (426, "13")
     assert parse(body) == http_error("connection", naming("Sec-WebSocket-Version"))
 
@@ -195,13 +157,13 @@ def test_another_version_is_426_and_told_the_right_one(apps: Apps, version: str 
 @pytest.mark.parametrize("method", ["POST", "PUT", "HEAD", "OPTIONS"])
 def test_a_handshake_is_a_get(apps: Apps, method: str) -> None:
     """RFC 6455, section 4.2.1."""
-    status, headers, body = apps.response_to(request(method=method))
+    status, headers, body = apps.response_to(handshake(method=method))
     assert (status, headers["Allow"], parse(body)) == (405, "GET", http_error("connection", naming("GET")))
 
 
 def test_a_refused_handshake_ends_the_connection(apps: Apps) -> None:
     """And says so before."""
-    connection = apps.raw(request(Sec_WebSocket_Key=None) + b"x" * 1000)
+    connection = apps.raw(handshake(Sec_WebSocket_Key=None) + b"x" * 1000)
     answer = connection.recv(65_536)
     with suppress(OSError):
         connection.sendall(b"x" * 1000)
@@ -211,7 +173,7 @@ def test_a_refused_handshake_ends_the_connection(apps: Apps) -> None:
 
 def test_the_app_chooses_a_subprotocol_and_adds_headers(apps: Apps) -> None:
     """Headers are tuples or lists."""
-    status, headers, _ = apps.response_to(request("/describe", Sec_WebSocket_Protocol="a, b"))
+    status, headers, _ = apps.response_to(handshake("/describe", Sec_WebSocket_Protocol="a, b"))
     assert (status, headers["Sec-WebSocket-Protocol"]) == (101, "b")
     assert (headers["x-list"], headers["x-tuple"]) == ("1", "2")
 
@@ -233,7 +195,7 @@ def test_the_app_sees_what_was_asked_for(apps: Apps) -> None:
 
 def test_an_app_may_refuse_with_a_response(apps: Apps) -> None:
     """ASGI's extension websocket.http.response."""
-    status, headers, body = apps.response_to(request("/deny"))
+    status, headers, body = apps.response_to(handshake("/deny"))
     assert (status, headers["x-why"], headers["content-type"], body) == (
         418,
         "short and stout",
@@ -244,12 +206,12 @@ def test_an_app_may_refuse_with_a_response(apps: Apps) -> None:
 
 def test_an_app_may_refuse_by_closing(apps: Apps) -> None:
     """A close before the handshake is 403."""
-    assert apps.response_to(request("/forbid"))[0] == 403
+    assert apps.response_to(handshake("/forbid"))[0] == 403
 
 
 def test_an_app_that_fails_before_it_answers_is_500(failing: Apps) -> None:
     """With the documented body."""
-    status, _, body = failing.response_to(request("/crash_early"))
+    status, _, body = failing.response_to(handshake("/crash_early"))
     assert (status, parse(body)) == (500, http_error("connection", naming()))
     failing.wait_for_line("Error: on purpose")
 
@@ -257,8 +219,8 @@ def test_an_app_that_fails_before_it_answers_is_500(failing: Apps) -> None:
 def test_only_an_app_that_forgets_to_answer_is_logged(apps: Apps) -> None:
     """Its client gets a 500. A refusal is an answer."""
     line = len(apps.stderr)
-    assert apps.response_to(request("/deny"))[0] == 418
-    assert apps.response_to(request("/forget"))[0] == 500
+    assert apps.response_to(handshake("/deny"))[0] == 418
+    assert apps.response_to(handshake("/forget"))[0] == 500
     apps.wait_for_line("without", after=line)
     assert sum("without" in each for each in apps.stderr[line:]) == 1
 
@@ -267,7 +229,7 @@ def test_what_an_eager_client_sends_is_read_after_the_handshake(apps: Apps) -> N
     """In order, from the segment of the request on, however much it is."""
     messages = [b"%d " % number + b"x" * 1000 for number in range(1000)]
     frames = b"".join(masked(Opcode.TEXT, message) for message in messages)
-    connection = apps.raw(request("/late") + frames[:5000])
+    connection = apps.raw(handshake("/late") + frames[:5000])
     eventually(lambda: apps.active() == 1)
     sender = threading.Thread(target=connection.sendall, args=(frames[5000:],))
     sender.start()
@@ -280,7 +242,7 @@ def test_what_an_eager_client_sends_is_read_after_the_handshake(apps: Apps) -> N
 def test_what_an_eager_client_sends_may_be_half_a_frame(apps: Apps) -> None:
     """The other half comes after the answer."""
     frame = masked(Opcode.TEXT, b"x" * 200)
-    connection = apps.raw(request("/late") + frame[:3])
+    connection = apps.raw(handshake("/late") + frame[:3])
     eventually(lambda: apps.active() == 1)
     apps.wake()
     with stream_after_the_answer(connection) as stream:
@@ -294,7 +256,7 @@ def test_what_an_eager_client_sends_behind_another_request_stays_in_order(apps: 
     frames = b"".join(masked(Opcode.TEXT, message) for message in messages)
     head = b"POST /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     connection = apps.raw(b"")
-    everything = head + b"1\r\nx\r\n" * 1000 + b"0\r\n\r\n" + request() + frames
+    everything = head + b"1\r\nx\r\n" * 1000 + b"0\r\n\r\n" + HANDSHAKE + frames
     sender = threading.Thread(target=connection.sendall, args=(everything,))
     sender.start()
     with connection.makefile("rb") as stream:
@@ -457,7 +419,7 @@ def test_the_end_of_the_stream_ends_an_app_that_waits_to_send(apps: Apps) -> Non
 
 def test_half_a_handshake_and_the_end_of_the_stream(apps: Apps) -> None:
     """Who ends its side before the answer gets none, and its app hears of it."""
-    connection, line = apps.raw(request("/late")), len(apps.stderr)
+    connection, line = apps.raw(handshake("/late")), len(apps.stderr)
     eventually(lambda: apps.active() == 1)
     connection.shutdown(socket.SHUT_WR)
     with suppress(ConnectionResetError):
@@ -516,7 +478,7 @@ def test_a_peer_that_says_goodbye_and_stays_is_aborted(apps: Apps) -> None:
 def test_the_servers_end_says_goodbye() -> None:
     """1001 for everyone, whether the app listens, is busy or has not even answered; then the process ends."""
     server = Apps()
-    connections = [server.raw(request(f"/{app}")) for app in ("echo", "dawdle", "late")]
+    connections = [server.raw(handshake(f"/{app}")) for app in ("echo", "dawdle", "late")]
     eventually(lambda: server.active() == 3)
     for connection in connections[:2]:
         assert connection.recv(1000).startswith(b"HTTP/1.1 101 ")

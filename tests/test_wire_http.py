@@ -11,17 +11,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from bytes import HANDSHAKE, handshake, masked, read_until
 from processes import Server, eventually, notifyd_command
-from websockets.frames import Frame, Opcode
+from websockets.frames import Opcode
 from ws_clients import PATIENCE
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 LAST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 EVENTS = b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n"
-HANDSHAKE = (
-    b"GET /ws HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-)
 HALF_A_POST = b"POST /notify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{"
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 # A server whose patience is a matter of fractions of seconds.
@@ -39,17 +36,6 @@ def impatient() -> Iterator[Server]:
     server = Server([sys.executable, "-c", IMPATIENT, *flags])
     yield server
     server.stop()
-
-
-def read_until(connection: socket.socket, wanted: bytes) -> bytes:
-    """Read until these bytes have come, and return all that came."""
-    connection.settimeout(PATIENCE)
-    received = b""
-    while wanted not in received:
-        data = connection.recv(65_536)
-        assert data, f"the end comes before {wanted!r}: {received!r}"
-        received += data
-    return received
 
 
 def rest(connection: socket.socket) -> bytes:
@@ -93,7 +79,7 @@ def test_a_handshake_may_come_behind_a_request(server: Server) -> None:
 
 def test_a_goodbye_may_come_with_the_handshake(server: Server) -> None:
     """An eager client is welcomed first."""
-    answer = rest(server.raw(HANDSHAKE + Frame(Opcode.CLOSE, b"\x03\xe8").serialize(mask=True)))
+    answer = rest(server.raw(HANDSHAKE + masked(Opcode.CLOSE, b"\x03\xe8")))
     assert b'"type":"welcome"' in answer and answer.endswith(b"\x88\x02\x03\xe8")
 
 
@@ -170,7 +156,7 @@ def test_a_target_may_come_in_absolute_form(server: Server, host: bytes, path: b
 
 def test_the_target_of_a_handshake_may_come_in_absolute_form(server: Server) -> None:
     """With its query."""
-    connection = server.raw(HANDSHAKE.replace(b"/ws", b"http://localhost/ws?client_id=bob"))
+    connection = server.raw(handshake("http://localhost/ws?client_id=bob"))
     assert b'"client_id":"bob"' in read_until(connection, b'"type":"welcome"')
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from bytes import masked
 from conftest import StartServer
 from expected import CLIENT_ID, COUNT, PONG, SECONDS, TIME, notification, welcome, ws_error
 from processes import Server
-from websockets.frames import Frame, Opcode
+from websockets.frames import Opcode
 from ws_clients import Client
 
 PING = b'{"type": "ping"}'
@@ -134,14 +135,14 @@ def test_a_protocol_ping_is_answered_with_its_payload(client: Client) -> None:
 def test_frames_that_come_at_once_are_answered_one_by_one(server: Server) -> None:
     """Ten pings in one segment get ten pongs."""
     client = server.join_bare()
-    client.socket.sendall(Frame(Opcode.TEXT, PING).serialize(mask=True) * 10)
+    client.socket.sendall(masked(Opcode.TEXT, PING) * 10)
     assert [client.receive() for _ in range(10)] == [PONG] * 10
 
 
 def test_a_frame_that_comes_byte_by_byte_is_understood(server: Server) -> None:
     """Where the network cuts is of no importance."""
     client = server.join_bare()
-    for byte in Frame(Opcode.TEXT, PING).serialize(mask=True):
+    for byte in masked(Opcode.TEXT, PING):
         client.socket.sendall(bytes([byte]))
     assert client.receive() == PONG
 

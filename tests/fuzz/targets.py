@@ -20,6 +20,7 @@ from typing import NamedTuple
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import uvicorn
+from bytes import handshake as handshake_for
 from frame_oracle import check_against_reference, masked
 from starlette.datastructures import QueryParams
 from uvicorn.server import ServerState
@@ -42,10 +43,7 @@ DEADLINE_SECONDS = connection.CLOSE_DEADLINE_SECONDS = wire.CLOSE_DEADLINE_SECON
 wire_http.TURN_BYTES = wire.TURN_BYTES = 64
 
 NOTIFICATION = b'{"message":"m","type":"t","data":{"a":[1,2.5,null,true]},"clients":["bob"],"topics":["x"]}'
-HANDSHAKE = (
-    b"GET /ws?client_id=bob&topics=a,b&since= HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-)
+HANDSHAKE = handshake_for("/ws?client_id=bob&topics=a,b&since=", Host="x")
 TOKEN_HEADER = b'{"alg":"HS256","typ":"JWT"}'
 CLAIMS = b'{"sub":"bob","topics":["a*"],"publish":["b"],"admin":true,"exp":9e9}'
 MESSAGES = [

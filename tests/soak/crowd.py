@@ -7,8 +7,6 @@ down which notifications it got; what it should have got is known from those pub
 from __future__ import annotations
 
 import asyncio
-import base64
-import os
 import random
 import socket
 import struct
@@ -23,23 +21,12 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import orjson
-from websockets.frames import Frame, Opcode
+from bytes import HANDSHAKE, handshake, masked
+from websockets.frames import Opcode
 
 HEAVY = "heavy"
 TOPICS = 50
 POST = b"POST /notify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
-
-
-def handshake(query: str) -> bytes:
-    key = base64.b64encode(os.urandom(16)).decode()
-    return (
-        f"GET /ws?{query} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-        f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n"
-    ).encode()
-
-
-def masked(opcode: Opcode, payload: bytes, *, fin: bool = True) -> bytes:
-    return Frame(opcode, payload, fin).serialize(mask=True)
 
 
 @dataclass
@@ -144,7 +131,7 @@ class Client:
                     place.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
                 await loop.sock_connect(place, self.soak.address)
                 await loop.create_connection(link.itself, sock=place)
-                link.transport.write(handshake(f"client_id={self.name}&topics={self.topic}&since={self.last_id}"))
+                link.transport.write(handshake(f"/ws?client_id={self.name}&topics={self.topic}&since={self.last_id}"))
                 waits = [asyncio.ensure_future(event.wait()) for event in (link.welcomed, link.ended)]
                 await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
                 for wait in waits:
@@ -290,12 +277,12 @@ def _garbage(chance: random.Random) -> bytes:
             noise,
             b"GET /" + noise,
             b"GET /health HTTP/1.1\r\nX: " + b"x" * 70_000,
-            handshake("")[: chance.randrange(1, 100)],
-            handshake(f"client_id=%0d%0a&since={chance.random()}"),
+            HANDSHAKE[: chance.randrange(1, 100)],
+            handshake(f"/ws?client_id=%0d%0a&since={chance.random()}"),
             POST % len(body) + body,
             POST % 1_000_000 + body,
             b"POST /notify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n" + noise,
             b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n" * 2,
-            *[handshake("") + frames] * 5,
+            *[HANDSHAKE + frames] * 5,
         ]
     )
