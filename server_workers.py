@@ -18,9 +18,7 @@ import asyncio
 import contextlib
 import fcntl
 import logging
-import multiprocessing
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -31,12 +29,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec import Struct
 
 from settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from server import Server
 
 logger = logging.getLogger("notifyd")
 
@@ -61,7 +62,7 @@ KILL_SECONDS = 15.0
 ORPHAN_SECONDS = 1.0
 
 
-class Post(Struct):
+class WorkerStart(Struct):
     """What a worker is started with: the descriptors of the listeners and of the link to its parent, and settings.
 
     `host` is the same for all workers of one parent.
@@ -73,34 +74,22 @@ class Post(Struct):
     settings: Settings
 
 
-def read_post(environ: Mapping[str, str]) -> Post | None:
+def read_start(environ: Mapping[str, str]) -> WorkerStart | None:
     """Return what the parent says where this process is a worker."""
-    return msgspec.json.decode(environ[VARIABLE], type=Post) if VARIABLE in environ else None
+    return msgspec.json.decode(environ[VARIABLE], type=WorkerStart) if VARIABLE in environ else None
 
 
-class Drains(Protocol):
-    """What the parent may order; each may come again, and at any time."""
-
-    def drain(self) -> None: ...
-
-    def close_now(self) -> None: ...
-
-    def stop_listening(self) -> None: ...
-
-    def reload(self) -> None: ...
-
-
-class Parent(asyncio.Protocol):
+class ParentLink(asyncio.Protocol):
     """The parent as a worker knows it."""
 
-    def __init__(self, post: Post) -> None:
-        self._link = post.link
-        self.host = post.host
+    def __init__(self, start: WorkerStart) -> None:
+        self._link = start.link
+        self.host = start.host
         # Whether the whole server stops, and not this worker alone.
         self.stops = False
         self._all_have_drained = asyncio.Event()
 
-    async def follow(self, server: Drains) -> None:
+    async def follow(self, server: Server) -> None:
         """Report that the server is ready, and let the parent give it orders from now on."""
         self._server = server
         link = socket.socket(fileno=self._link)
@@ -178,14 +167,14 @@ class _Worker:
         self._link, link = socket.socketpair()
         self._link.setblocking(False)
         listeners = [_twin(port) if DEALS_OUT else port.dup() for port in ports]
-        post = Post([listener.fileno() for listener in listeners], link.fileno(), host, settings)
-        variables = os.environ | {VARIABLE: msgspec.json.encode(post).decode()}
+        start = WorkerStart([listener.fileno() for listener in listeners], link.fileno(), host, settings)
+        variables = os.environ | {VARIABLE: msgspec.json.encode(start).decode()}
         # A worker inherits the mask: it never hears Ctrl+C, and a SIGTERM waits until it can drain.
         heard = {signal.SIGINT, signal.SIGTERM} | ({signal.SIGHUP} if settings.ssl_certfile else set())
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, heard)
         try:
             self.process = subprocess.Popen(  # noqa: S603 - the command line is this process's own
-                [sys.executable, *sys.orig_argv[1:]], env=variables, pass_fds=[*post.listeners, post.link]
+                [sys.executable, *sys.orig_argv[1:]], env=variables, pass_fds=[*start.listeners, start.link]
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -388,45 +377,3 @@ def _remove_if_dead(directory: Path) -> None:
             with (directory / LOCK).open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(directory)
-
-
-def warning_of_islands(environ: Mapping[str, str], argv: Sequence[str]) -> str | None:
-    """Return a warning where another server runs this process as one of several; None where nothing tells.
-
-    A worker of uvicorn, hypercorn or granian is a process of multiprocessing and has its parent's command line, one of
-    gunicorn is a fork.
-    """
-    gunicorn = environ.get("SERVER_SOFTWARE", "").startswith("gunicorn/")
-    if not gunicorn and multiprocessing.parent_process() is None:
-        return None
-    concurrency = f"--workers={environ.get('WEB_CONCURRENCY', '')}"
-    flags = " ".join([concurrency, environ.get("GUNICORN_CMD_ARGS", ""), *argv])
-    counts = re.findall(r"(?<!\S)(?:-w|--workers)[ =]?(\d+)(?!\S)", flags)
-    count = int(counts[-1]) if counts else 1
-    # It looks into what is somebody else's, which may be anything: a warning must not keep the host from starting.
-    with contextlib.suppress(Exception):
-        count = _configured_workers() or count
-    if count < 2:
-        return None
-    return (
-        f"{count} workers serve without a common store: a notification reaches only the clients of one of them; "
-        "set NOTIFYD_STORE to sqlite:PATH or redis://HOST:PORT"
-    )
-
-
-def _configured_workers() -> int:
-    """Return the number of workers in the configuration of the server that runs this process; 0 where it is unknown.
-
-    It is there wherever it was set: in a file, in a variable of the server's own, in a call.
-    """
-    # uvicorn and hypercorn hand it to each worker. uvicorn's --reload runs one, whatever it is told.
-    config = getattr(multiprocessing.current_process(), "_kwargs", {}).get("config")
-    if getattr(config, "reload", False):
-        return 1
-    # A worker of gunicorn knows those that were forked before it.
-    arbiter = getattr(sys.modules.get("gunicorn.arbiter"), "Arbiter", None)
-    for worker in getattr(arbiter, "WORKERS", {}).values():
-        config = worker.cfg
-    count = getattr(config, "workers", 0)
-    # Somebody else's process may have a configuration, too.
-    return count if isinstance(count, int) else 0

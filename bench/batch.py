@@ -14,7 +14,7 @@ from functools import partial
 from load import Load
 from peers import NOTIFYD, Peer
 from plan import Figure, Row, Scale
-from server import Server
+from running import Server
 from turns import Side, ratio, take_turns
 
 CLIENTS = (0, 100)

@@ -13,7 +13,7 @@ from statistics import median
 from load import Load
 from peers import Peer
 from plan import Figure, Level, Row, Scale
-from server import Server
+from running import Server
 
 CONNECTIONS, DEPTH = 8, 8
 

@@ -22,7 +22,7 @@ from statistics import median, quantiles
 from load import Load
 from peers import FLOOR, Peer
 from plan import Figure, Level, Row, Scale
-from server import Server
+from running import Server
 from turns import Side, ratio, take_turns
 
 COST_TITLE = "CPU per delivery, {:,} clients"

@@ -21,7 +21,7 @@ from typing import Self
 from load import NUMBER, Audience, Load
 from peers import NOTIFYD, Peer
 from plan import Figure, Level, Row, Scale
-from server import Server
+from running import Server
 
 BURST, BATCH = 64, 1000
 TOPIC = f"?topics={NUMBER}", f',"topics":["{NUMBER}"]'

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Self
 
 from peers import CACHE, HERE, compile_c
-from server import LOAD_CORE, Server, on_core
+from running import LOAD_CORE, Server, on_core
 from websockets.sync.client import connect
 
 SOURCE = HERE.parent / "load.c"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from load import Load
 from peers import Peer
 from plan import Figure, Level, Row, Scale
-from server import Server
+from running import Server
 
 
 def measure(peer: Peer, scale: Scale) -> Iterator[Figure]:

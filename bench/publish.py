@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from load import CheckFailed, Load
 from peers import HERE, Peer
 from plan import Figure, Level, Row, Scale
-from server import LOAD_CORE, Server, on_core
+from running import LOAD_CORE, Server, on_core
 
 CONNECTIONS = 32
 TITLE = f"POST /notify, no clients, {CONNECTIONS} connections"

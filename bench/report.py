@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peers import PEERS
 from plan import MEMORY, Figure, Level, Row
-from server import CORES
+from running import CORES
 
 HERE = Path(__file__).parent
 RESULTS, PLOT = HERE / "RESULTS.md", HERE / "results.svg"

@@ -28,7 +28,7 @@ import target
 import uptime
 from peers import FLOOR, PEERS, REDIS, Peer
 from plan import FULL, QUICK, TINY, Figure, Scale
-from server import CORES, LOAD_CORE, raise_file_limit
+from running import CORES, LOAD_CORE, raise_file_limit
 
 import fanout
 

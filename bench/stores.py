@@ -24,7 +24,7 @@ from peers import NOTIFYD, REDIS, Peer, notifyd_on
 from plan import MEMORY, Figure, Level, Row, Scale
 from publish import TITLE as PUBLISH_TITLE
 from publish import rate
-from server import Server
+from running import Server
 from turns import Side, ratio, take_turns
 
 WORKERS = 2

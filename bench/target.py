@@ -20,7 +20,7 @@ from functools import partial
 from load import NUMBER, Audience, Load
 from peers import NOTIFYD, Peer
 from plan import Figure, Level, Row, Scale
-from server import Server
+from running import Server
 from turns import Side, ratio, take_turns
 
 FEW = 10

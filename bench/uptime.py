@@ -14,7 +14,7 @@ from burst import CONNECTIONS, DEPTH
 from load import Load
 from peers import NOTIFYD, Peer
 from plan import Figure, Level, Row, Scale
-from server import Server
+from running import Server
 from turns import Side, ratio, take_turns
 
 ROUNDS = 3

@@ -120,7 +120,7 @@ def test_one_port_cannot_be_both(workers: str) -> None:
 def test_in_a_host_the_figures_are_an_app_of_their_own() -> None:
     """The host decides where that is served; the app for everyone lacks them."""
     app = create_app(Settings(internal_port=9000))
-    inside = App(app.state.hub, internal=True)
+    inside = app.internal()
 
     async def ask(one: App) -> int:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(one), base_url="http://localhost") as client:

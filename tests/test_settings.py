@@ -17,7 +17,7 @@ from conftest import StartServer
 from expected import PONG, welcome
 from processes import ROOT, Server, environment, eventually, notifyd_command
 
-import notifyd
+from server import bind
 from settings import Settings, SettingsError
 
 DEFAULTS = {
@@ -306,7 +306,7 @@ def test_ipv6_is_served(start_server: StartServer) -> None:
 @pytest.mark.parametrize("ping_interval", [30, 0])
 def test_the_kernel_drops_a_peer_that_takes_nothing(ping_interval: int) -> None:
     """A little after the ping would have, and where there are no pings, too."""
-    with notifyd._bind(Settings(ping_interval=ping_interval, ping_timeout=7), "127.0.0.1", 0) as listener:
+    with bind(Settings(ping_interval=ping_interval, ping_timeout=7), "127.0.0.1", 0) as listener:
         assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 12_000
 
 
@@ -344,15 +344,6 @@ def test_the_soft_limit_of_open_files_is_raised(limited: Callable[..., Server]) 
 def test_too_low_a_hard_limit_is_warned_about(limited: Callable[..., Server]) -> None:
     """The log says it when there can't be as many connections as allowed."""
     assert "WARNING" in limited("ulimit -n 200").wait_for_line(r"(?i)open files|descriptors|nofile").upper()
-
-
-def test_a_platform_without_such_limits_is_served() -> None:
-    """Windows has no module for them."""
-    program = "import sys; sys.modules['resource'] = None; import notifyd; sys.exit(notifyd.main())"
-    interpreter, _, *flags = notifyd_command("--port", "0")
-    server = Server([interpreter, "-c", program, *flags])
-    assert server.get("/health").status_code == 200
-    server.stop()
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])

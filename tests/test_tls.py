@@ -29,15 +29,15 @@ pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs t
 
 # A server whose patience is a matter of fractions of seconds.
 IMPATIENT = """
-import sys, notifyd
-notifyd.REQUEST_SECONDS = 0.5
+import sys, notifyd, server
+server.REQUEST_SECONDS = 0.5
 sys.exit(notifyd.main())
 """
 # A server that gets a SIGHUP between reading its certificate and listening.
 EARLY = """
-import signal, sys, notifyd
-raise_limit = notifyd._raise_file_limit
-notifyd._raise_file_limit = lambda limit: (signal.raise_signal(signal.SIGHUP), raise_limit(limit))
+import signal, sys, notifyd, server
+raise_limit = server.raise_file_limit
+server.raise_file_limit = lambda limit: (signal.raise_signal(signal.SIGHUP), raise_limit(limit))
 sys.exit(notifyd.main())
 """
 

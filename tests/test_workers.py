@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import fcntl
-import multiprocessing
 import os
 import resource
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,11 +17,11 @@ from signal import SIGCONT, SIGINT, SIGKILL, SIGSTOP, SIGTERM
 import pytest
 from conftest import StartServer
 from expected import PONG, SHUTDOWN, SYSTEM
-from processes import ROOT, Server, environment, eventually, free_port, notifyd_command
+from processes import ROOT, Server, environment, eventually, notifyd_command
 from websockets.exceptions import ConnectionClosed
 from ws_clients import Client
 
-from server_workers import VARIABLE, warning_of_islands
+from server_workers import VARIABLE
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
@@ -409,93 +407,3 @@ def test_the_workers_share_the_pace(start_server: StartServer) -> None:
     for client in clients:
         client.receive_many(2)
     assert time.monotonic() - began > 0.8
-
-
-# Workers of others.
-
-
-HOSTS = {
-    "uvicorn": ["uvicorn", "hosts:alone", "--port", "PORT"],
-    "gunicorn": [
-        "gunicorn",
-        "hosts:alone",
-        "--bind",
-        "127.0.0.1:PORT",
-        "--worker-class",
-        "uvicorn_worker.UvicornWorker",
-    ],
-    "hypercorn": ["hypercorn", "hosts:alone", "--bind", "127.0.0.1:PORT"],
-    "granian": ["granian", "hosts:alone", "--interface", "asgi", "--port", "PORT"],
-}
-
-
-@pytest.fixture(params=HOSTS)
-def two_workers(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """An app with notifyd inside, served by two workers of another server."""
-    port = str(free_port())
-    command = [word.replace("PORT", port) for word in HOSTS[request.param]]
-    server = Server([sys.executable, "-m", *command, "--workers", "2"], url=f"http://127.0.0.1:{port}")
-    yield server
-    server.kill()
-
-
-def test_an_app_says_that_its_workers_are_islands(two_workers: Server) -> None:
-    """Three quarters of all broadcasts must not get lost in silence."""
-    two_workers.wait_for_line("2 workers serve without a common store.*NOTIFYD_STORE")
-
-
-@pytest.mark.parametrize("program", ["uvicorn", "gunicorn"])
-def test_an_app_says_so_too_where_no_flag_has_the_number(program: str, tmp_path: Path) -> None:
-    """But a call, or a configuration file."""
-    port, script = free_port(), tmp_path / "script.py"
-    if program == "uvicorn":
-        script.write_text(
-            f"import uvicorn\nif __name__ == '__main__':\n    uvicorn.run('hosts:alone', port={port}, workers=2)\n"
-        )
-        command = [str(script)]
-    else:
-        script.write_text(f"bind, workers, worker_class = '127.0.0.1:{port}', 2, 'uvicorn_worker.UvicornWorker'\n")
-        command = ["-m", "gunicorn", "hosts:alone", "--config", str(script)]
-    server = Server([sys.executable, *command], url=f"http://127.0.0.1:{port}")
-    server.wait_for_line("2 workers serve without a common store")
-    server.kill()
-
-
-@pytest.mark.parametrize(
-    ("environ", "argv"),
-    [
-        ({}, ["gunicorn", "-w", "4"]),
-        ({"SERVER_SOFTWARE": "gunicorn/27.0"}, ["gunicorn", "app:app"]),
-        ({"SERVER_SOFTWARE": "gunicorn/27.0", "WEB_CONCURRENCY": "4"}, ["gunicorn", "--workers=1"]),
-    ],
-)
-def test_one_process_is_not_warned_about(environ: dict[str, str], argv: list[str]) -> None:
-    """Neither one that no other server runs, nor the only worker."""
-    assert warning_of_islands(environ, argv) is None
-
-
-def test_somebody_elses_configuration_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process of the host's own may have anything of that name, such as one that is not ready to be read."""
-
-    class Unready:
-        def __getattr__(self, name: str) -> None:
-            raise RuntimeError(name)
-
-    monkeypatch.setattr(multiprocessing, "parent_process", multiprocessing.current_process)
-    monkeypatch.setattr(multiprocessing.current_process(), "_kwargs", {"config": Unready()}, raising=False)
-    assert warning_of_islands({}, ["host", "--workers", "4"])
-
-
-@pytest.mark.parametrize(
-    ("environ", "argv"),
-    [
-        ({"WEB_CONCURRENCY": "4"}, ["gunicorn", "app:app"]),
-        ({"GUNICORN_CMD_ARGS": "--workers 4"}, ["gunicorn", "app:app"]),
-        ({}, ["gunicorn", "-w4", "app:app"]),
-        ({"WEB_CONCURRENCY": "1"}, ["gunicorn", "--workers=4"]),
-    ],
-)
-def test_the_number_of_workers_may_be_said_anywhere(environ: dict[str, str], argv: list[str]) -> None:
-    """In a variable or in a flag, which goes before it."""
-    warning = warning_of_islands({"SERVER_SOFTWARE": "gunicorn/27.0"} | environ, argv)
-    assert warning is not None and warning.startswith("4 workers")

@@ -43,13 +43,13 @@ BROADCASTS, TARGETED, LARGE = 4, 10, 5  # a second
 LARGE_BYTES = 40_000
 # A server that tells the number of its tasks when it is asked to.
 PROGRAM = """
-import asyncio, signal, sys, notifyd
+import asyncio, signal, sys, notifyd, server
 tell = lambda *_: print("tasks:", len(asyncio.all_tasks()), file=sys.stderr, flush=True)
-start = notifyd.Server.startup
+start = server.Server.startup
 async def startup(self, sockets=None):
     await start(self, sockets)
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, tell)
-notifyd.Server.startup = startup
+server.Server.startup = startup
 sys.exit(notifyd.main())
 """
 
