@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from clients import Client, Clients, Joined
-from log import Audience, Batch, Log, frame, payloads
-from schemas import Positions
+from log import Audience, Log, Positions, frame, payloads
 from store import Record
 
 # The pass yields to the event loop after this many clients: at 3 to 10 us each it is held for 1 to 3 ms. A request
@@ -60,7 +59,7 @@ class FanOut:
         # Held by whoever hands clients what they are owed in portions: a pass, or the drain.
         self.passing = asyncio.Lock()
         # The sequence up to which the pass before the last one has gone: nothing newer is trimmed.
-        self._settled = self._passed = self.log.front
+        self._settled = self._passed = self.log.first_sequence
         # Admissions that are under way: what is newer than their sequences is not trimmed.
         self.held: dict[object, int] = {}
 
@@ -109,7 +108,7 @@ class FanOut:
                 entry.replayed,
                 began + entry.at,
             )
-            for entry in list(self.log.since(self.log.front))
+            for entry in list(self.log.since(self.log.first_sequence))
         )
 
     def owe(self, client: Client, sequences: list[int]) -> None:
@@ -166,14 +165,8 @@ class FanOut:
 
     def _slice_from(self, client: Client) -> int:
         """Return how many clients are a slice, where each is owed what this one is."""
-        batch, _ = self._next(client)
+        batch = self.log.batch(client.cursor, client.pending)
         return max(1, min(SLICE_CLIENTS, SLICE_BYTES // len(batch.frames))) if batch else SLICE_CLIENTS
-
-    def _next(self, client: Client) -> tuple[Batch | None, list[int]]:
-        """Return what a client is to be handed next, and what of its own is left then."""
-        if client.pending is None:
-            return self.log.batch(client.cursor), []
-        return self.log.merge(client.cursor, client.pending)
 
     def _hand_over(self, clients: list[Client]) -> list[Client]:
         """Hand a slice of clients what they are owed, and return those that are still behind.
@@ -184,12 +177,12 @@ class FanOut:
         of the system call (bench/run.py --measure fanout). What the kernel does not take is the transport's.
         """
         at, owed = clients[0].cursor, clients[0].pending
-        batch, left = self._next(clients[0])
-        if batch is None or batch.end != self.log.head or left:
+        batch = self.log.batch(at, owed)
+        if batch is None or batch.cursor != self.log.next_turn or batch.pending is not None:
             return [client for client in clients if not self.advance(client)]
         behind = []
         others = 0
-        frames, end, notifications = batch
+        frames, notifications, end, _ = batch
         size, write = len(frames), os.write
         for client in clients:
             if client.cursor == at and client.pending is owed and client.descriptor >= 0:
@@ -218,20 +211,13 @@ class FanOut:
         Also called when a client's transport has drained. Never blocks, never raises, never changes the map.
         """
         connection = client.connection
-        while connection.writable:
-            if client.pending is not None:
-                batch, left = self.log.merge(client.cursor, client.pending)
-                client.pending = left or None
-                if not left:
-                    self._owed.discard(client)
-            elif (found := self.log.batch(client.cursor)) is not None:
-                batch = found
-            else:
-                return True
-            client.cursor = batch.end
+        while connection.writable and (batch := self.log.batch(client.cursor, client.pending)) is not None:
+            client.cursor, client.pending = batch.cursor, batch.pending
             self.messages_sent += batch.notifications
             connection.write(batch.frames)
-        return client.cursor == self.log.head and client.pending is None
+        if client.pending is None:
+            self._owed.discard(client)
+        return client.cursor == self.log.next_turn and client.pending is None
 
     def trim(self) -> None:
         """Forget what the bounds say, after closing the clients that would fall off.
@@ -240,11 +226,11 @@ class FanOut:
         newer than the pass before is trimmed.
         """
         until = self.log.expired(self._clock(), min([self._settled, *self.held.values()]))
-        if until == self.log.front:
+        if until == self.log.first_sequence:
             return
         for client in {*self._behind, *self._owed}:
             if client in self._clients:
-                owed = self.log.next_owed(client.cursor, client.pending)
+                owed = self.log.backlog_start(client.cursor, client.pending)
                 if owed < until:
                     self._close_slow(client, owed)
         self.log.trim(until)
@@ -258,5 +244,5 @@ class FanOut:
                 self.trim()
 
     def clients_behind(self) -> int:
-        head = self.log.head
+        head = self.log.next_turn
         return sum(client.cursor != head or client.pending is not None for client in self._clients)

@@ -41,7 +41,7 @@ from errors import (
 from fanout import NOBODY, FanOut, payload
 from guard_identity import Identities, Identity
 from heartbeat import PROBE_SECONDS, Heartbeat
-from log import Audience, Entry, Log, frame, payloads
+from log import Audience, Entry, Log, Positions, frame, payloads
 from schemas import GOING_AWAY, INTERNAL_ERROR, POLICY_VIOLATION, TRY_AGAIN_LATER, encode, timestamp
 from settings import Settings, number
 from slices import in_slices
@@ -321,7 +321,7 @@ class Hub:
         # Without await: the cursor is read, what is to be replayed is fixed and the client is in the directory
         # before anything else can be delivered. So nothing is missing at the seam, and nothing comes twice.
         log = self.fanout.log
-        client = Client(self, connection, client_id, user_agent, log.head, next(self._numbers), address)
+        client = Client(self, connection, client_id, user_agent, log.next_turn, next(self._numbers), address)
         self.clients.add(client, topics)
         self.identities.set(client, identity)
         self._empty.clear()
@@ -403,10 +403,10 @@ class Hub:
         return self.fanout.advance(client)
 
     def _close_slow_consumer(self, client: Client, owed: int) -> None:
-        behind = self.fanout.log.behind(client.cursor) + len(client.pending or ())
+        behind = self.fanout.log.next_turn - client.cursor + len(client.pending or ())
         self.slow_consumers += 1
         logger.warning("Client %s is %d notifications behind and is closed", client.client_id, behind)
-        position = self.fanout.log.id_before(owed)
+        position = self.fanout.log.position_before(owed)
         self._dismiss(
             client, POLICY_VIOLATION, f"Slow consumer: {behind} notifications behind; resume with since={position}"
         )
@@ -518,7 +518,7 @@ class Hub:
     def kept(self) -> tuple[str, Iterable[Record]]:
         """Return what the log holds, as the log had it, and the id before that."""
         log = self.fanout.log
-        return log.id_before(log.front), self.fanout.records()
+        return log.position_before(log.first_sequence), self.fanout.records()
 
     def registrations(self) -> Iterable[Registration]:
         return [Registration(client.client_id, client.topics, client.address) for client in self.clients]
@@ -620,7 +620,7 @@ class Hub:
         try:
             position = (await self.store.append([draft], once)).receipts[0].id
         except StoreUnavailable:
-            position = schemas.Positions(self.fanout.log.position).next()
+            position = Positions(self.fanout.log.position).next()
         message = encode(schemas.ShutdownMessage(timestamp=now))
         self.fanout.log.append_farewell(frame(payload(position, draft.rest)), frame(message))
 

@@ -1,41 +1,105 @@
-"""The log in memory: entries in the order of their ids, and the ready-made frames of each.
+"""The log in memory: entries in the order of their ids, each with its ready-made frame.
 
-Owns positions and what is kept. Knows no client, no socket and no clock of its own.
+Owns ids, the numbering of entries and the bounds of the history. Knows no client, no socket and no clock.
 
-1. Ids increase strictly. An entry's `sequence` counts all entries; its `turn` counts the broadcasts before it.
-2. A cursor is a turn: the next broadcast that a client has not been handed. A notification for some clients
-   only takes no turn, so it moves nobody else's cursor.
-3. What is trimmed is gone from the front; nothing is ever removed from the middle. The id just before the
-   front is remembered, because a client may stand there.
-4. A batch is joined once for all clients that stand at the same cursor, and forgotten at the next append; so is one
-   for all who are owed the same list beside.
+A *position* is a notification's id, as a place in the log. A *sequence* numbers all entries. A *turn* numbers the
+broadcasts alone, and a *cursor* is the turn of the next broadcast for a client:
+
+                trimmed  |              kept               | farewell |  appended next
+    position    p0   p1  |  p2   p3   p4   p5   p6   p7    |          |
+    audience    all  red |  all  ann  all  red  ann  all   |   all    |
+    sequence    0    1   |  2    3    4    5    6    7     |          |  8  (next_sequence)
+    turn        0        |  1         2              3     |   4      |  5  (next_turn)
+                            first_sequence
+
+    A client with cursor 2 that is also owed the sequences [3, 6] is handed p3 p4 p6 p7 and the farewell.
+
+1. Ids increase strictly. A notification for some clients only takes no turn, so it moves no other client's cursor.
+2. Entries leave from the front only. The position just before the front is remembered: a client may resume there.
+3. The farewell is one entry of two frames. It takes a turn and no sequence; its position is that of another entry.
+4. A batch is joined once for all clients with the same cursor and the same list of sequences beside it, and is
+   forgotten at the next append.
 """
 
 from __future__ import annotations
 
+import secrets
 import struct
+import time
 from bisect import bisect_left
 from collections.abc import Collection, Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
-# What a name in an audience takes in memory beside its letters.
+# The memory that a name in an audience takes beside its letters: a str object and its place in the set.
 NAME_BYTES = 64
-# One write hands a client at most about this much, so that a client that is far behind does not pin a copy of
-# the whole log in its transport.
+# The size of a batch, unless a single entry is larger: a client that is far behind must not pin a copy of the whole
+# log in its transport.
 BATCH_BYTES = 262_144
-# So many batches with what clients are owed beside are kept for the next one who is owed the same.
-MERGED = 8
+# The batches that are kept for the next client at the same place: nearly all clients stand at a few places.
+BATCHES_KEPT = 64
+
+
+# --- ids and frames
+
+
+class Positions:
+    """Makes ids: UUIDv7 (RFC 9562, section 5.7), strictly increasing even when the clock goes backwards.
+
+    Within one millisecond, or while the clock is behind the last id, the 74 random bits count on instead.
+    """
+
+    __slots__ = ("_last",)
+
+    def __init__(self, last: str = "") -> None:
+        """Make ids that come after `last`, which another process may have made."""
+        digits = last.replace("-", "") or "0" * 32
+        self._last = int(digits[:12] + digits[13:16], 16) << 62 | int(digits[16:], 16) & (1 << 62) - 1
+
+    def next(self) -> str:
+        value = time.time_ns() // 1_000_000 << 74 | secrets.randbits(73)
+        if value >> 74 <= self._last >> 74:
+            value = self._last + 1 + secrets.randbits(32)
+        self._last = value
+        # 48 bits of time, version 7, 12 bits, variant 10, 62 bits.
+        digits = f"{value >> 62 + 12:012x}7{value >> 62 & 0xFFF:03x}{value & (1 << 62) - 1 | 2 << 62:016x}"
+        return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+def frame(payload: bytes, opcode: int = 1) -> bytes:
+    """Return a server's frame: unmasked and final (RFC 6455, section 5.2)."""
+    size = len(payload)
+    if size < 126:
+        return bytes((0x80 | opcode, size)) + payload
+    if size < 65536:
+        return struct.pack("!BBH", 0x80 | opcode, 126, size) + payload
+    return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
+
+
+def payloads(frames: bytes) -> Iterator[bytes]:
+    """Yield the payload of each frame in `frames`, which frame() has made."""
+    start, end = 0, len(frames)
+    while start < end:
+        size, start = frames[start + 1], start + 2
+        if size == 126:
+            (size,), start = struct.unpack_from("!H", frames, start), start + 2
+        elif size == 127:
+            (size,), start = struct.unpack_from("!Q", frames, start), start + 8
+        yield frames[start : start + size]
+        start += size
+
+
+# --- entries
 
 
 class Audience(NamedTuple):
-    """Who a notification is for, where it is not for everyone: the union of both."""
+    """The addressees of a notification that is not for everyone: the union of both."""
 
     clients: frozenset[str]
     topics: frozenset[str]
 
     def size(self) -> int:
-        """Return about how many bytes it takes in memory."""
+        """Return the memory that the names take, in bytes, approximately."""
         return sum(len(name) + NAME_BYTES for names in self for name in names)
 
     def includes(self, client_id: str | None, topics: Collection[str]) -> bool:
@@ -43,10 +107,9 @@ class Audience(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One notification as it stands in the log; `audience` None is everyone. `size` counts frame and audience."""
+    """One notification in the log; `audience` None is everyone. `size` counts the bytes of frame and audience."""
 
     sequence: int
-    turn: int
     id: str
     frame: bytes
     size: int
@@ -56,11 +119,15 @@ class Entry(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Frames joined for one write, the cursor behind them, and how many notifications they are."""
+    """Frames joined for one write, the number of notifications in them, and the client's place after them.
+
+    `pending` lists the sequences that are still owed beside the broadcasts from `cursor` on; None for none.
+    """
 
     frames: bytes
-    end: int
     notifications: int
+    cursor: int
+    pending: list[int] | None
 
 
 class Log:
@@ -68,15 +135,13 @@ class Log:
 
     __slots__ = (
         "_batches",
-        "_before_front",
         "_broadcasts",
         "_bytes",
         "_entries",
-        "_farewell",
-        "_front",
-        "_front_turn",
-        "_merged",
+        "_first_turn",
+        "_position_before",
         "_replayed",
+        "first_sequence",
         "max_age",
         "max_bytes",
         "max_entries",
@@ -87,16 +152,15 @@ class Log:
         self.max_bytes = max_bytes
         self.max_age = max_age
         self._entries: list[Entry] = []
-        self._front = 0  # the sequence of _entries[0]
-        self._before_front = ""
+        self.first_sequence = 0  # of _entries[0]
         self._broadcasts: list[Entry] = []
-        self._front_turn = 0  # the turn of _broadcasts[0]
+        self._first_turn = 0  # of _broadcasts[0]
+        self._position_before = ""  # of _entries[0]
         self._bytes = 0
-        self._farewell = -1  # the cursor behind the two frames of the farewell, once there is one
         self._replayed = 0  # entries that count towards max_entries
-        self._batches: dict[int, Batch] = {}
-        # By cursor, and by the list that is owed with its length then. The list is kept, so that it is no other's id.
-        self._merged: dict[tuple[int, int, int], tuple[list[int], Batch, list[int]]] = {}
+        # By cursor, and by the identity and length of the pending list. The list is kept beside its batch, so that
+        # no other list takes its id().
+        self._batches: dict[tuple[int, int, int], tuple[list[int] | None, Batch]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -107,125 +171,108 @@ class Log:
         return self._bytes
 
     @property
-    def head(self) -> int:
-        """The turn that the next broadcast will take."""
-        return self._front_turn + len(self._broadcasts)
-
-    @property
-    def front(self) -> int:
-        """The sequence of the oldest entry that is still there."""
-        return self._front
-
-    @property
     def next_sequence(self) -> int:
-        return self._front + len(self._entries)
+        return self.first_sequence + len(self._entries)
+
+    @property
+    def next_turn(self) -> int:
+        """The cursor of a client that has been handed every broadcast."""
+        return self._first_turn + len(self._broadcasts)
 
     @property
     def position(self) -> str:
-        """The newest id; before the first notification, one that is older than any."""
-        return self._entries[-1].id if self._entries else self._before_front
+        """The newest id; before the first notification, an id that is older than any."""
+        return self._entries[-1].id if self._entries else self._position_before
 
     def begin(self, before: str) -> None:
-        """Say which id comes before all that will be appended."""
-        self._before_front = before
+        """Set the position before the first entry."""
+        self._position_before = before
 
     def append(
         self, id: str, frame: bytes, at: float, *, replayed: bool = True, audience: Audience | None = None
     ) -> int:
         """Add a notification and return its sequence. `at` is in seconds, of the clock that expired() is given."""
         size = len(frame) + (0 if audience is None else audience.size())
-        entry = Entry(self.next_sequence, self.head, id, frame, size, at, replayed, audience)
+        entry = Entry(self.next_sequence, id, frame, size, at, replayed, audience)
         self._entries.append(entry)
-        self._merged.clear()
         if audience is None:
             self._broadcasts.append(entry)
-            self._batches.clear()
+        self._batches.clear()
         self._bytes += size
         self._replayed += replayed
         return entry.sequence
 
     def append_farewell(self, notification: bytes, message: bytes) -> None:
-        """Add the last two frames for everyone. They are not in the log: of the first, that is another entry."""
-        for frame in (notification, message):
-            self._broadcasts.append(Entry(self.next_sequence, self.head, self.position, frame, 0, 0.0, False, None))
-        self._farewell = self.head
+        """Add the last two frames for everyone. The notification's position is that of an entry in the log."""
+        frames = notification + message
+        self._broadcasts.append(Entry(self.next_sequence, self.position, frames, 0, 0.0, False, None))
         self._batches.clear()
-        self._merged.clear()
 
-    def batch(self, cursor: int) -> Batch | None:
-        """Return what lies between the cursor and the head, up to BATCH_BYTES; None at the head."""
-        found = self._batches.get(cursor)
-        if found is None and cursor < self.head:
-            found = self._batches[cursor] = self._join(cursor)
-        return found
+    def batch(self, cursor: int, pending: list[int] | None) -> Batch | None:
+        """Return the next frames for a client at this place, up to BATCH_BYTES; None where there are none.
 
-    def _join(self, cursor: int) -> Batch:
-        frames = [entry.frame for entry in self._broadcasts[cursor - self._front_turn :]]
-        size = 0
-        for count, frame in enumerate(frames):
-            if size and size + len(frame) > BATCH_BYTES:
-                del frames[count:]
-                break
-            size += len(frame)
-        end = cursor + len(frames)
-        return Batch(b"".join(frames), end, len(frames) - (cursor < self._farewell <= end))
-
-    def merge(self, cursor: int, pending: list[int]) -> tuple[Batch, list[int]]:
-        """Return the next batch of a client that is also owed the entries `pending`, and what of these is left.
-
-        `pending` holds sequences in their order; an entry comes before the broadcasts whose turn is not before its own.
-        It may grow afterwards, but not change; what is left is one list for all who are owed the same.
+        `pending` lists sequences in their order. It may grow afterwards, but must not change otherwise. All clients
+        with the same list are handed the same batch, whose own `pending` is the same list for all of them, too.
         """
-        key = cursor, id(pending), len(pending)
-        if (known := self._merged.get(key)) is None:
-            if len(self._merged) >= MERGED:
-                self._merged.clear()
-            known = self._merged[key] = pending, *self._merge(cursor, pending)
-        _, batch, left = known
-        return batch, left
+        if pending is None and cursor == self.next_turn:
+            return None
+        key = cursor, id(pending), len(pending or ())
+        if (known := self._batches.get(key)) is None:
+            if len(self._batches) >= BATCHES_KEPT:
+                self._batches.clear()
+            known = self._batches[key] = pending, self._join(cursor, pending or [])
+        return known[1]
 
-    def _merge(self, cursor: int, pending: list[int]) -> tuple[Batch, list[int]]:
-        assert pending[0] >= self._front, "owed what is gone"
+    def _join(self, cursor: int, pending: list[int]) -> Batch:
+        """Join pending entries and broadcasts in the order of their sequences."""
+        assert not pending or pending[0] >= self.first_sequence, "owed an entry that is gone"
         frames: list[bytes] = []
-        size = taken = notices = 0
-        while taken < len(pending) or cursor < self.head:
-            entry = self._entries[pending[taken] - self._front] if taken < len(pending) else None
-            if owed := entry is None or entry.turn > cursor:
-                entry = self._broadcasts[cursor - self._front_turn]
+        size = taken = 0
+        while taken < len(pending) or cursor < self.next_turn:
+            # The farewell has the sequence of the entry that follows it, and comes first.
+            takes_turn = cursor < self.next_turn and (
+                taken == len(pending) or self._broadcasts[cursor - self._first_turn].sequence <= pending[taken]
+            )
+            if takes_turn:
+                entry = self._broadcasts[cursor - self._first_turn]
+            else:
+                entry = self._entries[pending[taken] - self.first_sequence]
             if frames and size + len(entry.frame) > BATCH_BYTES:
                 break
             frames.append(entry.frame)
             size += len(entry.frame)
-            cursor += owed
-            taken += not owed
-            notices += owed and cursor == self._farewell
-        return Batch(b"".join(frames), cursor, len(frames) - notices), pending[taken:]
+            cursor += takes_turn
+            taken += not takes_turn
+        return Batch(b"".join(frames), len(frames), cursor, pending[taken:] or None)
 
-    def next_owed(self, cursor: int, pending: list[int] | None) -> int:
-        """Return the sequence of the first entry that a client with this cursor has yet to be handed."""
-        index = cursor - self._front_turn
-        owed = self._broadcasts[index].sequence if index < len(self._broadcasts) else self.next_sequence
-        return min(owed, pending[0]) if pending else owed
+    def backlog_start(self, cursor: int, pending: list[int] | None) -> int:
+        """Return the sequence of the first entry that a client at this place has yet to be handed."""
+        index = cursor - self._first_turn
+        start = self._broadcasts[index].sequence if index < len(self._broadcasts) else self.next_sequence
+        return min(start, pending[0]) if pending else start
 
-    def behind(self, cursor: int) -> int:
-        """Return how many broadcasts lie between the cursor and the head; the message of the farewell is none."""
-        return self.head - cursor - (cursor < self._farewell)
-
-    def id_before(self, sequence: int) -> str:
-        """Return the id just before this sequence: whoever resumes there gets what follows."""
-        index = sequence - self._front - 1
-        return self._entries[index].id if index >= 0 else self._before_front
+    def position_before(self, sequence: int) -> str:
+        """Return the position from which a client resumes with the entry of this sequence."""
+        index = sequence - self.first_sequence - 1
+        return self._entries[index].id if index >= 0 else self._position_before
 
     def since(self, sequence: int) -> Iterator[Entry]:
         """Yield the entries from this sequence on."""
-        for index in range(max(0, sequence - self._front), len(self._entries)):
+        for index in range(max(0, sequence - self.first_sequence), len(self._entries)):
             yield self._entries[index]
 
-    def expired(self, now: float, settled: int) -> int:
-        """Return the sequence up to which the bounds ask to trim, but not beyond `settled`."""
+    def find(self, position: str) -> int | None:
+        """Return the sequence of the entry after this position, or None where the log cannot prove that it gave it."""
+        index = bisect_left(self._entries, position, key=attrgetter("id"))
+        if index < len(self._entries) and self._entries[index].id == position:
+            return self.first_sequence + index + 1
+        return self.first_sequence if position == self._position_before else None
+
+    def expired(self, now: float, limit: int) -> int:
+        """Return the sequence before which the bounds ask to trim, at most `limit`."""
         drop, replayed, size = 0, self._replayed, self._bytes
-        limit = min(settled - self._front, len(self._entries))
-        while drop < limit:
+        last = min(limit - self.first_sequence, len(self._entries))
+        while drop < last:
             entry = self._entries[drop]
             within = replayed <= self.max_entries and size <= self.max_bytes and now - entry.at <= self.max_age
             if within:
@@ -233,58 +280,19 @@ class Log:
             replayed -= entry.replayed
             size -= entry.size
             drop += 1
-        return self._front + drop
-
-    def _turn_of(self, sequence: int) -> int:
-        """Return the first turn at or after the entry with this sequence. The farewell stays, whatever is trimmed."""
-        index = sequence - self._front
-        if index < len(self._entries):
-            return self._entries[index].turn
-        return self.head - 2 * (self._farewell == self.head)
+        return self.first_sequence + drop
 
     def trim(self, sequence: int) -> None:
-        """Forget the entries before `sequence`."""
-        drop = sequence - self._front
-        if drop <= 0:
+        """Forget the entries before `sequence`. The farewell goes only with the entry that follows it."""
+        gone = self._entries[: max(0, sequence - self.first_sequence)]
+        if not gone:
             return
-        front_turn = self._turn_of(sequence)
-        gone = self._entries[:drop]
-        self._before_front = gone[-1].id
+        del self._entries[: len(gone)]
+        self.first_sequence = sequence
+        self._position_before = gone[-1].id
         self._bytes -= sum(entry.size for entry in gone)
         self._replayed -= sum(entry.replayed for entry in gone)
-        del self._entries[:drop]
-        self._front = sequence
-        del self._broadcasts[: front_turn - self._front_turn]
-        self._front_turn = front_turn
-        self._batches = {cursor: batch for cursor, batch in self._batches.items() if cursor >= front_turn}
-        self._merged.clear()
-
-    def find(self, id: str) -> int | None:
-        """Return the sequence of the entry after this id, or None where the log cannot prove that it gave it."""
-        index = bisect_left(self._entries, id, key=attrgetter("id"))
-        if index < len(self._entries) and self._entries[index].id == id:
-            return self._front + index + 1
-        return self._front if id == self._before_front else None
-
-
-def frame(payload: bytes, opcode: int = 1) -> bytes:
-    """Return one unmasked, final frame."""
-    size = len(payload)
-    if size < 126:
-        return bytes((0x80 | opcode, size)) + payload
-    if size < 65536:
-        return struct.pack("!BBH", 0x80 | opcode, 126, size) + payload
-    return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
-
-
-def payloads(frames: bytes) -> Iterator[bytes]:
-    """Yield the payload of each of our own frames that stand one after the other in `frames`."""
-    position, end = 0, len(frames)
-    while position < end:
-        size, start = frames[position + 1], position + 2
-        if size == 126:
-            (size,), start = struct.unpack_from("!H", frames, start), start + 2
-        elif size == 127:
-            (size,), start = struct.unpack_from("!Q", frames, start), start + 8
-        position = start + size
-        yield frames[start:position]
+        turns = bisect_left(self._broadcasts, sequence, key=attrgetter("sequence"))
+        del self._broadcasts[:turns]
+        self._first_turn += turns
+        self._batches.clear()

@@ -59,30 +59,6 @@ def new_error_id() -> str:
     return f"error_{secrets.token_hex(8)}"
 
 
-class Positions:
-    """Gives ids: UUIDv7 (RFC 9562, section 5.7), strictly increasing whatever the clock does.
-
-    Within one millisecond, or while the clock is behind the last id, the 74 random bits count on instead.
-    `last`: an id that was given before; it may be another process's.
-    """
-
-    __slots__ = ("_last",)
-
-    def __init__(self, last: str = "") -> None:
-        """Give ids that come after `last`."""
-        digits = last.replace("-", "") or "0" * 32
-        self._last = int(digits[:12] + digits[13:16], 16) << 62 | int(digits[16:], 16) & (1 << 62) - 1
-
-    def next(self) -> str:
-        value = time.time_ns() // 1_000_000 << 74 | secrets.randbits(73)
-        if value >> 74 <= self._last >> 74:
-            value = self._last + 1 + secrets.randbits(32)
-        self._last = value
-        # 48 bits of time, version 7, 12 bits, variant 10, 62 bits.
-        digits = f"{value >> 62 + 12:012x}7{value >> 62 & 0xFFF:03x}{value & (1 << 62) - 1 | 2 << 62:016x}"
-        return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
-
-
 # --- encode and decode
 
 

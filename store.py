@@ -21,8 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from errors import ConnectionRefused, KeyReused, TooManyConnections
-from log import Audience
-from schemas import Positions
+from log import Audience, Positions
 from settings import Settings
 from slices import SLICE_SECONDS
 

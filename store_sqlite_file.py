@@ -31,8 +31,7 @@ import msgspec
 from msgspec import Struct, field
 
 from errors import ConnectionRefused, KeyReused, StoreUnavailable
-from log import Audience
-from schemas import Positions
+from log import Audience, Positions
 from settings import Settings, SettingsError
 from store import (
     LEASE_SECONDS,

@@ -1,21 +1,23 @@
-"""The log in memory: what is kept, what a cursor is handed, and what a client that comes back can be told."""
+"""The log in memory: the frames for a client at each place, the bounds, and the positions to resume from."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from unittest import mock
 
 import pytest
 
 import log as log_module
-from log import NAME_BYTES, Audience, Log
+from log import BATCHES_KEPT, NAME_BYTES, Audience, Batch, Log, Positions
 
 FIRST = "id-00"
+ANN = Audience(frozenset({"ann"}), frozenset())
 RED = Audience(frozenset(), frozenset({"red"}))
 NEVER = 10**9
 
 
-def ring_of(count: int = 0, *, max_entries: int = 1000, max_bytes: int = 10**6, max_age: float = 60) -> Log:
+def log_of(count: int = 0, *, max_entries: int = 1000, max_bytes: int = 10**6, max_age: float = 60) -> Log:
     """A log in which id-01, id-02 and so on were broadcast at the seconds 1, 2 and so on."""
     log = Log(max_entries, max_bytes, max_age)
     log.begin(FIRST)
@@ -31,274 +33,336 @@ def add(log: Log, numbers: Iterable[int], *, audience: Audience | None = None, r
     ]
 
 
-def front_at(log: Log, now: float, settled: int = NEVER) -> int:
-    """Trim as far as the bounds ask, and return where the log begins then."""
-    log.trim(log.expired(now, settled))
-    return log.front
+def drawn() -> Log:
+    """The log in the drawing at the top of log.py: p0 to p7, of which two are trimmed, and the farewell."""
+    log = Log(1000, 10**6, 60)
+    for number, audience in enumerate([None, RED, None, ANN, None, RED, ANN, None]):
+        log.append(f"p{number}", b"<p%d>" % number, number, audience=audience)
+    log.trim(2)
+    log.append_farewell(b"<soon>", b"<bye>")
+    return log
 
 
-# What a cursor is handed.
+def trimmed_to(log: Log, now: float, limit: int = NEVER) -> int:
+    """Trim as far as the bounds ask, and return the first sequence after that."""
+    log.trim(log.expired(now, limit))
+    return log.first_sequence
 
 
-def test_a_cursor_is_handed_everything_up_to_the_head() -> None:
-    """One batch has all frames from the cursor on, in order, and the cursor that comes next."""
-    assert ring_of(4).batch(1) == (b"<2><3><4>", 4, 3)
+def batch(log: Log, cursor: int, pending: list[int] | None = None) -> Batch:
+    """Return the next batch, of which there must be one."""
+    found = log.batch(cursor, pending)
+    assert found is not None
+    return found
 
 
-def test_at_the_head_there_is_nothing() -> None:
-    """Who has everything gets no batch, in an empty log too."""
-    assert ring_of(4).batch(4) is None
-    assert ring_of().batch(0) is None
+# The drawing.
 
 
-def test_clients_at_the_same_cursor_share_one_batch() -> None:
-    """What was joined for one is the very same bytes for the next."""
-    log = ring_of(4)
-    assert log.batch(1) is log.batch(1)
+def test_sequences_number_all_entries_and_turns_the_broadcasts() -> None:
+    """The farewell takes a turn and no sequence."""
+    log = drawn()
+    assert (log.first_sequence, log.next_sequence, log.next_turn, log.position) == (2, 8, 5, "p7")
 
 
-def test_a_new_entry_is_in_the_next_batch() -> None:
-    """A batch that was joined before is not handed out again after an append."""
-    log = ring_of(2)
-    log.batch(0)
+def test_a_client_is_handed_its_entries_and_the_broadcasts_in_the_order_of_the_log() -> None:
+    """The example under the drawing."""
+    assert batch(drawn(), 2, [3, 6]) == (b"<p3><p4><p6><p7><soon><bye>", 5, 5, None)
+
+
+@pytest.mark.parametrize(
+    ("cursor", "frames"),
+    [(1, b"<p2><p4><p7><soon><bye>"), (2, b"<p4><p7><soon><bye>"), (3, b"<p7><soon><bye>"), (4, b"<soon><bye>")],
+)
+def test_a_cursor_is_the_turn_of_the_next_broadcast(cursor: int, frames: bytes) -> None:
+    """The notifications in a batch are as many as the turns between the cursor and the next turn."""
+    assert batch(drawn(), cursor) == (frames, 5 - cursor, 5, None)
+
+
+@pytest.mark.parametrize(
+    ("cursor", "pending", "start"),
+    [(1, None, 2), (2, None, 4), (2, [3, 6], 3), (3, [3], 3), (3, [], 7), (4, None, 8), (4, [6], 6), (5, None, 8)],
+)
+def test_a_backlog_starts_with_the_older_of_broadcast_and_entry(
+    cursor: int, pending: list[int] | None, start: int
+) -> None:
+    """The farewell counts as the entry that follows it."""
+    assert drawn().backlog_start(cursor, pending) == start
+
+
+# Batches of broadcasts.
+
+
+def test_a_batch_has_all_frames_from_the_cursor_on() -> None:
+    """In order, with the cursor that comes next."""
+    assert batch(log_of(4), 1) == (b"<2><3><4>", 3, 4, None)
+
+
+def test_at_the_next_turn_there_is_no_batch() -> None:
+    """In an empty log neither."""
+    assert log_of(4).batch(4, None) is None
+    assert log_of().batch(0, None) is None
+
+
+def test_clients_at_the_same_cursor_share_a_batch() -> None:
+    """The second is handed the very bytes that were joined for the first."""
+    log = log_of(4)
+    assert batch(log, 1) is batch(log, 1)
+
+
+def test_an_appended_entry_is_in_the_next_batch() -> None:
+    """A batch that was joined before is not handed out after an append."""
+    log = log_of(2)
+    batch(log, 0)
     add(log, [3])
-    assert log.batch(0) == (b"<1><2><3>", 3, 3)
+    assert batch(log, 0) == (b"<1><2><3>", 3, 3, None)
 
 
 def test_a_targeted_entry_moves_no_cursor() -> None:
-    """What is for some only is not among the broadcasts, and takes no turn."""
-    log = ring_of(1)
+    """It is not among the broadcasts, and takes no turn."""
+    log = log_of(1)
     add(log, [2], audience=RED)
     add(log, [3])
-    assert log.batch(0) == (b"<1><3>", 2, 2)
+    assert batch(log, 0) == (b"<1><3>", 2, 2, None)
 
 
-def test_a_batch_has_an_end() -> None:
-    """One write stays within BATCH_BYTES; the next goes on where it ended."""
-    log = ring_of(5)
+def test_a_batch_ends_at_its_limit() -> None:
+    """The next one goes on from there."""
+    log = log_of(5)
     with mock.patch.object(log_module, "BATCH_BYTES", 7):
-        assert log.batch(0) == (b"<1><2>", 2, 2)
-        assert log.batch(2) == (b"<3><4>", 4, 2)
+        assert batch(log, 0) == (b"<1><2>", 2, 2, None)
+        assert batch(log, 2) == (b"<3><4>", 2, 4, None)
 
 
-def test_one_entry_is_never_too_large_for_a_batch() -> None:
-    """An entry that is larger than BATCH_BYTES goes alone."""
-    log = ring_of(2)
+def test_an_entry_over_the_limit_goes_alone() -> None:
+    """No entry is too large for a batch."""
     with mock.patch.object(log_module, "BATCH_BYTES", 1):
-        assert log.batch(0) == (b"<1>", 1, 1)
+        assert batch(log_of(2), 0) == (b"<1>", 1, 1, None)
 
 
-def test_of_the_farewell_one_frame_is_a_notification() -> None:
-    """Both come last and are not in the log; the message is not in the count either."""
-    log = ring_of(2)
+def test_the_number_of_kept_batches_is_bounded() -> None:
+    """Clients at thousands of places must not keep a copy of the log for each of them."""
+    log = log_of(3 * BATCHES_KEPT)
+    kept = [batch(log, cursor) for cursor in range(3 * BATCHES_KEPT)]
+    assert sum(batch(log, cursor) is one for cursor, one in enumerate(kept)) <= BATCHES_KEPT
+
+
+# Batches with pending entries.
+
+
+def test_a_replay_comes_before_later_broadcasts() -> None:
+    """Entries before the cursor, broadcasts among them, go first."""
+    log = log_of(3)
+    add(log, [4])
+    assert batch(log, 3, [0, 2]) == (b"<1><3><4>", 3, 4, None)
+
+
+def test_pending_entries_are_a_batch_without_any_broadcast() -> None:
+    """The cursor stays."""
+    log = log_of(1)
+    assert batch(log, 1, add(log, [2, 3], audience=RED)) == (b"<2><3>", 2, 1, None)
+
+
+def test_a_batch_with_pending_entries_ends_at_its_limit_too() -> None:
+    """The rest stays pending; nothing is lost or repeated."""
+    log = log_of(3)
+    pending = add(log, [4, 5], audience=RED)
+    with mock.patch.object(log_module, "BATCH_BYTES", 13):
+        assert batch(log, 0, pending) == (b"<1><2><3><4>", 4, 3, [4])
+        assert batch(log, 3, [4]) == (b"<5>", 1, 3, None)
+
+
+def test_clients_with_the_same_pending_list_share_batch_and_rest() -> None:
+    """Until something is appended."""
+    log = log_of(3)
+    pending = add(log, [4, 5], audience=RED)
+    with mock.patch.object(log_module, "BATCH_BYTES", 13):
+        assert batch(log, 0, pending) is batch(log, 0, pending)
+    pending += add(log, [6], audience=RED)
+    assert batch(log, 0, pending) == (b"<1><2><3><4><5><6>", 6, 3, None)
+
+
+def test_a_pending_list_that_has_grown_gets_another_batch() -> None:
+    """A stalled client's list grows in place."""
+    log = log_of(0)
+    one, two = add(log, [1, 2], audience=RED)
+    pending = [one]
+    assert batch(log, 0, pending).frames == b"<1>"
+    pending.append(two)
+    assert batch(log, 0, pending).frames == b"<1><2>"
+
+
+# The farewell.
+
+
+def test_the_farewell_is_one_notification_and_no_entry() -> None:
+    """Its second frame is a message that is not counted, and the position stays that of the newest entry."""
+    log = log_of(2)
     log.append_farewell(b"<soon>", b"<bye>")
-    assert log.batch(0) == (b"<1><2><soon><bye>", 4, 3)
+    assert batch(log, 0) == (b"<1><2><soon><bye>", 3, 3, None)
     assert (len(log), log.position) == (2, "id-02")
 
 
-def test_the_farewell_is_handed_out_by_itself() -> None:
-    """Who has everything else gets it alone."""
-    log = ring_of(2)
+def test_the_farewell_is_never_split() -> None:
+    """Both frames go in one write, whatever its limit."""
+    log = log_of(1)
     log.append_farewell(b"<soon>", b"<bye>")
-    assert log.batch(2) == (b"<soon><bye>", 4, 1)
+    with mock.patch.object(log_module, "BATCH_BYTES", 4):
+        assert batch(log, 0) == (b"<1>", 1, 1, None)
+        assert batch(log, 1) == (b"<soon><bye>", 1, 2, None)
 
 
-def test_how_far_behind_counts_notifications() -> None:
-    """Three broadcasts are three behind, and one more with the farewell."""
-    log = ring_of(3)
-    assert [log.behind(cursor) for cursor in range(4)] == [3, 2, 1, 0]
-    log.append_farewell(b"<soon>", b"<bye>")
-    assert [log.behind(cursor) for cursor in range(6)] == [4, 3, 2, 1, 0, 0]
-
-
-# What a client is handed that is owed more than the broadcasts.
-
-
-def test_what_is_owed_beside_comes_in_its_place() -> None:
-    """Targeted entries and broadcasts are merged in the order of the log."""
-    log = ring_of(1)
-    pending = add(log, [2], audience=RED)
-    add(log, [3])
-    pending += add(log, [4], audience=RED)
-    assert log.merge(0, pending) == ((b"<1><2><3><4>", 2, 4), [])
-
-
-def test_a_replay_comes_before_what_is_published_later() -> None:
-    """Entries before the cursor, broadcasts among them, go first."""
-    log = ring_of(3)
-    add(log, [4])
-    assert log.merge(3, [0, 2]) == ((b"<1><3><4>", 4, 3), [])
-
-
-def test_a_merged_batch_has_an_end_too() -> None:
-    """What does not fit is left for the next time, and nothing is lost or repeated between them."""
-    log = ring_of(3)
-    pending = add(log, [4, 5], audience=RED)
-    with mock.patch.object(log_module, "BATCH_BYTES", 13):
-        assert log.merge(0, pending) == ((b"<1><2><3><4>", 3, 4), [4])
-        assert log.merge(3, [4]) == ((b"<5>", 3, 1), [])
-
-
-def test_who_is_owed_the_same_is_handed_the_same() -> None:
-    """It is joined once, and what is left stays one list; until something is appended."""
-    log = ring_of(3)
-    pending = add(log, [4, 5], audience=RED)
-    with mock.patch.object(log_module, "BATCH_BYTES", 13):
-        (batch, left), (same_batch, same_left) = log.merge(0, pending), log.merge(0, pending)
-    assert batch is same_batch
-    assert left is same_left
-    pending += add(log, [6], audience=RED)
-    assert log.merge(0, pending) == ((b"<1><2><3><4><5><6>", 3, 6), [])
-
-
-def test_a_merged_farewell_comes_last_and_is_not_counted() -> None:
-    """Also who is owed a replay is told goodbye, after it."""
-    log = ring_of(1)
+def test_the_farewell_comes_after_pending_entries() -> None:
+    """A client in the middle of a replay is told goodbye after it."""
+    log = log_of(1)
     pending = add(log, [2], audience=RED)
     log.append_farewell(b"<soon>", b"<bye>")
-    assert log.merge(0, pending) == ((b"<1><2><soon><bye>", 3, 3), [])
+    assert batch(log, 0, pending) == (b"<1><2><soon><bye>", 3, 2, None)
 
 
-def test_what_comes_behind_the_farewell_is_counted() -> None:
+def test_the_farewell_comes_before_the_entries_that_follow_it() -> None:
     """Other hosts go on publishing while this one drains."""
-    log = ring_of(1)
+    log = log_of(1)
     log.append_farewell(b"<soon>", b"<bye>")
-    add(log, [2])
-    assert log.batch(0) == (b"<1><soon><bye><2>", 4, 3)
-    assert log.batch(3) == (b"<2>", 4, 1)
-
-
-def test_the_next_that_is_owed_is_the_older_of_both() -> None:
-    """A client's place in the log is its next broadcast, or the entry that it is owed beside."""
-    log = ring_of(1)
     pending = add(log, [2], audience=RED)
     add(log, [3])
-    assert log.next_owed(0, pending) == 0
-    assert log.next_owed(1, pending) == 1
-    assert log.next_owed(1, None) == 2
-    assert log.next_owed(2, None) == log.next_sequence
+    assert batch(log, 0, pending) == (b"<1><soon><bye><2><3>", 4, 3, None)
 
 
-# What is kept.
+def test_the_farewell_outlives_the_log() -> None:
+    """A client that stalls is told goodbye when every entry is gone."""
+    log = log_of(2)
+    log.append_farewell(b"<soon>", b"<bye>")
+    log.trim(log.expired(NEVER, NEVER))
+    assert batch(log, 2) == (b"<soon><bye>", 1, 3, None)
 
 
-def test_so_many_entries_are_kept() -> None:
+def test_the_farewell_goes_with_the_entry_that_follows_it() -> None:
+    """Up to there a cursor that points to the farewell keeps its meaning."""
+    log = log_of(2)
+    log.append_farewell(b"<soon>", b"<bye>")
+    add(log, [3, 4])
+    log.trim(2)
+    assert batch(log, 2) == (b"<soon><bye><3><4>", 3, 5, None)
+    log.trim(3)
+    assert batch(log, 4) == (b"<4>", 1, 5, None)
+
+
+# The bounds.
+
+
+def test_the_number_of_entries_is_bounded() -> None:
     """The oldest go first."""
-    log = ring_of(9, max_entries=4)
-    assert front_at(log, 9) == 5
+    log = log_of(9, max_entries=4)
+    assert trimmed_to(log, 9) == 5
     assert [entry.id for entry in log.since(0)] == ["id-06", "id-07", "id-08", "id-09"]
 
 
 def test_entries_that_are_not_replayed_do_not_count() -> None:
     """Test notifications push nothing out of the history."""
-    log = ring_of(4, max_entries=4)
+    log = log_of(4, max_entries=4)
     add(log, range(5, 20), replayed=False)
-    assert front_at(log, 20) == 0
+    assert trimmed_to(log, 20) == 0
 
 
-def test_so_many_bytes_are_kept() -> None:
-    """Every entry counts here, and what is left is within the bound."""
-    log = ring_of(9, max_bytes=12)
-    assert front_at(log, 9) == 5
+def test_the_bytes_are_bounded() -> None:
+    """Every entry counts here, and those that are left are within the bound."""
+    log = log_of(9, max_bytes=12)
+    assert trimmed_to(log, 9) == 5
     assert log.size == 12
 
 
 def test_the_names_of_an_audience_count_too() -> None:
     """Else a notification of a few bytes for thousands of names would take far more memory than the bound."""
-    log = ring_of(0)
+    log = log_of(0)
     add(log, [1], audience=Audience(frozenset(["ann"]), frozenset(["red", "blue"])))
     assert log.size == 3 + 3 * NAME_BYTES + len("annredblue")
     log.trim(1)
     assert log.size == 0
 
 
-def test_entries_are_kept_for_so_long() -> None:
-    """What is exactly as old as allowed is still there."""
-    log = ring_of(9, max_age=3)
-    assert front_at(log, 9) == 5
-    assert front_at(log, 9.5) == 6
+def test_the_age_of_entries_is_bounded() -> None:
+    """An entry that is exactly as old as allowed is still there."""
+    log = log_of(9, max_age=3)
+    assert trimmed_to(log, 9) == 5
+    assert trimmed_to(log, 9.5) == 6
 
 
-def test_nothing_is_trimmed_that_has_not_settled() -> None:
-    """What is newer than the pass before stays, whatever the bounds say."""
-    assert front_at(ring_of(9, max_entries=4), 9, settled=2) == 2
+def test_the_bounds_ask_for_nothing_beyond_the_limit() -> None:
+    """The fan-out sets it: entries that clients may still need stay."""
+    assert trimmed_to(log_of(9, max_entries=4), 9, limit=2) == 2
 
 
-def test_a_trimmed_log_hands_out_what_is_left() -> None:
-    """Cursors go on to mean the same broadcast."""
-    log = ring_of(5)
+def test_cursors_keep_their_meaning_when_the_log_is_trimmed() -> None:
+    """They point to the same broadcast before and after."""
+    log = log_of(5)
     add(log, [6], audience=RED)
     add(log, [7])
+    before = batch(log, 3)
     log.trim(3)
-    assert log.batch(3) == (b"<4><5><7>", 6, 3)
-    assert log.next_owed(3, None) == 3
-
-
-def test_a_batch_that_was_joined_before_a_trim_is_still_right() -> None:
-    """Trimming forgets batches that begin before the front, and no others."""
-    log = ring_of(5)
-    before = log.batch(3)
-    log.trim(3)
-    assert log.batch(3) == before == (b"<4><5>", 5, 2)
+    assert batch(log, 3) == before == (b"<4><5><7>", 3, 6, None)
+    assert log.backlog_start(3, None) == 3
 
 
 def test_a_log_that_was_trimmed_to_nothing_goes_on() -> None:
-    """Its position is the last id, its front the next sequence, and it hands out what comes then."""
-    log = ring_of(3)
+    """The position is the last id, and the numbers go on."""
+    log = log_of(3)
     log.trim(3)
-    assert (len(log), log.size, log.position, log.front, log.head) == (0, 0, "id-03", 3, 3)
+    assert (len(log), log.size, log.position, log.first_sequence, log.next_turn) == (0, 0, "id-03", 3, 3)
     add(log, [4])
-    assert log.batch(3) == (b"<4>", 4, 1)
+    assert batch(log, 3) == (b"<4>", 1, 4, None)
 
 
-def test_the_farewell_outlives_the_log() -> None:
-    """Who has yet to be told goodbye is told when everything else is gone."""
-    log = ring_of(2)
-    log.append_farewell(b"<soon>", b"<bye>")
-    log.trim(log.expired(NEVER, NEVER))
-    assert log.batch(2) == (b"<soon><bye>", 4, 1)
+# Positions.
 
 
-# Where a client resumes.
-
-
-def test_what_follows_an_id_is_found() -> None:
-    """The place after an id is the sequence of the next entry."""
-    assert [ring_of(3).find(f"id-{number:02}") for number in (1, 2, 3)] == [1, 2, 3]
+def test_a_position_leads_to_the_entry_after_it() -> None:
+    """Its sequence is found."""
+    assert [log_of(3).find(f"id-{number:02}") for number in (1, 2, 3)] == [1, 2, 3]
 
 
 def test_the_position_of_an_empty_log_can_be_found() -> None:
-    """Who came before the first notification resumes from the beginning."""
-    log = ring_of()
+    """A client that came before the first notification resumes from the beginning."""
+    log = log_of()
     position = log.position
     add(log, [1])
     assert log.find(position) == 0
 
 
-def test_the_id_just_before_the_front_can_be_found() -> None:
+def test_the_position_just_before_the_first_entry_can_be_found() -> None:
     """Its entry is gone, but everything after it is there."""
-    log = ring_of(3)
+    log = log_of(3)
     log.trim(2)
     assert log.find("id-02") == 2
 
 
-@pytest.mark.parametrize("id", ["id-01", "id-02x", "id-99", "", FIRST])
-def test_an_id_that_proves_nothing_is_not_found(id: str) -> None:
+@pytest.mark.parametrize("position", ["id-01", "id-02x", "id-99", "", FIRST])
+def test_a_position_that_proves_nothing_is_not_found(position: str) -> None:
     """Trimmed before the front, never given, ahead of the log, from before a log that has lost its beginning."""
-    log = ring_of(3)
+    log = log_of(3)
     log.trim(2)
-    assert log.find(id) is None
+    assert log.find(position) is None
 
 
-def test_the_id_before_a_sequence_is_where_to_resume() -> None:
-    """Resuming there gives that entry first: in the log, at its front, and before the first entry."""
-    log = ring_of(3)
-    assert [log.id_before(sequence) for sequence in range(4)] == [FIRST, "id-01", "id-02", "id-03"]
+def test_a_client_resumes_with_an_entry_from_the_position_before_it() -> None:
+    """In the log, at its front, and before the first entry."""
+    log = log_of(3)
+    assert [log.position_before(sequence) for sequence in range(4)] == [FIRST, "id-01", "id-02", "id-03"]
     log.trim(2)
-    assert log.id_before(2) == "id-02"
+    assert log.position_before(2) == "id-02"
 
 
-# Who a notification is for.
+def test_ids_increase_also_when_the_clock_goes_backwards() -> None:
+    """And in one millisecond, and after another process's id."""
+    positions = Positions()
+    ids = [positions.next() for _ in range(1000)]
+    with mock.patch.object(time, "time_ns", return_value=0):
+        ids += [positions.next() for _ in range(1000)]
+        ids += [Positions(ids[-1]).next()]
+    assert ids == sorted(set(ids))
+
+
+# Audiences.
 
 
 @pytest.mark.parametrize(
@@ -315,5 +379,5 @@ def test_the_id_before_a_sequence_is_where_to_resume() -> None:
     ],
 )
 def test_an_audience_is_the_union(client_id: str | None, topics: list[str], included: bool) -> None:
-    """A notification for a client and a topic is for that client, and for whoever has the topic."""
+    """A notification for a client and a topic is for that client, and for every subscriber of the topic."""
     assert Audience(frozenset({"ann"}), frozenset({"red"})).includes(client_id, topics) is included
