@@ -1,8 +1,7 @@
-"""Every message, request and response as a Struct, and how each is encoded and decoded.
+"""Every message, request and answer as a Struct, and how each is encoded and decoded.
 
-The order of the fields is the order on the wire. Encoding is orjson's, checking is msgspec's. This module knows
-no client, no socket and no setting. Shapes and texts: the API reference, sections "HTTP API Endpoints" and
-"Message Formats".
+The fields of a Struct stand in their order on the wire. orjson encodes, msgspec checks. This module knows no client,
+no socket and no setting. Shapes and texts: the API reference, sections "HTTP API Endpoints" and "Message Formats".
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ from __future__ import annotations
 import re
 import secrets
 import time
+import typing
+from collections.abc import Set
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -20,143 +21,33 @@ from msgspec import UNSET, Meta, Struct, UnsetType, field
 from errors import InvalidRequest
 from settings import VERSION
 
-_CLIENT_ID = r"^[A-Za-z0-9._:@-]{1,64}\Z"
-CLIENT_ID = re.compile(_CLIENT_ID)
-# The protocol's own types: clients act on them, so nobody may publish under these names.
-RESERVED_TYPES = frozenset(
-    (
-        "welcome",
-        "ping",
-        "pong",
-        "status_response",
-        "error",
-        "shutdown",
-        "resume",
-        "subscribed",
-        "authenticated",
-    )
-)
 # Close codes, RFC 6455 section 7.4.1.
 NORMAL_CLOSURE, GOING_AWAY, PROTOCOL_ERROR = 1000, 1001, 1002
 NO_STATUS_RECEIVED, INVALID_DATA, POLICY_VIOLATION, MESSAGE_TOO_BIG, INTERNAL_ERROR = 1005, 1007, 1008, 1009, 1011
 TRY_AGAIN_LATER = 1013  # IANA's registry of close codes
+# Clients act on the protocol's own types, so a publisher may not use them.
+RESERVED_TYPES = frozenset(
+    ("welcome", "ping", "pong", "status_response", "error", "shutdown", "resume", "subscribed", "authenticated")
+)
+MAX_TOPICS = 100  # of a client
+MAX_TARGET_CLIENTS, MAX_TARGET_TOPICS = 1000, 100  # of a notification
+MAX_BATCH = 1000  # requests
+# A URL has room for tens of thousands of parameters, and reading those would take 50 ms.
+MAX_PARAMETERS = 100
+# The characters of a bad name or value that its error repeats.
+MAX_SHOWN = 64
 
-
-# --- time and ids
-
-
-def timestamp(seconds: float | None = None) -> str:
-    """Return UTC as YYYY-MM-DDTHH:MM:SS.mmmZ, of `seconds` since the epoch or of now."""
-    moment = datetime.fromtimestamp(time.time() if seconds is None else seconds, UTC)
-    return moment.isoformat(timespec="milliseconds")[:-6] + "Z"
-
-
-def new_client_id() -> str:
-    return f"client_{secrets.token_hex(8)}"
-
-
-def new_error_id() -> str:
-    return f"error_{secrets.token_hex(8)}"
-
-
-# --- encode and decode
-
-
-def encode(message: Struct) -> bytes:
-    """Return the Struct as JSON. Raises InvalidRequest where its data has no JSON form."""
-    try:
-        return orjson.dumps(message, default=_fields)
-    except orjson.JSONEncodeError as error:
-        raise InvalidRequest(f"data: {_unencodable(error)}") from None
-
-
-def to_plain(value: Any) -> Any:
-    """Return Structs as plain values."""
-    return msgspec.to_builtins(value)
-
-
-def _fields(value: object) -> dict[str, Any]:
-    if isinstance(value, Struct):
-        fields = msgspec.structs.asdict(value)
-        return {name: one for name, one in fields.items() if one is not UNSET}
-    raise TypeError
-
-
-def _unencodable(error: orjson.JSONEncodeError) -> str:
-    text = str(error)
-    return "nested deeper than 254 levels" if "ecursion" in text else text
-
-
-_JSON_NAMES = {"`str`": "string", "`int`": "integer", "`float`": "number", "`bool`": "boolean"}
-
-
-def decode(body: bytes, kind: Any) -> Any:
-    """Read JSON into a Struct. Raises InvalidRequest, whose message names the field and the limit."""
-    try:
-        value = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"Invalid JSON: {error}") from None
-    decoded = check(value, kind)
-    # 19 digits in a row are rare. To look for them costs 0.3 us in 200 bytes, and a publish about 50.
-    if b"0" * 19 in body.translate(_ZEROS):
-        _check_integers(body)
-    return decoded
-
-
-_ZEROS = bytes(ord("0") if chr(byte) in "123456789" else byte for byte in range(256))
-_STRING_OR_LONG_NUMBER = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[-+.0-9Ee]{19,}+')
-
-
-def _check_integers(body: bytes) -> None:
-    """Refuse integers that orjson can only read as floats, and would so change. Only data can hold any number."""
-    for token in _STRING_OR_LONG_NUMBER.findall(body):
-        if token.lstrip(b"-").isdigit() and not (len(token) <= 20 and -(2**63) <= int(token) < 2**64):
-            raise InvalidRequest(f"data: integer out of the 64-bit range: {token[:64].decode()}")
-
-
-def check(value: Any, kind: Any, place: str = "") -> Any:
-    """Make plain values into a Struct. Raises InvalidRequest as decode() does; its message begins with the place."""
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(explain(error, place)) from None
-
-
-def explain(error: msgspec.ValidationError, place: str = "") -> str:
-    """Turn msgspec's "Expected `str`, got `int` - at `$.message`" into "message: expected string, got integer"."""
-    text, _, path = str(error).partition(" - at ")
-    path = place + path.strip("`").removeprefix("$")
-    for name, json_name in _JSON_NAMES.items():
-        text = text.replace(name, json_name)
-    if missing := re.search(r"missing required field `(.+)`", text):
-        path, text = f"{path}.{missing[1]}", "required, but missing"
-    elif unknown := re.search(r"contains unknown field `(.+)`", text, re.DOTALL):
-        path, text = f"{path}.{unknown[1][:64]}", "unknown field"
-    elif own := re.match(r"(\w+): (.+)", text, re.DOTALL):
-        # Raised by a Struct's own check, which knows the field.
-        path, text = f"{path}.{own[1]}", own[2]
-    for pattern, rule in _RULES.items():
-        text = text.replace(f"string matching regex {pattern!r}", rule)
-    text = text.replace("`", "")
-    return f"{path.removeprefix('.') or 'request'}: {text[0].lower()}{text[1:]}"
-
-
-# --- requests
-
-
-ClientId = Annotated[str, Meta(pattern=_CLIENT_ID)]
+_CLIENT_ID = r"^[A-Za-z0-9._:@-]{1,64}\Z"
 # A comma separates names in a URL, and no name has a control character.
 _TOPIC = r"^[^,\x00-\x1f\x7f]*\Z"
+_POSITION = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z")
+CLIENT_ID = re.compile(_CLIENT_ID)
+ClientId = Annotated[str, Meta(pattern=_CLIENT_ID)]
 Topic = Annotated[str, Meta(min_length=1, max_length=128, pattern=_TOPIC)]
-_RULES = {
-    _CLIENT_ID: "1 to 64 of letters, digits and ._:@-",
-    _TOPIC: "1 to 128 characters without comma and control characters",
-}
-MAX_TOPICS = 100  # of one client
-MAX_TARGET_CLIENTS, MAX_TARGET_TOPICS = 1000, 100  # of one notification
-MAX_BATCH = 1000
-# A URL has room for tens of thousands, and to read them would be 50 ms of work.
-MAX_PARAMETERS = 100
+Topics = Annotated[list[Topic], Meta(min_length=1, max_length=MAX_TOPICS)]
+
+
+# --- from publishers and clients
 
 
 class NotifyRequest(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -177,45 +68,38 @@ class NotifyRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 NotifyRequests = Annotated[list[Any], Meta(min_length=1, max_length=MAX_BATCH)]
 
 
-class TopicsRequest(Struct, kw_only=True):
-    """A client's subscribe or unsubscribe, and the topics of a URL."""
-
-    topics: Annotated[list[Topic], Meta(min_length=1, max_length=MAX_TOPICS)]
+class ClientPing(Struct, tag_field="type", tag="ping"):
+    pass
 
 
-class AuthRequest(Struct, kw_only=True):
-    """A client's renewal of its token."""
+class ClientPong(Struct, tag_field="type", tag="pong"):
+    pass
+
+
+class StatusRequest(Struct, tag_field="type", tag="status_request"):
+    pass
+
+
+class Subscribe(Struct, tag_field="type", tag="subscribe", kw_only=True):
+    topics: Topics
+
+
+class Unsubscribe(Struct, tag_field="type", tag="unsubscribe", kw_only=True):
+    topics: Topics
+
+
+class Authenticate(Struct, tag_field="type", tag="auth", kw_only=True):
+    """The renewal of a client's token."""
 
     token: str
 
 
-def check_query(query: bytes) -> None:
-    """Raise InvalidRequest for more parameters than anybody needs, before they are read."""
-    if query.count(b"&") >= MAX_PARAMETERS:
-        raise InvalidRequest(f"Query: more than {MAX_PARAMETERS} parameters")
+# Fields that a Struct does not have are ignored, so that a newer client may say more.
+ClientMessage = ClientPing | ClientPong | StatusRequest | Subscribe | Unsubscribe | Authenticate
+CLIENT_TYPES = frozenset(each.__struct_config__.tag for each in typing.get_args(ClientMessage))
 
 
-def topics_of(parameter: str) -> frozenset[str]:
-    """Read `?topics=a,b`. Raises InvalidRequest."""
-    if not parameter:
-        return frozenset()
-    try:
-        return frozenset(check({"topics": parameter.split(",")}, TopicsRequest).topics)
-    except InvalidRequest as error:
-        raise InvalidRequest(f"Invalid topics: {error.message}") from None
-
-
-_POSITION = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z")
-
-
-def position_of(parameter: str) -> str:
-    """Read `?since=ID`; empty is now. Raises InvalidRequest for what is no id."""
-    if parameter and not _POSITION.match(parameter.lower()):
-        raise InvalidRequest("Invalid since")
-    return parameter.lower()
-
-
-# --- server to client
+# --- to clients
 
 
 class Welcome(Struct, kw_only=True):
@@ -227,7 +111,7 @@ class Welcome(Struct, kw_only=True):
 
 
 class Notification(Struct, kw_only=True):
-    """What is published: test, custom and system notifications alike. The store gives the id."""
+    """A custom, test or system notification. The store gives the id."""
 
     id: str = ""
     type: str
@@ -311,7 +195,7 @@ class ShutdownMessage(Struct, kw_only=True):
     timestamp: str
 
 
-# --- HTTP responses
+# --- answers over HTTP
 
 
 class HealthConnections(Struct, kw_only=True):
@@ -456,7 +340,153 @@ class ErrorResponse(Struct, kw_only=True):
     error: ErrorBody
 
 
+# --- time and ids
+
+
+def timestamp(seconds: float | None = None) -> str:
+    """Return UTC as YYYY-MM-DDTHH:MM:SS.mmmZ, of `seconds` since the epoch or of now."""
+    moment = datetime.fromtimestamp(time.time() if seconds is None else seconds, UTC)
+    return moment.isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+def new_client_id() -> str:
+    return f"client_{secrets.token_hex(8)}"
+
+
+def new_error_id() -> str:
+    return f"error_{secrets.token_hex(8)}"
+
+
+# --- encode
+
+
+def encode(message: Struct) -> bytes:
+    """Return the Struct as JSON. Raises InvalidRequest where its data has no JSON form."""
+    try:
+        return orjson.dumps(message, default=_fields)
+    except orjson.JSONEncodeError as error:
+        raise InvalidRequest(f"data: {_unencodable(error)}") from None
+
+
+def to_plain(value: Any) -> Any:
+    """Return Structs as plain values."""
+    return msgspec.to_builtins(value)
+
+
+def _fields(value: object) -> dict[str, Any]:
+    if isinstance(value, Struct):
+        fields = msgspec.structs.asdict(value)
+        return {name: one for name, one in fields.items() if one is not UNSET}
+    raise TypeError
+
+
+def _unencodable(error: orjson.JSONEncodeError) -> str:
+    text = str(error)
+    return "nested deeper than 254 levels" if "ecursion" in text else text
+
+
 def error_body(message: str, category: str, error_id: str | None = None) -> ErrorResponse:
     """Return the documented body of an HTTP error."""
     body = ErrorBody(id=error_id or new_error_id(), message=message, category=category, timestamp=timestamp())
     return ErrorResponse(error=body)
+
+
+# --- decode and check
+
+_ZEROS = bytes(ord("0") if chr(byte) in "123456789" else byte for byte in range(256))
+_STRING_OR_LONG_NUMBER = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[-+.0-9Ee]{19,}+')
+
+
+def decode(body: bytes, kind: Any) -> Any:
+    """Read JSON into a Struct. Raises InvalidRequest; its message names the field and the limit."""
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"Invalid JSON: {error}") from None
+    decoded = check(value, kind)
+    # 19 digits in a row are rare. Looking for them costs 0.3 us in 200 bytes, of about 50 us for a publish.
+    if b"0" * 19 in body.translate(_ZEROS):
+        _check_integers(body)
+    return decoded
+
+
+def _check_integers(body: bytes) -> None:
+    """Refuse integers out of 64 bits: orjson reads them as floats. Only `data` can hold any number."""
+    for token in _STRING_OR_LONG_NUMBER.findall(body):
+        if token.lstrip(b"-").isdigit() and not (len(token) <= 20 and -(2**63) <= int(token) < 2**64):
+            raise InvalidRequest(f"data: integer out of the 64-bit range: {token[:MAX_SHOWN].decode()}")
+
+
+def check(value: Any, kind: Any, place: str = "") -> Any:
+    """Make plain values into a Struct. Raises InvalidRequest as decode() does; the message begins with `place`."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(explain(error, place)) from None
+
+
+def read_message(message: str | bytes, types: Set[str]) -> ClientMessage:
+    """Read a client's message; only these types are known. Raises InvalidRequest with the documented texts."""
+    try:
+        value = orjson.loads(message)
+    except orjson.JSONDecodeError:
+        raise InvalidRequest("Invalid JSON format") from None
+    if not isinstance(value, dict) or not isinstance(kind := value.get("type"), str):
+        raise InvalidRequest("Invalid message format")
+    if kind not in types:
+        raise InvalidRequest(f"Unknown message type: {kind[:MAX_SHOWN]}")
+    return check(value, ClientMessage)  # type: ignore[no-any-return]
+
+
+# --- URL parameters
+
+
+def check_query(query: bytes) -> None:
+    """Raise InvalidRequest for a query with too many parameters, before they are read."""
+    if query.count(b"&") >= MAX_PARAMETERS:
+        raise InvalidRequest(f"Query: more than {MAX_PARAMETERS} parameters")
+
+
+def topics_of(parameter: str) -> frozenset[str]:
+    """Read `?topics=a,b`. Raises InvalidRequest."""
+    if not parameter:
+        return frozenset()
+    try:
+        return frozenset(check(parameter.split(","), Topics, "topics"))
+    except InvalidRequest as error:
+        raise InvalidRequest(f"Invalid topics: {error.message}") from None
+
+
+def position_of(parameter: str) -> str:
+    """Read `?since=ID`; empty is now. Raises InvalidRequest unless the form is that of an id."""
+    if parameter and not _POSITION.match(parameter.lower()):
+        raise InvalidRequest("Invalid since")
+    return parameter.lower()
+
+
+# --- msgspec's errors in the words of JSON
+
+_JSON_NAMES = {"`str`": "string", "`int`": "integer", "`float`": "number", "`bool`": "boolean"}
+_RULES = {
+    _CLIENT_ID: "1 to 64 of letters, digits and ._:@-",
+    _TOPIC: "1 to 128 characters without comma and control characters",
+}
+
+
+def explain(error: msgspec.ValidationError, place: str = "") -> str:
+    """Turn msgspec's "Expected `str`, got `int` - at `$.message`" into "message: expected string, got integer"."""
+    text, _, path = str(error).partition(" - at ")
+    path = place + path.strip("`").removeprefix("$")
+    for name, json_name in _JSON_NAMES.items():
+        text = text.replace(name, json_name)
+    if missing := re.search(r"missing required field `(.+)`", text):
+        path, text = f"{path}.{missing[1]}", "required, but missing"
+    elif unknown := re.search(r"contains unknown field `(.+)`", text, re.DOTALL):
+        path, text = f"{path}.{unknown[1][:MAX_SHOWN]}", "unknown field"
+    elif own := re.match(r"(\w+): (.+)", text, re.DOTALL):
+        # From a Struct's __post_init__, which knows the field.
+        path, text = f"{path}.{own[1]}", own[2]
+    for pattern, rule in _RULES.items():
+        text = text.replace(f"string matching regex {pattern!r}", rule)
+    text = text.replace("`", "")
+    return f"{path.removeprefix('.') or 'request'}: {text[0].lower()}{text[1:]}"

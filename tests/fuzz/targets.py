@@ -153,7 +153,9 @@ def over_websocket() -> Callable[[bytes], None]:
 
 def decode(data: bytes) -> None:
     """Read what a publisher or a client may send: what is wrong with it is an InvalidRequest and nothing else."""
-    for kind in (schemas.NotifyRequest, schemas.NotifyRequests, schemas.TopicsRequest):
+    with suppress(InvalidRequest):
+        schemas.read_message(data, schemas.CLIENT_TYPES)
+    for kind in (schemas.NotifyRequest, schemas.NotifyRequests):
         with suppress(InvalidRequest):
             schemas.encode(schemas.Notification(type="", timestamp="", data=schemas.decode(data, kind)))
     text = data.decode("latin-1")
