@@ -6,11 +6,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
-from typing import Protocol
+from collections.abc import Iterator, Sequence, Set
+from typing import TYPE_CHECKING
 
 from connection import Connection
 from log import Audience
+
+if TYPE_CHECKING:
+    from guard_identity import Identity
+    from hub import Hub
 
 # The bucket of a client's messages: a burst of this many, refilled at this rate.
 MESSAGE_BURST, MESSAGES_PER_SECOND = 100.0, 50.0
@@ -26,21 +30,11 @@ SHARED_LISTS = 16
 Joined = dict[tuple[int, int], tuple[list[int], list[int], list[int]]]
 
 
-class Home(Protocol):
-    """Who a client tells what happens on its connection: the Hub."""
-
-    clock: Callable[[], float]
-
-    def receive(self, client: Client, message: str | bytes) -> None: ...
-    def advance(self, client: Client) -> bool: ...
-    def left(self, client: Client) -> None: ...
-
-
 class Client:
     """One client, and the `Receiver` of its connection."""
 
     __slots__ = (
-        "_home",
+        "_hub",
         "_owns_pending",
         "_tokens",
         "_tokens_at",
@@ -51,6 +45,7 @@ class Client:
         "cursor",
         "descriptor",
         "heard_at",
+        "identity",
         "pending",
         "phase",
         "speaks",
@@ -60,7 +55,7 @@ class Client:
 
     def __init__(
         self,
-        home: Home,
+        hub: Hub,
         connection: Connection,
         client_id: str,
         user_agent: str | None,
@@ -68,7 +63,7 @@ class Client:
         phase: int,
         address: str,
     ) -> None:
-        self._home = home
+        self._hub = hub
         self.address = address
         self.connection = connection
         self.client_id = client_id
@@ -80,27 +75,29 @@ class Client:
         self.pending: list[int] | None = None
         self._owns_pending = False
         self.topics: frozenset[str] = frozenset()
-        self.connected_at = self.heard_at = self._tokens_at = home.clock()
+        # None without authentication.
+        self.identity: Identity | None = None
+        self.connected_at = self.heard_at = self._tokens_at = hub.clock()
         self.phase = phase % HEARTBEAT_PHASES
         # Whether it has ever sent a message, and so would answer a ping message.
         self.speaks = False
         self._tokens = MESSAGE_BURST
 
     def heard(self) -> None:
-        self.heard_at = self._home.clock()
+        self.heard_at = self._hub.clock()
 
     def received(self, message: str | bytes) -> None:
-        self._home.receive(self, message)
+        self._hub.conversation.receive(self, message)
 
     def drained(self) -> None:
-        self._home.advance(self)
+        self._hub.fanout.advance(self)
 
     def left(self) -> None:
-        self._home.left(self)
+        self._hub.admission.left(self)
 
     def take_token(self) -> bool:
         """Return whether the client may send one more message now."""
-        now = self._home.clock()
+        now = self._hub.clock()
         tokens = min(MESSAGE_BURST, self._tokens + (now - self._tokens_at) * MESSAGES_PER_SECOND)
         self._tokens_at = now
         self._tokens = tokens - 1

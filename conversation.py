@@ -15,23 +15,25 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
 import schemas
-from clients import Client, Clients
+from clients import Client
 from errors import InvalidRequest, NotifydError, StoreUnavailable
-from guard_identity import Identities, Identity
+from guard_identity import Identity
 from log import frame
 from schemas import POLICY_VIOLATION, encode, timestamp
-from store import Census, Store
+
+if TYPE_CHECKING:
+    from hub import Hub
 
 logger = logging.getLogger("notifyd.conversation")
 
 # The answers that a client may leave unread; with more it is closed. A client that reads is never near it.
 UNREAD_BYTES = 1_048_576
 
-Close = Callable[[Client, int, str], None]
 # From a token to its rights. Raises a NotifydError.
 Renew = Callable[[str], Awaitable[Identity]]
 # Finds an answer that has to wait for the store. May raise a NotifydError.
@@ -41,37 +43,19 @@ Work = Callable[[], Awaitable[Struct]]
 class Conversation:
     """Answers the clients of this process."""
 
-    def __init__(
-        self,
-        clients: Clients,
-        store: Store,
-        census: Callable[[], Awaitable[Census]],
-        close: Close,
-        identities: Identities,
-        renew: Renew | None,
-    ) -> None:
-        """Without `renew`, which checks a token, a client may send none."""
-        self._clients = clients
-        self._store = store
-        self._census = census
-        self._close = close
-        self._identities = identities
-        self._renew = renew
-        self._types = schemas.CLIENT_TYPES if renew is not None else schemas.CLIENT_TYPES - {"auth"}
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._clients = hub.clients
+        self._types = schemas.CLIENT_TYPES if hub.renew is not None else schemas.CLIENT_TYPES - {"auth"}
         # Messages of clients that wait for the answer to an earlier one.
         self._waiting: dict[Client, deque[str | bytes]] = {}
         self._answering: set[asyncio.Task[None]] = set()
-
-    def restart(self) -> None:
-        """Belong to the event loop that is running now."""
-        self._waiting.clear()
-        self._answering.clear()
 
     def receive(self, client: Client, message: str | bytes) -> None:
         """Act on one message of a client."""
         client.speaks = True
         if not client.take_token():
-            self._close(client, POLICY_VIOLATION, "Message rate exceeded")
+            self._hub.admission.dismiss(client, POLICY_VIOLATION, "Message rate exceeded")
         elif (waiting := self._waiting.get(client)) is not None:
             waiting.append(message)
         elif isinstance(answer := self._answer(client, message), Struct | None):
@@ -135,12 +119,13 @@ class Conversation:
             return failure
 
     async def _status(self) -> schemas.StatusMessage:
-        census, now = await self._census(), timestamp()
+        census, now = await self._hub.census.take(), timestamp()
         data = schemas.StatusData(active_connections=census.active, total_connections=census.total, server_time=now)
         return schemas.StatusMessage(data=data, timestamp=now)
 
     async def _subscribe(self, client: Client, named: frozenset[str]) -> schemas.Subscribed:
-        self._identities.check_topics(client, named)
+        if client.identity is not None:
+            client.identity.check_topics(named)
         before = client.topics
         topics = before | named
         if len(topics) > schemas.MAX_TOPICS:
@@ -148,7 +133,7 @@ class Conversation:
         # In this process first: a notification that the store addresses to the client must find it subscribed.
         self._set_topics(client, topics)
         try:
-            await self._store.subscribe(client.client_id, topics)
+            await self._hub.store.subscribe(client.client_id, topics)
         except StoreUnavailable:
             self._set_topics(client, before)
             raise
@@ -157,7 +142,7 @@ class Conversation:
     async def _unsubscribe(self, client: Client, named: frozenset[str]) -> schemas.Subscribed:
         topics = client.topics - named
         # In the store first: it has delivered everything that was addressed to the client when it answers.
-        await self._store.subscribe(client.client_id, topics)
+        await self._hub.store.subscribe(client.client_id, topics)
         self._set_topics(client, topics)
         return schemas.Subscribed(topics=sorted(topics), timestamp=timestamp())
 
@@ -166,10 +151,10 @@ class Conversation:
             self._clients.subscribe(client, topics)
 
     async def _authenticate(self, client: Client, token: str) -> schemas.Authenticated:
-        assert self._renew is not None, "auth is an unknown type then"
-        identity = await self._renew(token)
+        assert self._hub.renew is not None, "auth is an unknown type then"
+        identity = await self._hub.renew(token)
         if client in self._clients:
-            self._identities.renew(client, identity)
+            self._hub.expiring.renew(client, identity)
         until = None if identity.expires_at is None else timestamp(identity.expires_at)
         return schemas.Authenticated(expires_at=until, timestamp=timestamp())
 
@@ -177,7 +162,7 @@ class Conversation:
         if answer is None:
             return
         if client.connection.buffered() > UNREAD_BYTES:
-            self._close(client, POLICY_VIOLATION, "Slow consumer: answers are not read")
+            self._hub.admission.dismiss(client, POLICY_VIOLATION, "Slow consumer: answers are not read")
             return
         client.connection.write(frame(encode(answer)))
 

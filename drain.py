@@ -1,7 +1,7 @@
-"""The drain: the orderly end of this host's clients.
+"""The drain: the orderly end of this process's clients.
 
-Owns who is told and closed when, and what the log says meanwhile. A fleet that is told at once comes back as one
-wave, so both go out at drain_rate a second.
+Owns the order of the end (announce, wait, close), its pace and its deadline. A fleet that is told or closed at once
+comes back in one wave, so both are done at drain_rate clients a second.
 """
 
 from __future__ import annotations
@@ -9,9 +9,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
-from clients import Client, Clients
+import schemas
+from clients import Client
+from errors import StoreUnavailable
+from fanout import NOBODY, payload
+from log import Positions, frame
+from schemas import GOING_AWAY, encode, timestamp
+from store import Draft, Once
+
+if TYPE_CHECKING:
+    from hub import Hub
 
 logger = logging.getLogger("notifyd")
 
@@ -19,45 +29,74 @@ REPORT_SECONDS = 15.0
 
 
 class Drain:
-    """Tells the clients of a directory, waits until they have left, and closes the rest."""
+    """One drain of a Hub."""
 
-    def __init__(self, clients: Clients, clock: Callable[[], float], rate: float, timeout: float) -> None:
-        """Clients told or closed a second at most, and seconds after which those who remain are closed."""
-        self._clients = clients
-        self._clock = clock
-        self._rate = rate
-        self._deadline = clock() + timeout
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._deadline = hub.clock() + hub.settings.shutdown_timeout
 
-    async def tell(self, tell: Callable[[Client], object]) -> None:
-        """Tell everyone, at the rate, until the deadline."""
-        async for client in self._paced():
-            if self._clock() >= self._deadline:
-                return
-            tell(client)
+    async def run(self, host: str) -> None:
+        """Announce the shutdown, wait until all clients have left or the deadline is over, and close the rest.
 
-    async def wait_until_empty(self, empty: asyncio.Event) -> None:
-        """Wait until everyone has left, until the deadline."""
-        while self._clients and (left := self._deadline - self._clock()) > 0:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(empty.wait(), left)
+        Cancelled at any point, close the rest at once.
+        """
+        hub = self._hub
+        try:
+            async with self._reported():
+                # The lock waits for the current pass, and keeps the next one from telling all clients at once.
+                async with hub.fanout.passing:
+                    await self._announce(host)
+                    async for client in self._paced():
+                        if self._left() <= 0:
+                            break
+                        hub.fanout.advance(client)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(hub.admission.empty.wait(), max(0.0, self._left()))
+            async for client in self._paced():
+                self._close(client)
+        finally:
+            for client in list(hub.clients):
+                self._close(client)
 
-    async def close(self, close: Callable[[Client], object]) -> None:
-        """Close everyone who is still there, at the rate."""
-        async for client in self._paced():
-            close(client)
+    async def _announce(self, host: str) -> None:
+        """Put the system notification and the shutdown message at the end of the log.
+
+        In the store's log the notification is addressed to no client: it only gives the position to resume from, which
+        is the same for all processes of the host.
+        """
+        log, now = self._hub.fanout.log, timestamp()
+        rest = schemas.compose("system", schemas.SystemData(system_time=now), sender="system")
+        once = Once(f"drain {host}", b"") if host else None
+        try:
+            appended = await self._hub.store.append([Draft(rest, NOBODY, replayed=False)], once)
+            position = appended.receipts[0].id
+        except StoreUnavailable:
+            position = Positions(log.position).next()
+        message = encode(schemas.ShutdownMessage(timestamp=now))
+        log.append_farewell(frame(payload(position, rest)), frame(message))
+
+    def _close(self, client: Client) -> None:
+        self._hub.fanout.advance(client)
+        self._hub.admission.dismiss(client, GOING_AWAY, "Server shutting down")
+
+    def _left(self) -> float:
+        """Return the seconds until the deadline."""
+        return self._deadline - self._hub.clock()
 
     async def _paced(self) -> AsyncIterator[Client]:
-        started_at = self._clock()
-        for count, client in enumerate(list(self._clients)):
-            ahead = started_at + count / self._rate - self._clock()
+        """Yield the clients, at most drain_rate a second; those that leave meanwhile are skipped."""
+        clock, rate = self._hub.clock, self._hub.settings.drain_rate
+        started_at = clock()
+        for count, client in enumerate(list(self._hub.clients)):
+            ahead = started_at + count / rate - clock()
             if ahead > 0.01:
                 await asyncio.sleep(ahead)
-            if client in self._clients:
+            if client in self._hub.clients:
                 yield client
 
     @contextlib.asynccontextmanager
-    async def reported(self) -> AsyncIterator[None]:
-        """Log a few times a minute who remains."""
+    async def _reported(self) -> AsyncIterator[None]:
+        """Log a few times a minute how many clients remain."""
         reporter = asyncio.ensure_future(self._report())
         try:
             yield
@@ -65,11 +104,10 @@ class Drain:
             reporter.cancel()
 
     async def _report(self) -> None:
-        while self._clients:
-            left = max(0.0, self._deadline - self._clock())
+        while self._hub.clients:
             logger.info(
                 "Draining: %d clients remain; they are closed in %.0f s at most (a second signal: now)",
-                len(self._clients),
-                left,
+                len(self._hub.clients),
+                max(0.0, self._left()),
             )
             await asyncio.sleep(REPORT_SECONDS)

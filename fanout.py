@@ -10,13 +10,21 @@ Owns the log, the passes over the clients, and who falls off the log. Knows neit
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from clients import Client, Clients, Joined
+from clients import Client, Joined
 from log import Audience, Log, Positions, frame, payloads
+from schemas import POLICY_VIOLATION
 from store import Record
+
+if TYPE_CHECKING:
+    from hub import Hub
+
+logger = logging.getLogger("notifyd")
 
 # The pass yields to the event loop after this many clients: at 3 to 10 us each it is held for 1 to 3 ms. A request
 # that arrives meanwhile takes three turns of the loop, and is answered within 10 ms.
@@ -38,15 +46,14 @@ def payload(id: str, rest: bytes) -> bytes:
 class FanOut:
     """The log, and the passes that move every client's cursor to its head."""
 
-    def __init__(
-        self, log: Log, clients: Clients, clock: Callable[[], float], close_slow: Callable[[Client, int], None]
-    ) -> None:
-        """`close_slow` closes a client that would fall off the log, and is told the sequence it is owed next."""
-        self.log = log
+    def __init__(self, hub: Hub) -> None:
+        settings = hub.settings
+        self.log = Log(settings.history_size, settings.history_bytes, settings.history_ttl)
         self.messages_sent = 0
-        self._clients = clients
-        self._clock = clock
-        self._close_slow = close_slow
+        self.slow_consumers = 0
+        self._hub = hub
+        self._clients = hub.clients
+        self._clock = hub.clock
         self.restart()
 
     def restart(self) -> None:
@@ -232,8 +239,17 @@ class FanOut:
             if client in self._clients:
                 owed = self.log.backlog_start(client.cursor, client.pending)
                 if owed < until:
-                    self._close_slow(client, owed)
+                    self._close_slow_consumer(client, owed)
         self.log.trim(until)
+
+    def _close_slow_consumer(self, client: Client, owed: int) -> None:
+        """Close a client that would fall off the log; `owed` is the sequence that it is owed next."""
+        behind = self.log.next_turn - client.cursor + len(client.pending or ())
+        self.slow_consumers += 1
+        logger.warning("Client %s is %d notifications behind and is closed", client.client_id, behind)
+        position = self.log.position_before(owed)
+        reason = f"Slow consumer: {behind} notifications behind; resume with since={position}"
+        self._hub.admission.dismiss(client, POLICY_VIOLATION, reason)
 
     async def keep_short(self) -> None:
         """Let what is too old go also when nothing is published."""

@@ -27,7 +27,7 @@ from settings import number
 
 
 async def health(hub: Hub) -> Health:
-    census = await hub.accounts.census()
+    census = await hub.census.take()
     status, message = "healthy", "WebSocket Notification Server is running"
     if not hub.is_ready():
         status, message = "shutting_down", "WebSocket Notification Server is shutting down"
@@ -49,18 +49,18 @@ async def health(hub: Hub) -> Health:
 
 
 async def metrics(hub: Hub) -> Metrics:
-    census, _ = await hub.accounts.exact_census()
+    census, _ = await hub.census.take_exact()
     return Metrics(
         connections=MetricsConnections(
             active_connections=census.active,
             total_connections=census.total,
             messages_sent=census.messages_sent,
-            uptime_seconds=hub.accounts.uptime(),
+            uptime_seconds=hub.census.uptime(),
         ),
         notification_service=MetricsService(
             is_running=hub.is_ready(),
             notification_interval=number(hub.settings.notification_interval),
-            start_time=timestamp(hub.accounts.started_at),
+            start_time=timestamp(hub.census.started_at),
         ),
         server=MetricsServer(
             workers=hub.settings.workers,
@@ -73,13 +73,13 @@ async def metrics(hub: Hub) -> Metrics:
 
 async def status(hub: Hub, limit: int) -> Status:
     """Return everything, with the details of the first `limit` clients."""
-    census, details = await hub.accounts.exact_census(limit)
+    census, details = await hub.census.take_exact(limit)
     settings = hub.settings
     return Status(
         server=StatusServer(
             status="running" if hub.is_ready() else "shutting_down",
-            uptime_seconds=hub.accounts.uptime(),
-            start_time=timestamp(hub.accounts.started_at),
+            uptime_seconds=hub.census.uptime(),
+            start_time=timestamp(hub.census.started_at),
             current_time=timestamp(),
         ),
         connections=StatusConnections(
@@ -108,7 +108,7 @@ async def status(hub: Hub, limit: int) -> Status:
 
 async def prometheus(hub: Hub) -> str:
     """Return the figures in Prometheus' text format: the documented four first, to the letter."""
-    census, _ = await hub.accounts.exact_census()
+    census, _ = await hub.census.take_exact()
     log = hub.fanout.log
     figures: list[tuple[str, str, str, float]] = [
         (
@@ -124,7 +124,7 @@ async def prometheus(hub: Hub) -> str:
             census.total,
         ),
         ("websocket_notifications_sent", "counter", "Total number of notifications sent", census.messages_sent),
-        ("websocket_server_uptime_seconds", "gauge", "Server uptime in seconds", hub.accounts.uptime()),
+        ("websocket_server_uptime_seconds", "gauge", "Server uptime in seconds", hub.census.uptime()),
         (
             "notifyd_notifications_published_total",
             "counter",

@@ -3,20 +3,24 @@
 Knows no HTTP, no token and no key. Without authentication nobody has an Identity, and everybody may do everything.
 
 1. What is not said to be allowed is refused.
-2. A client is in `Identities` only where its identity limits it, or did not name it; a refused renewal changes nothing.
+2. A refused renewal changes nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from msgspec import UNSET, Struct
 
-from clients import Client
 from errors import Forbidden, NotifydError, Unauthorized
-from schemas import NotifyRequest
+from schemas import POLICY_VIOLATION, NotifyRequest
+
+if TYPE_CHECKING:
+    from clients import Client
+    from hub import Hub
 
 # How often the clients are looked through for those whose time is over.
 SWEEP_SECONDS = 1.0
@@ -75,10 +79,6 @@ class Identity(Struct, frozen=True, kw_only=True):
             if not _matches(topic, self.topics):
                 raise Forbidden(f"Not allowed: topic {topic[:64]}")
 
-    def limits(self) -> bool:
-        """Whether there is anything that a client with it may not do, now or later; or its client_id was made up."""
-        return self.expires_at is not None or self.topics != ALL or self.client_id == ""
-
     def _refusal(self, message: str) -> NotifydError:
         return Forbidden(message) if self.known else Unauthorized("Authentication required")
 
@@ -87,43 +87,48 @@ def _matches(topic: str, patterns: Patterns) -> bool:
     return any(topic.startswith(one[:-1]) if one.endswith("*") else topic == one for one in patterns)
 
 
-class Identities:
-    """The clients that their identity limits. One sweep finds those whose time is over; it runs only while any are."""
+class ExpiringClients:
+    """Closes clients whose identity has expired. One sweep looks for them; it runs only while any client can expire."""
 
-    def __init__(self, close_expired: Callable[[Client], None], now: Callable[[], float] = time.time) -> None:
-        """`now` is the clock on the wall: an expiry is an agreement with other machines."""
-        self._close_expired = close_expired
-        self._now = now
-        self._known: dict[Client, Identity] = {}
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._clients: set[Client] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    def set(self, client: Client, identity: Identity | None) -> None:
-        """Let this identity limit the client from now on; one that limits nothing lets it go."""
-        if identity is not None and identity.limits():
-            self._known[client] = identity
-            if self._timer is None:
-                self._timer = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
-        elif self._known.pop(client, None) is not None and not self._known and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def set_identity(self, client: Client, identity: Identity) -> None:
+        """Let this identity limit the client from now on."""
+        client.identity = identity
+        if identity.expires_at is None:
+            self.forget(client)
+            return
+        self._clients.add(client)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
 
     def renew(self, client: Client, identity: Identity) -> None:
-        """Let another identity of the same client limit it. Raises Forbidden where the client could not be its."""
-        held = self._known.get(client)
-        # Whose client_id was made up keeps it with another token that has none.
+        """Let another identity of the same client limit it. Raises Forbidden if the client could not be the identity's.
+
+        A refused renewal changes nothing.
+        """
+        held = client.identity
+        # A client whose id was made up keeps the id with another token that names none.
         nameless = held is not None and held.client_id == identity.client_id == ""
         identity.own_client_id(None if nameless else client.client_id)
         identity.check_topics(client.topics)
-        self.set(client, identity)
+        self.set_identity(client, identity)
 
-    def check_topics(self, client: Client, topics: Iterable[str]) -> None:
-        """Raise Forbidden for a topic that the client may not subscribe to."""
-        if (identity := self._known.get(client)) is not None:
-            identity.check_topics(topics)
+    def forget(self, client: Client) -> None:
+        """Let the client go: it has left, or cannot expire any more."""
+        self._clients.discard(client)
+        if not self._clients and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _sweep(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
-        now = self._now()
-        for client, identity in list(self._known.items()):
-            if identity.expires_at is not None and identity.expires_at <= now:
-                self._close_expired(client)
+        # The clock on the wall: an expiry is an agreement with other machines.
+        now = time.time()
+        for client in list(self._clients):
+            identity = client.identity
+            if identity is not None and identity.expires_at is not None and identity.expires_at <= now:
+                self._hub.admission.dismiss(client, POLICY_VIOLATION, "Token expired")

@@ -12,12 +12,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from clients import HEARTBEAT_PHASES, Client, Clients
+from clients import HEARTBEAT_PHASES, Client
 from errors import DuplicateClient
 from log import frame
-from schemas import Ping, encode, timestamp
+from schemas import INTERNAL_ERROR, Ping, encode, timestamp
+
+if TYPE_CHECKING:
+    from hub import Hub
 
 logger = logging.getLogger("notifyd")
 
@@ -31,24 +34,16 @@ SLICE_CLIENTS = 250
 
 
 class Heartbeat:
-    """Pings the clients of a directory, and closes the silent."""
+    """Pings a Hub's clients, and closes the silent."""
 
-    def __init__(
-        self,
-        clients: Clients,
-        clock: Callable[[], float],
-        interval: float,
-        timeout: float,
-        close_silent: Callable[[Client], None],
-    ) -> None:
-        """Seconds between the pings to a client, and of silence after which `close_silent` is called with it."""
-        self._clients = clients
-        self._clock = clock
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._clients = hub.clients
+        self._clock = hub.clock
+        self._timeout = hub.settings.ping_timeout
         # A live client must get the chance to prove itself before its time is over.
-        self._interval = min(interval, timeout / 2)
-        self._timeout = timeout
-        self._close_silent = close_silent
-        self._awake_since = clock()
+        self._interval = min(hub.settings.ping_interval, self._timeout / 2)
+        self._awake_since = hub.clock()
         self._probes: dict[Client, asyncio.Task[bool]] = {}
         self._waiting = 0
 
@@ -89,7 +84,7 @@ class Heartbeat:
         for client in [client for client in self._clients if client.heard_at < limit]:
             if client.can_prove_life():
                 logger.info("Client %s has been silent for too long and is closed", client.client_id)
-                self._close_silent(client)
+                self._hub.admission.dismiss(client, INTERNAL_ERROR, "Ping timeout")
 
     async def is_alive(self, client: Client) -> bool:
         """Ask the client now whether it is alive; all who want to know about one client at a time ask once.

@@ -117,6 +117,9 @@ class Entry(NamedTuple):
     replayed: bool
     audience: Audience | None
 
+    def is_for(self, client_id: str | None, topics: Collection[str]) -> bool:
+        return self.audience is None or self.audience.includes(client_id, topics)
+
 
 class Batch(NamedTuple):
     """Frames joined for one write, the number of notifications in them, and the client's place after them.
@@ -267,6 +270,22 @@ class Log:
         if index < len(self._entries) and self._entries[index].id == position:
             return self.first_sequence + index + 1
         return self.first_sequence if position == self._position_before else None
+
+    def replay(
+        self, since: str | None, client_id: str | None, topics: Collection[str], now: float
+    ) -> tuple[list[Entry], bool]:
+        """Return the entries after `since` for such a client, and whether these are provably all.
+
+        Proven means that the log gave the id and has kept everything after it. `since` None asks for everything that
+        is kept, empty for nothing.
+        """
+        if since == "":
+            return [], True
+        front = self.expired(now, self.next_sequence)
+        after = 0 if since is None else self.find(since)
+        complete = after is not None and after >= front
+        start = after if after is not None and complete else front
+        return [one for one in self.since(start) if one.replayed and one.is_for(client_id, topics)], complete
 
     def expired(self, now: float, limit: int) -> int:
         """Return the sequence before which the bounds ask to trim, at most `limit`."""

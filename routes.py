@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 import figures
 import schemas
+from admission import Newcomer
 from answers import Endpoint, Request, answer, refuse_handshake
 from connection import WIRE_EXTENSION, Connection, EventStream, SendConnection
 from errors import (
@@ -89,7 +90,7 @@ async def notifications(hub: Hub, request: Request) -> Response:
     parameters = request.parameters()
     limit = _whole_number(parameters, "limit", HISTORY_LIMIT, least=1, most=MAX_HISTORY_LIMIT)
     since, client_id = parameters.get("since"), parameters.get("client_id") or None
-    return answer(await hub.history(since, limit, parameters.get("topics", ""), client_id))
+    return answer(await hub.history(since, limit, _topics(parameters), client_id))
 
 
 async def metrics(hub: Hub, request: Request) -> Response:
@@ -109,18 +110,9 @@ async def events(hub: Hub, request: Request) -> EventStream | Response:
     """Admit a stream; it is then the response."""
     if request.scope["method"] == "HEAD":
         return Response(media_type="text/event-stream")
-    parameters = request.parameters()
-    since = request.headers.get("last-event-id") or parameters.get("since")
+    newcomer = _newcomer(request.scope, request.identity, request.headers.get("last-event-id"))
     stream = EventStream(request.receive)
-    await hub.admit(
-        stream,
-        parameters.get("client_id"),
-        _user_agent(request.headers),
-        since,
-        parameters.get("topics", ""),
-        request.identity,
-        _address(request.scope),
-    )
+    await hub.admit(stream, newcomer)
     return stream
 
 
@@ -150,17 +142,8 @@ async def _admit_or_close(hub: Hub, door: Door | None, connection: Connection, s
         connection.choose(SUBPROTOCOL)
     try:
         schemas.check_query(scope["query_string"])
-        parameters = QueryParams(scope["query_string"])
         identity = None if door is None else await door.identify(scope)
-        await hub.admit(
-            connection,
-            parameters.get("client_id"),
-            _user_agent(Headers(scope=scope)),
-            parameters.get("since"),
-            parameters.get("topics", ""),
-            identity,
-            _address(scope),
-        )
+        await hub.admit(connection, _newcomer(scope, identity))
     except TooManyConnections:
         raise
     except StoreUnavailable:
@@ -218,13 +201,22 @@ def _whole_number(parameters: QueryParams, name: str, default: int, *, least: in
     return int(given)
 
 
-def _user_agent(headers: Headers) -> str | None:
-    given = headers.get("user-agent")
-    return given and given[:MAX_USER_AGENT]
+def _newcomer(scope: Scope, identity: Identity | None, since: str | None = None) -> Newcomer:
+    """Read a request to become a client; a position in the headers counts before the query's."""
+    parameters, user_agent = QueryParams(scope["query_string"]), Headers(scope=scope).get("user-agent")
+    return Newcomer(
+        client_id=parameters.get("client_id", ""),
+        since=since or parameters.get("since"),
+        topics=_topics(parameters),
+        user_agent=user_agent and user_agent[:MAX_USER_AGENT],
+        identity=identity,
+        address=(scope.get("client") or ("",))[0],
+    )
 
 
-def _address(scope: Scope) -> str:
-    return (scope.get("client") or ("",))[0]
+def _topics(parameters: QueryParams) -> list[str]:
+    given = parameters.get("topics")
+    return given.split(",") if given else []
 
 
 def _check_content_type(media_type: str) -> None:

@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 import typing
-from collections.abc import Set
+from collections.abc import Collection, Set
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -119,6 +119,12 @@ class Notification(Struct, kw_only=True):
     data: Any
     topics: list[str] | UnsetType = UNSET
     sender: str = "notification_service"
+
+
+def compose(type: str, data: Any, sender: str = "notification_service", topics: list[str] | UnsetType = UNSET) -> bytes:
+    """Return a notification's JSON behind its id, which the store gives."""
+    notification = Notification(type=type, timestamp=timestamp(), data=data, topics=topics, sender=sender)
+    return encode(notification).removeprefix(b'{"id":""')
 
 
 class TestData(Struct, kw_only=True):
@@ -447,12 +453,12 @@ def check_query(query: bytes) -> None:
         raise InvalidRequest(f"Query: more than {MAX_PARAMETERS} parameters")
 
 
-def topics_of(parameter: str) -> frozenset[str]:
-    """Read `?topics=a,b`. Raises InvalidRequest."""
-    if not parameter:
+def topics_of(names: Collection[str]) -> frozenset[str]:
+    """Return the names in `?topics=a,b`, checked. Raises InvalidRequest."""
+    if not names:
         return frozenset()
     try:
-        return frozenset(check(parameter.split(","), Topics, "topics"))
+        return frozenset(check(list(names), Topics, "topics"))
     except InvalidRequest as error:
         raise InvalidRequest(f"Invalid topics: {error.message}") from None
 

@@ -27,6 +27,7 @@ import connection
 import conversation
 import errors
 import guard_tokens
+import heartbeat
 import hub
 import routes
 import schemas
@@ -37,7 +38,16 @@ from notifyd import create_app
 FILES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
 README, PROTOCOL, DESIGN = PAGES["README.md"], PAGES["docs/protocol.md"], PAGES["docs/design.md"]
-REASONED = ("hub.py", "heartbeat.py", "guard_identity.py", "guard_auth.py", "guard_tokens.py", "schemas.py", "store.py")
+REASONED = (
+    "hub.py",
+    "admission.py",
+    "heartbeat.py",
+    "guard_identity.py",
+    "guard_auth.py",
+    "guard_tokens.py",
+    "schemas.py",
+    "store.py",
+)
 MODULES = {path.name: path.read_text() for path in ROOT.glob("*.py")}
 
 # Flags of other programs that the pages name.
@@ -175,8 +185,8 @@ def test_limits_are_the_codes_own() -> None:
         clients.MESSAGE_BURST,
         clients.MESSAGES_PER_SECOND,
         conversation.UNREAD_BYTES,
-        hub.PROBE_SECONDS,
-        hub.CLOSE_DEADLINE_SECONDS,
+        heartbeat.PROBE_SECONDS,
+        connection.CLOSE_DEADLINE_SECONDS,
         wire_http.REQUEST_SECONDS,
         wire_http.STALLED_SECONDS,
         wire_http.MAX_HEAD_BYTES,
@@ -200,8 +210,8 @@ def test_limits_are_the_codes_own() -> None:
         f"lists N clients at most, {routes.STATUS_DETAILS} unless told",
         f"more than {clients.MESSAGES_PER_SECOND:.0f} messages a second over "
         f"{clients.MESSAGE_BURST / clients.MESSAGES_PER_SECOND:.0f} seconds",
-        f"heard from within {hub.PROBE_SECONDS:.0f} seconds",
-        f"cut off after {hub.CLOSE_DEADLINE_SECONDS:.0f} seconds",
+        f"heard from within {heartbeat.PROBE_SECONDS:.0f} seconds",
+        f"cut off after {connection.CLOSE_DEADLINE_SECONDS:.0f} seconds",
         f"did not arrive within {wire_http.REQUEST_SECONDS:.0f} seconds",
         f"headers together are over {wire_http.MAX_HEAD_BYTES} bytes",
         f"may be {guard_tokens.CLOCK_SKEW_SECONDS} seconds ahead",

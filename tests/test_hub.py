@@ -32,6 +32,7 @@ import fanout as fanout_module
 import log as log_module
 import schemas
 import store as store_module
+from admission import Newcomer
 from clients import Joined
 from connection import ConnectionState, Receiver
 from errors import ConnectionRefused, DuplicateClient, NotifydError, ShuttingDown
@@ -361,7 +362,7 @@ class HubMachine(RuleBasedStateMachine):
         self.loop = VirtualLoop()
         self.stack.callback(self.loop.close)
         self.hub = Hub(SMALL, clock=self.loop.time)
-        self.hub.accounts.uptime = lambda: 0.0  # type: ignore[method-assign]  # as many digits each time
+        self.hub.census.uptime = lambda: 0.0  # type: ignore[method-assign]  # as many digits each time
         self.loop.run_until_complete(self.hub.start())
         self.model = Model(self.hub, self.loop)
         self.stack.enter_context(mock.patch.object(logger, "handlers", [_Alarm(self.model.faults)]))
@@ -445,7 +446,7 @@ class HubMachine(RuleBasedStateMachine):
         if incumbent is not None:
             incumbent.is_contested = True
         refusal = self.refusal(incumbent)
-        admission = self.hub.admit(session, session.client_id, None, session.since, ",".join(session.topics))
+        admission = self.hub.admit(session, Newcomer(session.client_id, session.since, list(session.topics)))
         if refusal is None:
             self.loop.run_until_complete(admission)
         else:
@@ -519,7 +520,7 @@ class HubMachine(RuleBasedStateMachine):
     @rule(moment=moments, limit=st.integers(1, 9), topics=topic_sets, client_id=everyone | names)
     def read_history(self, moment: Any, limit: int, topics: frozenset[str], client_id: str | None) -> None:
         since = self.id_given(moment) if isinstance(moment, int) else moment
-        history = self.loop.run_until_complete(self.hub.history(since, limit, ",".join(topics), client_id))
+        history = self.loop.run_until_complete(self.hub.history(since, limit, topics, client_id))
         missed, complete = self.model.missed(since, client_id, topics)
         page = missed[:limit]
         assert history.complete is complete
@@ -605,7 +606,7 @@ class HubMachine(RuleBasedStateMachine):
 
     def _count(self) -> None:
         self.model.observe()
-        census = now(self.hub.accounts.census())
+        census = now(self.hub.census.take())
         handed = sum(one != SHUTDOWN for session in self.model.everyone() for one in session.received)
         assert census.messages_sent == handed
         assert census.notifications_sent == len(self.model.log)
@@ -725,7 +726,9 @@ def test_with_a_shared_store_each_gets_what_is_addressed_to_it(seed: int, histor
             await asyncio.sleep(chance.choice([0, 0.003, 0.3]))
             connection = FakeConnection(one_at_a_time=chance.random() < 0.5)
             with suppress(DuplicateClient):
-                await hub.admit(connection, client_id, None, chance.choice([None, ""]), chance.choice(["", "red"]))
+                await hub.admit(
+                    connection, Newcomer(client_id, chance.choice([None, ""]), chance.choice([[], ["red"]]))
+                )
                 met.append((connection, store.registered[client_id]))
                 await asyncio.sleep(chance.choice([0, 0.01, 1]))
                 if chance.random() < 0.7:
@@ -770,7 +773,7 @@ def hub_on(loop: VirtualLoop, **changes: Any) -> Hub:
 def join(loop: VirtualLoop, hub: Hub, client_id: str, topics: str = "", **kind: Any) -> FakeConnection:
     """Admit a client with a fake connection."""
     connection = FakeConnection(**kind)
-    loop.run_until_complete(hub.admit(connection, client_id, None, None, topics))
+    loop.run_until_complete(hub.admit(connection, Newcomer(client_id, topics=topics.split(",") if topics else [])))
     return connection
 
 
@@ -801,7 +804,7 @@ def test_who_leaves_during_a_pass_is_owed_nothing(monkeypatch: pytest.MonkeyPatc
 
     async def scenario() -> tuple[Hub, list[Any]]:
         hub = Hub(Settings(notification_interval=0, ping_interval=0))
-        clients = [await hub.admit(FakeConnection(), f"c{number}", None, topics="t") for number in range(8)]
+        clients = [await hub.admit(FakeConnection(), Newcomer(f"c{number}", topics=["t"])) for number in range(8)]
         await hub.notify("one", topics=["t"])
         passing = asyncio.ensure_future(hub.fanout._pass())
         await asyncio.sleep(0)
@@ -916,7 +919,7 @@ def test_an_incumbent_that_leaves_during_its_probe_is_left_alone(loop: VirtualLo
     incumbent.is_alive = False
 
     async def scenario() -> None:
-        newcomer = asyncio.ensure_future(hub.admit(FakeConnection(), "ann", None))
+        newcomer = asyncio.ensure_future(hub.admit(FakeConnection(), Newcomer("ann")))
         await asyncio.sleep(0.1)
         incumbent.end()
         await newcomer
@@ -948,7 +951,7 @@ def test_a_hub_is_used_from_one_event_loop_after_another() -> None:
 
     async def scenario() -> tuple[int, list[Any]]:
         connection = FakeConnection()
-        await hub.admit(connection, "ann", None)
+        await hub.admit(connection, Newcomer("ann"))
         receipt = await hub.notify("hello")
         await asyncio.sleep(0.05)
         return receipt.recipients, [message["type"] for message in connection.messages]
@@ -986,7 +989,7 @@ def test_a_batch_lets_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) ->
     async def scenario() -> tuple[int, list[str], bool]:
         hub = Hub(Settings(notification_interval=0, ping_interval=0))
         connection = FakeConnection()
-        await hub.admit(connection, "ann", None, None, "t")
+        await hub.admit(connection, Newcomer("ann", topics=["t"]))
         requests = [NotifyRequest(message=str(number), topics=["t"]) for number in range(50)]
         first = asyncio.ensure_future(hub.publish(requests, Once("key", b"")))
         turns = 0
@@ -1013,6 +1016,6 @@ def test_after_a_gap_in_the_log_no_resume_is_complete(loop: VirtualLoop) -> None
     loop.call(hub.missed)
     assert client.goodbye == (1013, "Notifications are missing; connect again and resume")
     after = loop.run_until_complete(hub.notify("after"))
-    history = loop.run_until_complete(hub.history(before.id, 9, "", None))
+    history = loop.run_until_complete(hub.history(before.id, 9, [], None))
     assert (history.complete, len(history.notifications), history.position) == (False, 1, after.id)
-    assert loop.run_until_complete(hub.history(after.id, 9, "", None)).complete
+    assert loop.run_until_complete(hub.history(after.id, 9, [], None)).complete

@@ -14,6 +14,7 @@ from processes import Server, eventually, workers
 from virtual import FakeConnection
 
 import slices as turns
+from admission import Newcomer
 from hub import Hub
 from settings import Settings
 
@@ -164,9 +165,9 @@ def test_a_long_list_is_made_in_portions(monkeypatch: pytest.MonkeyPatch) -> Non
     async def listed() -> int:
         async with hub:
             for number in range(100):
-                await hub.admit(FakeConnection(), str(number), None)
+                await hub.admit(FakeConnection(), Newcomer(str(number)))
             task = asyncio.create_task(others())
-            details = await hub.accounts.details(100)
+            details = await hub.census.details(100)
             task.cancel()
             return len(details)
 

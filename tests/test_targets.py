@@ -11,6 +11,7 @@ from processes import Server
 from virtual import FakeConnection, VirtualLoop
 from ws_clients import Client
 
+from admission import Newcomer
 from connection import ConnectionState
 from hub import Hub
 from settings import Settings
@@ -338,7 +339,7 @@ def test_the_cost_is_that_of_the_audience(target: dict[str, list[str]]) -> None:
     async def publish_to_one_of_a_thousand() -> int:
         clients = [Asked() for _ in range(1000)]
         for number, client in enumerate(clients):
-            await hub.admit(client, f"client{number}", None, None, "seven" if number == 7 else "")
+            await hub.admit(client, Newcomer(f"client{number}", topics=["seven"] if number == 7 else []))
         await hub.notify("first, for all")
         await asyncio.sleep(1)
         before = Asked.asked

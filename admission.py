@@ -1,0 +1,231 @@
+"""Admission: a newcomer becomes a client, and a client leaves.
+
+The only file that changes who is connected: everywhere else the directory (`Clients`) is read. Knows connections
+through the seam in connection.py and the registry of all processes through the one in store.py; knows no HTTP.
+
+1. Only `_join` adds to the directory and only `leave` removes from it. A client that ends, for any reason, leaves
+   first; its connection is closed afterwards.
+2. No await between reading a position of the log and joining the directory: the client is handed everything after
+   that position, and nothing twice.
+3. After each await the newcomer is checked again: meanwhile it may have gone, or the drain may have begun.
+4. At most one newcomer of this process registers a client_id at a time. Its claim also keeps in the log all that is
+   appended until it has joined.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from msgspec import Struct
+
+import schemas
+from census import ANSWER_SECONDS
+from clients import Client
+from connection import Connection, ConnectionState
+from errors import ConnectionRefused, DuplicateClient, InvalidRequest
+from guard_identity import Identity
+from heartbeat import PROBE_SECONDS
+from log import frame
+from schemas import INTERNAL_ERROR, POLICY_VIOLATION, encode, timestamp
+from settings import number
+from store import Taken
+
+if TYPE_CHECKING:
+    from hub import Hub
+
+
+class Newcomer(Struct, frozen=True):
+    """A connection's request to become a client, as it was read from the query and the headers."""
+
+    # Empty: the server makes an id.
+    client_id: str = ""
+    # The position to resume from; empty: from now, and tell the position; None: from now.
+    since: str | None = None
+    topics: Collection[str] = ()
+    user_agent: str | None = None
+    # None without authentication.
+    identity: Identity | None = None
+    address: str = ""
+
+    def checked(self) -> Newcomer:
+        """Return the request with a client_id, and everything in the form in which it is kept.
+
+        Raises InvalidRequest, or Forbidden where the identity does not allow the request.
+        """
+        identity, client_id = self.identity, self.client_id
+        if identity is not None:
+            client_id = identity.own_client_id(client_id) or ""
+        client_id = client_id or schemas.new_client_id()
+        if not schemas.CLIENT_ID.match(client_id):
+            raise InvalidRequest("Invalid client_id")
+        since = None if self.since is None else schemas.position_of(self.since)
+        topics = schemas.topics_of(self.topics)
+        if identity is not None:
+            identity.check_topics(topics)
+        return Newcomer(client_id, since, topics, self.user_agent, identity, self.address)
+
+
+class Admission:
+    """The way into the directory of a Hub's clients, and out of it."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        # The client_ids that newcomers of this process are registering.
+        self._claims: dict[str, asyncio.Event] = {}
+        # Clients that have left the directory, but whose connections have not ended yet.
+        self._closing: set[Client] = set()
+        # Set while no such connection is left.
+        self.closed = asyncio.Event()
+        self.closed.set()
+        # Set while the directory is empty.
+        self.empty = asyncio.Event()
+        self.empty.set()
+        self._numbers = itertools.count()
+
+    # --- in
+
+    async def admit(self, connection: Connection, newcomer: Newcomer) -> Client:
+        """See Hub.admit()."""
+        self._check_open(connection)
+        newcomer = newcomer.checked()
+        client_id = newcomer.client_id
+        while True:
+            while self._is_taken(client_id):
+                await self.contest(client_id)
+                self._check_open(connection)
+            try:
+                return await self._register(connection, newcomer)
+            except Taken as taken:
+                node_id = taken.node
+            await self._contest_there(client_id, node_id)
+            self._check_open(connection)
+
+    def _check_open(self, connection: Connection) -> None:
+        self._hub.check_ready()
+        if connection.state is not ConnectionState.CONNECTING:
+            raise ConnectionRefused("The newcomer has left")
+
+    def _is_taken(self, client_id: str) -> bool:
+        return client_id in self._claims or self._hub.clients.get(client_id) is not None
+
+    async def contest(self, client_id: str) -> None:
+        """Return once no client or newcomer of this process has the client_id. Raises DuplicateClient if it stays."""
+        while True:
+            if (incumbent := self._hub.clients.get(client_id)) is not None:
+                await self._contest_incumbent(incumbent)
+            elif (claim := self._claims.get(client_id)) is not None:
+                await claim.wait()
+            else:
+                return
+
+    async def _contest_incumbent(self, incumbent: Client) -> None:
+        """Return once the incumbent has left. Raises DuplicateClient if it stays."""
+        code, reason = POLICY_VIOLATION, "Replaced by a new connection"
+        # A stream cannot answer a probe, so it gives way to every newcomer.
+        if self._hub.settings.on_duplicate != "replace" and not incumbent.connection.is_stream:
+            if await self._hub.heartbeat.is_alive(incumbent):
+                raise DuplicateClient(f"Client {incumbent.client_id} is already connected")
+            code, reason = INTERNAL_ERROR, "Ping timeout"
+        if incumbent in self._hub.clients:
+            self.dismiss(incumbent, code, reason)
+
+    async def _contest_there(self, client_id: str, node_id: str) -> None:
+        """Return once another process has given up the client_id. Raises DuplicateClient if it does not."""
+        question = {"ask": "contest", "client_id": client_id}
+        answer = await self._hub.questions.ask(node_id, question, PROBE_SECONDS + ANSWER_SECONDS)
+        # A node that does not answer is dead. Its clients stay in the registry until its lease ends.
+        if answer is None or answer["stays"]:
+            raise DuplicateClient(f"Client {client_id} is already connected")
+
+    async def _register(self, connection: Connection, newcomer: Newcomer) -> Client:
+        """Claim the client_id, register it in the store, and join. Raises Taken if another process has it."""
+        client_id, fanout = newcomer.client_id, self._hub.fanout
+        claim = self._claims[client_id] = asyncio.Event()
+        fanout.held[claim] = fanout.log.next_sequence
+        try:
+            position = await self._hub.store.admit(client_id, newcomer.topics, newcomer.address)
+            try:
+                self._check_open(connection)
+            except BaseException:
+                self._hub.store.leave(client_id)
+                raise
+            return self._join(connection, newcomer, position)
+        finally:
+            del self._claims[client_id], fanout.held[claim]
+            claim.set()
+
+    def _join(self, connection: Connection, newcomer: Newcomer, position: str) -> Client:
+        """Add a registered client to the directory, and welcome it."""
+        # Without await: the cursor is read, the replay is fixed and the client is in the directory before anything
+        # else can be delivered. So nothing is missing at the seam, and nothing comes twice.
+        hub, log = self._hub, self._hub.fanout.log
+        client = Client(
+            hub,
+            connection,
+            newcomer.client_id,
+            newcomer.user_agent,
+            log.next_turn,
+            next(self._numbers),
+            newcomer.address,
+        )
+        hub.clients.add(client, frozenset(newcomer.topics))
+        if newcomer.identity is not None:
+            hub.expiring.set_identity(client, newcomer.identity)
+        self.empty.clear()
+        connection.accept(client, self._greeting(client, newcomer.since, position))
+        if client.pending is not None:
+            hub.fanout.advance(client)
+        return client
+
+    def _greeting(self, client: Client, since: str | None, position: str) -> bytes:
+        """Owe the client all that it missed, and return the welcome, with `since` also the answer to the resume."""
+        hub, log = self._hub, self._hub.fanout.log
+        interval = number(hub.settings.notification_interval)
+        welcome = schemas.Welcome(client_id=client.client_id, server_time=timestamp(), notification_interval=interval)
+        greeting = frame(encode(welcome))
+        if since:
+            entries, complete = log.replay(since, client.client_id, client.topics, hub.clock())
+            data = schemas.ResumeData(position=log.position, replayed=len(entries), complete=complete)
+        else:
+            # Another process may have been faster than this one: the client's are all entries after its admission.
+            start = None if position == log.position else log.find(position)
+            entries = [] if start is None else list(log.since(start))
+            entries = [entry for entry in entries if entry.is_for(client.client_id, client.topics)]
+            data = schemas.ResumeData(position=position, replayed=0, complete=True)
+        if entries:
+            hub.fanout.owe(client, [entry.sequence for entry in entries])
+        if since is not None:
+            greeting += frame(encode(schemas.Resume(timestamp=timestamp(), data=data)))
+        return greeting
+
+    # --- out
+
+    def dismiss(self, client: Client, code: int, reason: str) -> None:
+        """Take a client out of the directory, then close its connection."""
+        self.leave(client)
+        if client.connection.state is not ConnectionState.CLOSED:
+            self._closing.add(client)
+            self.closed.clear()
+            client.connection.close(code, reason)
+
+    def left(self, client: Client) -> None:
+        """Take out a client whose connection has ended."""
+        self.leave(client)
+        self._closing.discard(client)
+        if not self._closing:
+            self.closed.set()
+
+    def leave(self, client: Client) -> None:
+        """Take a client out of the directory, if it is still there."""
+        hub = self._hub
+        if client not in hub.clients:
+            return
+        hub.clients.remove(client)
+        hub.expiring.forget(client)
+        hub.fanout.forget(client)
+        hub.store.leave(client.client_id)
+        if not hub.clients:
+            self.empty.set()
