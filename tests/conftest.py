@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from expected import Record, order_differs
-from processes import Server, use_extra_flags
+from processes import QUIET, Server, use_extra_flags
 from redis_server import RedisServer
 
 StartServer = Callable[..., Server]
@@ -73,7 +73,7 @@ def _every_server_ends(_store: None) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def _shared_server() -> Iterator[Server]:
-    server = Server.notifyd("--notification-interval", "0", "--ping-interval", "0")
+    server = Server.notifyd(*QUIET)
     yield server
     server.stop()
 
@@ -93,7 +93,7 @@ def start_server() -> Iterator[StartServer]:
     servers: list[Server] = []
 
     def start(*flags: str, quiet: bool = True, **options: Any) -> Server:
-        silence = ("--notification-interval", "0", "--ping-interval", "0") if quiet else ()
+        silence = QUIET if quiet else ()
         servers.append(Server.notifyd(*silence, *flags, **options))
         return servers[-1]
 

@@ -1,32 +1,49 @@
-"""A server process of its own for the tests: started on a free port, spoken to over loopback, ended by its pid."""
+"""Processes for the tests: a server on a free port, spoken to over loopback and ended by its pid, and what /proc says.
+
+Clocks are shortened in a server, too: `Server.notifyd(constants={"store.LEASE_SECONDS": 1})`.
+"""
 
 from __future__ import annotations
 
+import importlib
+import logging
 import os
 import re
 import secrets
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from email.message import Message
 from http.client import HTTPResponse
+from io import StringIO
 from pathlib import Path
 from signal import SIGKILL, SIGTERM, Signals
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+from unittest.mock import patch
 from urllib.parse import quote, urlsplit
 
 import httpx
+import pytest
 from expected import parse
 from websockets.sync.client import connect
 from ws_clients import PATIENCE, BareClient, Client
 
 ROOT = Path(__file__).resolve().parent.parent
+# No test notifications and no pings.
+QUIET = ("--notification-interval", "0", "--ping-interval", "0")
 ALARMING = re.compile(r"Traceback|Exception|Task exception was never retrieved|was never awaited|ResourceWarning")
+
+
+# A connection is known by the socket that its process did not have before.
+ONE_AT_A_TIME = threading.Lock()
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
 
 def eventually(condition: Callable[[], object], patience: float = PATIENCE) -> None:
@@ -103,9 +120,11 @@ class Server:
         return f"{' '.join(self.command[1:])} (started by {self.test})"
 
     @classmethod
-    def notifyd(cls, *flags: str, variables: Mapping[str, str] | None = None) -> Server:
-        """Start `python notifyd.py` on a free port with these flags."""
-        return cls(notifyd_command("--port", "0", *flags), variables)
+    def notifyd(
+        cls, *flags: str, variables: Mapping[str, str] | None = None, constants: Mapping[str, float] | None = None
+    ) -> Server:
+        """Start `python notifyd.py` on a free port with these flags, and with other values for some constants."""
+        return cls(notifyd_command("--port", "0", *flags, constants=constants), variables)
 
     def _collect(self) -> None:
         assert self.process.stderr is not None
@@ -336,12 +355,25 @@ class Server:
         self._clients.close()
 
 
-def notifyd_command(*flags: str) -> list[str]:
-    """Return the command line that starts notifyd."""
+def notifyd_command(*flags: str, constants: Mapping[str, float] | None = None) -> list[str]:
+    """Return the command line that starts notifyd, where some constants of its modules may have other values.
+
+    A constant is named where it is defined. It is set before other modules import it, in every worker as well.
+    """
     # A store of its own for each server: those on one store are one server.
     own = secrets.token_hex(8)
     extra = [flag.replace("{new}", own) for flag in Server.extra_flags]
-    return [sys.executable, str(ROOT / "notifyd.py"), *flags, *extra]
+    program = [str(ROOT / "notifyd.py")]
+    if constants is not None:
+        program = ["-c", "; ".join([*_assignments(constants), "import sys, notifyd", "sys.exit(notifyd.main())"])]
+    return [sys.executable, *program, *flags, *extra]
+
+
+def _assignments(constants: Mapping[str, float]) -> Iterator[str]:
+    for name, value in constants.items():
+        module, _, constant = name.partition(".")
+        assert hasattr(importlib.import_module(module), constant), f"there is no {name}"
+        yield f"import {module}; {name} = {value}"
 
 
 def _group(pid: int) -> int:
@@ -351,7 +383,117 @@ def _group(pid: int) -> int:
         return 0
 
 
-def workers() -> int:
+def workers(server: Server) -> set[int]:
+    """Return the process ids of the server's workers."""
+    with suppress(ProcessLookupError, FileNotFoundError):
+        return {int(pid) for pid in Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()}
+    return set()
+
+
+def sockets(pid: int) -> set[str]:
+    """Return what identifies the open sockets of a process."""
+    names = set()
+    with suppress(FileNotFoundError):
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                names.add(str(descriptor.readlink()))
+    return {name for name in names if name.startswith("socket:")}
+
+
+def runs(pid: int) -> bool:
+    """Whether the process is there, and not only its exit status for a parent that is slow to ask for it."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def listens(pid: int, port: int) -> bool:
+    """Whether the process listens on the port of 127.0.0.1."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    return any(
+        f"socket:[{row[9]}]" in sockets(pid) for row in rows if row[1] == f"0100007F:{port:04X}" and row[3] == "0A"
+    )
+
+
+def serving(server: Server) -> list[int]:
+    """Return the ids of the processes that serve, the oldest first."""
+    return sorted(workers(server)) or [server.pid]
+
+
+def connected(server: Server) -> tuple[socket.socket, int]:
+    """Open a TCP connection; return it, and the process that has accepted it."""
+    deadline = time.monotonic() + PATIENCE
+    with ONE_AT_A_TIME:
+        while time.monotonic() < deadline:
+            before = {pid: sockets(pid) for pid in serving(server)}
+            connection = server.raw(b"")
+            # Where a process is replaced meanwhile, its successor may have taken it: start afresh.
+            while serving(server) == list(before) and time.monotonic() < deadline:
+                if owners := [pid for pid in before if sockets(pid) - before[pid]]:
+                    return connection, owners[0]
+            connection.close()
+    raise AssertionError("nobody accepts")
+
+
+def program(*names: str) -> str:
+    """Return the path of the first of these programs that is installed.
+
+    Without any, the test is skipped; in CI, where all tests have to run, it fails.
+    """
+    places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    found = next(filter(None, (shutil.which(name, path=places) for name in names)), None)
+    if found is None:
+        reason = f"{names[0]} is not installed"
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    return found
+
+
+class Ended(NamedTuple):
+    """How a command line ended that did not serve, and what it said."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def in_one_line(self) -> tuple[int, int]:
+        """The status, and the number of lines on stderr."""
+        return self.status, len(self.stderr.splitlines())
+
+
+def run(*flags: str, variables: Mapping[str, str] | None = None) -> Ended:
+    """Run notifyd in a process, which must end by itself."""
+    command, variables = notifyd_command(*flags), environment(variables)
+    ended = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=20, check=False)
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+
+def call(*flags: str, variables: Mapping[str, str] | None = None) -> Ended:
+    """Run notifyd's command line in this process: it must end before it serves."""
+    import notifyd
+
+    _, _, *words = notifyd_command(*flags)
+    before = list(logging.root.handlers)
+    with (
+        redirect_stdout(StringIO()) as stdout,
+        redirect_stderr(StringIO()) as stderr,
+        patch.object(sys, "argv", ["notifyd.py", *words]),
+        patch.dict(os.environ, environment(variables), clear=True),
+        patch("uvicorn.Server.run", side_effect=AssertionError("it serves")),
+        patch("server.supervise", side_effect=AssertionError("it serves")),
+    ):
+        logging.root.handlers.clear()
+        try:
+            status = notifyd.main()
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        finally:
+            logging.root.handlers[:] = before
+            logging.root.setLevel(logging.WARNING)
+    return Ended(status, stdout.getvalue(), stderr.getvalue())
+
+
+def worker_count() -> int:
     """Return how many processes serve, where a test does not say it."""
     found = re.search(r"--workers (\d+)", " ".join(Server.extra_flags))
     return int(found[1]) if found else 1

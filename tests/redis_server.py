@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -12,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 import redis
+from processes import program
 
 READY_SECONDS = 10.0
 
@@ -22,11 +20,6 @@ class RedisServer:
     """A redis-server that can be killed, stopped, started again, emptied and made to refuse."""
 
     def __init__(self, *, append_only: bool = False, flags: tuple[str, ...] = ()) -> None:
-        program = shutil.which("redis-server")
-        if program is None:
-            reason = "redis-server is not installed (apt-get install redis-server)"
-            # Where everything has to run, a skipped test is a failed one.
-            pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
         self._directory = tempfile.TemporaryDirectory(prefix="notifyd-redis-")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -34,8 +27,19 @@ class RedisServer:
         self.socket = Path(self._directory.name) / "redis.sock"
         durable = ("--appendonly", "yes", "--appendfsync", "always") if append_only else ("--appendonly", "no")
         self._command = (
-            *(program, "--port", str(self.port), "--bind", "127.0.0.1", "--unixsocket", str(self.socket)),
-            *("--dir", self._directory.name, "--save", "", "--loglevel", "warning", *durable, *flags),
+            *(program("redis-server"), "--port", str(self.port), "--bind", "127.0.0.1"),
+            *(
+                "--unixsocket",
+                str(self.socket),
+                "--dir",
+                self._directory.name,
+                "--save",
+                "",
+                "--loglevel",
+                "warning",
+                *durable,
+                *flags,
+            ),
         )
         self.start()
 

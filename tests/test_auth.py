@@ -16,9 +16,9 @@ import pytest
 from conftest import StartServer
 from credentials import SECRET, bearer, part, token, unsigned
 from expected import TIME, Like, Record, http_error, notification, parse, welcome, ws_error
-from processes import ROOT, Server, environment, eventually, free_port, notifyd_command
+from processes import QUIET, ROOT, Server, call, environment, eventually, free_port
 from test_embedding import granian, host, hypercorn, uvicorn
-from ws_clients import PATIENCE, Client
+from ws_clients import Client
 
 from guard_auth import KeysAndTokens, backend_of
 from guard_tokens import MAX_TOKEN_BYTES
@@ -36,8 +36,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(f"# for people\n\nops:{OTHER_KEY}\n")
     file.chmod(0o600)
-    silence = ("--notification-interval", "0", "--ping-interval", "0")
-    server = Server.notifyd("--api-key", f"ci:{KEY}", "--api-key-file", str(file), *silence)
+    server = Server.notifyd("--api-key", f"ci:{KEY}", "--api-key-file", str(file), *QUIET)
     yield server
     server.stop()
 
@@ -46,7 +45,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def signed() -> Iterator[Server]:
     """A server with tokens and a key, which logs all that it can."""
     server = Server.notifyd(
-        *("--api-key", f"ci:{KEY}", "--notification-interval", "0", "--ping-interval", "0", "--debug"),
+        *("--api-key", f"ci:{KEY}", "--debug", *QUIET),
         variables={"NOTIFYD_JWT_SECRET": SECRET},
     )
     yield server
@@ -547,20 +546,6 @@ def test_a_hosts_credentials_end_and_are_renewed(guarded: Server) -> None:
 # Settings.
 
 
-def start_up(*flags: str, variables: dict[str, str] | None = None) -> tuple[int, str]:
-    """The exit status and what is printed of a start that fails."""
-    ended = subprocess.run(
-        notifyd_command("--port", "0", *flags),
-        env=environment(variables),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
-    return ended.returncode, ended.stderr + ended.stdout
-
-
 MISTAKES = [
     (["--api-key", "hush"], "--api-key: expected NAME:SECRET"),
     (["--api-key", "ci:"], "--api-key: expected NAME:SECRET"),
@@ -589,26 +574,26 @@ MISTAKES = [
 @pytest.mark.parametrize(("flags", "line"), MISTAKES)
 def test_a_mistake_is_one_line_without_the_secret(flags: list[str], line: str) -> None:
     """It names the setting, and exits with 2."""
-    status, printed = start_up(*flags)
-    assert (status, printed.count("\n")) == (2, 1), printed
-    assert line in printed
-    assert "hush" not in printed
+    ended = call("--port", "0", *flags)
+    assert ended.in_one_line == (2, 1)
+    assert line in ended.stderr
+    assert "hush" not in str(ended)
 
 
 @pytest.mark.parametrize("variable", ["NOTIFYD_API_KEY", "NOTIFYD_JWT_SECRET"])
 def test_a_mistake_in_a_variable_is_not_shown_either(variable: str) -> None:
     """Only its name is."""
-    status, printed = start_up(variables={variable: "hush"})
-    assert (status, printed.count("\n")) == (2, 1)
-    assert variable in printed
-    assert "hush" not in printed
+    ended = call(variables={variable: "hush"})
+    assert ended.in_one_line == (2, 1)
+    assert variable in ended.stderr
+    assert "hush" not in str(ended)
 
 
 def test_help_shows_no_secret() -> None:
     """Nor does what is printed of Settings."""
     variables = {"NOTIFYD_API_KEY": "ci:hush", "NOTIFYD_JWT_SECRET": "hush" * 8}
-    status, printed = start_up("--help", variables=variables)
-    assert (status, "--api-key" in printed, "hush" in printed) == (0, True, False)
+    ended = call("--help", variables=variables)
+    assert (ended.status, "--api-key" in ended.stdout, "hush" in str(ended)) == (0, True, False)
     with pytest.raises(SettingsError, match=r"^api_key: expected a list$"):
         Settings(api_key="ci:hush")  # type: ignore[arg-type]
     assert "hush" not in repr(Settings(api_key=("ci:hush",), jwt_secret="hush" * 8))
@@ -619,8 +604,8 @@ def test_a_bad_line_in_the_file_is_named(tmp_path: Path, content: str, complaint
     """And not shown."""
     path = tmp_path / "keys"
     path.write_text(content)
-    status, printed = start_up("--api-key-file", str(path))
-    assert (status, printed) == (2, f"notifyd: --api-key-file: {path}, {complaint}: expected NAME:SECRET\n")
+    said = f"notifyd: --api-key-file: {path}, {complaint}: expected NAME:SECRET\n"
+    assert call("--api-key-file", str(path)) == (2, "", said)
 
 
 @pytest.mark.parametrize("text", ["#\r\n\r\nci:one\r\n", "\ufeffci:one\n", "\ufeff# é\nci:one", "\tci:one \n\f\n"])
@@ -652,8 +637,8 @@ def test_two_keys_of_one_name_are_a_mistake(tmp_path: Path) -> None:
     """Also where one is in the file."""
     path = tmp_path / "keys"
     path.write_text("ci:one\n")
-    status, printed = start_up("--api-key", "ci:two", "--api-key-file", str(path))
-    assert (status, printed) == (2, f"notifyd: --api-key-file: {path}, line 1: there are two keys called ci\n")
+    said = f"notifyd: --api-key-file: {path}, line 1: there are two keys called ci\n"
+    assert call("--api-key", "ci:two", "--api-key-file", str(path)) == (2, "", said)
 
 
 @pytest.mark.parametrize(("mode", "warnings"), [(0o600, 0), (0o640, 1), (0o604, 1)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 import orjson
 import pytest
 import yaml
-from processes import ROOT, Server, free_port
+from processes import ROOT, Server, free_port, program
 from redis_server import RedisServer
 
 from settings import Settings, from_environ
@@ -27,14 +26,6 @@ COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 NODES = ("node-1", "node-2")
 # Beside shutdown_timeout: the last closes, and the requests under way.
 SPARE_SECONDS = 20
-
-
-def program(name: str) -> str:
-    """Return the path of a linter, or skip the test; where everything has to run, that is a failure."""
-    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if found is None:
-        pytest.fail(f"needs {name}") if os.environ.get("CI") == "true" else pytest.skip(f"needs {name}")
-    return found
 
 
 def lint(*command: str | Path) -> None:

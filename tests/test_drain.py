@@ -15,7 +15,7 @@ import httpx
 import pytest
 from conftest import StartServer
 from expected import COUNT, PONG, SHUTDOWN, SYSTEM, TIME, http_error, naming, parse
-from processes import Server, eventually, workers
+from processes import Server, eventually, worker_count
 from websockets.exceptions import InvalidStatus
 from ws_clients import Client
 
@@ -104,7 +104,7 @@ def test_health_answers_503_with_the_documented_body(draining: tuple[Server, Cli
             "message": "WebSocket Notification Server is shutting down",
             "timestamp": TIME,
             "connections": {"active": 1, "total": COUNT, "max_allowed": 1000},
-            "server_info": {"version": "0.1.0", "workers": workers(), "notification_interval": 0},
+            "server_info": {"version": "0.1.0", "workers": worker_count(), "notification_interval": 0},
         },
     )
 

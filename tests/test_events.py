@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import time
 from http.client import HTTPResponse, IncompleteRead
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -15,10 +14,8 @@ import httpx
 import pytest
 from conftest import StartServer
 from expected import CLIENT_ID, SHUTDOWN, SYSTEM, TIME, http_error, naming, parse, welcome
-from processes import Server, eventually
+from processes import Server, eventually, needs_proc
 from ws_clients import PATIENCE
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
 
 class Event(NamedTuple):

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import queue
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ import httpx
 import jwt
 import pytest
 from conftest import StartServer
-from processes import ROOT, Server, environment, eventually, free_port
+from processes import ROOT, Server, environment, eventually, free_port, program
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 from websockets.sync.server import ServerConnection, serve
@@ -33,16 +32,6 @@ from ws_clients import PATIENCE
 
 EXAMPLES = ROOT / "examples"
 NO_PROXY = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-
-
-def require_tool(*names: str) -> str:
-    """Return the path of the first of these that is installed; without any, skip, or fail where CI=true."""
-    for name in names:
-        if path := shutil.which(name):
-            return path
-    if os.environ.get("CI") == "true":
-        pytest.fail(f"{names[0]} is not installed, and in CI it has to be")
-    pytest.skip(f"{names[0]} is not installed")
 
 
 def load(name: str) -> ModuleType:
@@ -203,7 +192,7 @@ def site() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    browser = Browser(require_tool("chromium", "chromium-browser", "google-chrome"), tmp_path_factory.mktemp("profile"))
+    browser = Browser(program("chromium", "chromium-browser", "google-chrome"), tmp_path_factory.mktemp("profile"))
     yield browser
     browser.stop()
 
@@ -211,7 +200,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def node() -> list[str]:
     """The command that runs node with a WebSocket."""
-    command = require_tool("node")
+    command = program("node")
     found = subprocess.run([command, "-p", "typeof WebSocket"], capture_output=True, text=True, check=True)
     return [command] if found.stdout.strip() == "function" else [command, "--experimental-websocket"]
 

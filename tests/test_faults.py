@@ -11,7 +11,6 @@ import asyncio
 import os
 import resource
 import secrets
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -28,7 +27,7 @@ import httpx
 import pytest
 from conftest import StartServer
 from expected import parse
-from processes import Server, eventually
+from processes import Server, eventually, program, serving
 from redis_server import RedisServer
 from websockets.asyncio.client import connect
 from websockets.exceptions import WebSocketException
@@ -261,11 +260,6 @@ def health(server: Server) -> tuple[int, str]:
     return response.status_code, response.json()["status"]
 
 
-def workers(server: Server) -> list[int]:
-    """Return the process ids of the workers, the oldest first."""
-    return [int(pid) for pid in Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()]
-
-
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "log.db"
@@ -305,7 +299,7 @@ def test_a_worker_is_killed(start_server: StartServer, which: int) -> None:
     server = start_server("--workers", "3", *HISTORY, "--notification-interval", "0.2", quiet=False)
     with Traffic(server) as traffic:
         eventually(lambda: all(listener.test_counters for listener in traffic.listeners))
-        os.kill(workers(server)[which], SIGKILL)
+        os.kill(serving(server)[which], SIGKILL)
         last = max(traffic.listeners[0].test_counters)
         eventually(lambda: all(max(one.test_counters) > last + 2 for one in traffic.listeners), FREE_SECONDS)
         traffic.is_whole()
@@ -517,13 +511,9 @@ int gettimeofday(struct timeval *restrict now, void *restrict zone) {
 @pytest.fixture
 def put_clock_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Give every process that is started from now on a clock that can be put back by an hour while it runs."""
-    if shutil.which("gcc") is None:
-        reason = "gcc is not installed"
-        # Where everything has to run, a skipped test is a failed one.
-        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
     source, library, flag = (tmp_path / name for name in ("clock.c", "clock.so", "flag"))
     source.write_text(CLOCK)
-    subprocess.run(["gcc", "-shared", "-fPIC", f'-DFLAG="{flag}"', "-o", library, source, "-ldl"], check=True)
+    subprocess.run([program("gcc"), "-shared", "-fPIC", f'-DFLAG="{flag}"', "-o", library, source, "-ldl"], check=True)
     monkeypatch.setenv("LD_PRELOAD", str(library))
     return flag.touch
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 from conftest import StartServer
 from expected import COUNT, TIME
-from processes import Server, eventually, workers
+from processes import Server, eventually, worker_count
 
 
 def test_the_answer_has_the_documented_fields_in_their_order(server: Server) -> None:
@@ -16,7 +16,7 @@ def test_the_answer_has_the_documented_fields_in_their_order(server: Server) -> 
         "message": "WebSocket Notification Server is running",
         "timestamp": TIME,
         "connections": {"active": 0, "total": COUNT, "max_allowed": 1000},
-        "server_info": {"version": "0.1.0", "workers": workers(), "notification_interval": 0},
+        "server_info": {"version": "0.1.0", "workers": worker_count(), "notification_interval": 0},
     }
 
 

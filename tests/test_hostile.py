@@ -6,27 +6,23 @@ import random
 import resource
 import socket
 import struct
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 from bytes import HANDSHAKE, MEGABYTE, handshake, masked, push
 from conftest import StartServer
 from expected import PONG, Like, http_error, naming, parse, ws_error
-from processes import Server, eventually, notifyd_command
+from processes import QUIET, Server, eventually, needs_proc
 from test_events import Stream
 from websockets.frames import Opcode
 from ws_clients import BareClient
 
 PUBLISH = b"POST /notify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-LENIENT = "import sys, clients, notifyd; clients.MESSAGE_BURST = 1e9; sys.exit(notifyd.main())"
-needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
 
 @pytest.fixture
@@ -146,8 +142,7 @@ def test_a_flood_without_reading_takes_no_memory(server: Server, opcode: Opcode)
 @pytest.fixture
 def lenient() -> Iterator[Server]:
     """A server that lets a client send as many messages as it likes."""
-    _, _, *flags = notifyd_command("--port", "0", "--notification-interval", "0", "--ping-interval", "0")
-    server = Server([sys.executable, "-c", LENIENT, *flags])
+    server = Server.notifyd(*QUIET, constants={"clients.MESSAGE_BURST": 1e9})
     yield server
     server.stop()
 

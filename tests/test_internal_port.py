@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 from conftest import StartServer
-from processes import Server, free_port
-from test_settings import run, said_in_one_line
+from processes import QUIET, Server, call, free_port, run
 from ws_clients import PATIENCE
 
 from notifyd import App, create_app
@@ -34,8 +33,7 @@ class Inside:
 def inside(request: pytest.FixtureRequest) -> Iterator[Inside]:
     """A server with an internal port, of one process and of two."""
     port = free_port()
-    silence = ("--notification-interval", "0", "--ping-interval", "0")
-    server = Server.notifyd(*silence, "--workers", request.param, "--internal-port", str(port))
+    server = Server.notifyd(*QUIET, "--workers", request.param, "--internal-port", str(port))
     yield Inside(server, port)
     server.stop()
 
@@ -101,19 +99,16 @@ def test_it_listens_where_internal_host_says(start_server: StartServer) -> None:
 def test_an_internal_port_that_is_taken_is_one_line(inside: Inside) -> None:
     """As for the public port: it names the address, with status 1."""
     port = inside.url.rpartition(":")[2]
-    assert said_in_one_line(run("--port", "0", "--internal-port", port)) == (
-        1,
-        1,
-        f"notifyd: cannot listen on 127.0.0.1:{port}: Address already in use\n",
-    )
+    said = f"notifyd: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+    assert run("--port", "0", "--internal-port", port) == (1, "", said)
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_one_port_cannot_be_both(workers: str) -> None:
     """Sockets that share it would answer by chance."""
     port = str(free_port())
-    ended = run("--port", port, "--internal-port", port, "--workers", workers)
-    assert said_in_one_line(ended)[:2] == (2, 1)
+    ended = call("--port", port, "--internal-port", port, "--workers", workers)
+    assert ended.in_one_line == (2, 1)
     assert "--internal-port" in ended.stderr
 
 

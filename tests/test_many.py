@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 from bytes import handshake, read_until
 from expected import PONG, SHUTDOWN, SYSTEM, parse
-from processes import Server, eventually, free_port
+from processes import Server, connected, eventually, free_port, serving
 from redis_server import RedisServer
 from ws_clients import PATIENCE, Client, claims
 
@@ -32,8 +32,6 @@ LIMIT = 30
 KINDS = ["workers", "sqlite", "redis"]
 # uvicorn closes an HTTP connection that was idle for 5 s.
 IDLE_SECONDS = 2.0
-# A connection is known by the socket that its process did not have before.
-ONE_AT_A_TIME = threading.Lock()
 
 
 class Response(NamedTuple):
@@ -107,43 +105,12 @@ class Place:
         return int(parse(response.body)["recipients"])
 
 
-def processes(server: Server) -> list[int]:
-    """Return the ids of the processes that serve."""
-    children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
-    return [int(pid) for pid in children] or [server.pid]
-
-
-def sockets(pid: int) -> set[str]:
-    """Return what identifies the open sockets of a process."""
-    names = set()
-    with suppress(FileNotFoundError):
-        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            with suppress(FileNotFoundError):
-                names.add(str(descriptor.readlink()))
-    return {name for name in names if name.startswith("socket:")}
-
-
-def connected(server: Server) -> tuple[socket, int]:
-    """Open a TCP connection; return it, and which process has accepted it."""
-    deadline = time.monotonic() + PATIENCE
-    with ONE_AT_A_TIME:
-        while time.monotonic() < deadline:
-            before = {pid: sockets(pid) for pid in processes(server)}
-            connection = server.raw(b"")
-            # Where a process is replaced meanwhile, its successor may have taken it: start afresh.
-            while processes(server) == list(before) and time.monotonic() < deadline:
-                if owners := [pid for pid in before if sockets(pid) - before[pid]]:
-                    return connection, owners[0]
-            connection.close()
-    raise AssertionError("nobody accepts")
-
-
 class Many:
     """A few processes on one store."""
 
     def __init__(self, servers: list[Server]) -> None:
         self.servers = servers
-        self.places = [Place(server, pid) for server in servers for pid in processes(server)]
+        self.places = [Place(server, pid) for server in servers for pid in serving(server)]
 
     def one_by_one(self, number: int) -> list[Place]:
         """Return so many places, each in its turn."""

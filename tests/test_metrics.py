@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import StartServer
 from expected import COUNT, SECONDS, TIME
-from processes import Server, workers
+from processes import Server, worker_count
 
 # The reference, to the letter, with every number left open.
 DOCUMENTED = """\
@@ -57,7 +57,7 @@ def test_the_answer_has_the_documented_fields_in_their_order(server: Server) -> 
             "uptime_seconds": SECONDS,
         },
         "notification_service": {"is_running": True, "notification_interval": 0, "start_time": TIME},
-        "server": {"version": "0.1.0", "workers": workers(), "max_connections": 1000, "debug_mode": False},
+        "server": {"version": "0.1.0", "workers": worker_count(), "max_connections": 1000, "debug_mode": False},
         "timestamp": TIME,
     }
 

@@ -7,7 +7,6 @@ import itertools
 import os
 import re
 import resource
-import shutil
 import socket
 import ssl
 import subprocess
@@ -22,7 +21,7 @@ import pytest
 from bytes import HANDSHAKE
 from conftest import StartServer
 from expected import http_error, parse
-from processes import ROOT, Server, eventually, free_port
+from processes import ROOT, Server, eventually, free_port, program
 from ws_clients import PATIENCE, Client
 
 from guard import HANDSHAKES, REQUESTS
@@ -32,15 +31,6 @@ from store import Rate
 CONF = (ROOT / "deploy" / "nginx.conf").read_text()
 SECRET = "sesame-open"
 ADDRESSES = itertools.count(1)
-
-
-def program(name: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        reason = f"{name} is not installed (apt-get install nginx-light openssl)"
-        # Where everything has to run, a skipped test is a failed one.
-        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
-    return found
 
 
 class Nginx:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from conftest import StartServer
 from expected import http_error, parse
-from processes import Server, eventually
+from processes import QUIET, Server, eventually
 from websockets.exceptions import InvalidStatus
 
 from guard import Proxies
@@ -26,7 +26,7 @@ APP = "https://app.example"
 @pytest.fixture(scope="module")
 def _limited() -> Iterator[Server]:
     server = Server.notifyd(
-        *("--notification-interval", "0", "--ping-interval", "0", "--allow-origin", APP),
+        *(*QUIET, "--allow-origin", APP),
         *("--rate-limit", "--trusted-proxies", "127.0.0.1"),
     )
     yield server

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from conftest import StartServer
 from expected import PONG, welcome
-from processes import ROOT, Server, environment, eventually, notifyd_command
+from processes import ROOT, Server, call, environment, eventually, notifyd_command, run
 
 from server import bind
 from settings import Settings, SettingsError
@@ -70,24 +70,11 @@ def variable(name: str) -> str:
     return "NOTIFYD_" + name.upper()
 
 
-def run(*flags: str, variables: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run notifyd, which must end by itself."""
-    command = notifyd_command(*flags)
-    return subprocess.run(
-        command, cwd=ROOT, env=environment(variables), capture_output=True, text=True, timeout=10, check=False
-    )
-
-
-def said_in_one_line(ended: subprocess.CompletedProcess[str]) -> tuple[int, int, str]:
-    """Status, number of lines on stderr, and what was said there and on stdout."""
-    return ended.returncode, len(ended.stderr.splitlines()), ended.stderr + ended.stdout
-
-
 @pytest.fixture(scope="module")
 def shown() -> str:
     """What --help prints."""
-    ended = run("--help")
-    assert ended.returncode == 0
+    ended = call("--help")
+    assert ended.status == 0
     return ended.stdout
 
 
@@ -112,9 +99,16 @@ def test_help_mentions_the_variables(shown: str) -> None:
 @pytest.mark.parametrize(("name", "value"), BAD)
 def test_a_bad_flag_stops_the_start_with_one_line(name: str, value: str) -> None:
     """The line names the setting, and the exit status is 2."""
-    status, lines, text = said_in_one_line(run(f"{flag(name)}={value}"))
-    assert (status, lines) == (2, 1), text
-    assert re.search(name.replace("_", "[-_]"), text, re.IGNORECASE)
+    ended = call(f"{flag(name)}={value}")
+    assert ended.in_one_line == (2, 1)
+    assert re.search(name.replace("_", "[-_]"), ended.stderr, re.IGNORECASE)
+
+
+def test_a_mistake_ends_the_process_with_its_status() -> None:
+    """The status and the line of main() are those of the process."""
+    ended = run("--port=http")
+    assert ended.in_one_line == (2, 1)
+    assert "--port" in ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -131,7 +125,7 @@ def test_a_bad_flag_stops_the_start_with_one_line(name: str, value: str) -> None
 )
 def test_a_mistake_is_told_in_plain_words(flags: str, line: str) -> None:
     """What may stand there, and what did, as it was given."""
-    assert said_in_one_line(run(flags)) == (2, 1, f"notifyd: {line}\n")
+    assert call(flags) == (2, "", f"notifyd: {line}\n")
 
 
 @pytest.mark.parametrize(
@@ -140,24 +134,24 @@ def test_a_mistake_is_told_in_plain_words(flags: str, line: str) -> None:
 )
 def test_a_bad_variable_stops_the_start_with_one_line(name: str, value: str) -> None:
     """A variable is checked like a flag."""
-    status, lines, text = said_in_one_line(run(variables={variable(name): value}))
-    assert (status, lines) == (2, 1), text
-    assert re.search(name.replace("_", "[-_]"), text, re.IGNORECASE)
+    ended = call(variables={variable(name): value})
+    assert ended.in_one_line == (2, 1)
+    assert re.search(name.replace("_", "[-_]"), ended.stderr, re.IGNORECASE)
 
 
 @pytest.mark.parametrize("flags", [["--no-such-flag"], ["--max-connection", "5"], ["serve"], ["--port"]])
 def test_an_unknown_flag_stops_the_start_with_one_line(flags: list[str]) -> None:
     """Unknown, abbreviated, superfluous and incomplete flags are told by name, with status 2."""
-    status, lines, text = said_in_one_line(run(*flags))
-    assert (status, lines) == (2, 1), text
-    assert flags[0] in text
+    ended = call(*flags)
+    assert ended.in_one_line == (2, 1)
+    assert flags[0] in ended.stderr
 
 
 def test_a_port_in_use_stops_the_start_with_one_line(server: Server) -> None:
     """The line names the port, and the exit status is 1."""
-    status, lines, text = said_in_one_line(run("--port", str(server.port)))
-    assert (status, lines) == (1, 1), text
-    assert str(server.port) in text
+    ended = run("--port", str(server.port))
+    assert ended.in_one_line == (1, 1)
+    assert str(server.port) in ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -167,18 +161,18 @@ def test_a_port_in_use_stops_the_start_with_one_line(server: Server) -> None:
 )
 def test_a_host_that_is_not_ours_stops_the_start_with_one_line(host: str) -> None:
     """Where nobody can listen, the line names it, and the exit status is 1."""
-    status, lines, text = said_in_one_line(run("--host", host, "--port", "0"))
-    assert (status, lines) == (1, 1), text
-    assert host in text
+    ended = run("--host", host, "--port", "0")
+    assert ended.in_one_line == (1, 1)
+    assert host in ended.stderr
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("store", ["sqlite:/nonexistent/log.db", "sqlite:/", "redis://:secret@host:port"])
 def test_a_store_that_cannot_be_used_stops_the_start_with_one_line(store: str, workers: str) -> None:
     """Without a warning before it, and without the password; the exit status is 2."""
-    status, lines, text = said_in_one_line(run("--store", store, "--workers", workers, "--port", "0"))
-    assert (status, lines) == (2, 1), text
-    assert "store" in text and "secret" not in text
+    ended = run("--store", store, "--workers", workers, "--port", "0")
+    assert ended.in_one_line == (2, 1)
+    assert "store" in ended.stderr and "secret" not in ended.stderr
 
 
 @pytest.mark.parametrize(

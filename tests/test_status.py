@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import StartServer
 from expected import CLIENT_ID, COUNT, SECONDS, TIME, http_error, naming, parse
-from processes import Server, eventually, workers
+from processes import Server, eventually, worker_count
 from virtual import FakeConnection
 
 import slices as turns
@@ -46,7 +46,7 @@ def test_the_answer_has_the_documented_fields_in_their_order(server: Server) -> 
         "configuration": {
             "host": "127.0.0.1",
             "port": COUNT,
-            "workers": workers(),
+            "workers": worker_count(),
             "debug": False,
             "log_level": "INFO",
         },

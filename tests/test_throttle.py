@@ -10,7 +10,7 @@ import httpx
 import pytest
 from conftest import StartServer
 from expected import http_error, naming, parse
-from processes import Server, workers
+from processes import Server, worker_count
 from test_embedding import CARRIERS, host
 from websockets.exceptions import InvalidStatus
 
@@ -124,7 +124,7 @@ def test_who_is_refused_is_logged_once(start_server: StartServer) -> None:
     server.wait_for_line("Shutting down")
     lines = [line.partition("WARNING ")[2] for line in server.stderr if "WARNING" in line]
     assert set(lines) == {"The address 203.0.113.9 sends too many requests and is refused"}
-    assert len(lines) <= workers()
+    assert len(lines) <= worker_count()
 
 
 # The settings.

@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 from conftest import StartServer
 from expected import parse
-from processes import Server, eventually, free_port, notifyd_command
-from test_settings import run, said_in_one_line
+from processes import QUIET, Server, call, eventually, free_port, notifyd_command
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed
@@ -27,12 +26,6 @@ from ws_clients import PATIENCE
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
 
-# A server whose patience is a matter of fractions of seconds.
-IMPATIENT = """
-import sys, notifyd, server
-server.REQUEST_SECONDS = 0.5
-sys.exit(notifyd.main())
-"""
 # A server that gets a SIGHUP between reading its certificate and listening.
 EARLY = """
 import signal, sys, notifyd, server
@@ -81,7 +74,7 @@ def other(tmp_path: Path) -> Pair:
 )
 def secure(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with TLS."""
-    flags = ["--notification-interval", "0", "--ping-interval", "0", *request.param.split()]
+    flags = [*QUIET, *request.param.split()]
     server = Server.notifyd(*flags, *Pair(tmp_path_factory.mktemp("tls"), "localhost").flags)
     yield server
     server.stop()
@@ -175,17 +168,12 @@ def test_a_client_cannot_renegotiate(secure: Server) -> None:
     assert "RENEGOTIATING" in said.stdout + said.stderr and "no renegotiation" in said.stderr
 
 
-def test_a_silent_peer_is_dropped_after_the_deadline_of_a_request(pair: Pair) -> None:
+def test_a_silent_peer_is_dropped_after_the_deadline_of_a_request(start_server: StartServer, pair: Pair) -> None:
     """Before its handshake there is no request, and uvicorn would wait for a minute."""
-    _, _, *flags = notifyd_command("--port", "0", "--notification-interval", "0", *pair.flags)
-    server = Server([sys.executable, "-c", IMPATIENT, *flags])
-    try:
-        silent = server.raw(b"")
-        silent.settimeout(PATIENCE)
-        with suppress(ConnectionResetError):
-            assert silent.recv(1) == b""
-    finally:
-        server.stop()
+    silent = start_server(*pair.flags, constants={"wire_http.REQUEST_SECONDS": 0.5}).raw(b"")
+    silent.settimeout(PATIENCE)
+    with suppress(ConnectionResetError):
+        assert silent.recv(1) == b""
 
 
 @pytest.mark.parametrize("flags", [[], ["--workers", "2"]])
@@ -328,8 +316,8 @@ def at(shelf: Path, flags: list[str]) -> list[str]:
 def test_a_mistake_stops_the_start_with_one_line(shelf: Path, mistake: str, workers: str) -> None:
     """It names the flag; the status is 2. Nobody is asked for a password."""
     flags, said = MISTAKES[mistake]
-    ended = run("--port", "0", "--workers", workers, *at(shelf, flags))
-    assert said_in_one_line(ended)[:2] == (2, 1)
+    ended = call("--port", "0", "--workers", workers, *at(shelf, flags))
+    assert ended.in_one_line == (2, 1)
     assert said in ended.stderr.replace(f"{shelf}/", "").replace(str(shelf), ".")
 
 

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import pytest
 from bytes import HANDSHAKE, KEY, MEGABYTE, handshake, masked, push, read_to_end
 from expected import http_error, naming, parse
-from processes import Server, eventually, free_port
+from processes import Server, eventually, free_port, needs_proc
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -35,7 +35,6 @@ from connection import CLOSE_DEADLINE_SECONDS
 
 # What the kernel holds for a peer that reads nothing, both directions of loopback together.
 KERNEL_BYTES = 16 * MEGABYTE
-needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
 
 

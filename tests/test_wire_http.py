@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 from bytes import HANDSHAKE, handshake, masked, read_until
-from processes import Server, eventually, notifyd_command
+from processes import QUIET, Server, eventually, needs_proc
 from websockets.frames import Opcode
 from ws_clients import PATIENCE
 
@@ -20,20 +18,12 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 LAST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 EVENTS = b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HALF_A_POST = b"POST /notify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{"
-needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-# A server whose patience is a matter of fractions of seconds.
-IMPATIENT = """
-import sys, wire_http, notifyd
-wire_http.REQUEST_SECONDS, wire_http.STALLED_SECONDS = 0.5, 0.5
-sys.exit(notifyd.main())
-"""
 
 
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[Server]:
     """A server that waits half a second for a request, or for its answer to be taken."""
-    _, _, *flags = notifyd_command("--port", "0", "--notification-interval", "0", "--ping-interval", "0")
-    server = Server([sys.executable, "-c", IMPATIENT, *flags])
+    server = Server.notifyd(*QUIET, constants={"wire_http.REQUEST_SECONDS": 0.5, "wire_http.STALLED_SECONDS": 0.5})
     yield server
     server.stop()
 

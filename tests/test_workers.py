@@ -17,47 +17,28 @@ from signal import SIGCONT, SIGINT, SIGKILL, SIGSTOP, SIGTERM
 import pytest
 from conftest import StartServer
 from expected import PONG, SHUTDOWN, SYSTEM
-from processes import ROOT, Server, environment, eventually, notifyd_command
+from processes import (
+    QUIET,
+    ROOT,
+    Server,
+    environment,
+    eventually,
+    listens,
+    needs_proc,
+    notifyd_command,
+    run,
+    runs,
+    sockets,
+    workers,
+)
 from websockets.exceptions import ConnectionClosed
 from ws_clients import Client
 
 from server_workers import VARIABLE
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+pytestmark = needs_proc
 
 GONE = (1001, "Server shutting down")
-
-
-def workers(server: Server) -> set[int]:
-    """Return the process ids of the server's workers."""
-    with suppress(ProcessLookupError, FileNotFoundError):
-        return {int(pid) for pid in Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()}
-    return set()
-
-
-def sockets(pid: int) -> set[str]:
-    """Return what identifies the open sockets of a process."""
-    names = set()
-    with suppress(FileNotFoundError):
-        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            with suppress(FileNotFoundError):
-                names.add(str(descriptor.readlink()))
-    return {name for name in names if name.startswith("socket:")}
-
-
-def runs(pid: int) -> bool:
-    """Whether the process is there, and not only its exit status for a parent that is slow to ask for it."""
-    with suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
-def listens(pid: int, port: int) -> bool:
-    """Whether the process listens on the port of 127.0.0.1."""
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
-    return any(
-        f"socket:[{row[9]}]" in sockets(pid) for row in rows if row[1] == f"0100007F:{port:04X}" and row[3] == "0A"
-    )
 
 
 def join_each_worker(server: Server) -> list[Client]:
@@ -76,7 +57,7 @@ def join_each_worker(server: Server) -> list[Client]:
 @pytest.fixture(scope="module")
 def healthy() -> Iterator[Server]:
     """A server with two workers, to which nothing happens."""
-    server = Server.notifyd("--workers", "2", "--notification-interval", "0", "--ping-interval", "0")
+    server = Server.notifyd("--workers", "2", *QUIET)
     yield server
     server.stop()
 
@@ -85,15 +66,6 @@ def healthy() -> Iterator[Server]:
 def server(start_server: StartServer) -> Server:
     """A server with two workers."""
     return start_server("--workers", "2")
-
-
-def run(*flags: str, **variables: str) -> tuple[int, list[str]]:
-    """Run notifyd, which must end by itself; return its status and what it said."""
-    command = notifyd_command("--port", "0", "--workers", "2", *flags)
-    ended = subprocess.run(
-        command, cwd=ROOT, env=environment(variables), capture_output=True, text=True, timeout=20, check=False
-    )
-    return ended.returncode, ended.stderr.splitlines()
 
 
 # The start.
@@ -133,16 +105,16 @@ def test_the_limit_of_open_files_is_raised_in_each_and_warned_about_once() -> No
 
 def test_a_port_in_use_stops_the_start_with_one_line(healthy: Server) -> None:
     """The parent finds it out before there is any worker."""
-    status, lines = run("--port", str(healthy.port))
-    assert (status, len(lines)) == (1, 1)
-    assert str(healthy.port) in lines[0]
+    ended = run("--workers", "2", "--port", str(healthy.port))
+    assert ended.in_one_line == (1, 1)
+    assert str(healthy.port) in ended.stderr
 
 
 def test_a_store_for_one_process_is_refused() -> None:
     """Workers with a memory each would be islands: one line names the setting, and the status is 2."""
-    status, lines = run("--store", "memory")
-    assert (status, len(lines)) == (2, 1)
-    assert "--store" in lines[0]
+    ended = run("--port", "0", "--workers", "2", "--store", "memory")
+    assert ended.in_one_line == (2, 1)
+    assert "--store" in ended.stderr
 
 
 def test_no_place_for_a_temporary_log_is_one_line() -> None:
@@ -150,11 +122,11 @@ def test_no_place_for_a_temporary_log_is_one_line() -> None:
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
     try:
-        status, lines = run()
+        ended = run("--port", "0", "--workers", "2")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert (status, len(lines)) == (2, 1)
-    assert "--store" in lines[0]
+    assert ended.in_one_line == (2, 1)
+    assert "--store" in ended.stderr
 
 
 @pytest.mark.parametrize("good", [0, 1])
@@ -168,9 +140,9 @@ def test_a_worker_that_fails_at_the_start_stops_the_start(tmp_path: Path, good: 
         f"        if count.tell() > {good}:\n"
         "            print('notifyd: on purpose', file=sys.stderr, flush=True); os._exit(3)\n"
     )
-    status, lines = run(PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
-    assert status == 3
-    assert [line for line in lines if "INFO" not in line] == ["notifyd: on purpose"]
+    ended = run("--port", "0", "--workers", "2", variables={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    assert ended.status == 3
+    assert [line for line in ended.stderr.splitlines() if "INFO" not in line] == ["notifyd: on purpose"]
 
 
 def test_a_worker_that_is_killed_at_the_start_stops_the_start(tmp_path: Path) -> None:
@@ -178,9 +150,9 @@ def test_a_worker_that_is_killed_at_the_start_stops_the_start(tmp_path: Path) ->
     (tmp_path / "sitecustomize.py").write_text(
         f"import os\nif {VARIABLE!r} in os.environ:\n    os.kill(os.getpid(), 9)\n"
     )
-    status, lines = run(PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
-    assert (status, len(lines)) == (128 + SIGKILL, 1)
-    assert "A worker ended with status 137" in lines[0]
+    ended = run("--port", "0", "--workers", "2", variables={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    assert ended.in_one_line == (128 + SIGKILL, 1)
+    assert "A worker ended with status 137" in ended.stderr
 
 
 @pytest.mark.parametrize("number", [SIGINT, SIGTERM])
@@ -341,8 +313,7 @@ def test_a_signal_to_the_whole_group_counts_once(server: Server, number: int) ->
 
 def test_a_worker_that_hangs_is_replaced(start_server: StartServer, tmp_path: Path) -> None:
     """Newcomers that the kernel deals out to it would wait for ever."""
-    (tmp_path / "sitecustomize.py").write_text("import server_workers\nserver_workers.SILENCE_SECONDS = 1.5\n")
-    server = start_server("--workers", "2", variables={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    server = start_server("--workers", "2", constants={"server_workers.SILENCE_SECONDS": 1.5})
     hanging = min(workers(server))
     os.kill(hanging, SIGSTOP)
     server.wait_for_line(f"Worker {hanging} hangs and is killed")
@@ -352,8 +323,7 @@ def test_a_worker_that_hangs_is_replaced(start_server: StartServer, tmp_path: Pa
 
 def test_a_pause_of_all_is_no_reason_to_replace_anybody(start_server: StartServer, tmp_path: Path) -> None:
     """As when a container is frozen for a while."""
-    (tmp_path / "sitecustomize.py").write_text("import server_workers\nserver_workers.SILENCE_SECONDS = 1.5\n")
-    server = start_server("--workers", "2", variables={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    server = start_server("--workers", "2", constants={"server_workers.SILENCE_SECONDS": 1.5})
     before = workers(server)
     os.killpg(server.pid, SIGSTOP)
     time.sleep(4)
@@ -364,8 +334,7 @@ def test_a_pause_of_all_is_no_reason_to_replace_anybody(start_server: StartServe
 
 def test_a_worker_that_hangs_is_killed_in_the_end(start_server: StartServer, tmp_path: Path) -> None:
     """After a second signal nothing keeps the server from ending; the status says that something was wrong."""
-    (tmp_path / "sitecustomize.py").write_text("import server_workers\nserver_workers.KILL_SECONDS = 0.5\n")
-    server = start_server("--workers", "2", variables={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    server = start_server("--workers", "2", constants={"server_workers.KILL_SECONDS": 0.5})
     hanging = min(workers(server))
     os.kill(hanging, SIGSTOP)
     server.signal()
@@ -377,9 +346,8 @@ def test_a_worker_that_hangs_is_killed_in_the_end(start_server: StartServer, tmp
 
 def test_a_drain_ends_also_where_a_worker_hangs(start_server: StartServer, tmp_path: Path) -> None:
     """When the drain should long be over, nobody has to signal again."""
-    (tmp_path / "sitecustomize.py").write_text("import server_workers\nserver_workers.KILL_SECONDS = 0.5\n")
     flags = ("--workers", "2", "--shutdown-timeout", "0.5", "--max-connections", "10")
-    server = start_server(*flags, variables={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    server = start_server(*flags, constants={"server_workers.KILL_SECONDS": 0.5})
     hanging = min(workers(server))
     os.kill(hanging, SIGSTOP)
     server.signal()
@@ -389,9 +357,8 @@ def test_a_drain_ends_also_where_a_worker_hangs(start_server: StartServer, tmp_p
 
 def test_a_worker_that_waits_for_the_store_is_not_killed(start_server: StartServer, tmp_path: Path) -> None:
     """It gives the store its time, at the beginning of the drain and at the end."""
-    (tmp_path / "sitecustomize.py").write_text("import server_workers\nserver_workers.KILL_SECONDS = 3\n")
     flags = ("--workers", "2", "--shutdown-timeout", "0", "--store-timeout", "2.5", "--store", f"sqlite:{tmp_path}/log")
-    server = start_server(*flags, variables={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    server = start_server(*flags, constants={"server_workers.KILL_SECONDS": 3})
     with (tmp_path / "log-lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         server.signal()
