@@ -556,6 +556,49 @@ def test_the_house_map_has_every_file_in_the_order_of_imports() -> None:
     assert not upward
 
 
+def section(page: str, heading: str) -> str:
+    """Return the text under a heading, up to the next one of its rank."""
+    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    assert found, f"no section {heading}"
+    return found[1]
+
+
+def test_the_drawing_of_the_house_has_every_file() -> None:
+    """No file is missing in the drawing, so that it stays the whole house."""
+    drawing = DESIGN.split("```text", 1)[1].split("```", 1)[0]
+    assert {name.removesuffix(".py") for name in MODULES} - set(re.findall(r"\w+", drawing)) == set()
+
+
+def test_the_order_of_reading_has_files_of_the_core_and_their_length() -> None:
+    """Each file of the hour is there, has no prefix but store.py's, and all are about as long as the page says."""
+    text = section(DESIGN, "The core in an hour")
+    order = re.findall(r"^\d+\. `(\w+\.py)`(?: up to `(\w+)`)?", text, re.MULTILINE)
+    assert {file for file, _ in order if re.match(r"guard|store_|wire|server", file)} == set()
+    lines = 0
+    for file, end in order:
+        read, found, _ = MODULES[file].partition(f"\nclass {end}" if end else "\0")
+        assert bool(found) == bool(end), f"{file} has no class {end}"
+        lines += read.count("\n")
+    said = int(re.findall(r"about ([\d,]+) lines", text)[0].replace(",", ""))
+    assert abs(lines - said) < 0.1 * lines, f"the page says {said} lines, there are {lines}"
+
+
+def test_the_core_imports_no_other_part_but_where_the_page_says() -> None:
+    """A file without a prefix knows no wire and no server, and of the guard one value; three files know more."""
+    border = {"guard.py", "guard_auth.py"}
+    imported = {
+        (file, f"{name}.py")
+        for file, text in MODULES.items()
+        if not re.match(r"guard|store|wire|server", file)
+        for name in re.findall(r"^(?:from|import) ((?:guard|store|wire|server)\w*)", text, re.MULTILINE)
+    }
+    strange = {pair for pair in imported if pair[1] not in {"store.py", "guard_identity.py"}}
+    assert {file for file, name in strange if name in border} <= {"notifyd.py", "routes.py", "answers.py"}
+    assert {name for _, name in strange} <= border
+    sentence = section(DESIGN, "The house").replace("\n", " ")
+    assert "`notifyd.py`, `routes.py`, `answers.py`" in sentence
+
+
 def test_the_changelog_begins_with_this_version() -> None:
     """The newest entry but `Unreleased` has the version of the server."""
     newest, *_ = re.findall(r"^## (?!Unreleased)(\S+)", PAGES["CHANGELOG.md"], re.MULTILINE)
