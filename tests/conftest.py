@@ -1,15 +1,20 @@
-"""The servers that the tests talk to, and what must hold for them after every test."""
+"""The servers and stores that the tests talk to, and what must hold for servers after every test."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from expected import Record, order_differs
+from members import SHORT_LEASE, Process, shorten_leases
 from processes import QUIET, Server, use_extra_flags
 from redis_server import RedisServer
+
+from store import LEASE_SECONDS
 
 StartServer = Callable[..., Server]
 
@@ -100,3 +105,63 @@ def start_server() -> Iterator[StartServer]:
     yield start
     for server in servers:
         server.ask_to_stop()
+
+
+# Stores without a server, see members.py.
+
+
+@pytest.fixture(scope="session")
+def common_redis() -> Iterator[Callable[[], RedisServer]]:
+    """Give a Redis, the same for all tests; it is started for the first that asks."""
+    start = functools.cache(RedisServer)
+    yield start
+    if start.cache_info().currsize:
+        start().close()
+
+
+@pytest.fixture
+def redis(common_redis: Callable[[], RedisServer]) -> RedisServer:
+    """That Redis, with nothing in it."""
+    common_redis().empty()
+    return common_redis()
+
+
+def _address(kind: str, tmp_path: Path, common_redis: Callable[[], RedisServer]) -> str:
+    if kind == "redis":
+        common_redis().empty()
+        return common_redis().url
+    return f"sqlite:{tmp_path / 'log.db'}" if kind == "sqlite" else kind
+
+
+@pytest.fixture(params=["memory", "sqlite", "redis"])
+def any_store(request: pytest.FixtureRequest, tmp_path: Path, common_redis: Callable[[], RedisServer]) -> str:
+    """The address of an empty store."""
+    return _address(request.param, tmp_path, common_redis)
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def shared(request: pytest.FixtureRequest, tmp_path: Path, common_redis: Callable[[], RedisServer]) -> str:
+    """The address of an empty store that processes share."""
+    return _address(request.param, tmp_path, common_redis)
+
+
+@pytest.fixture
+def _short_leases() -> Iterator[None]:
+    """Have nodes of this process taken for dead after SHORT_LEASE."""
+    shorten_leases(SHORT_LEASE)
+    yield
+    shorten_leases(LEASE_SECONDS)
+
+
+@pytest.fixture
+def start_process() -> Iterator[Callable[..., Process]]:
+    """Start members in processes of their own."""
+    processes: list[Process] = []
+
+    def start(*arguments: Any) -> Process:
+        processes.append(Process(*arguments))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()

@@ -6,13 +6,14 @@ Also run as a program: a member in a process of its own, which does what it read
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
 import inspect
 import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from signal import SIGCONT, SIGSTOP
 from typing import Any
@@ -25,7 +26,19 @@ from log import Audience
 from settings import Settings
 from store import Draft, MemoryStore, Opening, Record, Registration, Store
 
+# Seconds: how soon a test has a node taken for dead.
+SHORT_LEASE = 1.0
 SOMETHING = Draft(b',"type":"custom"}')
+
+
+def on_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run a test in an event loop of its own."""
+
+    @functools.wraps(test)
+    def run(*arguments: Any, **fixtures: Any) -> None:
+        asyncio.run(test(*arguments, **fixtures))
+
+    return run
 
 
 def make(url: str, settings: Settings) -> Store:

@@ -3,83 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import re
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
-from members import SOMETHING, Member, Process, audience, members, shorten_leases, threads_left
-from redis_server import RedisServer
+from members import SHORT_LEASE, SOMETHING, Member, Process, audience, members, on_loop, threads_left
 
 from errors import ConnectionRefused, KeyReused
-from store import LEASE_SECONDS, Draft, Once, Record, Report, Taken
+from store import Draft, Once, Record, Report, Taken
 
 UUID7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\Z")
-SHORT_LEASE = 1.0
-
-
-def on_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run a test in an event loop of its own."""
-
-    @functools.wraps(test)
-    def run(*arguments: Any, **fixtures: Any) -> None:
-        asyncio.run(test(*arguments, **fixtures))
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def redis() -> Iterator[Callable[[], RedisServer]]:
-    """Give a Redis, the same for all tests; it is started for the first that asks."""
-    start = functools.cache(RedisServer)
-    yield start
-    if start.cache_info().currsize:
-        start().close()
-
-
-def address(kind: str, tmp_path: Path, redis: Callable[[], RedisServer]) -> str:
-    if kind == "redis":
-        redis().empty()
-        return redis().url
-    return f"sqlite:{tmp_path / 'log.db'}" if kind == "sqlite" else kind
-
-
-@pytest.fixture(params=["memory", "sqlite", "redis"])
-def any_store(request: pytest.FixtureRequest, tmp_path: Path, redis: Callable[[], RedisServer]) -> str:
-    """The address of an empty store."""
-    return address(request.param, tmp_path, redis)
-
-
-@pytest.fixture(params=["sqlite", "redis"])
-def shared(request: pytest.FixtureRequest, tmp_path: Path, redis: Callable[[], RedisServer]) -> str:
-    """The address of an empty store that processes share."""
-    return address(request.param, tmp_path, redis)
-
-
-@pytest.fixture
-def _short_leases() -> Iterator[None]:
-    shorten_leases(SHORT_LEASE)
-    yield
-    shorten_leases(LEASE_SECONDS)
-
-
-@pytest.fixture
-def start_process() -> Iterator[Callable[..., Process]]:
-    """Start members in processes of their own."""
-    processes: list[Process] = []
-
-    def start(*arguments: Any) -> Process:
-        processes.append(Process(*arguments))
-        return processes[-1]
-
-    yield start
-    for process in processes:
-        process.kill()
-
-
 # The log.
 
 

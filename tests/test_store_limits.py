@@ -8,9 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from members import Member, Process, audience, members
+from members import SHORT_LEASE, Member, Process, audience, members, on_loop
 from redis_server import RedisServer
-from test_store import SHORT_LEASE, _short_leases, any_store, on_loop, redis, shared, start_process  # noqa: F401
 
 from errors import ConnectionRefused, StoreUnavailable, TooManyConnections
 from store import SECOND, Draft, Rate, Taken
@@ -49,7 +48,7 @@ async def is_free(member: Member) -> bool:
 
 
 @on_loop
-async def test_a_bucket_holds_its_burst(any_store: str) -> None:  # noqa: F811
+async def test_a_bucket_holds_its_burst(any_store: str) -> None:
     """As many as it holds, and after a while one more; another address has another bucket."""
     async with members(any_store) as [one]:
         drawn = [await one.store.draw("a", RATE) for _ in range(5)]
@@ -62,7 +61,7 @@ async def test_a_bucket_holds_its_burst(any_store: str) -> None:  # noqa: F811
 
 
 @on_loop
-async def test_a_bucket_is_of_all_processes(shared: str, start_process: Callable[..., Process]) -> None:  # noqa: F811
+async def test_a_bucket_is_of_all_processes(shared: str, start_process: Callable[..., Process]) -> None:
     """Two that draw at once get no more together than one would."""
     processes = [start_process(shared), start_process(shared)]
     async with asyncio.timeout(5):
@@ -91,21 +90,20 @@ async def test_full_buckets_go_from_the_file(tmp_path: Path) -> None:
 
 
 @on_loop
-async def test_full_buckets_go_from_redis(redis: Callable[[], RedisServer]) -> None:  # noqa: F811
+async def test_full_buckets_go_from_redis(redis: RedisServer) -> None:
     """They expire when they are full."""
-    redis().empty()
-    async with members(redis().url) as [one]:
+    async with members(redis.url) as [one]:
         for _ in range(3):
             await one.store.draw("a", RATE)
-        [name] = [key for key in redis().keys(0) if "bucket" in key]
-        assert 0 < redis().command("PTTL", name) <= 3000
+        [name] = [key for key in redis.keys(0) if "bucket" in key]
+        assert 0 < redis.command("PTTL", name) <= 3000
 
 
 # Clients of an address.
 
 
 @on_loop
-async def test_an_address_has_a_limit_of_clients(any_store: str) -> None:  # noqa: F811
+async def test_an_address_has_a_limit_of_clients(any_store: str) -> None:
     """The refusal states the count and the limit, and changes nothing; other addresses are not affected."""
     async with members(any_store, max_connections_per_ip=3) as [one]:
         await fill(one)
@@ -117,7 +115,7 @@ async def test_an_address_has_a_limit_of_clients(any_store: str) -> None:  # noq
 
 
 @on_loop
-async def test_the_limit_of_an_address_spans_all_processes(shared: str) -> None:  # noqa: F811
+async def test_the_limit_of_an_address_spans_all_processes(shared: str) -> None:
     """A client that leaves one process makes room on every other."""
     async with members(shared, 2, max_connections_per_ip=3) as [one, other]:
         assert [await refusal(member, name) for member, name in ((one, "a"), (other, "b"), (one, "c"))] == [""] * 3
@@ -128,7 +126,7 @@ async def test_the_limit_of_an_address_spans_all_processes(shared: str) -> None:
 
 
 @on_loop
-async def test_a_client_that_leaves_makes_room(any_store: str) -> None:  # noqa: F811
+async def test_a_client_that_leaves_makes_room(any_store: str) -> None:
     """Leaving twice frees one place."""
     async with members(any_store, max_connections_per_ip=3) as [one]:
         await fill(one)
@@ -139,20 +137,20 @@ async def test_a_client_that_leaves_makes_room(any_store: str) -> None:  # noqa:
 
 
 @on_loop
-async def test_without_the_setting_an_address_has_no_limit(any_store: str) -> None:  # noqa: F811
+async def test_without_the_setting_an_address_has_no_limit(any_store: str) -> None:
     async with members(any_store) as [one]:
         assert [await refusal(one, str(number)) for number in range(20)] == [""] * 20
 
 
 @on_loop
-async def test_a_client_without_an_address_has_no_limit(any_store: str) -> None:  # noqa: F811
+async def test_a_client_without_an_address_has_no_limit(any_store: str) -> None:
     """The guard gives every client of a server an address; only an embedder may omit it."""
     async with members(any_store, max_connections_per_ip=3) as [one]:
         assert [await refusal(one, str(number), "") for number in range(5)] == [""] * 5
 
 
 @on_loop
-async def test_a_taken_id_is_reported_before_the_limit_of_the_address(shared: str) -> None:  # noqa: F811
+async def test_a_taken_id_is_reported_before_the_limit_of_the_address(shared: str) -> None:
     """The id before the address, and the address before the limit of all clients."""
     async with members(shared, 2, max_connections=3, max_connections_per_ip=3) as [one, other]:
         await fill(one)
@@ -163,7 +161,7 @@ async def test_a_taken_id_is_reported_before_the_limit_of_the_address(shared: st
 
 
 @on_loop
-async def test_a_refusal_counts_for_nothing(shared: str) -> None:  # noqa: F811
+async def test_a_refusal_counts_for_nothing(shared: str) -> None:
     """Refused for its id, its address or the limit of all clients: a newcomer takes no place of its address."""
     async with members(shared, 2, max_connections=3, max_connections_per_ip=3) as [one, other]:
         await fill(other)
@@ -179,7 +177,7 @@ async def test_a_refusal_counts_for_nothing(shared: str) -> None:  # noqa: F811
 
 
 @on_loop
-async def test_of_many_simultaneous_admissions_as_many_as_the_limit_succeed(shared: str) -> None:  # noqa: F811
+async def test_of_many_simultaneous_admissions_as_many_as_the_limit_succeed(shared: str) -> None:
     async with members(shared, 2, max_connections_per_ip=3) as [one, other]:
         newcomers = [(member, f"{place} {number}") for place, member in enumerate((one, other)) for number in range(20)]
         answers = await asyncio.gather(*(refusal(*newcomer) for newcomer in newcomers))
@@ -187,7 +185,7 @@ async def test_of_many_simultaneous_admissions_as_many_as_the_limit_succeed(shar
 
 
 @on_loop
-async def test_a_process_that_claims_an_id_again_takes_no_second_place(shared: str) -> None:  # noqa: F811
+async def test_a_process_that_claims_an_id_again_takes_no_second_place(shared: str) -> None:
     """With another address, the client counts for the new one only."""
     async with members(shared, max_connections_per_ip=3) as [one]:
         await fill(one)
@@ -198,7 +196,7 @@ async def test_a_process_that_claims_an_id_again_takes_no_second_place(shared: s
 
 
 @on_loop
-async def test_an_admission_that_was_cancelled_holds_no_place(shared: str) -> None:  # noqa: F811
+async def test_an_admission_that_was_cancelled_holds_no_place(shared: str) -> None:
     async with members(shared, 2, max_connections_per_ip=3) as [one, other]:
         for number in range(5):
             admission = asyncio.create_task(one.store.admit(f"c{number}", (), ALICE))
@@ -211,7 +209,7 @@ async def test_an_admission_that_was_cancelled_holds_no_place(shared: str) -> No
 
 
 @on_loop
-async def test_a_closed_process_holds_no_place(shared: str) -> None:  # noqa: F811
+async def test_a_closed_process_holds_no_place(shared: str) -> None:
     async with members(shared, max_connections_per_ip=3) as [one]:
         other = await Member(shared, max_connections_per_ip=3).open()
         await fill(other)
@@ -222,7 +220,7 @@ async def test_a_closed_process_holds_no_place(shared: str) -> None:  # noqa: F8
 
 @pytest.mark.usefixtures("_short_leases")
 @on_loop
-async def test_a_killed_process_holds_no_place(shared: str, start_process: Callable[..., Process]) -> None:  # noqa: F811
+async def test_a_killed_process_holds_no_place(shared: str, start_process: Callable[..., Process]) -> None:
     """Its clients count until its lease has run out, and no longer."""
     process = start_process(shared, SHORT_LEASE, 3)
     async with members(shared, max_connections_per_ip=3) as [one]:
@@ -235,8 +233,8 @@ async def test_a_killed_process_holds_no_place(shared: str, start_process: Calla
 @pytest.mark.usefixtures("_short_leases")
 @on_loop
 async def test_a_process_that_was_taken_for_dead_takes_its_places_again(
-    shared: str,  # noqa: F811
-    start_process: Callable[..., Process],  # noqa: F811
+    shared: str,
+    start_process: Callable[..., Process],
 ) -> None:
     """Its connections are still there when it goes on."""
     process = start_process(shared, SHORT_LEASE, 3)
@@ -255,8 +253,8 @@ async def test_a_process_that_was_taken_for_dead_takes_its_places_again(
 @pytest.mark.usefixtures("_short_leases")
 @on_loop
 async def test_a_change_of_topics_while_the_lease_ends_keeps_the_address(
-    shared: str,  # noqa: F811
-    start_process: Callable[..., Process],  # noqa: F811
+    shared: str,
+    start_process: Callable[..., Process],
 ) -> None:
     """The change may come before the process has entered its clients again, and knows no address."""
     process = start_process(shared, SHORT_LEASE, 3)
@@ -281,25 +279,23 @@ async def test_a_change_of_topics_while_the_lease_ends_keeps_the_address(
 
 
 @on_loop
-async def test_nothing_of_an_address_is_left_in_redis(redis: Callable[[], RedisServer]) -> None:  # noqa: F811
+async def test_nothing_of_an_address_is_left_in_redis(redis: RedisServer) -> None:
     """Neither by a client that left nor by a process that closed."""
-    redis().empty()
-    async with members(redis().url, max_connections_per_ip=3) as [one]:
+    async with members(redis.url, max_connections_per_ip=3) as [one]:
         await fill(one)
-        assert any("address" in key for key in redis().keys(0))
+        assert any("address" in key for key in redis.keys(0))
         for client_id in ("a", "b", "c"):
             one.leave(client_id)
         await one.active()
-        assert not any("address" in key for key in redis().keys(0))
+        assert not any("address" in key for key in redis.keys(0))
 
 
 @on_loop
-async def test_addresses_survive_a_store_that_lost_its_data(redis: Callable[[], RedisServer]) -> None:  # noqa: F811
+async def test_addresses_survive_a_store_that_lost_its_data(redis: RedisServer) -> None:
     """Each process enters its own clients again."""
-    redis().empty()
-    async with members(redis().url, 2, max_connections_per_ip=3) as [one, other]:
+    async with members(redis.url, 2, max_connections_per_ip=3) as [one, other]:
         await fill(other)
-        redis().empty()
+        redis.empty()
         await one.until(lambda: one.store.failure is not None)
         await one.until(lambda: one.store.failure is None)
         await other.until(lambda: other.store.failure is None)
@@ -307,17 +303,16 @@ async def test_addresses_survive_a_store_that_lost_its_data(redis: Callable[[], 
 
 
 @on_loop
-async def test_a_place_that_is_left_while_redis_is_away_is_free(redis: Callable[[], RedisServer]) -> None:  # noqa: F811
-    redis().empty()
-    async with members(redis().url, 2, max_connections_per_ip=3, store_timeout=0.2) as both:
+async def test_a_place_that_is_left_while_redis_is_away_is_free(redis: RedisServer) -> None:
+    async with members(redis.url, 2, max_connections_per_ip=3, store_timeout=0.2) as both:
         one, other = both
         await fill(one)
-        redis().stop()
+        redis.stop()
         for member in both:
             await member.until(lambda member=member: member.store.failure is not None)
         for client_id in ("a", "b", "c"):
             one.leave(client_id)
-        redis().resume()
+        redis.resume()
         for member in both:
             await member.until(lambda member=member: member.store.failure is None)
         assert [await refusal(other, name) for name in "def"] == [""] * 3

@@ -11,17 +11,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from members import SOMETHING, Member, Process, audience, members, shorten_leases
+from members import SHORT_LEASE, SOMETHING, Member, Process, audience, members, on_loop
 from redis_server import RedisServer
-from test_store import on_loop, start_process  # noqa: F401
 
 from errors import ConnectionRefused, KeyReused, StoreUnavailable
 from hub import Hub
 from settings import Settings, SettingsError
-from store import LEASE_SECONDS, Appended, Draft, Once, Report
+from store import Appended, Draft, Once, Report
 from store_redis import RedisStore
-
-SHORT_LEASE = 1.0
 
 StartRedis = Callable[..., RedisServer]
 
@@ -37,13 +34,6 @@ def start_redis() -> Iterator[StartRedis]:
     yield start
     for server in servers:
         server.close()
-
-
-@pytest.fixture
-def _short_leases() -> Iterator[None]:
-    shorten_leases(SHORT_LEASE)
-    yield
-    shorten_leases(LEASE_SECONDS)
 
 
 async def publish_until_it_works(member: Member) -> str:
@@ -384,7 +374,7 @@ async def test_what_was_lost_before_it_was_read_is_not_answered(start_redis: Sta
 @on_loop
 async def test_emptied_before_the_publisher_is_answered(
     start_redis: StartRedis,
-    start_process: Callable[..., Process],  # noqa: F811
+    start_process: Callable[..., Process],
 ) -> None:
     """Another process has read it all, so it is put back. A repetition is told, and delivers nothing more."""
     redis, once = start_redis(), Once("key", b"request")
@@ -524,7 +514,7 @@ async def test_a_read_only_replica(start_redis: StartRedis) -> None:
 
 @pytest.mark.usefixtures("_short_leases")
 @on_loop
-async def test_the_clock_of_redis_jumps_back(start_redis: StartRedis, start_process: Callable[..., Process]) -> None:  # noqa: F811
+async def test_the_clock_of_redis_jumps_back(start_redis: StartRedis, start_process: Callable[..., Process]) -> None:
     """An hour: what it wrote before lies in the future. Ids go on, and a dead process is free all the same."""
     redis = start_redis()
     async with members(redis.url) as [one]:
@@ -550,7 +540,7 @@ async def test_the_clock_of_redis_jumps_back(start_redis: StartRedis, start_proc
 @on_loop
 async def test_a_process_that_finds_the_log_empty_goes_on(
     start_redis: StartRedis,
-    start_process: Callable[..., Process],  # noqa: F811
+    start_process: Callable[..., Process],
 ) -> None:
     """It was taken for dead, and what came meanwhile is too old by now: there is nothing for it to wait for."""
     redis = start_redis()
@@ -590,7 +580,7 @@ async def recipients(member: Member) -> list[int]:
 @on_loop
 async def test_clients_of_a_dead_process_count_for_nothing_and_are_removed_later(
     start_redis: StartRedis,
-    start_process: Callable[..., Process],  # noqa: F811
+    start_process: Callable[..., Process],
 ) -> None:
     """A few with each renewal, so that Redis is never busy with them for long; nothing is left in the end."""
     redis = start_redis()
@@ -620,7 +610,7 @@ async def test_clients_of_a_dead_process_count_for_nothing_and_are_removed_later
 @on_loop
 async def test_a_process_that_comes_back_before_its_clients_are_removed_has_them(
     start_redis: StartRedis,
-    start_process: Callable[..., Process],  # noqa: F811
+    start_process: Callable[..., Process],
 ) -> None:
     """All but the one that another process has taken."""
     redis = start_redis()
@@ -641,7 +631,7 @@ async def test_a_process_that_comes_back_before_its_clients_are_removed_has_them
 @on_loop
 async def test_what_a_process_counted_that_came_back_is_counted_once(
     start_redis: StartRedis,
-    start_process: Callable[..., Process],  # noqa: F811
+    start_process: Callable[..., Process],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also where one connects again that has last heard of the sums while the other was gone."""
@@ -731,7 +721,7 @@ async def test_close_ends_whatever_is_under_way(start_redis: StartRedis, monkeyp
 @on_loop
 async def test_messages_to_one_that_does_not_read_are_bounded(
     start_redis: StartRedis,
-    start_process: Callable[..., Process],  # noqa: F811
+    start_process: Callable[..., Process],
 ) -> None:
     redis = start_redis()
     async with members(redis.url) as [one]:

@@ -14,8 +14,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from members import Member, Process, audience, members, threads_left
-from test_store import SHORT_LEASE, _short_leases, on_loop, start_process  # noqa: F401
+from members import SHORT_LEASE, Member, Process, audience, members, on_loop, threads_left
 from ws_clients import PATIENCE
 
 import store_sqlite_file
@@ -150,7 +149,7 @@ async def test_a_name_may_be_longer_than_a_sockets(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_short_leases")
 @on_loop
-async def test_a_killed_process_leaves_no_socket(path: Path, start_process: Callable[..., Process]) -> None:  # noqa: F811
+async def test_a_killed_process_leaves_no_socket(path: Path, start_process: Callable[..., Process]) -> None:
     process = start_process(f"sqlite:{path}", SHORT_LEASE)
     async with members(f"sqlite:{path}") as [one]:
         process.kill()
@@ -285,7 +284,7 @@ async def test_a_process_may_end_while_the_store_is_away(path: Path) -> None:
 
 
 @on_loop
-async def test_a_full_disk(path: Path, start_process: Callable[..., Process]) -> None:  # noqa: F811
+async def test_a_full_disk(path: Path, start_process: Callable[..., Process]) -> None:
     """A process that cannot write is away. It reads on, and is back by itself; nothing is lost, and nothing twice."""
     process = start_process(f"sqlite:{path}")
     async with members(f"sqlite:{path}") as [one]:
@@ -392,7 +391,7 @@ async def test_a_file_that_was_replaced(path: Path) -> None:
 
 
 @on_loop
-async def test_a_process_that_starts_on_a_replaced_file(path: Path, start_process: Callable[..., Process]) -> None:  # noqa: F811
+async def test_a_process_that_starts_on_a_replaced_file(path: Path, start_process: Callable[..., Process]) -> None:
     """It comes before those that had the former one open: nothing that it publishes is lost with that one's rest."""
     old = start_process(f"sqlite:{path}")
     old.ask("member.publish()")
