@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from msgspec import Struct
 from starlette.datastructures import Headers, QueryParams
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 import schemas
 from connection import EventStream
@@ -34,10 +34,6 @@ RETRY_AFTER_SECONDS = 5
 
 # How long a browser need not ask again what a page may do.
 PREFLIGHT_SECONDS = 600
-
-
-# The headers of ours that a page from elsewhere may read.
-EXPOSED = b"Notification-Id, Idempotent-Replayed, Retry-After"
 
 
 class ClientGone(Exception):
@@ -167,21 +163,6 @@ def unexpected_response(error: Exception) -> Response:
     error_id = schemas.new_error_id()
     logger.error("Unexpected error %s", error_id, exc_info=error)
     return error_response(NotifydError("Internal server error"), error_id=error_id)
-
-
-def readable(send: Send, page: bytes | None) -> Send:
-    """Return a `send` whose response a page of this origin may read, if there is one."""
-    # Also without a page: a cache must not give one's answer to another.
-    headers = [(b"vary", b"Origin")]
-    if page:
-        headers += [(b"access-control-allow-origin", page), (b"access-control-expose-headers", EXPOSED)]
-
-    async def send_readable(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message["headers"], *headers]}
-        await send(message)
-
-    return send_readable
 
 
 async def refuse(error: NotifydError, scope: Scope, receive: Receive, send: Send) -> None:

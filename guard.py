@@ -1,18 +1,18 @@
-"""How often an address may come: the guard before everything else, installed only where a setting asks for it.
+"""The middleware before the routes: the address of a request or handshake, its rate and its origin, in this order.
 
-Owns the rates, and the headers that tell about them. Whose request it is, is addresses.py's.
+Owns the trusted proxies, the rates, the allowed origins, and the headers that report them. Knows no credentials
+(guard_auth.py) and no route but the probes. Every refusal leaves here the same way, with the same headers.
 
-1. Everything counts but /health: also what has no route, a wrong method or a foreign origin. Only what the wire refuses
-   never comes here: what is no HTTP request or no handshake.
-2. The buckets are the store's, so all processes share them. While it is away each process has its own, which begin
-   as it last knew them: limits are N times as wide then, and nobody is locked out.
-3. An address whose bucket is known to be empty is refused without asking the store. Others can only have taken more
-   out of it meanwhile. So a flood costs the store no more than what it lets through.
+1. Every request counts against the rate of its address, except the probes: also an unknown path, a wrong method and
+   a foreign origin. Bytes that are no HTTP request are refused by the server before they come here.
+2. The buckets are the store's, shared by all processes. While the store is away each process has its own, starting
+   from the last known level: limits are then N times as wide, and no address is locked out.
+3. An address whose bucket is known to be empty is refused without asking the store, since other processes can only
+   have taken more out of the bucket. So a flood costs the store no more than the requests that are let through.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import ipaddress
 import logging
@@ -22,33 +22,217 @@ from collections.abc import Collection, Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from answers import readable, refuse
+from answers import refuse
 from connection import WIRE_EXTENSION
-from errors import (
-    Forbidden,
-    InvalidRequest,
-    NotifydError,
-    RateExceeded,
-    StoreUnavailable,
-)
+from errors import Forbidden, InvalidRequest, NotifydError, RateExceeded, StoreUnavailable
 from settings import Settings, normal_origin
 from store import SECOND, Buckets, Draw, Rate, Store
 
 logger = logging.getLogger("notifyd.guard")
 
-# A browser tells nobody why it was refused, so the log does: once a minute for each origin, and for so many at most,
-# as anyone can make them up.
+HANDSHAKES, REQUESTS = Rate(5, 10), Rate(10, 20)
+EXEMPT = ("/health", "/health/live")
+# The headers of ours that a page of an allowed origin may read.
+EXPOSED = (
+    b"Notification-Id, Idempotent-Replayed, Retry-After, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset"
+)
+# A warning names a refused origin or address once in this time, and a limited number of them: anyone can invent more.
 WARN_SECONDS = 60.0
 MAX_WARNED = 100
+# The address of a peer on a Unix socket, for which ASGI has none.
+UNIX = "unix"
+# No address with its port is longer. So the cache of addresses keeps no invented text of any size.
+MAX_ADDRESS_LENGTH = 64
+
+Headers = list[tuple[bytes, bytes]]
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+_ANSWERS = ("http.response.start", "websocket.accept", "websocket.http.response.start")
+
+
+class Guard:
+    """Check the address, the rate and the origin, and let the routes answer, or refuse."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, store: Store) -> None:
+        self._app = app
+        uses_addresses = settings.rate_limit or settings.trusted_proxies or settings.max_connections_per_ip
+        self._proxies = Proxies(settings.trusted_proxies) if uses_addresses else None
+        self._limiter = Limiter(store) if settings.rate_limit else None
+        self._origins = Origins(settings.allow_origin)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["path"].endswith("/"):
+            _drop_added_slash(scope)
+        if self._proxies is not None:
+            _locate(scope, self._proxies)
+        headers: Headers = []
+        refusal: NotifydError | None = None
+        if self._limiter is not None and scope["path"].removeprefix(scope.get("root_path", "")) not in EXEMPT:
+            refusal = await self._limiter.draw(scope, headers)
+        page = None
+        try:
+            page = self._origins.admit(scope["headers"])
+        except NotifydError as error:
+            refusal = refusal or error
+        if self._origins.allowed and scope["type"] == "http":
+            _permit(page, headers)
+        if headers:
+            send = _telling(headers, scope, send)
+        if refusal is None:
+            await self._app(scope, receive, send)
+        else:
+            await refuse(refusal, scope, receive, send)
+
+
+def _drop_added_slash(scope: Scope) -> None:
+    """Remove the slash that Litestar adds to a path under a mount. The client's own slash is in raw_path, too."""
+    raw_path = scope.get("raw_path") or b"/"
+    if scope["path"] != "/" and not raw_path.endswith((b"/", b"%2F", b"%2f")):
+        scope["path"] = scope["path"].removesuffix("/")
+
+
+def _telling(headers: Headers, scope: Scope, send: Send) -> Send:
+    """Return a `send` that adds these headers to the answer."""
+    if (wire := (scope.get("extensions") or {}).get(WIRE_EXTENSION)) is not None:
+        # The fast wire accepts a handshake without `send`.
+        wire.tell(headers)
+
+    async def send_telling(message: Message) -> None:
+        if message["type"] in _ANSWERS:
+            message = {**message, "headers": [*message.get("headers", ()), *headers]}
+        await send(message)
+
+    return send_telling
+
+
+class RefusalLog:
+    """A warning for each refused name: once a minute, and for MAX_WARNED names in a minute at most."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        # When each name was logged.
+        self._logged: dict[str, float] = {}
+
+    def warn(self, name: str, *arguments: str) -> None:
+        now = time.monotonic()
+        self._logged = {known: at for known, at in self._logged.items() if now - at < WARN_SECONDS}
+        if name not in self._logged and len(self._logged) < MAX_WARNED:
+            self._logged[name] = now
+            logger.warning(self._text, name, *arguments)
+
+
+# --- the address
+
+
+class Proxies:
+    """The trusted proxies: addresses, networks, and UNIX for any peer on a Unix socket."""
+
+    def __init__(self, trusted: Collection[str]) -> None:
+        self._networks = [ipaddress.ip_network(text) for text in trusted if text != UNIX]
+        self._trusts_unix = UNIX in trusted
+
+    def address_of(self, peer: str, headers: Iterable[tuple[bytes, bytes]]) -> str:
+        """Return the address that a request comes from; `peer` is the other end of the connection, or UNIX.
+
+        X-Forwarded-For is read from the right, past trusted proxies: a client may have invented all to the left.
+        """
+        address = _parsed(peer)
+        if not (self._trusts(address) if address else peer == UNIX and self._trusts_unix):
+            return str(address or peer)
+        hops = b",".join(value for name, value in headers if name == b"x-forwarded-for").decode("latin-1").split(",")
+        # Behind a proxy that names no address (RFC 7239 calls this obfuscated), the proxy is the last known address.
+        while hops and (hop := _parsed(hops.pop().strip()[:MAX_ADDRESS_LENGTH])) is not None:
+            address = hop
+            if not self._trusts(hop):
+                break
+        return str(address or peer)
+
+    def _trusts(self, address: Address) -> bool:
+        return any(address in network for network in self._networks)
+
+
+def _locate(scope: Scope, proxies: Proxies) -> None:
+    """Put the client's own address into the scope, for the limit of connections and for logs."""
+    peer = (scope.get("client") or ("",))[0]
+    address = proxies.address_of(peer or UNIX, scope["headers"])
+    if address != peer:
+        scope["client"] = (address, 0)
+
+
+# Called for each request: parsing an address takes about 10 us, finding it here less than 1 us.
+@functools.lru_cache(4096)
+def _parsed(text: str) -> Address | None:
+    """Return the address in a text, without its port; None where there is none."""
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        # The zone names an interface of this host, and is no part of the address for anybody else.
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    # A socket for both families reports an IPv4 address in this form.
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+# --- the rate
+
+
+class Limiter:
+    """Two buckets for each address: one for handshakes, one for requests."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        # Of every bucket the last known level.
+        self._buckets = Buckets()
+        self._log = RefusalLog("The address %s sends too many %s and is refused")
+
+    async def draw(self, scope: Scope, headers: Headers) -> RateExceeded | None:
+        """Take one request out of the bucket of the scope's address, and add the headers that tell about the bucket.
+
+        Returns the refusal where the bucket is empty.
+        """
+        kind, address = scope["type"], scope["client"][0]
+        rate, counted = (HANDSHAKES, "handshakes") if kind == "websocket" else (REQUESTS, "requests")
+        drawn = await self._draw(f"{kind} {address}", rate)
+        # Requests a second, whole requests left now, and the Unix second at which the bucket is full.
+        headers += [
+            (b"x-ratelimit-limit", b"%d" % rate.per_second),
+            (b"x-ratelimit-remaining", b"%d" % ((rate.depth - drawn.until_full) // rate.cost)),
+            (b"x-ratelimit-reset", b"%d" % math.ceil(time.time() + drawn.until_full / SECOND)),
+        ]
+        if drawn.allowed:
+            return None
+        self._log.warn(repr(address)[1:-1], counted)
+        wait = math.ceil((drawn.until_full + rate.cost - rate.depth) / SECOND)
+        text = f"Rate limit exceeded: {rate.per_second} {counted} a second, {rate.burst} at once"
+        return RateExceeded(text, {"Retry-After": str(wait)})
+
+    async def _draw(self, bucket: str, rate: Rate) -> Draw:
+        now = time.monotonic_ns() // 1000
+        if refused := self._buckets.refusal(bucket, rate, now):
+            return refused
+        try:
+            drawn = await self._store.draw(bucket, rate)
+        except StoreUnavailable:
+            return self._buckets.draw(bucket, rate, now)
+        self._buckets.put(bucket, drawn, now)
+        return drawn
+
+
+# --- the origin
 
 
 class Origins:
-    """The origins from which pages may come in, beside the server's own: `allowed`, in the form of normal_origin()."""
+    """The origins whose pages may use this server, beside its own: `allowed`, in the form of normal_origin()."""
 
     def __init__(self, allowed: Collection[str]) -> None:
         self.allowed = frozenset(allowed)
-        # When each of the last refused origins was told.
-        self._warned: dict[str, float] = {}
+        # A browser does not tell the page why it was refused, so the log does.
+        self._log = RefusalLog("The origin %s is refused; --allow-origin lets it in")
 
     def admit(self, headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
         """Return the Origin of a request that --allow-origin lets in; None for programs and the server's own pages.
@@ -61,7 +245,7 @@ class Origins:
             if name == b"origin":
                 origins.append(value)
             elif name == b"host":
-                hosts.append(value.decode("latin-1"))
+                hosts.append(value)
         if len(hosts) > 1:
             raise InvalidRequest("Host: expected one header, got several")
         if not origins:
@@ -71,190 +255,17 @@ class Origins:
             if not self.allowed.isdisjoint((page, "*")):
                 return origins[0]
             scheme = page.partition("://")[0]
-            if hosts and hosts[0] and page == normal_origin(f"{scheme}://{hosts[0]}"):
+            if hosts and hosts[0] and page == normal_origin(f"{scheme}://{hosts[0].decode('latin-1')}"):
                 return None
-        self._warn(page)
+        self._log.warn(repr(page)[:200])
         raise Forbidden("Origin not allowed; --allow-origin names those that are")
 
-    def _warn(self, page: str) -> None:
-        shown, now = repr(page)[:200], time.monotonic()
-        self._warned = {known: at for known, at in self._warned.items() if now - at < WARN_SECONDS}
-        if shown not in self._warned and len(self._warned) < MAX_WARNED:
-            self._warned[shown] = now
-            logger.warning("The origin %s is refused; --allow-origin lets it in", shown)
 
+def _permit(page: bytes | None, headers: Headers) -> None:
+    """Add the headers of CORS: for the page of an allowed origin, and for caches, also without a page.
 
-logger = logging.getLogger("notifyd.throttle")
-
-HANDSHAKES, REQUESTS = Rate(5, 10), Rate(10, 20)
-EXEMPT = ("/health", "/health/live")
-
-Headers = list[tuple[bytes, bytes]]
-_ANSWERS = ("http.response.start", "websocket.accept", "websocket.http.response.start")
-# Browsers join this with the other list of readable headers.
-_EXPOSED = (b"access-control-expose-headers", b"X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset")
-
-
-class Throttle:
-    """Refuses who comes too often; puts the address of who comes into the scope."""
-
-    def __init__(self, app: ASGIApp, settings: Settings, store: Store) -> None:
-        self.app = app
-        self.limits = settings.rate_limit
-        self.proxies = Proxies(settings.trusted_proxies)
-        self.origins = Origins(settings.allow_origin)
-        self.exposes = bool(settings.allow_origin)
-        self.store = store
-        self.buckets = Buckets()
-        # When each of the last refused addresses was logged.
-        self.logged: dict[str, float] = {}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self.app(scope, receive, send)
-            return
-        peer = (scope.get("client") or ("",))[0]
-        address = self.proxies.address_of(peer or UNIX, scope["headers"])
-        if address != peer:
-            # For whatever comes after this: the limit of connections, and logs.
-            scope["client"] = (address, 0)
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if not self.limits or path in EXEMPT:
-            await self.app(scope, receive, send)
-            return
-        rate = HANDSHAKES if scope["type"] == "websocket" else REQUESTS
-        drawn = await self._draw(f"{scope['type']} {address}", rate)
-        headers = _headers(drawn, rate)
-        if self.exposes:
-            headers.append(_EXPOSED)
-        if drawn.allowed:
-            if (wire := (scope.get("extensions") or {}).get(WIRE_EXTENSION)) is not None:
-                wire.tell(headers)
-            await self.app(scope, receive, _telling(send, headers))
-        else:
-            wait = math.ceil((drawn.until_full + rate.cost - rate.depth) / SECOND)
-            what = "handshakes" if rate is HANDSHAKES else "requests"
-            self._log(address, what)
-            error = RateExceeded(
-                f"Rate limit exceeded: {rate.per_second} {what} a second, {rate.burst} at once",
-                {"Retry-After": str(wait)},
-            )
-            send, page = _telling(send, headers), None
-            with contextlib.suppress(NotifydError):
-                page = self.origins.admit(scope["headers"])
-            await refuse(error, scope, receive, readable(send, page) if page and scope["type"] == "http" else send)
-
-    def _log(self, address: str, what: str) -> None:
-        """Say who is refused: as for an origin, once a minute, and no more than so many."""
-        now = time.monotonic()
-        self.logged = {known: at for known, at in self.logged.items() if now - at < WARN_SECONDS}
-        if address not in self.logged and len(self.logged) < MAX_WARNED:
-            self.logged[address] = now
-            logger.warning("The address %s sends too many %s and is refused", repr(address)[1:-1], what)
-
-    async def _draw(self, bucket: str, rate: Rate) -> Draw:
-        now = _now()
-        if refused := self.buckets.refusal(bucket, rate, now):
-            return refused
-        try:
-            drawn = await self.store.draw(bucket, rate)
-        except StoreUnavailable:
-            return self.buckets.draw(bucket, rate, now)
-        self.buckets.put(bucket, drawn, now)
-        return drawn
-
-
-def _now() -> int:
-    return time.monotonic_ns() // 1000
-
-
-def _headers(drawn: Draw, rate: Rate) -> Headers:
-    """Tell about a bucket: requests a second, whole requests left now, the Unix second at which it is full."""
-    return [
-        (b"x-ratelimit-limit", b"%d" % rate.per_second),
-        (b"x-ratelimit-remaining", b"%d" % ((rate.depth - drawn.until_full) // rate.cost)),
-        (b"x-ratelimit-reset", b"%d" % math.ceil(time.time() + drawn.until_full / SECOND)),
-    ]
-
-
-def _telling(send: Send, headers: Headers) -> Send:
-    """Return a `send` whose answer, whatever it is, has these headers."""
-
-    async def send_telling(message: Message) -> None:
-        if message["type"] in _ANSWERS:
-            message = {**message, "headers": [*message.get("headers", ()), *headers]}
-        await send(message)
-
-    return send_telling
-
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-
-UNIX = "unix"
-# No address with its port is longer; so what is remembered of made-up ones is little.
-MAX_LENGTH = 64
-
-
-class Proxies:
-    """The trusted ones: addresses, networks, and UNIX for whoever comes through a Unix socket."""
-
-    def __init__(self, trusted: Collection[str]) -> None:
-        self._networks = [ipaddress.ip_network(text) for text in trusted if text != UNIX]
-        self._trusts_unix = UNIX in trusted
-
-    def address_of(self, peer: str, headers: Iterable[tuple[bytes, bytes]]) -> str:
-        """Return whom a request is from; `peer` is the other end of the connection, UNIX for one without address."""
-        address = _read(peer)
-        if not (self._trusts(address) if address else peer == UNIX and self._trusts_unix):
-            return str(address or peer)
-        hops = b",".join(value for name, value in headers if name == b"x-forwarded-for").decode("latin-1").split(",")
-        # A proxy that names no address (RFC 7239 calls it obfuscated) is itself as far as anybody knows.
-        while hops and (hop := _read(hops.pop().strip()[:MAX_LENGTH])) is not None:
-            address = hop
-            if not self._trusts(hop):
-                break
-        return str(address or peer)
-
-    def _trusts(self, address: Address) -> bool:
-        return any(address in network for network in self._networks)
-
-
-# Asked for each request: to read an address takes some 10 us, to find it again less than one.
-@functools.lru_cache(4096)
-def _read(text: str) -> Address | None:
-    """Return the address in a text, which may have a port; None where there is none."""
-    if text.startswith("["):
-        text = text[1:].partition("]")[0]
-    elif text.count(":") == 1:
-        text = text.partition(":")[0]
-    try:
-        # The zone says which of this host's interfaces it is on, and is no part of the address elsewhere.
-        address = ipaddress.ip_address(text.partition("%")[0])
-    except ValueError:
-        return None
-    # What a socket for both families calls an IPv4 address.
-    return getattr(address, "ipv4_mapped", None) or address
-
-
-class OriginGuard:
-    """Refuses, before anything else, what comes from a page of a foreign origin; one that is allowed may read answers.
-
-    Also errors, and with the methods of each path: Starlette's CORSMiddleware stands before the routes and knows none.
+    Unlike Starlette's CORSMiddleware this covers errors, and leaves the methods of a path to the routes.
     """
-
-    def __init__(self, app: ASGIApp, allowed: Collection[str]) -> None:
-        self.app = app
-        self.origins = Origins(allowed)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self.app(scope, receive, send)
-            return
-        try:
-            page = self.origins.admit(scope["headers"])
-        except NotifydError as error:
-            await refuse(error, scope, receive, send)
-            return
-        if scope["type"] == "http" and self.origins.allowed:
-            send = readable(send, page)
-        await self.app(scope, receive, send)
+    headers.append((b"vary", b"Origin"))
+    if page is not None:
+        headers += [(b"access-control-allow-origin", page), (b"access-control-expose-headers", EXPOSED)]

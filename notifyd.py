@@ -28,7 +28,7 @@ from starlette.routing import Router
 
 from answers import not_found
 from errors import InvalidRequest, NotifydError, ShuttingDown, StoreUnavailable, TooLarge
-from guard import OriginGuard, Throttle
+from guard import Guard
 from guard_auth import Door, backend_of
 from hub import Hub
 from routes import internal_routes, routes
@@ -65,15 +65,11 @@ class App(Router):
             async with hub:
                 yield
 
-        settings = hub.settings
-        middleware = [Middleware(OriginGuard, allowed=settings.allow_origin)]
-        if settings.rate_limit or settings.trusted_proxies or settings.max_connections_per_ip:
-            middleware.insert(0, Middleware(Throttle, settings=settings, store=hub.store))
         super().__init__(
             internal_routes(hub, door) if internal else routes(hub, door),
             redirect_slashes=False,
             default=not_found,
-            middleware=middleware,
+            middleware=[Middleware(Guard, settings=hub.settings, store=hub.store)],
             lifespan=lifespan,
         )
         self.state = State({"hub": hub})

@@ -15,7 +15,7 @@ from test_embedding import CARRIERS, host
 from websockets.exceptions import InvalidStatus
 
 from errors import StoreUnavailable
-from guard import Throttle
+from guard import Guard
 from settings import Settings, SettingsError
 from store import Buckets, Draw, Rate
 
@@ -45,8 +45,8 @@ def answers(store: FakeStore, count: int, *, client: Any = ("192.0.2.1", 1), **s
     """Return what is answered to so many requests, one after the other."""
 
     async def ask() -> list[httpx.Response]:
-        throttle = Throttle(show_address, Settings(**settings), store)  # type: ignore[arg-type]
-        transport = httpx.ASGITransport(throttle, client=client)
+        guard = Guard(show_address, Settings(**settings), store)  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(guard, client=client)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             header = {"X-Forwarded-For": "6.6.6.6, 203.0.113.1"}
             return [await http.get("/", headers=header) for _ in range(count)]
