@@ -21,7 +21,7 @@ from errors import (
     NotifydError,
     TooLarge,
 )
-from guard_auth import Door
+from guard_auth import Authenticator
 from guard_identity import Identity
 from hub import Hub
 from schemas import encode
@@ -101,15 +101,15 @@ class Endpoint:
     def __init__(
         self,
         hub: Hub,
-        door: Door | None = None,
+        authenticator: Authenticator | None = None,
         check: Check | None = None,
         *,
         starts: bool = True,
         **handlers: Handler,
     ) -> None:
-        """With a door, identify the sender and run the check. `starts`: whether it needs the Hub to have started."""
+        """With an authenticator, run the check on the sender. `starts`: whether the Hub must have started."""
         self.hub = hub
-        self.door = door
+        self.authenticator = authenticator
         self.check = check
         self.starts = starts
         self.handlers = handlers
@@ -135,7 +135,7 @@ class Endpoint:
         if (handler := self.handlers.get(method)) is None:
             raise MethodNotAllowed(f"Method {method[:32]} is not allowed here", {"Allow": self.allow})
         schemas.check_query(scope["query_string"])
-        identity = None if self.door is None else await self.door.identify(scope)
+        identity = None if self.authenticator is None else await self.authenticator.identify(scope)
         if identity is not None and self.check is not None:
             self.check(identity)
         if self.starts:

@@ -1,11 +1,10 @@
-"""Who is there: from the credentials of a request or handshake to an Identity.
+"""Authentication: from the credentials of a request or handshake to an Identity.
 
-Owns the API keys, and where credentials are looked for. The backend is Starlette's interface, so that an app which
-has notifyd inside can hand in its own; `Door` is what the routes ask, whichever it is. Tokens are tokens.py's, which
-is imported where they are used.
+Owns the API keys, the places where credentials are looked for, and the adapter for the authentication backend of a
+host. Tokens are read by guard_tokens.py, imported only when the settings ask for it. Authorisation is the Identity's.
 
-1. A secret is compared in constant time, and shown by no error and no log.
-2. Whoever shows credentials that are wrong is refused, also where none are needed.
+1. Secrets are compared in constant time, and appear in no error and no log.
+2. Wrong credentials are refused, also on a path that needs none.
 """
 
 from __future__ import annotations
@@ -15,18 +14,11 @@ import hmac
 import ipaddress
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from starlette.authentication import (
-    AuthCredentials,
-    AuthenticationBackend,
-    AuthenticationError,
-    BaseUser,
-    SimpleUser,
-    UnauthenticatedUser,
-)
+from starlette.authentication import AuthCredentials, AuthenticationBackend, AuthenticationError, BaseUser
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
@@ -37,43 +29,64 @@ from settings import Settings, SettingsError, is_api_key
 if TYPE_CHECKING:
     from guard_tokens import Tokens
 
-# The subprotocol before the token, for browsers, which can set no header on a WebSocket.
+# The subprotocol offered before the token by browsers, which can set no header on a WebSocket.
 SUBPROTOCOL = "bearer"
 KEY_HOLDER = Identity(client_id=None, topics=ALL, publishes=True, admin=True)
 # With keys alone everybody may still listen.
 LISTENER = Identity(known=False, client_id=None, topics=ALL)
 
-
-class Credentials(AuthCredentials):
-    """The credentials that our own backend finds."""
-
-    def __init__(self, identity: Identity) -> None:
-        super().__init__()
-        self.identity = identity
+# Returns None where there are no credentials. Raises Unauthorized for wrong ones, or KeysUnavailable.
+Find = Callable[[HTTPConnection], Awaitable[Identity | None]]
 
 
-class KeysAndTokens(AuthenticationBackend):
-    """API keys, and tokens where there is something that reads them."""
+class Authenticator:
+    """Finds the Identity of a request, a handshake or a renewed token, and refuses the ones that have expired."""
+
+    def __init__(self, find: Find, now: Callable[[], float] = time.time) -> None:
+        self._find = find
+        self._now = now
+
+    async def identify(self, scope: Scope) -> Identity:
+        """Return the Identity. Raises Unauthorized, KeysUnavailable, or any error of a host's backend."""
+        identity = await self._find(HTTPConnection(scope))
+        if identity is None:
+            raise Unauthorized("Authentication required")
+        # To the second, even where the backend allows for clocks: a client must not be admitted and closed at once.
+        if identity.expires_at is not None and identity.expires_at <= self._now():
+            raise Unauthorized("Token expired")
+        return identity
+
+    async def renew(self, token: str) -> Identity:
+        """Return the Identity of a token from a message, as if it had come in the header of a handshake."""
+        headers = [(b"authorization", b"Bearer " + token.encode(errors="replace"))]
+        return await self.identify({"type": "websocket", "path": "/ws", "query_string": b"", "headers": headers})
+
+    def subprotocol(self, scope: Scope) -> str | None:
+        """Return the subprotocol of ours that a handshake offers, if any."""
+        return SUBPROTOCOL if SUBPROTOCOL in (scope.get("subprotocols") or ()) else None
+
+
+class KeysAndTokens:
+    """API keys, and tokens where the settings ask for them."""
 
     def __init__(self, keys: Iterable[tuple[str, str]], tokens: Tokens | None = None) -> None:
         """`keys`: name and secret."""
         self._keys = [(name, _digest(secret)) for name, secret in keys]
         self._tokens = tokens
 
-    async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, BaseUser] | None:
-        """Raises Unauthorized or KeysUnavailable."""
-        if (token := _shown(conn)) is None:
-            return None if self._tokens else (Credentials(LISTENER), UnauthenticatedUser())
-        if (name := self._holder(token)) is not None:
-            return Credentials(KEY_HOLDER), SimpleUser(name)
+    async def find(self, conn: HTTPConnection) -> Identity | None:
+        if (token := _credentials(conn)) is None:
+            return LISTENER if self._tokens is None else None
+        if self.holder(token) is not None:
+            return KEY_HOLDER
         if self._tokens is None:
             raise Unauthorized("Invalid token")
-        identity = await self._tokens.identity(token)
-        return Credentials(identity), SimpleUser(identity.client_id or "")
+        return await self._tokens.identity(token)
 
-    def _holder(self, token: str) -> str | None:
-        shown, holder = _digest(token), None
-        # All of them, whichever it is: how long it takes tells nothing.
+    def holder(self, secret: str) -> str | None:
+        """Return the name of the key with this secret."""
+        shown, holder = _digest(secret), None
+        # Compare with all of them: the time until the answer reveals no match.
         for name, digest in self._keys:
             if hmac.compare_digest(digest, shown):
                 holder = name
@@ -84,8 +97,8 @@ def _digest(secret: str) -> bytes:
     return hashlib.sha256(secret.encode(errors="surrogatepass")).digest()
 
 
-def _shown(conn: HTTPConnection) -> str | None:
-    """Return the key or token that is shown, of several the first in this order."""
+def _credentials(conn: HTTPConnection) -> str | None:
+    """Return the key or token of a request; of several the first in this order."""
     if (key := conn.headers.get("x-api-key")) is not None:
         return key
     scheme, _, token = conn.headers.get("authorization", "").partition(" ")
@@ -97,37 +110,23 @@ def _shown(conn: HTTPConnection) -> str | None:
     return conn.query_params.get("token") or None
 
 
-class Door:
-    """A backend, as the routes ask it."""
+# --- a host's own backend
 
-    def __init__(self, backend: AuthenticationBackend, now: Callable[[], float] = time.time) -> None:
-        self._backend = backend
-        self._now = now
 
-    async def identify(self, scope: Scope) -> Identity:
-        """Return who it is. Raises Unauthorized, or what the backend raises where it cannot tell now."""
+def adapted(backend: AuthenticationBackend) -> Find:
+    """Return the `find` of a Starlette backend. docs/embedding.md explains the scopes."""
+
+    async def find(conn: HTTPConnection) -> Identity | None:
         try:
-            found = await self._backend.authenticate(HTTPConnection(scope))
+            found = await backend.authenticate(conn)
         except AuthenticationError:
             raise Unauthorized("Invalid token") from None
-        identity = None if found is None else _identity(*found)
-        if identity is None:
-            raise Unauthorized("Authentication required")
-        # To the second, whatever the backend thinks of clocks: whoever is let in must not be closed at once.
-        if identity.expires_at is not None and identity.expires_at <= self._now():
-            raise Unauthorized("Token expired")
-        return identity
+        return None if found is None else _identity(*found)
 
-    async def renew(self, token: str) -> Identity:
-        """Return whom a token stands for that came in a message: to a backend as in a handshake's header."""
-        headers = [(b"authorization", b"Bearer " + token.encode(errors="replace"))]
-        return await self.identify({"type": "websocket", "path": "/ws", "query_string": b"", "headers": headers})
+    return find
 
 
 def _identity(credentials: AuthCredentials, user: BaseUser) -> Identity | None:
-    """Return what any backend has found as an Identity: the scopes are explained in docs/embedding.md."""
-    if isinstance(credentials, Credentials):
-        return credentials.identity
     scopes = credentials.scopes
     if not user.is_authenticated and not scopes:
         return None
@@ -151,8 +150,19 @@ def _identity(credentials: AuthCredentials, user: BaseUser) -> Identity | None:
 # --- from the settings
 
 
-def backend_of(settings: Settings) -> AuthenticationBackend | None:
-    """Return the backend that the settings ask for, None for none. Raises SettingsError."""
+def authenticator_of(settings: Settings, backend: AuthenticationBackend | None = None) -> Authenticator | None:
+    """Return the authenticator for a host's backend, or else for the keys and tokens of the settings.
+
+    None where neither is given: the server is open. Raises SettingsError.
+    """
+    if backend is not None:
+        return Authenticator(adapted(backend))
+    found = keys_and_tokens_of(settings)
+    return None if found is None else Authenticator(found.find)
+
+
+def keys_and_tokens_of(settings: Settings) -> KeysAndTokens | None:
+    """Return the keys and tokens that the settings name, None for neither. Raises SettingsError."""
     keys = dict[str, str]()
     for source, text in _keys_of(settings):
         name, _, secret = text.partition(":")
@@ -169,7 +179,7 @@ def backend_of(settings: Settings) -> AuthenticationBackend | None:
 
 
 def _keys_of(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Yield each key with where it stands."""
+    """Yield each key with the flag, or the line of the file, that has it."""
     for key in settings.api_key:
         yield "--api-key", key
     path = settings.api_key_file
@@ -191,7 +201,7 @@ def _keys_of(settings: Settings) -> Iterator[tuple[str, str]]:
 
 
 def warnings_of(settings: Settings, addresses: Iterable[str], *, is_open: bool) -> Iterator[str]:
-    """Yield what an operator should know who lets the server listen on these addresses; `is_open`: to everybody."""
+    """Yield warnings for the log; `is_open`: there is no authentication on these addresses."""
     if settings.api_key_file and stat.S_IMODE(Path(settings.api_key_file).stat().st_mode) & 0o077:
         yield f"{settings.api_key_file} can be read by other users; chmod 600 keeps the keys from them"
     reachable = [one for one in addresses if not ipaddress.ip_address(one.partition("%")[0]).is_loopback]

@@ -29,7 +29,7 @@ from starlette.routing import Router
 from answers import not_found
 from errors import InvalidRequest, NotifydError, ShuttingDown, StoreUnavailable, TooLarge
 from guard import Guard
-from guard_auth import Door, backend_of
+from guard_auth import Authenticator, authenticator_of
 from hub import Hub
 from routes import internal_routes, routes
 from settings import Settings, SettingsError, from_environ, load
@@ -59,21 +59,22 @@ logger = logging.getLogger("notifyd")
 class App(Router):
     """The ASGI app: the route table on one Hub."""
 
-    def __init__(self, hub: Hub, door: Door | None = None, *, internal: bool = False) -> None:
+    def __init__(self, hub: Hub, authenticator: Authenticator | None = None, *, internal: bool = False) -> None:
         @contextlib.asynccontextmanager
         async def lifespan(_: object) -> AsyncIterator[None]:
             async with hub:
                 yield
 
+        table = internal_routes if internal else routes
         super().__init__(
-            internal_routes(hub, door) if internal else routes(hub, door),
+            table(hub, authenticator),
             redirect_slashes=False,
             default=not_found,
             middleware=[Middleware(Guard, settings=hub.settings, store=hub.store)],
             lifespan=lifespan,
         )
         self.state = State({"hub": hub})
-        self._door = door
+        self._authenticator = authenticator
 
     @property
     def hub(self) -> Hub:
@@ -83,7 +84,7 @@ class App(Router):
 
     def internal(self) -> App:
         """Return the app of the internal port: figures and health, on the same Hub."""
-        return App(self.hub, self._door, internal=True)
+        return App(self.hub, self._authenticator, internal=True)
 
 
 def create_app(settings: Settings | None = None, auth: AuthenticationBackend | None = None) -> App:
@@ -96,10 +97,9 @@ def create_app(settings: Settings | None = None, auth: AuthenticationBackend | N
         settings, warnings = from_environ(os.environ)
         for warning in warnings:
             logger.warning(warning)
-    if (backend := auth or backend_of(settings)) is None:
-        return App(Hub(settings))
-    door = Door(backend)
-    return App(Hub(settings, renew=door.renew), door)
+    authenticator = authenticator_of(settings, auth)
+    renew = None if authenticator is None else authenticator.renew
+    return App(Hub(settings, renew=renew), authenticator)
 
 
 def _configure_logging(settings: Settings) -> None:

@@ -28,7 +28,7 @@ from errors import (
     UnsupportedMediaType,
     UpgradeRequired,
 )
-from guard_auth import SUBPROTOCOL, Door
+from guard_auth import SUBPROTOCOL, Authenticator
 from guard_identity import Identity
 from hub import Hub
 from schemas import TRY_AGAIN_LATER, encode, timestamp
@@ -120,29 +120,29 @@ async def upgrade_required(hub: Hub, request: Request) -> Response:
     raise UpgradeRequired("Expected a WebSocket handshake", {"Upgrade": "websocket", "Connection": "Upgrade"})
 
 
-async def connect(hub: Hub, door: Door | None, scope: Scope, receive: Receive, send: Send) -> None:
+async def connect(hub: Hub, authenticator: Authenticator | None, scope: Scope, receive: Receive, send: Send) -> None:
     """Serve one WebSocket: on the fast path until it is admitted or refused, else until its end."""
     extensions = scope.get("extensions") or {}
     try:
         if (wire := extensions.get(WIRE_EXTENSION)) is not None:
-            await _admit_or_close(hub, door, wire, scope)
+            await _admit_or_close(hub, authenticator, wire, scope)
             return
         await receive()  # websocket.connect
         connection = SendConnection(receive, send)
-        await _admit_or_close(hub, door, connection, scope)
+        await _admit_or_close(hub, authenticator, connection, scope)
     except TooManyConnections as refusal:
         await refuse_handshake(refusal, scope, receive, send)
         return
     await connection.serve()
 
 
-async def _admit_or_close(hub: Hub, door: Door | None, connection: Connection, scope: Scope) -> None:
-    if door is not None and SUBPROTOCOL in scope.get("subprotocols", ()):
+async def _admit_or_close(hub: Hub, authenticator: Authenticator | None, connection: Connection, scope: Scope) -> None:
+    if authenticator is not None and SUBPROTOCOL in scope.get("subprotocols", ()):
         # Also for a refusal: a browser whose subprotocols are not answered does not see it.
         connection.choose(SUBPROTOCOL)
     try:
         schemas.check_query(scope["query_string"])
-        identity = None if door is None else await door.identify(scope)
+        identity = None if authenticator is None else await authenticator.identify(scope)
         await hub.admit(connection, _newcomer(scope, identity))
     except TooManyConnections:
         raise
@@ -231,45 +231,45 @@ def _check_content_type(media_type: str) -> None:
 class Socket:
     """The WebSocket path as an ASGI app: the border at which one connection's unexpected error stops."""
 
-    def __init__(self, hub: Hub, door: Door | None) -> None:
+    def __init__(self, hub: Hub, authenticator: Authenticator | None) -> None:
         self.hub = hub
-        self.door = door
+        self.authenticator = authenticator
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await connect(self.hub, self.door, scope, receive, send)
+            await connect(self.hub, self.authenticator, scope, receive, send)
         except Exception as error:
             logger.error("Unexpected error %s", schemas.new_error_id(), exc_info=error)
 
 
-def routes(hub: Hub, door: Door | None = None) -> list[BaseRoute]:
-    """Return the route table; with a door it also says what each route needs."""
+def routes(hub: Hub, authenticator: Authenticator | None = None) -> list[BaseRoute]:
+    """Return the route table; with an authenticator it also says what each route needs."""
     publisher = Identity.check_publisher
     return [
         *_probes(hub),
-        *([] if hub.settings.internal_port else _figures(hub, door)),
-        Route("/notify", Endpoint(hub, door, publisher, POST=notify)),
-        Route("/notify/batch", Endpoint(hub, door, publisher, POST=notify_batch)),
-        Route("/notifications", Endpoint(hub, door, Identity.check_admin, GET=notifications)),
-        Route("/events", Endpoint(hub, door, GET=events)),
+        *([] if hub.settings.internal_port else _figures(hub, authenticator)),
+        Route("/notify", Endpoint(hub, authenticator, publisher, POST=notify)),
+        Route("/notify/batch", Endpoint(hub, authenticator, publisher, POST=notify_batch)),
+        Route("/notifications", Endpoint(hub, authenticator, Identity.check_admin, GET=notifications)),
+        Route("/events", Endpoint(hub, authenticator, GET=events)),
         Route("/ws", Endpoint(hub, GET=upgrade_required)),
-        WebSocketRoute("/ws", Socket(hub, door)),
+        WebSocketRoute("/ws", Socket(hub, authenticator)),
     ]
 
 
-def internal_routes(hub: Hub, door: Door | None = None) -> list[BaseRoute]:
+def internal_routes(hub: Hub, authenticator: Authenticator | None = None) -> list[BaseRoute]:
     """Return the route table of the internal port."""
-    return [*_probes(hub), *_figures(hub, door)]
+    return [*_probes(hub), *_figures(hub, authenticator)]
 
 
 def _probes(hub: Hub) -> list[BaseRoute]:
     return [Route("/health", Endpoint(hub, GET=health)), Route("/health/live", Endpoint(hub, starts=False, GET=live))]
 
 
-def _figures(hub: Hub, door: Door | None) -> list[BaseRoute]:
+def _figures(hub: Hub, authenticator: Authenticator | None) -> list[BaseRoute]:
     admin = Identity.check_admin
     return [
-        Route("/metrics", Endpoint(hub, door, admin, GET=metrics)),
-        Route("/metrics/prometheus", Endpoint(hub, door, admin, GET=prometheus)),
-        Route("/status", Endpoint(hub, door, admin, GET=status)),
+        Route("/metrics", Endpoint(hub, authenticator, admin, GET=metrics)),
+        Route("/metrics/prometheus", Endpoint(hub, authenticator, admin, GET=prometheus)),
+        Route("/status", Endpoint(hub, authenticator, admin, GET=status)),
     ]

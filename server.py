@@ -26,9 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import uvicorn
-from starlette.authentication import AuthenticationBackend
 
-from guard_auth import backend_of, warnings_of
+from guard_auth import authenticator_of, warnings_of
 from server_workers import ParentLink, WorkerStart, check_store, signals_to, supervise
 from settings import VERSION, Settings, SettingsError
 from wire import WireProtocol
@@ -50,7 +49,7 @@ REQUESTS_GRACE_SECONDS = 5
 LEAVE_SECONDS = 0.5
 
 # The same as `notifyd.create_app`, which is handed in: notifyd.py may be the main module and must not load twice.
-CreateApp = Callable[[Settings, AuthenticationBackend | None], "App"]
+CreateApp = Callable[[Settings], "App"]
 
 
 class ListenError(Exception):
@@ -235,7 +234,7 @@ def serve(settings: Settings, create_app: CreateApp) -> int:
     Raises SettingsError for a setting that is wrong only together with other settings, with files or with the store.
     """
     check_store(settings)
-    backend = backend_of(settings)
+    is_open = authenticator_of(settings) is None
     certificate = _certificate_of(settings)
     if certificate is not None:
         # A reload that comes before the server can handle it waits, and does not end the process.
@@ -249,12 +248,12 @@ def serve(settings: Settings, create_app: CreateApp) -> int:
     host, port = listeners[0].getsockname()[:2]
     settings = msgspec.structs.replace(settings, port=port)
     addresses = [listener.getsockname()[0] for listener in listeners]
-    for warning in warnings_of(settings, addresses, is_open=backend is None):
+    for warning in warnings_of(settings, addresses, is_open=is_open):
         logger.warning(warning)
     url = f"http{'s' if certificate else ''}://{f'[{host}]' if ':' in host else host}:{port}"
     if settings.workers > 1:
         return supervise(settings, listeners, lambda: announce(f"{url} with {settings.workers} workers"))
-    Server(create_app(settings, backend), settings, certificate, url, None).run(listeners)
+    Server(create_app(settings), settings, certificate, url, None).run(listeners)
     return 0
 
 
@@ -262,7 +261,7 @@ def work(start: WorkerStart, create_app: CreateApp) -> int:
     """Serve as one worker of a parent, and return the exit status."""
     settings = start.settings
     listeners = [socket.socket(fileno=listener) for listener in start.listeners]
-    app = create_app(settings, None)
+    app = create_app(settings)
     Server(app, settings, _certificate_of(settings), "", ParentLink(start)).run(listeners)
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import re
 import subprocess
@@ -11,17 +12,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jwt
 import pytest
 from conftest import StartServer
 from credentials import SECRET, bearer, part, token, unsigned
 from expected import TIME, Like, Record, http_error, notification, parse, welcome, ws_error
 from processes import QUIET, ROOT, Server, call, environment, eventually, free_port
+from starlette.authentication import AuthCredentials, AuthenticationBackend, BaseUser, SimpleUser
+from starlette.requests import HTTPConnection
+from starlette.routing import Route
 from test_embedding import granian, host, hypercorn, uvicorn
 from ws_clients import Client
 
-from guard_auth import KeysAndTokens, backend_of
+from guard_auth import KeysAndTokens, keys_and_tokens_of
 from guard_tokens import MAX_TOKEN_BYTES
+from notifyd import create_app
 from settings import Settings, SettingsError
 
 KEY, OTHER_KEY = "key-of-ci-4711", "key-of-ops-0815"
@@ -608,29 +614,32 @@ def test_a_bad_line_in_the_file_is_named(tmp_path: Path, content: str, complaint
     assert call("--api-key-file", str(path)) == (2, "", said)
 
 
+def holders(settings: Settings, *secrets: str) -> list[str | None]:
+    """The names of the keys with these secrets."""
+    keys = keys_and_tokens_of(settings)
+    assert keys is not None
+    return [keys.holder(secret) for secret in secrets]
+
+
 @pytest.mark.parametrize("text", ["#\r\n\r\nci:one\r\n", "\ufeffci:one\n", "\ufeff# é\nci:one", "\tci:one \n\f\n"])
 def test_a_file_may_come_from_any_editor(tmp_path: Path, text: str) -> None:
     """With the line ends of Windows, with a byte order mark, or without an end of the last line."""
     path = tmp_path / "keys"
     path.write_bytes(text.encode())
-    backend = backend_of(Settings(api_key_file=str(path)))
-    assert isinstance(backend, KeysAndTokens) and backend._holder("one") == "ci"
+    assert holders(Settings(api_key_file=str(path)), "one") == ["ci"]
 
 
 def test_each_key_of_both_places_is_one(tmp_path: Path) -> None:
     """Several flags, and several lines of the file."""
     path = tmp_path / "keys"
     path.write_text("c:three\nd:four\n")
-    backend = backend_of(Settings(api_key=("a:one", "b:two"), api_key_file=str(path)))
-    assert isinstance(backend, KeysAndTokens)
-    assert [backend._holder(shown) for shown in ("one", "two", "three", "four")] == ["a", "b", "c", "d"]
+    settings = Settings(api_key=("a:one", "b:two"), api_key_file=str(path))
+    assert holders(settings, "one", "two", "three", "four") == ["a", "b", "c", "d"]
 
 
 def test_a_secret_may_have_a_colon() -> None:
     """The first one ends the name."""
-    backend = backend_of(Settings(api_key=("ci:one:two",)))
-    assert isinstance(backend, KeysAndTokens)
-    assert [backend._holder(shown) for shown in ("one:two", "one", "two", "")] == ["ci", None, None, None]
+    assert holders(Settings(api_key=("ci:one:two",)), "one:two", "one", "two", "") == ["ci", None, None, None]
 
 
 def test_two_keys_of_one_name_are_a_mistake(tmp_path: Path) -> None:
@@ -690,13 +699,34 @@ def test_the_internal_port_wants_to_know_who_asks(start_server: StartServer) -> 
 # Without a server.
 
 
+class Stranger(AuthenticationBackend):
+    """A host's backend that knows everybody, and gives nobody a right."""
+
+    async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, BaseUser]:
+        return AuthCredentials(), SimpleUser("alice")
+
+
+def test_every_route_needs_a_right_or_is_open_on_purpose() -> None:
+    """A user without rights gets 403 everywhere else; a route that is new in the table must be named here."""
+    app = create_app(Settings(), Stranger())
+
+    async def answers() -> dict[str, int]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            paths = {route.path for route in app.routes if isinstance(route, Route)}
+            head = {path: (await client.head(path)).status_code for path in paths}
+            return {path: (await client.post(path)).status_code if head[path] == 405 else head[path] for path in paths}
+
+    opened = {"/health": 200, "/health/live": 200, "/events": 200, "/ws": 426}
+    assert asyncio.run(answers()) == dict.fromkeys([*ADMIN_PATHS, "/notify", "/notify/batch"], 403) | opened
+
+
 def test_every_key_is_compared_whichever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """In constant time, so that an answer's time tells nothing about any of them."""
     compared = []
     original = hmac.compare_digest
     monkeypatch.setattr(hmac, "compare_digest", lambda *pair: compared.append(pair) or original(*pair))
     keys = KeysAndTokens([("a", "one"), ("b", "two"), ("c", "three")])
-    assert [keys._holder(shown) for shown in ("one", "three", "four")] == ["a", "c", None]
+    assert [keys.holder(shown) for shown in ("one", "three", "four")] == ["a", "c", None]
     assert [len(one) for pair in compared for one in pair] == [32] * 18
 
 
