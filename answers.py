@@ -1,155 +1,153 @@
-"""From a request to its answer: what a handler is given, and the one place where an error becomes an answer.
+"""From a request to its answer: the methods of a path, and the only place where an error becomes an answer.
 
-Owns the documented body of errors, the methods of a path, and how much of a body is read.
+Owns the documented body of errors, the limit of a request body, and the two borders at which an unexpected error
+stops: `Endpoint` for one request, `Socket` for one WebSocket. Handlers raise; they never answer with an error.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
-from starlette.datastructures import Headers, QueryParams
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import schemas
-from connection import EventStream
-from errors import (
-    MethodNotAllowed,
-    NotFound,
-    NotifydError,
-    TooLarge,
-)
-from guard_auth import Authenticator
+from errors import MethodNotAllowed, NotFound, NotifydError, TooLarge
 from guard_identity import Identity
 from hub import Hub
 from schemas import encode
 
+if TYPE_CHECKING:
+    from guard_auth import Authenticator
+
 logger = logging.getLogger("notifyd.answers")
 
-# When to try again where the limit is reached or the server drains.
+# When to try again after reaching a limit, or while the server drains.
 RETRY_AFTER_SECONDS = 5
-
-
-# How long a browser need not ask again what a page may do.
+# For so long a browser reuses the answer to a preflight.
 PREFLIGHT_SECONDS = 600
 
-
-class ClientGone(Exception):
-    """The other side left before its request was whole; there is nobody to answer."""
-
-
-class Request:
-    """One HTTP request as the handlers see it."""
-
-    __slots__ = ("headers", "identity", "receive", "scope")
-
-    def __init__(self, scope: Scope, receive: Receive, identity: Identity | None = None) -> None:
-        self.scope = scope
-        self.headers = Headers(scope=scope)
-        self.receive = receive
-        # None where there is no authentication.
-        self.identity = identity
-
-    def check_publish(self, requests: Sequence[schemas.NotifyRequest]) -> None:
-        """Raise Forbidden where its sender may not publish one of these."""
-        if self.identity is not None:
-            self.identity.check_publish(requests)
-
-    def parameters(self) -> QueryParams:
-        return QueryParams(self.scope["query_string"])
-
-    def media_type(self) -> str:
-        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-    async def body(self, limit: int) -> bytes:
-        """Return the whole body. Raises TooLarge as soon as it is known to be, before it is read."""
-        too_large = TooLarge(f"request body: larger than the limit of {limit} bytes")
-        length = self.headers.get("content-length", "")
-        if length.isdigit() and int(length) > limit:
-            raise too_large
-        parts = []
-        size, more = 0, True
-        while more:
-            event = await self.receive()
-            if event["type"] == "http.disconnect":
-                raise ClientGone
-            parts.append(event.get("body", b""))
-            size += len(parts[-1])
-            if size > limit:
-                raise too_large
-            more = event.get("more_body", False)
-        return b"".join(parts)
-
-
-Handler = Callable[[Hub, Request], Awaitable[Response | EventStream]]
-
-
-# Raises Forbidden or Unauthorized.
-Check = Callable[[Identity], None]
-
-
-def answer(body: Struct, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    # The line end is for whoever reads it in a terminal.
-    return Response(encode(body) + b"\n", status, headers, "application/json")
+# The identity is None where there is no authentication.
+Handler = Callable[[Hub, Request, Identity | None], Awaitable[ASGIApp]]
+SocketHandler = Callable[[Hub, "Authenticator | None", Scope, Receive, Send], Awaitable[None]]
+# The right that a path needs. Raises Forbidden or Unauthorized.
+Right = Callable[[Identity], None]
 
 
 class Endpoint:
-    """One path as an ASGI app: its methods, and the documented body for whatever goes wrong."""
+    """One path as an ASGI app: its methods, the right that it needs, and the documented body of every error."""
 
     def __init__(
-        self,
-        hub: Hub,
-        authenticator: Authenticator | None = None,
-        check: Check | None = None,
-        *,
-        starts: bool = True,
-        **handlers: Handler,
+        self, hub: Hub, authenticator: Authenticator | None = None, right: Right | None = None, **handlers: Handler
     ) -> None:
-        """With an authenticator, run the check on the sender. `starts`: whether the Hub must have started."""
-        self.hub = hub
-        self.authenticator = authenticator
-        self.check = check
-        self.starts = starts
-        self.handlers = handlers
+        """Without an authenticator the path is open to everybody."""
+        self._hub = hub
+        self._authenticator = authenticator
+        self._right = right
+        self._handlers = handlers
         if "GET" in handlers:
-            self.handlers["HEAD"] = handlers["GET"]
-        self.allow = ", ".join([*self.handlers, "OPTIONS"])
+            handlers["HEAD"] = handlers["GET"]
+        self._allow = ", ".join([*handlers, "OPTIONS"])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            response: Response | EventStream = await self._respond(scope, receive)
-        except ClientGone:
+            response = await self._respond(scope, receive)
+        except ClientDisconnect:
+            # The client left before its request was complete, so nobody reads an answer.
             return
+        except ReceiveError as error:
+            raise error.cause from None
         except NotifydError as error:
             response = error_response(error)
         except Exception as error:
             response = unexpected_response(error)
         await response(scope, receive, send)
 
-    async def _respond(self, scope: Scope, receive: Receive) -> Response | EventStream:
+    async def _respond(self, scope: Scope, receive: Receive) -> ASGIApp:
         method = scope["method"]
         if method == "OPTIONS":
             return self._options(Headers(scope=scope))
-        if (handler := self.handlers.get(method)) is None:
-            raise MethodNotAllowed(f"Method {method[:32]} is not allowed here", {"Allow": self.allow})
-        schemas.check_query(scope["query_string"])
-        identity = None if self.authenticator is None else await self.authenticator.identify(scope)
-        if identity is not None and self.check is not None:
-            self.check(identity)
-        if self.starts:
-            await self.hub.start()
-        return await handler(self.hub, Request(scope, receive, identity))
+        if (handler := self._handlers.get(method)) is None:
+            raise MethodNotAllowed(f"Method {method[:32]} is not allowed here", {"Allow": self._allow})
+        if query := scope["query_string"]:
+            schemas.check_query(query)
+        identity = None
+        if self._authenticator is not None:
+            identity = await self._authenticator.identify(scope)
+            if self._right is not None:
+                self._right(identity)
+        return await handler(self._hub, Request(scope, receive), identity)
 
     def _options(self, asked: Headers) -> Response:
-        """Tell the methods; a preflight (https://fetch.spec.whatwg.org/#http-cors-protocol) may send any header."""
-        headers = {"Allow": self.allow}
+        """Return the methods; a preflight (https://fetch.spec.whatwg.org/#http-cors-protocol) may send any header."""
+        headers = {"Allow": self._allow}
         if "access-control-request-method" in asked:
-            headers["Access-Control-Allow-Methods"] = self.allow
+            headers["Access-Control-Allow-Methods"] = self._allow
             headers["Access-Control-Allow-Headers"] = asked.get("access-control-request-headers", "")
             headers["Access-Control-Max-Age"] = str(PREFLIGHT_SECONDS)
         return Response(status_code=204, headers=headers)
+
+
+class Socket:
+    """The WebSocket path as an ASGI app: an unexpected error ends one connection, and is logged."""
+
+    def __init__(self, hub: Hub, authenticator: Authenticator | None, handler: SocketHandler) -> None:
+        self._hub = hub
+        self._authenticator = authenticator
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._handler(self._hub, self._authenticator, scope, receive, send)
+        except Exception as error:
+            logger.error("Unexpected error %s", schemas.new_error_id(), exc_info=error)
+
+
+# --- the body of a request
+
+
+class ReceiveError(Exception):
+    """`receive` has raised: the host's middleware limits the body, for example, and answers in its own way."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__()
+        self.cause = cause
+
+
+async def body_of(request: Request, limit: int) -> bytes:
+    """Return the whole body. Raises TooLarge as soon as that is known: by Content-Length before reading any of it."""
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limit:
+        raise _too_large(limit)
+    parts, size = [], 0
+    try:
+        async for part in request.stream():
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                raise _too_large(limit)
+    except (ClientDisconnect, TooLarge):
+        raise
+    except Exception as error:
+        raise ReceiveError(error) from error
+    return b"".join(parts)
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"request body: larger than the limit of {limit} bytes")
+
+
+# --- the answers
+
+
+def answer(body: Struct, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    # The line end is for readers at a terminal.
+    return Response(encode(body) + b"\n", status, headers, "application/json")
 
 
 def error_response(error: NotifydError, category: str | None = None, error_id: str | None = None) -> Response:
@@ -159,29 +157,29 @@ def error_response(error: NotifydError, category: str | None = None, error_id: s
 
 
 def unexpected_response(error: Exception) -> Response:
-    """Log what nobody expected under the id that the other side is told."""
+    """Log an unexpected error, under the id that the client gets."""
     error_id = schemas.new_error_id()
     logger.error("Unexpected error %s", error_id, exc_info=error)
     return error_response(NotifydError("Internal server error"), error_id=error_id)
 
 
 async def refuse(error: NotifydError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with an HTTP error; a WebSocket handshake too, where the server can."""
+    """Answer a request, or a handshake where the server can, with an HTTP error."""
     if scope["type"] == "http":
         await error_response(error)(scope, receive, send)
         return
-    await receive()
+    await receive()  # websocket.connect
     await refuse_handshake(error, scope, receive, send)
 
 
 async def refuse_handshake(error: NotifydError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a handshake that has been received with an HTTP error, where the server can."""
-    if "websocket.http.response" in scope.get("extensions", {}):
+    """Answer a handshake that has been received with an HTTP error, or with a close where the server cannot."""
+    if "websocket.http.response" in (scope.get("extensions") or {}):
         await error_response(error, "connection")(scope, receive, send)
     else:
         await send({"type": "websocket.close", "code": error.close_code, "reason": error.message})
 
 
 async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer for every path that has no route."""
+    """Answer for every path without a route."""
     await refuse(NotFound(f"There is nothing at {scope['path'][:200]}"), scope, receive, send)

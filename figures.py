@@ -27,6 +27,7 @@ from settings import number
 
 
 async def health(hub: Hub) -> Health:
+    await hub.start()
     census = await hub.census.take()
     status, message = "healthy", "WebSocket Notification Server is running"
     if not hub.is_ready():
@@ -49,6 +50,7 @@ async def health(hub: Hub) -> Health:
 
 
 async def metrics(hub: Hub) -> Metrics:
+    await hub.start()
     census, _ = await hub.census.take_exact()
     return Metrics(
         connections=MetricsConnections(
@@ -73,6 +75,7 @@ async def metrics(hub: Hub) -> Metrics:
 
 async def status(hub: Hub, limit: int) -> Status:
     """Return everything, with the details of the first `limit` clients."""
+    await hub.start()
     census, details = await hub.census.take_exact(limit)
     settings = hub.settings
     return Status(
@@ -108,6 +111,7 @@ async def status(hub: Hub, limit: int) -> Status:
 
 async def prometheus(hub: Hub) -> str:
     """Return the figures in Prometheus' text format: the documented four first, to the letter."""
+    await hub.start()
     census, _ = await hub.census.take_exact()
     log = hub.fanout.log
     figures: list[tuple[str, str, str, float]] = [

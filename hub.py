@@ -31,7 +31,7 @@ from conversation import Conversation, Renew
 from drain import Drain
 from errors import InvalidRequest, ShuttingDown, StoreUnavailable, TooLarge
 from fanout import FanOut
-from guard_identity import ExpiringClients
+from guard_identity import ExpiringClients, Identity
 from heartbeat import Heartbeat
 from log import Audience, payloads
 from schemas import GOING_AWAY, POLICY_VIOLATION, TRY_AGAIN_LATER, timestamp
@@ -238,14 +238,22 @@ class Hub:
         return appended.receipts[0]
 
     async def publish(
-        self, requests: Sequence[schemas.NotifyRequest], once: Once | None = None, *, numbered: bool = False
+        self,
+        requests: Sequence[schemas.NotifyRequest],
+        once: Once | None = None,
+        sender: Identity | None = None,
+        *,
+        numbered: bool = False,
     ) -> Appended:
         """Publish checked requests, all of them or, where one of them is refused, none; as notify().
 
-        With `once` a repetition publishes nothing and returns what the first did; raises KeyReused. Errors of
-        `numbered` requests name the place, counted from 0.
+        With `once` a repetition publishes nothing and returns what the first did; raises KeyReused. With a `sender`,
+        raises Forbidden where its identity may not publish one of them. Errors of `numbered` requests name the place,
+        counted from 0.
         """
         await self.start()
+        if sender is not None:
+            sender.check_publish(requests)
         if numbered:
             drafts = [self._draft(request, f"[{place}].") async for place, request in in_slices(requests)]
         else:

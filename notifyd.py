@@ -31,7 +31,7 @@ from errors import InvalidRequest, NotifydError, ShuttingDown, StoreUnavailable,
 from guard import Guard
 from guard_auth import Authenticator, authenticator_of
 from hub import Hub
-from routes import internal_routes, routes
+from routes import internal_route_table, route_table
 from settings import Settings, SettingsError, from_environ, load
 from store import Receipt
 
@@ -65,7 +65,7 @@ class App(Router):
             async with hub:
                 yield
 
-        table = internal_routes if internal else routes
+        table = internal_route_table if internal else route_table
         super().__init__(
             table(hub, authenticator),
             redirect_slashes=False,

@@ -1,24 +1,27 @@
-"""The routes: plain handlers, each of which reads a request, calls the Hub and answers.
+"""The routes: a Router maps plain handlers onto one Hub.
 
-Owns HTTP: methods, sizes, content types, and the one place where an error becomes an answer. Policy is the Hub's.
+A handler decodes its request, calls one method of the Hub and encodes the answer. It raises every error; answers.py
+makes the answer of it. The table names the right that opens a path. The Hub checks what a sender may do there, with
+the sender's identity, as it does for messages on a connection.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
+from typing import TYPE_CHECKING
 
 import orjson
 from msgspec import Struct
 from starlette.datastructures import Headers, QueryParams
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import figures
 import schemas
 from admission import Newcomer
-from answers import Endpoint, Request, answer, refuse_handshake
+from answers import Endpoint, Socket, answer, body_of, refuse_handshake
 from connection import WIRE_EXTENSION, Connection, EventStream, SendConnection
 from errors import (
     InvalidRequest,
@@ -28,103 +31,135 @@ from errors import (
     UnsupportedMediaType,
     UpgradeRequired,
 )
-from guard_auth import SUBPROTOCOL, Authenticator
 from guard_identity import Identity
 from hub import Hub
-from schemas import TRY_AGAIN_LATER, encode, timestamp
+from schemas import MAX_SHOWN, TRY_AGAIN_LATER, encode, timestamp
 from slices import in_slices
 from store import Appended, Once
 
-logger = logging.getLogger("notifyd.routes")
+if TYPE_CHECKING:
+    from guard_auth import Authenticator
+
+
+def route_table(hub: Hub, authenticator: Authenticator | None = None) -> list[BaseRoute]:
+    """Return the routes of the public port, the most frequent first. Without an authenticator all are open."""
+    publisher, admin = Identity.check_publisher, Identity.check_admin
+    return [
+        Route("/notify", Endpoint(hub, authenticator, publisher, POST=notify)),
+        Route("/notify/batch", Endpoint(hub, authenticator, publisher, POST=notify_batch)),
+        WebSocketRoute("/ws", Socket(hub, authenticator, connect)),
+        Route("/ws", Endpoint(hub, GET=upgrade_required)),
+        Route("/events", Endpoint(hub, authenticator, GET=events)),
+        Route("/notifications", Endpoint(hub, authenticator, admin, GET=notifications)),
+        *(_probes(hub) if hub.settings.internal_port else internal_route_table(hub, authenticator)),
+    ]
+
+
+def internal_route_table(hub: Hub, authenticator: Authenticator | None = None) -> list[BaseRoute]:
+    """Return the routes of the internal port; without such a port they are part of the public table."""
+    admin = Identity.check_admin
+    return [
+        *_probes(hub),
+        Route("/metrics", Endpoint(hub, authenticator, admin, GET=metrics)),
+        Route("/metrics/prometheus", Endpoint(hub, authenticator, admin, GET=prometheus)),
+        Route("/status", Endpoint(hub, authenticator, admin, GET=status)),
+    ]
+
+
+def _probes(hub: Hub) -> list[BaseRoute]:
+    return [Route("/health", Endpoint(hub, GET=health)), Route("/health/live", Endpoint(hub, GET=live))]
+
 
 PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STATUS_DETAILS, MAX_STATUS_DETAILS = 1000, 1_000_000
 HISTORY_LIMIT, MAX_HISTORY_LIMIT = 100, 1000
 MAX_BATCH_BYTES = 1_048_576
 MAX_KEY_LENGTH = 255
-# It is kept for each client.
+# Kept for each client.
 MAX_USER_AGENT = 256
 
 
-# --- handlers
+# --- publishing
 
 
-async def health(hub: Hub, request: Request) -> Response:
-    body = await figures.health(hub)
-    return answer(body, 200 if body.status == "healthy" else 503)
-
-
-async def live(hub: Hub, request: Request) -> Response:
-    return answer(schemas.Live(timestamp=timestamp()))
-
-
-async def notify(hub: Hub, request: Request) -> Response:
-    body = await request.body(hub.settings.max_message_size)
+async def notify(hub: Hub, request: Request, sender: Identity | None) -> Response:
+    body = await body_of(request, hub.settings.max_message_size)
     hub.check_ready()
-    wanted = _read_notification(request, body)
-    request.check_publish([wanted])
-    # What could not be written back must be refused before it is sent.
+    wanted = _notification_in(request, body)
+    # Encoded before it is published: data without a JSON form is refused.
     understood = orjson.Fragment(encode(wanted))
-    appended = await hub.publish([wanted], _once(request, body))
+    appended = await hub.publish([wanted], _once(request, body), sender)
+    [receipt] = appended.receipts
     response = schemas.NotifyResponse(
-        recipients=appended.receipts[0].recipients, notification=understood, timestamp=timestamp(appended.at)
+        recipients=receipt.recipients, notification=understood, timestamp=timestamp(appended.at)
     )
     return _published(response, appended)
 
 
-async def notify_batch(hub: Hub, request: Request) -> Response:
-    body = await request.body(MAX_BATCH_BYTES)
+async def notify_batch(hub: Hub, request: Request, sender: Identity | None) -> Response:
+    body = await body_of(request, MAX_BATCH_BYTES)
     hub.check_ready()
-    _check_content_type(request.media_type())
+    _media_type(request)
     wanted = []
     async for place, value in in_slices(schemas.decode(body, schemas.NotifyRequests)):
         wanted.append(schemas.check(value, schemas.NotifyRequest, f"[{place}]"))
-    request.check_publish(wanted)
-    appended = await hub.publish(wanted, _once(request, body), numbered=True)
-    receipts = [schemas.BatchReceipt(id=one.id, recipients=one.recipients) for one in appended.receipts]
+    appended = await hub.publish(wanted, _once(request, body), sender, numbered=True)
+    receipts = [schemas.BatchReceipt(id=receipt.id, recipients=receipt.recipients) for receipt in appended.receipts]
     response = schemas.BatchResponse(count=len(receipts), notifications=receipts, timestamp=timestamp(appended.at))
     return _published(response, appended)
 
 
-async def notifications(hub: Hub, request: Request) -> Response:
-    parameters = request.parameters()
-    limit = _whole_number(parameters, "limit", HISTORY_LIMIT, least=1, most=MAX_HISTORY_LIMIT)
-    since, client_id = parameters.get("since"), parameters.get("client_id") or None
-    return answer(await hub.history(since, limit, _topics(parameters), client_id))
+def _notification_in(request: Request, body: bytes) -> schemas.NotifyRequest:
+    if _media_type(request) != "text/plain":
+        wanted: schemas.NotifyRequest = schemas.decode(body, schemas.NotifyRequest)
+        return wanted
+    try:
+        text = body.decode()
+    except UnicodeDecodeError:
+        raise InvalidRequest("message: not valid UTF-8") from None
+    plain: schemas.NotifyRequest = schemas.check({"message": text}, schemas.NotifyRequest)
+    return plain
 
 
-async def metrics(hub: Hub, request: Request) -> Response:
-    return answer(await figures.metrics(hub))
+def _media_type(request: Request) -> str:
+    """Return the media type of the body, empty where none is named. Raises UnsupportedMediaType."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    known = media_type in ("", "application/json", "application/x-www-form-urlencoded")
+    if not known and not media_type.startswith("text/") and not media_type.endswith("+json"):
+        raise UnsupportedMediaType(f"content-type: expected application/json, got {media_type[:MAX_SHOWN]!r}")
+    return media_type
 
 
-async def prometheus(hub: Hub, request: Request) -> Response:
-    return Response(await figures.prometheus(hub), media_type=PROMETHEUS_TYPE)
+def _once(request: Request, body: bytes) -> Once | None:
+    """Return the Idempotency-Key with a digest of its request; None without a key. Raises InvalidRequest."""
+    keys = request.headers.getlist("idempotency-key")
+    if not keys:
+        return None
+    if len(keys) > 1:
+        raise InvalidRequest("Idempotency-Key: expected one, got several")
+    [key] = keys
+    if not 1 <= len(key) <= MAX_KEY_LENGTH:
+        raise InvalidRequest(f"Idempotency-Key: expected 1 to {MAX_KEY_LENGTH} characters, got {len(key)}")
+    stated = (request.scope["path"].encode(), _media_type(request).encode(), body)
+    return Once(key, hashlib.sha256(b"\0".join(stated)).digest())
 
 
-async def status(hub: Hub, request: Request) -> Response:
-    limit = _whole_number(request.parameters(), "limit", STATUS_DETAILS, least=0, most=MAX_STATUS_DETAILS)
-    return answer(await figures.status(hub, limit))
+def _published(response: Struct, appended: Appended) -> Response:
+    """Return the answer to a publisher, the same for each repetition of its request."""
+    headers = {"Notification-Id": appended.receipts[-1].id}
+    if appended.repeated:
+        headers["Idempotent-Replayed"] = "true"
+    return answer(response, headers=headers)
 
 
-async def events(hub: Hub, request: Request) -> EventStream | Response:
-    """Admit a stream; it is then the response."""
-    if request.scope["method"] == "HEAD":
-        return Response(media_type="text/event-stream")
-    newcomer = _newcomer(request.scope, request.identity, request.headers.get("last-event-id"))
-    stream = EventStream(request.receive)
-    await hub.admit(stream, newcomer)
-    return stream
-
-
-async def upgrade_required(hub: Hub, request: Request) -> Response:
-    raise UpgradeRequired("Expected a WebSocket handshake", {"Upgrade": "websocket", "Connection": "Upgrade"})
+# --- receiving
 
 
 async def connect(hub: Hub, authenticator: Authenticator | None, scope: Scope, receive: Receive, send: Send) -> None:
-    """Serve one WebSocket: on the fast path until it is admitted or refused, else until its end."""
-    extensions = scope.get("extensions") or {}
+    """Serve a WebSocket: on the fast wire until it is admitted or refused, elsewhere until its end."""
+    wire = (scope.get("extensions") or {}).get(WIRE_EXTENSION)
     try:
-        if (wire := extensions.get(WIRE_EXTENSION)) is not None:
+        if wire is not None:
             await _admit_or_close(hub, authenticator, wire, scope)
             return
         await receive()  # websocket.connect
@@ -137,9 +172,9 @@ async def connect(hub: Hub, authenticator: Authenticator | None, scope: Scope, r
 
 
 async def _admit_or_close(hub: Hub, authenticator: Authenticator | None, connection: Connection, scope: Scope) -> None:
-    if authenticator is not None and SUBPROTOCOL in scope.get("subprotocols", ()):
-        # Also for a refusal: a browser whose subprotocols are not answered does not see it.
-        connection.choose(SUBPROTOCOL)
+    if authenticator is not None and (subprotocol := authenticator.subprotocol(scope)) is not None:
+        # Also for a refusal: a browser hides the reason where no subprotocol of those offered is chosen.
+        connection.choose(subprotocol)
     try:
         schemas.check_query(scope["query_string"])
         identity = None if authenticator is None else await authenticator.identify(scope)
@@ -147,58 +182,24 @@ async def _admit_or_close(hub: Hub, authenticator: Authenticator | None, connect
     except TooManyConnections:
         raise
     except StoreUnavailable:
-        # What is wrong inside is for the operator, on /health.
+        # The reason is for the operator, on /health.
         connection.close(TRY_AGAIN_LATER, "Try again later")
     except NotifydError as refusal:
         connection.close(refusal.close_code, refusal.message)
 
 
-# --- what handlers share
+async def upgrade_required(hub: Hub, request: Request, sender: Identity | None) -> Response:
+    raise UpgradeRequired("Expected a WebSocket handshake", {"Upgrade": "websocket", "Connection": "Upgrade"})
 
 
-def _once(request: Request, body: bytes) -> Once | None:
-    """Return the request's Idempotency-Key with what it stands for, if it has one. Raises InvalidRequest."""
-    keys = request.headers.getlist("idempotency-key")
-    if not keys:
-        return None
-    if len(keys) > 1:
-        raise InvalidRequest("Idempotency-Key: expected one, got several")
-    [key] = keys
-    if not 1 <= len(key) <= MAX_KEY_LENGTH:
-        raise InvalidRequest(f"Idempotency-Key: expected 1 to {MAX_KEY_LENGTH} characters, got {len(key)}")
-    stated = (request.scope["path"].encode(), request.media_type().encode(), body)
-    return Once(key, hashlib.sha256(b"\0".join(stated)).digest())
-
-
-def _published(response: Struct, appended: Appended) -> Response:
-    """Return the answer to a publisher, the same for each repetition of its request."""
-    headers = {"Notification-Id": appended.receipts[-1].id}
-    if appended.repeated:
-        headers["Idempotent-Replayed"] = "true"
-    return answer(response, headers=headers)
-
-
-def _read_notification(request: Request, body: bytes) -> schemas.NotifyRequest:
-    media_type = request.media_type()
-    _check_content_type(media_type)
-    if media_type != "text/plain":
-        wanted: schemas.NotifyRequest = schemas.decode(body, schemas.NotifyRequest)
-        return wanted
-    try:
-        text = body.decode()
-    except UnicodeDecodeError:
-        raise InvalidRequest("message: not valid UTF-8") from None
-    plain: schemas.NotifyRequest = schemas.check({"message": text}, schemas.NotifyRequest)
-    return plain
-
-
-def _whole_number(parameters: QueryParams, name: str, default: int, *, least: int, most: int) -> int:
-    given = parameters.get(name)
-    if given is None:
-        return default
-    if not (given.isascii() and given.isdecimal() and len(given) <= 9 and least <= int(given) <= most):
-        raise InvalidRequest(f"{name}: expected a whole number from {least} to {most}, got {given[:64]!r}")
-    return int(given)
+async def events(hub: Hub, request: Request, sender: Identity | None) -> ASGIApp:
+    """Admit a stream, which is then the response."""
+    if request.method == "HEAD":
+        return Response(media_type="text/event-stream")
+    newcomer = _newcomer(request.scope, sender, request.headers.get("last-event-id"))
+    stream = EventStream(request.receive)
+    await hub.admit(stream, newcomer)
+    return stream
 
 
 def _newcomer(scope: Scope, identity: Identity | None, since: str | None = None) -> Newcomer:
@@ -219,57 +220,42 @@ def _topics(parameters: QueryParams) -> list[str]:
     return given.split(",") if given else []
 
 
-def _check_content_type(media_type: str) -> None:
-    plain = media_type in ("", "application/json", "application/x-www-form-urlencoded")
-    if not plain and not media_type.startswith("text/") and not media_type.endswith("+json"):
-        raise UnsupportedMediaType(f"content-type: expected application/json, got {media_type[:64]!r}")
+# --- reading
 
 
-# --- where an error becomes an answer
+async def notifications(hub: Hub, request: Request, sender: Identity | None) -> Response:
+    parameters = request.query_params
+    limit = _whole_number(parameters, "limit", HISTORY_LIMIT, least=1, most=MAX_HISTORY_LIMIT)
+    since, client_id = parameters.get("since"), parameters.get("client_id") or None
+    return answer(await hub.history(since, limit, _topics(parameters), client_id))
 
 
-class Socket:
-    """The WebSocket path as an ASGI app: the border at which one connection's unexpected error stops."""
-
-    def __init__(self, hub: Hub, authenticator: Authenticator | None) -> None:
-        self.hub = hub
-        self.authenticator = authenticator
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await connect(self.hub, self.authenticator, scope, receive, send)
-        except Exception as error:
-            logger.error("Unexpected error %s", schemas.new_error_id(), exc_info=error)
+async def metrics(hub: Hub, request: Request, sender: Identity | None) -> Response:
+    return answer(await figures.metrics(hub))
 
 
-def routes(hub: Hub, authenticator: Authenticator | None = None) -> list[BaseRoute]:
-    """Return the route table; with an authenticator it also says what each route needs."""
-    publisher = Identity.check_publisher
-    return [
-        *_probes(hub),
-        *([] if hub.settings.internal_port else _figures(hub, authenticator)),
-        Route("/notify", Endpoint(hub, authenticator, publisher, POST=notify)),
-        Route("/notify/batch", Endpoint(hub, authenticator, publisher, POST=notify_batch)),
-        Route("/notifications", Endpoint(hub, authenticator, Identity.check_admin, GET=notifications)),
-        Route("/events", Endpoint(hub, authenticator, GET=events)),
-        Route("/ws", Endpoint(hub, GET=upgrade_required)),
-        WebSocketRoute("/ws", Socket(hub, authenticator)),
-    ]
+async def prometheus(hub: Hub, request: Request, sender: Identity | None) -> Response:
+    return Response(await figures.prometheus(hub), media_type=PROMETHEUS_TYPE)
 
 
-def internal_routes(hub: Hub, authenticator: Authenticator | None = None) -> list[BaseRoute]:
-    """Return the route table of the internal port."""
-    return [*_probes(hub), *_figures(hub, authenticator)]
+async def status(hub: Hub, request: Request, sender: Identity | None) -> Response:
+    limit = _whole_number(request.query_params, "limit", STATUS_DETAILS, least=0, most=MAX_STATUS_DETAILS)
+    return answer(await figures.status(hub, limit))
 
 
-def _probes(hub: Hub) -> list[BaseRoute]:
-    return [Route("/health", Endpoint(hub, GET=health)), Route("/health/live", Endpoint(hub, starts=False, GET=live))]
+async def health(hub: Hub, request: Request, sender: Identity | None) -> Response:
+    body = await figures.health(hub)
+    return answer(body, 200 if body.status == "healthy" else 503)
 
 
-def _figures(hub: Hub, authenticator: Authenticator | None) -> list[BaseRoute]:
-    admin = Identity.check_admin
-    return [
-        Route("/metrics", Endpoint(hub, authenticator, admin, GET=metrics)),
-        Route("/metrics/prometheus", Endpoint(hub, authenticator, admin, GET=prometheus)),
-        Route("/status", Endpoint(hub, authenticator, admin, GET=status)),
-    ]
+async def live(hub: Hub, request: Request, sender: Identity | None) -> Response:
+    return answer(schemas.Live(timestamp=timestamp()))
+
+
+def _whole_number(parameters: QueryParams, name: str, default: int, *, least: int, most: int) -> int:
+    given = parameters.get(name)
+    if given is None:
+        return default
+    if not (given.isascii() and given.isdecimal() and len(given) <= 9 and least <= int(given) <= most):
+        raise InvalidRequest(f"{name}: expected a whole number from {least} to {most}, got {given[:MAX_SHOWN]!r}")
+    return int(given)

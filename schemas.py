@@ -380,10 +380,13 @@ def to_plain(value: Any) -> Any:
 
 
 def _fields(value: object) -> dict[str, Any]:
-    if isinstance(value, Struct):
-        fields = msgspec.structs.asdict(value)
-        return {name: one for name, one in fields.items() if one is not UNSET}
-    raise TypeError
+    if not isinstance(value, Struct):
+        raise TypeError
+    fields = msgspec.structs.asdict(value)
+    for name in value.__struct_fields__:
+        if fields[name] is UNSET:
+            del fields[name]
+    return fields
 
 
 def _unencodable(error: orjson.JSONEncodeError) -> str:

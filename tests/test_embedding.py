@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 from expected import (
     CLIENT_ID,
@@ -24,6 +26,11 @@ from expected import (
     ws_error,
 )
 from processes import Server, eventually, free_port
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Mount
+
+from notifyd import create_app
 
 QUIET = {"NOTIFYD_NOTIFICATION_INTERVAL": "0", "NOTIFYD_MAX_CONNECTIONS": "4"}
 
@@ -235,11 +242,6 @@ def test_test_notifications_come_in_a_host() -> None:
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> Any:
     """notifyd mounted in a Starlette app, in this very process."""
-    from starlette.applications import Starlette
-    from starlette.routing import Mount
-
-    from notifyd import create_app
-
     for name, value in QUIET.items():
         monkeypatch.setenv(name, value)
     return Starlette(routes=[Mount("/notifications", app=create_app())])
@@ -280,3 +282,65 @@ def test_a_test_client_without_a_context_is_served(in_process: Any) -> None:
     assert [client.get("/notifications/health").status_code for _ in range(2)] == [200, 200]
     with client.websocket_connect("/notifications/ws") as websocket:
         assert websocket.receive_json()["type"] == "welcome"
+
+
+# In the middleware of a host.
+
+
+class TooBig(Exception):
+    """What a host's own middleware raises."""
+
+
+async def limits_bodies(scope: Any, receive: Any, send: Any) -> None:
+    """A host whose middleware lets no body through, and answers in its own way."""
+
+    async def refuse() -> Any:
+        raise TooBig
+
+    try:
+        await create_app()(scope, refuse, send)
+    except TooBig:
+        await PlainTextResponse("Too big for us", 413)(scope, receive, send)
+
+
+async def adds_a_slash(scope: Any, receive: Any, send: Any) -> None:
+    """A host that ends the path of a mount with a slash, as Litestar does."""
+    await create_app()(scope | {"path": scope["path"].rstrip("/") + "/"}, receive, send)
+
+
+def answer_of(app: Any, method: str, path: str, body: Any = b"") -> tuple[int, str]:
+    """Status and text of an answer, without any server."""
+
+    async def ask() -> tuple[int, str]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            response = await client.request(method, path, content=body)
+            return response.status_code, response.text
+
+    return asyncio.run(ask())
+
+
+def test_a_hosts_own_limit_of_a_body_answers_for_itself() -> None:
+    """An exception out of `receive` reaches the middleware that raised it."""
+    assert answer_of(limits_bodies, "POST", "/notify", b"{}") == (413, "Too big for us")
+
+
+def test_starlettes_limit_of_a_body_answers_for_itself() -> None:
+    """The host's limit applies to a body without Content-Length, too."""
+    app = Starlette(routes=[Mount("/notifications", app=create_app())], max_body_size=10)
+
+    async def body() -> Any:
+        yield b'{"message": "more than ten bytes"}'
+
+    assert answer_of(app, "POST", "/notifications/notify", body()) == (413, "Content Too Large")
+
+
+@pytest.mark.parametrize("path", ["/health", "/health/live", "/status"])
+def test_a_slash_that_the_host_adds_does_not_count(path: str) -> None:
+    """The client asked for a path that is there."""
+    assert answer_of(adds_a_slash, "GET", path)[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/health/", "/health%2F", "/", "/nothing"])
+def test_a_slash_of_the_clients_still_counts(path: str) -> None:
+    """There is no such path, with the host's slash or without."""
+    assert answer_of(adds_a_slash, "GET", path)[0] == 404
