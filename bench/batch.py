@@ -1,11 +1,11 @@
-"""How much cheaper is a notification when many are published in one request?
+"""How much does a batch save per notification?
 
-Method: one connection publishes to one notifyd, in turns (turns.py): by POST /notify, one at a time, and by POST
-/notify/batch, with 100 and with 1,000 in a request. The figure is the server's CPU for each notification: with nobody
-listening, which leaves the publishing itself, and with 100 clients, each of which a batch reaches in few writes.
-"x cheaper" is the median of the turns.
+Method: one connection publishes to one notifyd, in turns (turns.py): single notifications by POST /notify, and 100 and
+1,000 per request by POST /notify/batch. The figure is the server's CPU per notification: without clients, for the cost
+of publishing alone, and with 100 clients, each reached by a batch in few writes. "x cheaper" is the median of the
+turns.
 
-Not measured: peers, none of which takes batches.
+Not measured: peers, because none takes batches.
 """
 
 from collections.abc import Iterator

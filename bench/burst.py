@@ -1,10 +1,10 @@
-"""How many deliveries a second does a server reach when publishes come faster than it can pass them on one by one?
+"""How many deliveries per second does a server reach when publishes come faster than it can deliver each alone?
 
 Method: 8 keep-alive connections with 8 pipelined requests each, 64 in flight, publish to 1,000 clients; the clock
-runs from the first request to the last byte at the last client. Median of the runs. Turns with the floor,
-as in fanout.py, were tried and made it worse: by the floor's own scatter in a burst, a factor of 3.
+runs from the first request to the last byte at the last client. Median of the runs. Taking turns with the floor, as
+in fanout.py, was tried and made the figure less steady: the floor's own results in a burst vary by a factor of 3.
 
-Not measured: what a client that reads slowly would do to the others; the load's clients read as fast as they can.
+Not measured: the effect of a slow client on the others; the load's clients read as fast as they can.
 """
 
 from collections.abc import Iterator

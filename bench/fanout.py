@@ -1,14 +1,14 @@
-"""What does one delivery cost, and when has the last client got its notification?
+"""How much CPU does one delivery cost, and how long does a notification take to the last client?
 
 Method: the server and the floor have the same number of clients each and take turns (turns.py) of a few notifications,
 published one at a time. Latency is from the first byte of the publish to the last byte at the last client, in
 the same turns.
 
-The clients poll and never sleep, so that nobody is woken: that is the least a send can cost, and makes the ratio that
-of the servers' own work. Who sends to a sleeper pays for waking it, and all clients here are one process, which
-sleeps when it has read everything: so more often the slower the server is, which would then pay for more wakings. One
-more row has such clients; "woken" says for what share of the deliveries, at the server and at the floor. (Clients with
-a process each would all be woken, by whatever server.)
+The clients poll and never sleep, so no delivery wakes a client: a send then costs the least, and the ratio compares the
+servers' own work. A sender pays for waking a sleeping client. All clients here are one process, which sleeps whenever
+it has read everything: beside a slower server it sleeps more often, and that server pays for more wake-ups. One more
+row has such clients; "woken" is the share of the deliveries that woke one, at the server and at the floor. (If each
+client were a process of its own, every delivery would wake one.)
 
 Not measured: clients on other machines. Loopback spends the receiving kernel's time on the server's core, for all
 alike.
@@ -41,7 +41,7 @@ def beside_the_floor(peer: Peer, clients: int) -> Iterator[list[Load]]:
 
 
 def compare(loads: list[Load], pairs: int, notifications: int) -> tuple[Side, Side, str]:
-    """Have both take their turns; return them, and what share of their deliveries woke somebody."""
+    """Let both take their turns; return these, and the shares of their deliveries that woke a client."""
     side, floor = [Side(load, partial(load.one_at_a_time, notifications), notifications) for load in loads]
     before = [load.sleeps() for load in loads]
     take_turns(pairs, side, floor)

@@ -1,9 +1,9 @@
-"""What does a connecting client cost, when all come at once?
+"""How much CPU does a handshake cost when all clients connect at once?
 
 Method: 3,000 clients connect at the same time, as after a restart; CPU time of the server until all are greeted and it
 sleeps, divided by their number. They leave with a reset, and come again; median of the rounds.
 
-Not measured: TLS, authentication, and what their leaving costs.
+Not measured: TLS, authentication, and the cost of disconnecting.
 """
 
 from collections.abc import Iterator

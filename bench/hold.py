@@ -1,11 +1,10 @@
-"""For how long do a fan-out, and a batch to a topic, hold notifyd's event loop, so that nothing else is served?
+"""For how long does a fan-out, or a batch to a topic, hold notifyd's event loop?
 
-Method, from outside: with 15,000 clients connected, `GET /health` is asked again as soon as it is answered, while first
-one and then 64 notifications are published, or one batch of 1,000 to a topic that all of them follow. The longest wait
-for an answer is the longest time that the loop was held, plus the request itself: an upper bound. Of a wait, the time
-counts in which neither the server nor the one who asks stood in line for its core (the scheduler's count): that is the
-machine's doing. The clients share their core with the one who asks, and the scheduler lets them run only when that one
-sleeps (SCHED_IDLE).
+Method, from outside: with 15,000 clients connected, a prober repeats `GET /health` as soon as the last is answered,
+during a single notification, during 64 at once, and during a batch of 1,000 to a topic of all clients. The longest wait
+for an answer is the longest time that the loop was held, plus the request itself: an upper bound. Time in which the
+server or the prober waited for its core, by the scheduler's count, is left out: the machine causes it. The clients
+share their core with the prober, and the scheduler lets them run only while that sleeps (SCHED_IDLE).
 
 Not measured: other ways of holding the loop, such as a wave of handshakes.
 """

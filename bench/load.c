@@ -2,15 +2,15 @@
  *
  * It is C because in Python it was the bottleneck: 1.6 us per delivery, when the fastest server sends in 1.1 us.
  *
- * Clients are divided into groups, and each round of publishing is for one group: unless `format` says otherwise, all
- * are in one. Those in the group must receive the same bytes, and nobody else any. Whoever is ahead extends `stream`,
- * and every other is compared with it where it is, so a delivery costs one recv() and one memcmp() whatever it holds.
- * All notifications have one size, so that a byte count (`goal`) says when a client is done: one byte more, or another
- * byte, is a failure. The clock stops when the last client has its last byte. What the stream says is checked by load.py.
+ * Clients are divided into groups, and each round of publishing is for one group; without `format` all are in one. The
+ * clients of the group must receive the same bytes, and the others none. The client that is ahead extends `stream`, and
+ * the others are compared with it, so a delivery of any size costs one recv() and one memcmp(). All notifications have
+ * one size, so that a byte count (`goal`) tells when a client is done: one byte more, or another byte, is a failure. The
+ * clock stops when the last client has its last byte. load.py then checks the contents of the stream.
  *
  * Usage: load PORT WS_PATH GREETINGS PUBLISH_PORT PUBLISH_PATH, where GREETINGS is the number of frames that
  * the server sends to each client by itself. Commands, one a line on stdin:
- *   format FRAME_BYTES PADDING [GROUP_SIZE QUERY FIELD]   QUERY ends a client's URL, and FIELD what is published; %d
+ *   format FRAME_BYTES PADDING [GROUP_SIZE QUERY FIELD]   QUERY ends a client's URL, and FIELD a body; %d
  *                                                         in them is the number of the group
  *   address GROUPS                                        so many groups have their turn
  *   sleep MILLISECONDS                                    for as long as nothing comes; 0 is polling
@@ -35,13 +35,13 @@
 #include <unistd.h>
 
 enum { FD_LIMIT = 1 << 16, EVENTS = 256, PUBLISHERS = 64, PATIENCE_SECONDS = 30, SLEEP_MS = 1000, SETTLE_MS = 20 };
-/* One recv() takes all that a client has waiting after a burst, and the buffer stays within a core's cache. */
+/* One recv() takes the whole backlog of a client after a burst, and the buffer stays within a core's cache. */
 enum { BUFFER = 256 * 1024, STREAM_LIMIT = 64 << 20, HEAD_LIMIT = 4096 };
 enum { OBJECT_LIMIT = 4096, BODY_LIMIT = 1 << 20, ANSWERS_LIMIT = 1 << 17 };
 /* From one group to the next: a prime, so that few are spread over all, and many come to all. */
 enum { GROUP_STEP = 7919 };
 
-/* The example of RFC 6455, section 1.3: one key for all, and what it must be answered with. */
+/* The example of RFC 6455, section 1.3: one key for all, and its answer. */
 static const char key[] = "dGhlIHNhbXBsZSBub25jZQ==", accept_key[] = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=";
 
 struct publisher {
@@ -90,7 +90,7 @@ static void write_all(int fd, const char *bytes, size_t length) {
     }
 }
 
-/* Is the handshake answered, and are all greetings there? (Frames as in RFC 6455, section 5.2, unmasked.) */
+/* Is the handshake answered, and have all greetings arrived? (Frames as in RFC 6455, section 5.2, unmasked.) */
 static int greeted(const char *text, size_t length) {
     const char *head_end = strstr(text, "\r\n\r\n");
     if (!head_end) return 0;

@@ -1,11 +1,11 @@
-"""The load: load.c in a process on its own core, and the checks of what its clients received.
+"""The load: load.c in a process on its own core, and the checks of the bytes that its clients received.
 
-load.c makes sure that those who are addressed all received the same bytes, and the others none; here those bytes are
-read, after the clock has stopped: whole frames, valid JSON, each number that was published exactly once, and what one
-connection published in its order. Nothing else counts as delivered, and `CheckFailed` says what was wrong.
+load.c checks that all addressed clients received the same bytes, and the others none. This module reads those bytes,
+after the clock has stopped: whole frames, valid JSON, each published number exactly once, and the notifications of
+one connection in its order. Nothing else counts as delivered; `CheckFailed` names the fault.
 
 Its clients sleep while there is nothing to read, as a client program does, unless they are told to poll. That matters
-to the server: in the kernel it is the sender who wakes a receiver, and pays for it.
+to the server: in the kernel the sender wakes a receiver, and pays for it.
 """
 
 import http.client
@@ -33,12 +33,12 @@ BODY = '{"message":"bench","data":{"number":%d,"by":"%03d","pad":"%s"}%s}'
 
 
 class CheckFailed(Exception):
-    """What was received is not what was published."""
+    """The clients received something else than was published."""
 
 
 @dataclass(frozen=True)
 class Audience:
-    """Whom notifications are for: clients are divided into groups, of which one at a time is addressed.
+    """The audience of notifications: clients are divided into groups, addressed in turn.
 
     `query` ends the URL with which a client of a group connects, and `field` the body that addresses this group; NUMBER
     in them stands for the group's.

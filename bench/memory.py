@@ -3,7 +3,7 @@
 Method: the growth of the resident set of the server and its children, from just before the first of 10,000
 clients connects to when all are greeted and the server sleeps, divided by their number.
 
-Not measured: the kernel's memory for a socket, which is the same for all, and what a client that lags behind takes.
+Not measured: the kernel's memory for a socket, the same for all, and the memory of a client with a backlog.
 """
 
 from collections.abc import Iterator

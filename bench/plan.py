@@ -1,16 +1,16 @@
-"""What is measured, and at which scale: the rows of the table, and the three sizes of a run."""
+"""The plan of a run: the rows of the table, and the three sizes."""
 
 from dataclasses import dataclass, replace
 
-# What is no client: libraries, listeners, publishing connections.
+# Descriptors that are no clients: libraries, listeners, publishing connections.
 SPARE_FILES = 200
-# The store with which the others are compared.
+# The store to compare the others with.
 MEMORY = "memory"
 
 
 @dataclass(frozen=True)
 class Level:
-    """What notifyd has to reach: `limit`, or `limit` times or more than what the named peer or store shows."""
+    """The level for notifyd: `limit`, or with the name of a peer or store, `limit` times its figure or more than it."""
 
     limit: float
     times: str | None = None
@@ -25,27 +25,27 @@ class Row:
     unit: str
     decimals: int = 1
     more_is_better: bool = False
-    # What the figures are compared with, where that says something: the floor keeps nothing for an idle connection.
+    # The server to compare with, where that is meaningful: the floor keeps nothing for an idle connection.
     base: str | None = "floor"
     levels: tuple[Level, ...] = ()
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One cell: a figure, and its ratio to the base's where both took turns, which is better than dividing."""
+    """One cell: a figure and, where both took turns, its ratio to the base, which is steadier than a division."""
 
     row: Row
     value: float
     ratio: float | None = None
-    # What stands beside it in the table.
+    # The text beside it in the table.
     remark: str = ""
-    # Whose it is, where that is not the peer: a store's.
+    # Its owner, if not the peer: a store.
     column: str = ""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything. `many` is for what must not depend on the number of clients."""
+    """The scale of a run. `many` is the number of clients for measures that must not depend on it."""
 
     clients: int
     pairs: int
@@ -58,7 +58,7 @@ class Scale:
     burst_runs: int
     handshakes: int
     handshake_runs: int
-    # Without seconds, wrk isn't used: it measures no less than one.
+    # Without seconds wrk is not used: its shortest run is a second.
     publish_seconds: int
     publishes: int
     hold_clients: int

@@ -1,9 +1,9 @@
-"""How many publishes does a server take a second, when nobody listens?
+"""How many publishes per second does a server take without clients?
 
 Method: wrk, on the load's core, with 32 keep-alive connections and one request in flight on each; any answer but
 success fails. Without wrk, the bench's own load does the same.
 
-Not measured: what is done with it. notifyd validates each request and keeps it for clients that resume; of the peers,
+Not measured: the work done for each. notifyd validates each request and keeps it for clients that resume; of the peers,
 FastAPI validates, nchan keeps, and the others only pass the bytes on.
 """
 

@@ -16,7 +16,7 @@ RESULTS, PLOT = HERE / "RESULTS.md", HERE / "results.svg"
 
 
 class Results:
-    """What a run has shown: figures by row and peer, and why some are missing."""
+    """The results of a run: figures by row and peer, and the reasons for missing ones."""
 
     def __init__(self) -> None:
         self.figures: dict[Row, dict[str, Figure]] = {}
@@ -34,7 +34,7 @@ class Results:
         self.failures[measure, peer] = re.sub(r"(?<!\S)(['\"(]?)/\S*/", r"\1", last_line)
 
     def rows(self, *, of_stores: bool) -> dict[Row, dict[str, Figure]]:
-        """Those in which stores are compared, or those in which peers are."""
+        """Return the rows that compare stores, or those that compare peers."""
         return {row: cells for row, cells in self.figures.items() if (row.base == MEMORY) == of_stores}
 
     def peers(self) -> list[str]:
@@ -56,20 +56,20 @@ class Results:
 EXPLANATION = """\
 A number in brackets is the ratio to the floor, a C loop with one `send()` for each client and nothing else. Where
 server and floor took turns (CPU per delivery, latency) it is the median of their ratios, or the ratio over the same
-turns; it is steadier than two figures between which a shared machine may have changed its speed, and "best peer", which
-leaves the floor out, goes by it. A floor that takes turns with itself shows how steady. All other ratios are of figures
-measured minutes apart: a level that is met or missed by little there is neither. Rows whose unit is x are
-ratios of two notifyd that took turns.
+turns. That is steadier than two figures taken minutes apart on a shared machine, and decides the "best peer", among all
+but the floor. A floor that takes turns with itself shows how steady. All other ratios are of figures measured minutes
+apart: a level met or missed by little there proves nothing. Rows with the unit x are ratios of two notifyd that took
+turns.
 
 In the table of the stores a number in brackets is the ratio to one process with its log in memory, the median of turns,
-or, with a sign, the difference to it. "Redis" is Redis's own CPU for the same, which the figure does not hold.
+or, with a sign, the difference to it. "Redis" is the CPU of Redis itself for the same, not included in the figure.
 
 "woken" is the share of deliveries that woke a sleeping client, at the server and at the floor beside it. All clients
-are one process, which sleeps more often the slower the server is; in the rows with a level they poll, and nobody is
-woken.
+are one process, which sleeps more often beside a slower server; in the rows with a level they poll, and no delivery
+wakes one.
 
-Every figure stands for notifications that were checked: all of them, at every client, once and in order. What each
-measure does and leaves out is said at the top of its file."""
+Every figure stands for notifications that were checked: all of them, at every client, once and in order. The top of
+each measure's file says how it measures, and what it leaves out."""
 
 
 def best_peer(row: Row, cells: dict[str, Figure]) -> str | None:
@@ -134,7 +134,7 @@ def _wanted(row: Row, level: Level) -> str:
 
 
 def table(results: Results) -> str:
-    """The tables of the peers and of the stores, as far as there are figures, and what failed."""
+    """Return the tables of the peers and of the stores, as far as there are figures, and the failures."""
     tables = [_peers_table(results)] if results.rows(of_stores=False) or results.failures else []
     tables += [_stores_table(results)] if results.rows(of_stores=True) else []
     failures = results.failure_lines()

@@ -4,8 +4,8 @@
     make bench-quick    the same with fewer rounds and clients, in under a minute; only prints
 
 Each server has one core for itself and the load generator another. A peer that the machine does not have is skipped,
-and the reason is printed; what fails is marked as failed, while the others go on. Exit status: 0; 1 when something
-failed; 69 when nothing can run.
+and the reason is printed; a measure that fails is marked as failed, and the others go on. Exit status: 0; 1 after a
+failure; 69 when nothing can run.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def prepare(names: list[str]) -> dict[str, str]:
 
 
 def run_one(name: str, peer: str, scale: Scale, results: report.Results) -> None:
-    """Add a peer's figures of one measure to the results, or what went wrong."""
+    """Add a peer's figures of one measure, or its failure, to the results."""
     run: Callable[[Peer, Scale], Iterator[Figure]] = MEASURES[name].measure
     try:
         for figure in run(PEERS[peer], scale):

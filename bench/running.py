@@ -1,7 +1,7 @@
-"""One server in a process of its own on a core of its own, and what it costs: CPU time and memory.
+"""One server in a process of its own on a core of its own, and its costs: CPU time and memory.
 
-CPU time is the scheduler's own count in nanoseconds over all threads of the process and its children, those that
-have ended too, kernel time included. It is exact only while the server sleeps: `cpu_seconds` waits for that.
+CPU time is the scheduler's own count in nanoseconds over all threads of the process and its children, ended ones too,
+kernel time included. It is exact only while the server sleeps: `cpu_seconds` waits for that.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from peers import ROOT, Peer
 
 START_SECONDS = 20.0
 STOP_SECONDS = 5.0
-# CPU time that stays the same for this long belongs to a server that has nothing left to do. With it a tick
-# of the scheduler (1 to 10 ms) has passed.
+# A server whose CPU time stays the same for this long has nothing left to do. The time is longer than a tick of the
+# scheduler (1 to 10 ms).
 QUIET_SECONDS = 0.012
-# Ports below the range from which the kernel takes those of the clients.
+# Ports below the range that the kernel uses for the clients.
 PORTS = range(20000, 30000)
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -42,7 +42,7 @@ def on_core(core: int) -> Iterator[None]:
 
 
 def raise_file_limit() -> int:
-    """Return how many files a process may have open, which the servers and the load inherit."""
+    """Return the limit of open files, inherited by the servers and the load."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
@@ -59,7 +59,7 @@ def free_port() -> int:
 
 
 class Server:
-    """`with Server(peer) as server:` serves inside. What it printed is shown when it does not."""
+    """A server that serves inside `with Server(peer) as server:`. If the start fails, its output is shown."""
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
@@ -115,7 +115,7 @@ class Server:
         return found
 
     def _cpu_nanoseconds(self) -> int:
-        # What clock_getcpuclockid(3) returns for a process.
+        # The result of clock_getcpuclockid(3) for a process.
         return sum(time.clock_gettime_ns(~int(process.name) << 3 | 2) for process in self._processes())
 
     def cpu_seconds(self) -> float:

@@ -1,15 +1,15 @@
-"""What do two workers with a store in common cost, beside one process that needs none?
+"""How much do two workers on a shared store cost, compared with one process without one?
 
 Method: three notifyd take turns (turns.py): one process with its log in memory, two workers on a SQLite file, and two
 on a redis-server (appendonly yes, appendfsync everysec). Latency is from the first byte of the publish to the last
-byte at the last of 32 clients, whom the kernel deals out to both workers; who publishes is connected to one of them.
-CPU time is that of the parent and its workers together; Redis's own is told apart. For deliveries it is taken one
-notification at a time, and in a burst as in burst.py; for handshakes as in handshake.py. Publishes a second are
-measured as in publish.py.
+byte at the last of 32 clients, which the kernel spreads over both workers; the publisher is connected to one of them.
+CPU time is that of the parent and its workers together; that of Redis is shown separately. For deliveries it is
+measured one notification at a time, and in a burst as in burst.py; for handshakes as in handshake.py; publishes per
+second as in publish.py.
 
-All that serves shares one core, Redis too, as everywhere in the bench: with a core each, nothing waits for the other.
+Workers and Redis share one core, as all servers do in the bench.
 
-Not measured: more workers, and a Redis on another machine, which adds the network's round trips.
+Not measured: more workers, and a Redis on another machine, with the network's round trips.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from running import Server
 from turns import Side, ratio, take_turns
 
 WORKERS = 2
-# So many that both workers have some: they are all one worker's once in 2 ** 31 runs.
+# Enough for both workers to have some: all are on one worker once in 2 ** 31 runs.
 FEW = 32
 
 Servers = dict[str, tuple[Server, Server | None]]
@@ -78,7 +78,7 @@ def _sides(
 
 
 def _costs(row: Row, sides: dict[str, _Side], deliveries: int = 1) -> Iterator[Figure]:
-    """Yield what a delivery costs where a notification is so many."""
+    """Yield the cost of a delivery when a notification has so many clients."""
     for name, side in sides.items():
         redis = f"Redis {median(side.store_costs) / deliveries * 1e6:.{row.decimals}f}" if side.store else ""
         yield Figure(row, side.cost() / deliveries * 1e6, ratio(side, sides[MEMORY]), redis, column=name)

@@ -1,15 +1,15 @@
-"""Does a notification for few cost more, the more others there are?
+"""Does a notification for few clients cost more when more other clients are connected?
 
 Method: two notifyd take turns (turns.py), one with 10 clients and one with 10,000. Each notification is for one client,
-addressed by its client_id, or for the 10 that follow a topic; load.c fails when anybody else receives it. The
-figure is the CPU per notification among 10,000 by the same among 10: 1 is no difference. The rows with a level
-address the same 10 clients throughout, so that only the number of the others differs. In those without, all 10,000 have
-their turn, and none is in a cache when it comes: for a bare write() to so many sockets that alone is 2.8 us.
+addressed by its client_id, or for the 10 subscribers of a topic; load.c fails when another client receives it. The
+figure is the CPU per notification among 10,000 clients divided by the same among 10: 1 is no difference. The rows with
+a level address the same 10 clients throughout, so that only the number of the others differs. The rows without a level
+address all 10,000 in turn, so that none is in a cache: for a bare write() to so many sockets that alone is 2.8 us.
 
-And what does a topic cost when everyone follows it? Two notifyd have the same clients and subscriptions; one sends to
-the topic and the other to everyone.
+The last rows show the cost of a topic that all clients follow. Two notifyd have the same clients and subscriptions; one
+publishes to the topic and the other to everyone.
 
-Not measured: peers, which address clients in other ways or not at all, and clients that follow many topics.
+Not measured: peers, because they address clients in other ways or not at all, and clients that follow many topics.
 """
 
 import contextlib

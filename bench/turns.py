@@ -1,7 +1,7 @@
-"""Turns: two that are compared work a little at a time, one after the other, in the order ABBA.
+"""Turns: two servers to compare work a little at a time, in the order ABBA.
 
-So what the machine does meanwhile (clock, neighbours, caches) meets both, and the median of the turns' ratios says what
-two figures that were taken minutes apart cannot.
+So the machine's own changes (clock, neighbours, caches) affect both, and the median of the turns' ratios is steadier
+than the ratio of two figures taken minutes apart.
 """
 
 from collections.abc import Callable
@@ -43,5 +43,5 @@ def take_turns(pairs: int, *sides: Side) -> None:
 
 
 def ratio(one: Side, other: Side) -> float:
-    """Return what a notification costs on one side by what it costs on the other: the median of the turns."""
+    """Return the ratio of the costs of a notification on both sides: the median of the turns."""
     return median(a / b for a, b in zip(one.costs, other.costs, strict=True))

@@ -1,10 +1,10 @@
-"""Does a delivery by notifyd cost more, the longer the server has been up?
+"""Does a delivery by notifyd cost more after a long uptime?
 
-Method: one notifyd lives through thousands of clients that come and go and thousands of notifications; another has just
+Method: one notifyd has served thousands of clients that came and went, and thousands of notifications; another has just
 started. Then both have the same number of clients and take turns (turns.py). The figure is the median of the
 ratios of their CPU per delivery, the aged by the fresh one: 1 is no growth.
 
-Not measured: days. What grows with every client or notification shows here, what grows with the clock alone does not.
+Not measured: days. Growth with every client or notification shows here, growth with the clock alone does not.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The servers that are measured side by side: how each is started, and how to tell that it is missing.
+"""The servers that are measured side by side: how each is started, and how a missing one is noticed.
 
 All take the same load: WebSocket clients on `ws_path`, and `POST publish_path` to send one notification to all of
 them. Each is set up as its documentation says, in one process, without compression and pings.
@@ -24,8 +24,8 @@ NPM_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Peer:
-    """One server. `command` gets the port and an empty folder; `prepare` builds what must be built and returns
-    why the server cannot run here, or None."""
+    """One server. `command` gets the port and an empty folder; `prepare` builds its binaries, and returns
+    the reason if the server cannot run here."""
 
     name: str
     command: Callable[[int, Path], list[str]]
@@ -36,9 +36,9 @@ class Peer:
     publish_port_offset: int = 0
     # Frames that the server sends by itself to each client that connects.
     greetings: int = 0
-    # Whether its publishes a second say something of the server.
+    # Whether its publishes per second are a figure of the server.
     has_http: bool = True
-    # What it prints when all of it serves, where it is not enough that something listens.
+    # The text it prints when all of it serves, where an open port is not enough.
     ready: str = ""
 
 
@@ -47,7 +47,7 @@ def _compiler() -> str | None:
 
 
 def compile_c(source: Path) -> str | None:
-    """Compile into the cache what is newer than its binary; return why that cannot be done, or None."""
+    """Compile sources newer than their binaries into the cache; return the reason if that fails, else None."""
     binary = CACHE / source.stem
     compiler = _compiler()
     if compiler is None:
@@ -65,7 +65,7 @@ def compile_c(source: Path) -> str | None:
 
 @contextlib.contextmanager
 def _cache_folder() -> Iterator[Path]:
-    """A folder in which something is made, to be moved into the cache in one step: another run may be at it too."""
+    """A temporary folder, to be moved into the cache in one step: another run may build the same."""
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="making-") as folder:
         yield Path(folder)

@@ -2,8 +2,8 @@
  *
  * One process, one epoll loop. A client is a file descriptor in an array; `POST /notify` frames its body
  * once and send()s that frame to each client in turn, then answers. There is no log, queue, identity, limit or
- * validation, and a client whose socket is full is waited for: what is left is HTTP, the handshake of
- * RFC 6455 and the system calls, which no server that writes to each socket by itself can avoid.
+ * validation, and it waits for a client whose socket is full. The rest is HTTP, the handshake of RFC 6455
+ * and the system calls: no server that writes to each socket by itself can avoid these.
  *
  * Usage: floor PORT
  */
@@ -24,11 +24,11 @@
 
 enum { FD_LIMIT = 1 << 16, REQUEST_LIMIT = 16384, EVENTS = 512, BACKLOG = 4096 };
 
-/* A connection speaks HTTP while it has a request buffer; a WebSocket client has none, only its seat. */
+/* A connection speaks HTTP while it has a request buffer; a WebSocket client has none, only its place. */
 struct connection {
     char *request;
     int length; /* bytes in `request` */
-    int seat;   /* where it stands in `clients` */
+    int seat;   /* its place in `clients` */
 };
 
 static struct connection connections[FD_LIMIT];

@@ -1,7 +1,7 @@
 """`broadcast()` of the websockets library, on uvloop.
 
-The library answers no POST, so publishes come in on the next port, through the least HTTP that will do: how many
-of them it takes a second says nothing of the library.
+The library answers no POST, so publishes come in on the next port, through minimal HTTP: their number per second is no
+figure of the library.
 
 Usage: websockets_broadcast.py PORT
 """
