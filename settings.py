@@ -313,7 +313,7 @@ def _dashed(name: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="notifyd.py",
+        prog="notifyd",
         description="A WebSocket notification server: POST /notify, and every connected client knows at once.",
         epilog=f"Each flag has a variable: --max-connections is {PREFIX}MAX_CONNECTIONS. A flag goes before it.",
         allow_abbrev=False,

@@ -83,8 +83,9 @@ class Server:
         variables: Mapping[str, str] | None = None,
         *,
         url: str | None = None,
+        cwd: Path = ROOT,
     ) -> None:
-        """Start the command, and wait until it serves: at `url`, or at the one that it logs."""
+        """Start the command in `cwd`, and wait until it serves: at `url`, or at the one that it logs."""
         self.command = command
         self.test = os.environ.get("PYTEST_CURRENT_TEST", "nobody")
         self.stderr: list[str] = []
@@ -95,7 +96,7 @@ class Server:
         self._clients = ExitStack()
         self.process = subprocess.Popen(
             command,
-            cwd=ROOT,
+            cwd=cwd,
             env=environment(variables),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -1,0 +1,336 @@
+"""The wheel: one package, installed beside hosts that have modules of their own with our names."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import fcntl
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from zipfile import ZipFile
+
+import httpx
+import pytest
+from expected import Record, notification
+from processes import ROOT, Server, environment, eventually, free_port
+from ws_clients import PATIENCE
+
+from settings import VERSION
+
+MODULES = {path.stem for path in ROOT.glob("*.py")}
+# Names of real hosts' modules: some were ours, and some are in other packages of the index.
+NAMES = MODULES - {"notifyd"} | {"accounts", "auth", "client", "directory", "events", "keys", "peers", "throttle"}
+TOOLS = ("build", "hatchling", "twine", "check_wheel_contents", "uv")
+UV = (sys.executable, "-m", "uv")
+SERVERS = ("hypercorn>=0.17", "granian>=2")
+
+
+def lacks(what: str) -> None:
+    """Skip the test for a user; where everything has to run, that is a failure."""
+    pytest.fail(f"needs {what}") if os.environ.get("CI") == "true" else pytest.skip(f"needs {what}")
+
+
+def run(*command: str | Path, **variables: str) -> str:
+    """Run a command outside the checkout, which must succeed, and return its output."""
+    ended = subprocess.run(
+        command, cwd="/", env=environment({"PYTHONPATH": "", **variables}), capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Make a directory once for all processes of this test run."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make(name: str, fill: Callable[[Path], None]) -> Path:
+        directory, done = base / name, base / f"{name}.done"
+        with (base / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(directory, ignore_errors=True)
+                directory.mkdir()
+                fill(directory)
+                done.touch()
+        return directory
+
+    return make
+
+
+Make = Callable[[str, Callable[[Path], None]], Path]
+
+
+@pytest.fixture(scope="session")
+def packages(shared: Make) -> Path:
+    """A directory with the sdist, and the wheel that was built from it."""
+    for tool in TOOLS:
+        if importlib.util.find_spec(tool) is None:
+            lacks(f"the package {tool}")
+    return shared("packages", lambda directory: build(ROOT, directory))
+
+
+def build(source: Path, directory: Path, *flags: str) -> None:
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", directory, *flags, source)
+
+
+@pytest.fixture(scope="session")
+def wheel(packages: Path) -> Path:
+    [wheel] = packages.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="session")
+def environments(shared: Make, wheel: Path) -> Callable[..., Path]:
+    """Return the directory of programs of an environment with these packages, and the wheel with these extras."""
+
+    def make(name: str, extras: str, *others: str) -> Path:
+        def fill(directory: Path) -> None:
+            run(*UV, "venv", "--quiet", "--allow-existing", "--python", sys.executable, directory)
+            python = directory / "bin" / "python"
+            run(
+                *UV,
+                "pip",
+                "install",
+                "--quiet",
+                "--python",
+                python,
+                f"notifyd-server{extras} @ file://{wheel}",
+                *others,
+            )
+
+        return shared(name, fill) / "bin"
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def full(environments: Callable[..., Path]) -> Path:
+    """An environment with all extras and a host's packages."""
+    return environments("full", "[all]", "fastapi", "events")
+
+
+@pytest.fixture(scope="session")
+def bare(environments: Callable[..., Path]) -> Path:
+    """An environment without extras, in which other servers serve."""
+    return environments("bare", "", "fastapi", *SERVERS)
+
+
+@pytest.fixture(scope="session")
+def shop(shared: Make) -> Path:
+    """The host: shop.py, and a module for each name."""
+
+    def fill(directory: Path) -> None:
+        shutil.copy(ROOT / "tests" / "shop.py", directory)
+        for name in NAMES:
+            (directory / f"{name}.py").write_text('OWNER = "shop"\n')
+
+    return shared("shop", fill)
+
+
+# What the wheel holds.
+
+
+def contents(archive: Path) -> dict[str, str]:
+    with ZipFile(archive) as wheel:
+        return {name: wheel.read(name).decode() for name in wheel.namelist()}
+
+
+def test_the_wheel_installs_one_package_and_nothing_beside_it(wheel: Path) -> None:
+    """Every module, the Lua script and the mark for type checkers are in `notifyd`."""
+    files = {name for name in contents(wheel) if ".dist-info/" not in name}
+    modules = {f"notifyd/{name}.py" for name in MODULES - {"notifyd"}}
+    others = {"__init__.py", "__main__.py", "py.typed", "store_redis.lua"}
+    assert files == modules | {f"notifyd/{name}" for name in others}
+
+
+def source_of(name: str) -> Path:
+    return ROOT / ("notifyd.py" if name == "__init__.py" else name)
+
+
+FLAT = re.compile(rf"^(\s*)(?:from ({'|'.join(MODULES)}) import (.*)|import ({'|'.join(MODULES)})\b(.*))$")
+
+
+def in_package(line: str) -> str:
+    """Return a line as the package has it."""
+    if (found := FLAT.match(line)) is None or "notifyd" in found.group(2, 4):
+        return line
+    indent, origin, names, module, rest = found.groups()
+    return f"{indent}from notifyd.{origin} import {names}" if origin else f"{indent}from notifyd import {module}{rest}"
+
+
+def test_each_line_is_that_of_the_repository_but_for_imports(wheel: Path) -> None:
+    """A traceback of the package shows the same lines and numbers as one of the checkout."""
+    for path, text in contents(wheel).items():
+        directory, _, name = path.partition("/")
+        if directory == "notifyd" and name not in ("__main__.py", "py.typed"):
+            expected = [in_package(line) for line in source_of(name).read_text().splitlines()]
+            assert list(difflib.unified_diff(expected, text.splitlines(), lineterm="")) == []
+
+
+def imported(text: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None and not node.level
+            yield node.module
+
+
+def test_no_plain_import_of_a_module_of_ours_is_left(wheel: Path) -> None:
+    """Otherwise a host's module of that name would be imported instead."""
+    for path, text in contents(wheel).items():
+        if path.endswith(".py"):
+            assert not set(imported(text)) & (MODULES - {"notifyd"}), path
+
+
+def test_no_name_of_notifyd_hides_a_module(full: Path) -> None:
+    """`from notifyd import routes` gives the module."""
+    program = (
+        "import importlib, notifyd, sys\n"
+        f"print([name for name in {sorted(MODULES - {'notifyd'})} if getattr(notifyd, name, None)"
+        " not in (None, sys.modules.get(f'notifyd.{name}'))])"
+    )
+    assert run(full / "python", "-c", program) == "[]\n"
+
+
+def test_the_sdist_builds_the_same_wheel_as_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    """The wheel of the fixture comes from the sdist; this builds another from the repository."""
+    build(ROOT, tmp_path, "--wheel")
+    [other] = tmp_path.iterdir()
+    assert other.name == wheel.name == f"notifyd_server-{VERSION}-py3-none-any.whl"
+    assert contents(other) == contents(wheel)
+
+
+def test_the_index_would_take_both(packages: Path) -> None:
+    """twine reads the metadata and the README, check-wheel-contents the layout."""
+    assert run(sys.executable, "-m", "twine", "check", "--strict", *packages.iterdir()).count("PASSED") == 2
+    run(Path(sys.executable).parent / "check-wheel-contents", *packages.glob("*.whl"))
+
+
+def test_an_editable_install_is_refused_with_a_reason(packages: Path) -> None:
+    """Its modules would be flat, and shadow those of a host."""
+    program = f"import os; os.chdir({str(ROOT)!r}); import hatchling.build as b; b.build_editable({str(packages)!r})"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "notifyd has no editable install" in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+# Beside a host.
+
+
+def start(command: list[str | Path], cwd: Path, prefix: str = "", **variables: str) -> Server:
+    """Start a server from the directory `cwd`, where nothing of the checkout is on the path."""
+    port = free_port()
+    words = [str(word).replace("PORT", str(port)) for word in command]
+    return Server(words, {"PYTHONPATH": "", **variables}, url=f"http://127.0.0.1:{port}{prefix}", cwd=cwd)
+
+
+HOSTED = {
+    "uvicorn": ("full", ["uvicorn", "shop:starlette", "--port", "PORT"]),
+    "uvicorn-fastapi": ("full", ["uvicorn", "shop:fastapi", "--port", "PORT"]),
+    "hypercorn": ("bare", ["hypercorn", "shop:starlette", "--bind", "127.0.0.1:PORT", "--graceful-timeout", "1"]),
+    "hypercorn-fastapi": ("bare", ["hypercorn", "shop:fastapi", "--bind", "127.0.0.1:PORT", "--graceful-timeout", "1"]),
+    "granian": ("bare", ["granian", "shop:starlette", "--interface", "asgi", "--port", "PORT"]),
+    "granian-fastapi": ("bare", ["granian", "shop:fastapi", "--interface", "asgi", "--port", "PORT"]),
+}
+
+
+@pytest.fixture(params=HOSTED)
+def hosted(request: pytest.FixtureRequest, shop: Path) -> Iterator[Server]:
+    """The shop with notifyd mounted, under each server; "bare" has no uvicorn."""
+    environment, (program, *flags) = HOSTED[request.param]
+    server = start([request.getfixturevalue(environment) / "python", "-m", program, *flags], shop, "/notifications")
+    yield server
+    server.kill()
+
+
+def test_a_host_has_its_own_modules_and_its_clients_receive(hosted: Server) -> None:
+    """A WebSocket and a stream get what the host publishes, and each module of the host is the host's own."""
+    client = hosted.join()
+    with httpx.stream("GET", f"{hosted.url}/events", trust_env=False, timeout=PATIENCE) as stream:
+        lines = stream.iter_lines()
+        assert any("welcome" in line for line in lines)
+        answer = hosted.request("POST", hosted.url.replace("/notifications", "/order"))
+        assert answer.json() == {"recipients": 2, "shops_own": True}
+        assert client.receive() == notification({"message": "A new order", "number": 17}, "order")
+        assert any('"number":17' in line for line in lines)
+
+
+def test_a_hosts_code_type_checks(full: Path, shop: Path, tmp_path: Path) -> None:
+    """`app.hub` and the receipt have types, and mypy --strict finds the host's modules."""
+    mypy = [sys.executable, "-m", "mypy", "--strict", "--python-executable", str(full / "python")]
+    ended = subprocess.run(
+        [*mypy, "--cache-dir", str(tmp_path), "shop.py"], cwd=shop, capture_output=True, text=True, check=False
+    )
+    assert "Success" in ended.stdout, ended.stdout + ended.stderr
+
+
+def test_a_third_party_finds_its_own_module(full: Path) -> None:
+    """opensearch-py, for example, imports the package `events` of the index."""
+    program = "import notifyd, events; notifyd.create_app(); print(events.Events.__module__, notifyd.__file__)"
+    owner, path = run(full / "python", "-c", program).split()
+    assert owner.startswith("events") and Path(path).is_relative_to(full.parent)
+
+
+def test_every_public_name_is_there(full: Path) -> None:
+    """`from notifyd import *` gives all of __all__."""
+    run(full / "python", "-c", "from notifyd import *; assert WireProtocol and create_app and Hub")
+
+
+def test_the_app_needs_no_package_of_a_server(bare: Path) -> None:
+    """Importing and making an app imports starlette, orjson and msgspec."""
+    program = (
+        "import sys, notifyd; notifyd.create_app(); "
+        "print(sorted({'uvicorn', 'uvloop', 'httptools', 'websockets', 'redis', 'jwt', 'sqlite3'} & set(sys.modules)))"
+    )
+    assert run(bare / "python", "-c", program) == "[]\n"
+
+
+# The command line.
+
+
+COMMANDS = {
+    "console script": ["notifyd"],
+    "module": ["python", "-m", "notifyd"],
+    "factory": ["uvicorn", "--factory", "notifyd:create_app"],
+}
+
+
+def children(server: Server) -> set[int]:
+    return set(server.processes()) - {server.pid}
+
+
+@pytest.mark.parametrize("command", ["console script", "module"])
+def test_workers_start_as_their_parent_was_started(full: Path, tmp_path: Path, command: str) -> None:
+    """Under the console script and under python -m, from a directory that has nothing to do with notifyd."""
+    program, *words = COMMANDS[command]
+    flags = ["--port", "PORT", "--workers", "2", "--notification-interval", "0"]
+    server = start([full / program, *words, *flags], tmp_path)
+    server.wait_for_line("with 2 workers")
+    assert len(children(server)) == 2
+    clients = [server.join() for _ in range(4)]
+    assert server.notify("hi")["recipients"] == 4
+    assert [client.receive()["data"] for client in clients] == [{"message": "hi"}] * 4
+    killed = min(children(server))
+    os.kill(killed, 9)
+    eventually(lambda: len(children(server) - {killed}) == 2)
+    server.stop()
+    assert server.process.returncode == 0
+
+
+def test_an_app_is_made_by_uvicorns_factory(full: Path, tmp_path: Path) -> None:
+    """`uvicorn --factory notifyd:create_app` serves without a host."""
+    server = start([full / "uvicorn", "--factory", "notifyd:create_app", "--port", "PORT"], tmp_path)
+    client = server.join("bob")
+    server.notify("hi", clients=["bob"])
+    assert Record(client.receive()) == notification({"message": "hi"})
+    server.kill()
