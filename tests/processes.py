@@ -293,6 +293,12 @@ class Server:
         assert response.status_code == 200, response.text
         return parse(response.content)
 
+    def publish(self, *messages: str, **fields: Any) -> list[str]:
+        """Publish these messages, which must be accepted; return their ids."""
+        responses = [self.post({"message": message} | fields) for message in messages]
+        assert {response.status_code for response in responses} <= {200}, [response.text for response in responses]
+        return [response.headers["Notification-Id"] for response in responses]
+
     def active(self) -> int:
         """Return how many clients the server says are connected."""
         return int(parse(self.get("/health").content)["connections"]["active"])

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import jwt
 import pytest
+from carriers import granian, host, hypercorn, uvicorn
 from conftest import StartServer
 from credentials import SECRET, bearer, part, token, unsigned
 from expected import TIME, Like, Record, http_error, notification, parse, welcome, ws_error
@@ -22,7 +23,6 @@ from processes import QUIET, ROOT, Server, call, environment, eventually, free_p
 from starlette.authentication import AuthCredentials, AuthenticationBackend, BaseUser, SimpleUser
 from starlette.requests import HTTPConnection
 from starlette.routing import Route
-from test_embedding import granian, host, hypercorn, uvicorn
 from ws_clients import Client
 
 from guard_auth import KeysAndTokens, keys_and_tokens_of

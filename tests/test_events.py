@@ -6,89 +6,15 @@ import json
 import shutil
 import subprocess
 import time
-from http.client import HTTPResponse, IncompleteRead
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from http.client import IncompleteRead
+from typing import Any
 
 import httpx
 import pytest
 from conftest import StartServer
+from event_stream import Event, Stream, join
 from expected import CLIENT_ID, SHUTDOWN, SYSTEM, TIME, http_error, naming, parse, welcome
 from processes import Server, eventually, needs_proc
-from ws_clients import PATIENCE
-
-
-class Event(NamedTuple):
-    """One event as a browser dispatches it."""
-
-    name: str
-    data: Any
-    id: str | None
-
-
-class Stream:
-    """A reader of one stream, by the rules of https://html.spec.whatwg.org/multipage/server-sent-events.html."""
-
-    def __init__(self, server: Server, query: str = "", headers: dict[str, str] | None = None) -> None:
-        target = f"{urlsplit(server.url).path}/events?{query}"
-        lines = [f"GET {target} HTTP/1.1", f"Host: {server.host}:{server.port}"]
-        lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
-        self.socket = server.raw("\r\n".join([*lines, "", ""]).encode())
-        self.socket.settimeout(PATIENCE)
-        self.response = HTTPResponse(self.socket)
-        self.response.begin()
-        self.comments: list[str] = []
-        self.retry: int | None = None
-
-    def next(self) -> Event | None:
-        """Return the next event, or None at the end of the stream."""
-        name, id, data = "message", None, []
-        while line := self.response.readline():
-            field, _, value = line.decode().removesuffix("\n").partition(":")
-            value = value.removeprefix(" ")
-            if line == b"\n" and data:
-                return Event(name, parse("\n".join(data)), id)
-            if line == b"\n":
-                name, id = "message", None
-            elif not field:
-                self.comments.append(value)
-            elif field == "event":
-                name = value
-            elif field == "id":
-                id = value
-            elif field == "data":
-                data.append(value)
-            elif field == "retry":
-                self.retry = int(value)
-        return None
-
-    def event(self) -> Event:
-        event = self.next()
-        assert event is not None, f"the stream has ended: {self.comments}"
-        return event
-
-    def events(self, count: int) -> list[Event]:
-        return [self.event() for _ in range(count)]
-
-    def rest(self) -> list[Event]:
-        """Read to the end."""
-        return list(iter(self.next, None))
-
-    def leave(self) -> None:
-        self.response.close()
-        self.socket.close()
-
-
-def join(server: Server, query: str = "", headers: dict[str, str] | None = None) -> Stream:
-    """Open a stream and be welcomed."""
-    stream = Stream(server, query, headers)
-    assert stream.event().name == "welcome"
-    return stream
-
-
-def publish(server: Server, *messages: str, **fields: Any) -> list[str]:
-    """Publish these messages and return their ids."""
-    return [server.post({"message": message} | fields).headers["Notification-Id"] for message in messages]
 
 
 def texts(events: list[Event]) -> list[str]:
@@ -117,7 +43,7 @@ def test_curl_shows_what_arrives(server: Server) -> None:
         lines = iter(curl.stdout.readline, "")
         assert [next(lines) for _ in range(3)][-1] == "event: welcome\n"
         assert [next(lines)[:6], next(lines)] == ["data: ", "\n"]
-        [id] = publish(server, "disk full")
+        [id] = server.publish("disk full")
         assert [next(lines) for _ in range(2)] == [f"id: {id}\n", "event: message\n"]
         assert json.loads(next(lines).removeprefix("data: "))["data"] == {"message": "disk full"}
         curl.terminate()
@@ -145,7 +71,7 @@ def test_the_browser_is_told_when_to_come_back(server: Server) -> None:
 def test_a_notification_is_the_same_json_as_on_the_websocket(server: Server) -> None:
     """A message event with the notification's id."""
     client, stream = server.join(query="topics=red"), join(server, "topics=red")
-    [id] = publish(server, "größer\nthan\r\ntwo lines\u2028", type="alert", topics=["red"], data={"id: x": "\n\n"})
+    [id] = server.publish("größer\nthan\r\ntwo lines\u2028", type="alert", topics=["red"], data={"id: x": "\n\n"})
     assert stream.event() == Event("message", client.receive(), id)
 
 
@@ -180,18 +106,18 @@ def _has_a_comment(stream: Stream, server: Server) -> bool:
 
 def test_after_the_welcome_comes_the_resume_and_what_was_missed(server: Server) -> None:
     """The resume is an event of that name without an id: a stream that is cut during the replay must not skip it."""
-    first, second, last = publish(server, "one", "two", "three")
+    first, second, last = server.publish("one", "two", "three")
     stream = join(server, f"since={first}")
     data = {"position": last, "replayed": 2, "complete": True}
     assert stream.event() == Event("resume", {"type": "resume", "timestamp": TIME, "data": data}, None)
     assert [event.id for event in stream.events(2)] == [second, last]
-    publish(server, "four")
+    server.publish("four")
     assert texts(stream.events(1)) == ["four"]
 
 
 def test_last_event_id_resumes(server: Server) -> None:
     """As a browser does by itself."""
-    first, _ = publish(server, "one", "two")
+    first, _ = server.publish("one", "two")
     stream = join(server, headers={"Last-Event-ID": first})
     assert stream.event().name == "resume"
     assert texts(stream.events(1)) == ["two"]
@@ -199,18 +125,18 @@ def test_last_event_id_resumes(server: Server) -> None:
 
 def test_last_event_id_wins_over_since(server: Server) -> None:
     """A browser that reconnects still sends the URL that it was given at first."""
-    first, second, _ = publish(server, "one", "two", "three")
+    first, second, _ = server.publish("one", "two", "three")
     stream = join(server, f"since={first}", {"Last-Event-ID": second})
     assert stream.event().data["data"]["replayed"] == 1
 
 
 def test_an_empty_last_event_id_counts_as_none(server: Server) -> None:
     """It does not undo the since of the URL, and asks for no resume by itself."""
-    first, _ = publish(server, "one", "two")
+    first, _ = server.publish("one", "two")
     stream = join(server, f"since={first}", {"Last-Event-ID": ""})
     assert stream.event().data["data"]["replayed"] == 1
     stream = join(server, headers={"Last-Event-ID": ""})
-    publish(server, "three")
+    server.publish("three")
     assert texts(stream.events(1)) == ["three"]
 
 
@@ -222,7 +148,7 @@ def test_what_may_be_missing_is_told(server: Server) -> None:
 
 def test_an_empty_since_tells_the_position(server: Server) -> None:
     """And starts from now."""
-    [last] = publish(server, "one")
+    [last] = server.publish("one")
     assert join(server, "since=").event().data["data"] == {"position": last, "replayed": 0, "complete": True}
 
 
@@ -255,7 +181,7 @@ def test_what_it_gets_is_counted(start_server: StartServer) -> None:
     """As messages sent, like that of everyone else."""
     server = start_server()
     stream = join(server)
-    publish(server, "one", "two")
+    server.publish("one", "two")
     stream.events(2)
     assert server.read("/metrics")["connections"] | {"uptime_seconds": 0} == {
         "active_connections": 1,
@@ -317,7 +243,7 @@ def test_a_stream_that_is_not_read_is_a_slow_consumer(start_server: StartServer)
     slow, reader = join(server), server.join()
     count = 0
     while server.active() == 2:
-        publish(server, str(count), data={"pad": "x" * 60_000})
+        server.publish(str(count), data={"pad": "x" * 60_000})
         count += 1
     assert len(reader.receive_many(count)) == count
     read = slow.rest()
@@ -332,7 +258,7 @@ def test_a_stream_that_is_not_read_is_told_where_to_resume(start_server: StartSe
     server = start_server("--history-size", "20")
     slow = join(server)
     while server.active():
-        publish(server, "big", data={"pad": "x" * 60_000})
+        server.publish("big", data={"pad": "x" * 60_000})
     last = slow.rest()[-1]
     assert slow.comments[-1] == naming("1008", "Slow consumer: ", f"resume with since={last.id}")
 
@@ -342,7 +268,7 @@ def test_a_stream_that_takes_no_goodbye_is_aborted(server: Server) -> None:
     """After a deadline nothing is left of it, though it reads nothing."""
     stalled = join(server, "client_id=ann")
     line = len(server.stderr)
-    publish(server, *["large"] * 250, data={"pad": "x" * 60_000})
+    server.publish(*["large"] * 250, data={"pad": "x" * 60_000})
     join(server, "client_id=ann")
     assert server.holds(stalled.socket)
     eventually(lambda: not server.holds(stalled.socket))
@@ -361,7 +287,7 @@ def test_a_newcomer_replaces_a_stream(server: Server) -> None:
     new = join(server, "client_id=ann")
     assert time.monotonic() - started < 1.5
     assert old.rest() == []
-    publish(server, "for the new")
+    server.publish("for the new")
     assert texts(new.events(1)) == ["for the new"]
     assert server.active() == 1
 

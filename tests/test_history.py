@@ -12,11 +12,6 @@ from processes import Server, eventually
 NEVER_GIVEN = "550e8400-e29b-41d4-a716-446655440000"
 
 
-def publish(server: Server, *messages: str, **fields: Any) -> list[str]:
-    """Publish these messages and return their ids."""
-    return [server.post({"message": message} | fields).headers["Notification-Id"] for message in messages]
-
-
 def history(server: Server, **parameters: Any) -> Any:
     """Return the parsed answer to a good request."""
     response = server.get("/notifications", params=parameters)
@@ -52,21 +47,21 @@ def test_the_notifications_are_those_that_a_client_receives(server: Server) -> N
 
 def test_it_begins_after_since(server: Server) -> None:
     """The notification with that id is not among them."""
-    first, _, last = publish(server, "one", "two", "three")
+    first, _, last = server.publish("one", "two", "three")
     answer = history(server, since=first)
     assert (texts(answer), answer["position"]) == (["two", "three"], last)
 
 
 def test_an_empty_since_asks_where_the_log_stands(server: Server) -> None:
     """Nothing of the past, and the newest id."""
-    [last] = publish(server, "one")
+    [last] = server.publish("one")
     assert history(server, since="") == {"notifications": [], "position": last, "complete": True}
 
 
 def test_without_since_it_is_all_that_is_kept(start_server: StartServer) -> None:
     """From the beginning of the log."""
     server = start_server()
-    *_, last = publish(server, "one", "two")
+    *_, last = server.publish("one", "two")
     answer = history(server)
     assert (texts(answer), answer["position"], answer["complete"]) == (["one", "two"], last, True)
 
@@ -76,7 +71,7 @@ def test_an_empty_log_has_a_position_too(start_server: StartServer) -> None:
     server = start_server()
     answer = history(server)
     assert answer == {"notifications": [], "position": UUID7, "complete": True}
-    publish(server, "one")
+    server.publish("one")
     assert texts(history(server, since=answer["position"])) == ["one"]
 
 
@@ -97,19 +92,19 @@ def test_it_holds_what_is_addressed_to_such_a_client(
 ) -> None:
     """By its client_id, its topics, or to everyone; nothing else."""
     start = now(server)
-    publish(server, "ann", clients=["ann"])
-    publish(server, "red", topics=["red"])
-    publish(server, "both", clients=["ann"], topics=["red"])
-    publish(server, "all")
+    server.publish("ann", clients=["ann"])
+    server.publish("red", topics=["red"])
+    server.publish("both", clients=["ann"], topics=["red"])
+    server.publish("all")
     assert texts(history(server, since=start, **parameters)) == expected
 
 
 def test_the_answer_and_a_resume_agree(server: Server) -> None:
     """The same parameters give the same notifications, position and completeness on a WebSocket."""
-    [start] = publish(server, "start")
-    publish(server, "one")
-    publish(server, "ann", clients=["ann"])
-    publish(server, "bob", clients=["bob"])
+    [start] = server.publish("start")
+    server.publish("one")
+    server.publish("ann", clients=["ann"])
+    server.publish("bob", clients=["bob"])
     answer = history(server, since=start, client_id="ann")
     client = server.join(query=f"since={start}&client_id=ann")
     assert client.receive()["data"] == {"position": answer["position"], "replayed": 2, "complete": answer["complete"]}
@@ -120,7 +115,7 @@ def test_test_notifications_are_not_in_it(start_server: StartServer) -> None:
     """But the position may be one of theirs."""
     server = start_server("--notification-interval", "0.05")
     client = server.join()
-    publish(server, "one")
+    server.publish("one")
     client.receive_many(4)
     answer = history(server)
     assert texts(answer) == ["one"]
@@ -133,7 +128,7 @@ def test_test_notifications_are_not_in_it(start_server: StartServer) -> None:
 def test_a_hundred_unless_told(server: Server) -> None:
     """The oldest hundred come first, and the position is where to go on."""
     start = now(server)
-    ids = publish(server, *map(str, range(101)))
+    ids = server.publish(*map(str, range(101)))
     answer = history(server, since=start)
     assert texts(answer) == [str(number) for number in range(100)]
     assert answer["position"] == ids[99]
@@ -143,7 +138,7 @@ def test_a_thousand_at_most(start_server: StartServer) -> None:
     """As many as are asked for."""
     server = start_server("--history-size", "2000")
     server.request("POST", "/notify/batch", json=[{"message": str(number)} for number in range(1000)])
-    publish(server, "1000")
+    server.publish("1000")
     assert texts(history(server, limit=1000)) == [str(number) for number in range(1000)]
 
 
@@ -151,8 +146,8 @@ def test_position_leads_from_page_to_page(server: Server) -> None:
     """Going on there gives everything once and in order, with those for others left out."""
     start = now(server)
     for number in range(25):
-        publish(server, str(number))
-        publish(server, "for somebody else", clients=["somebody"])
+        server.publish(str(number))
+        server.publish("for somebody else", clients=["somebody"])
     read, position = [], start
     while page := history(server, since=position, limit=7)["notifications"]:
         read += [notification["data"]["message"] for notification in page]
@@ -163,9 +158,9 @@ def test_position_leads_from_page_to_page(server: Server) -> None:
 
 def test_a_page_that_holds_all_leads_to_the_end_of_the_log(server: Server) -> None:
     """Position is past what was for others, so that it is not looked through again."""
-    [start] = publish(server, "start")
-    publish(server, "one")
-    [last] = publish(server, "for somebody else", clients=["somebody"])
+    [start] = server.publish("start")
+    server.publish("one")
+    [last] = server.publish("for somebody else", clients=["somebody"])
     answer = history(server, since=start, limit=1)
     assert (texts(answer), answer["position"]) == (["one"], last)
 
@@ -176,7 +171,7 @@ def test_a_page_that_holds_all_leads_to_the_end_of_the_log(server: Server) -> No
 def test_complete_reaches_as_far_back_as_the_history(start_server: StartServer) -> None:
     """An older id, and all that is kept without since, is not everything."""
     server = start_server("--history-size", "3")
-    ids = publish(server, *map(str, range(6)))
+    ids = server.publish(*map(str, range(6)))
     answers = [history(server, since=id) for id in ids]
     assert [(answer["complete"], len(answer["notifications"])) for answer in answers] == [
         (False, 3),
@@ -193,7 +188,7 @@ def test_complete_reaches_as_far_back_as_the_history(start_server: StartServer) 
 def test_an_id_that_was_never_given_proves_nothing(start_server: StartServer, since: str) -> None:
     """Everything that is kept is in the answer, and it may not be all."""
     server = start_server()
-    publish(server, "one")
+    server.publish("one")
     answer = history(server, since=since)
     assert (texts(answer), answer["complete"]) == (["one"], False)
 
@@ -201,7 +196,7 @@ def test_an_id_that_was_never_given_proves_nothing(start_server: StartServer, si
 def test_what_has_expired_is_not_in_it(start_server: StartServer) -> None:
     """Also when nothing has been published since."""
     server = start_server("--history-ttl", "0.2")
-    [last] = publish(server, "one")
+    [last] = server.publish("one")
     eventually(lambda: history(server)["notifications"] == [])
     assert history(server) == {"notifications": [], "position": last, "complete": False}
 

@@ -16,9 +16,9 @@ from urllib.parse import quote
 import pytest
 from bytes import HANDSHAKE, MEGABYTE, handshake, masked, push
 from conftest import StartServer
+from event_stream import Stream
 from expected import PONG, Like, http_error, naming, parse, ws_error
 from processes import QUIET, Server, eventually, needs_proc
-from test_events import Stream
 from websockets.frames import Opcode
 from ws_clients import BareClient
 

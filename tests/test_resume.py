@@ -25,11 +25,6 @@ def resume(position: object, replayed: int, complete: bool) -> dict[str, Any]:
     return {"type": "resume", "timestamp": TIME, "data": data}
 
 
-def publish(server: Server, *messages: str, **fields: Any) -> list[str]:
-    """Publish these messages and return their ids."""
-    return [server.post({"message": message} | fields).headers["Notification-Id"] for message in messages]
-
-
 def resumed(server: Server, since: str, query: str = "") -> tuple[dict[str, Any], list[str], Client]:
     """Resume; return what the resume says, the messages of what is replayed, and the client."""
     client = server.join(query=f"since={since}{query}")
@@ -53,7 +48,7 @@ def log_size(server: Server) -> int:
 
 def test_after_the_welcome_comes_the_resume(server: Server) -> None:
     """Both come first, in this order, with the documented fields in theirs."""
-    first, _, last = publish(server, "one", "two", "three")
+    first, _, last = server.publish("one", "two", "three")
     client = server.connect(query=f"client_id=ann&since={first}")
     assert client.receive_many(2) == [welcome("ann"), resume(last, 2, True)]
 
@@ -61,39 +56,39 @@ def test_after_the_welcome_comes_the_resume(server: Server) -> None:
 def test_what_was_missed_is_replayed_in_order(server: Server) -> None:
     """Everything after the id comes, as it would have come live, and the id itself doesn't."""
     witness = server.join()
-    first, *_ = publish(server, "one", "two", "three", "four")
+    first, *_ = server.publish("one", "two", "three", "four")
     client = server.join(query=f"since={first}")
     assert client.receive_many(4)[1:] == witness.receive_many(4)[1:]
 
 
 def test_then_come_the_live_ones(server: Server) -> None:
     """What is published after the resume follows the replay."""
-    first, _ = publish(server, "one", "two")
+    first, _ = server.publish("one", "two")
     _, replayed, client = resumed(server, first)
-    publish(server, "three")
+    server.publish("three")
     assert [*replayed, client.receive()["data"]["message"]] == ["two", "three"]
 
 
 def test_who_missed_nothing_is_told_so(server: Server) -> None:
     """After the newest id there is nothing to replay, and that is complete."""
-    [last] = publish(server, "one")
+    [last] = server.publish("one")
     data, _, client = resumed(server, last)
     assert data == {"position": last, "replayed": 0, "complete": True}
-    publish(server, "two")
+    server.publish("two")
     assert client.receive()["data"]["message"] == "two"
 
 
 def test_an_empty_since_starts_now_and_tells_the_position(server: Server) -> None:
     """Nothing of the past comes, but the client knows where it stands."""
-    [last] = publish(server, "one")
+    [last] = server.publish("one")
     assert server.join(query="since=").receive() == resume(last, 0, True)
 
 
 def test_without_since_there_is_no_resume(server: Server) -> None:
     """A client that follows only the reference sees no difference."""
-    publish(server, "before")
+    server.publish("before")
     client = server.join()
-    publish(server, "after")
+    server.publish("after")
     assert client.receive()["data"]["message"] == "after"
 
 
@@ -102,7 +97,7 @@ def test_the_position_of_an_empty_log_is_an_id_to_resume_from(start_server: Star
     server = start_server()
     data, _, client = resumed(server, "")
     client.leave()
-    publish(server, "one", "two")
+    server.publish("one", "two")
     assert data["position"] == UUID7
     assert resumed(server, data["position"])[:2] == (
         {"position": UUID7, "replayed": 2, "complete": True},
@@ -114,40 +109,40 @@ def test_the_position_of_a_resume_is_an_id_to_resume_from(server: Server) -> Non
     """A client that was told a position and then lost its connection goes on there."""
     data, _, client = resumed(server, "")
     client.leave()
-    publish(server, "while away")
+    server.publish("while away")
     assert resumed(server, data["position"])[1] == ["while away"]
 
 
 def test_the_last_may_be_one_that_was_for_somebody_else(server: Server) -> None:
     """An id of any kind will do: positions are one order for all."""
-    publish(server, "one")
-    [private] = publish(server, "private", clients=["somebody"])
-    publish(server, "two")
+    server.publish("one")
+    [private] = server.publish("private", clients=["somebody"])
+    server.publish("two")
     data, replayed, _ = resumed(server, private)
     assert (data["complete"], replayed) == (True, ["two"])
 
 
 def test_only_what_is_addressed_to_the_client_is_replayed(server: Server) -> None:
     """By its client_id, its topics, or to everyone."""
-    [start] = publish(server, "start")
-    publish(server, "for ann", clients=["ann"])
-    publish(server, "for bob", clients=["bob"])
-    publish(server, "red", topics=["red"])
-    publish(server, "blue", topics=["blue"])
-    publish(server, "for all")
+    [start] = server.publish("start")
+    server.publish("for ann", clients=["ann"])
+    server.publish("for bob", clients=["bob"])
+    server.publish("red", topics=["red"])
+    server.publish("blue", topics=["blue"])
+    server.publish("for all")
     data, replayed, _ = resumed(server, start, "&client_id=ann&topics=red")
     assert (data["replayed"], replayed) == (3, ["for ann", "red", "for all"])
 
 
 def test_a_resume_can_be_repeated(server: Server) -> None:
     """A connection that is lost during the replay costs nothing: the same id gives the same again."""
-    first, *_ = publish(server, "one", "two", "three")
+    first, *_ = server.publish("one", "two", "three")
     assert resumed(server, first)[1] == resumed(server, first)[1] == ["two", "three"]
 
 
 def test_an_id_in_upper_case_is_the_same_id(server: Server) -> None:
     """RFC 9562: a UUID is read case-insensitively."""
-    first, _ = publish(server, "one", "two")
+    first, _ = server.publish("one", "two")
     data, replayed, _ = resumed(server, first.upper())
     assert (data["complete"], replayed) == (True, ["two"])
 
@@ -166,10 +161,10 @@ def test_test_notifications_are_not_replayed_but_can_be_resumed_from(start_serve
     """Their ids are in the same order; what was published after one is replayed, and no test notification is."""
     server = start_server("--notification-interval", "0.1")
     client = server.join()
-    publish(server, "before")
+    server.publish("before")
     tests = [message for message in client.receive_many(4) if message["type"] == "test_notification"]
     client.leave()
-    publish(server, "after")
+    server.publish("after")
     data, replayed, _ = resumed(server, tests[-1]["id"])
     assert (data["complete"], data["replayed"], replayed) == (True, 1, ["after"])
 
@@ -179,7 +174,7 @@ def test_all_ids_are_in_one_order(start_server: StartServer) -> None:
     server = start_server("--notification-interval", "0.05")
     client = server.join()
     for number in range(20):
-        publish(server, str(number))
+        server.publish(str(number))
     ids = [message["id"] for message in client.receive_many(20)]
     assert ids == sorted(set(ids))
 
@@ -191,7 +186,7 @@ def test_all_ids_are_in_one_order(start_server: StartServer) -> None:
 def test_an_id_that_was_never_given_proves_nothing(start_server: StartServer, since: str) -> None:
     """Everything that is kept is replayed, and the client is told that this may not be all."""
     server = start_server()
-    publish(server, "one", "two")
+    server.publish("one", "two")
     data, replayed, _ = resumed(server, since)
     assert (data["complete"], data["replayed"], replayed) == (False, 2, ["one", "two"])
 
@@ -199,7 +194,7 @@ def test_an_id_that_was_never_given_proves_nothing(start_server: StartServer, si
 def test_an_id_ahead_of_the_log_proves_nothing(start_server: StartServer) -> None:
     """A server that was restarted with its clock set back does not call that complete."""
     server = start_server()
-    publish(server, "one", "two")
+    server.publish("one", "two")
     data, replayed, _ = resumed(server, "ffffffff-ffff-7fff-bfff-ffffffffffff")
     assert (data["complete"], replayed) == (False, ["one", "two"])
 
@@ -207,7 +202,7 @@ def test_an_id_ahead_of_the_log_proves_nothing(start_server: StartServer) -> Non
 def test_an_id_between_two_that_were_given_proves_nothing(start_server: StartServer) -> None:
     """Only an id that the log gave is a place in it."""
     server = start_server()
-    [first, _] = publish(server, "one", "two")
+    [first, _] = server.publish("one", "two")
     between = first[:-1] + ("0" if first[-1] != "0" else "1")
     data, replayed, _ = resumed(server, between)
     assert (data["complete"], replayed) == (False, ["one", "two"])
@@ -215,9 +210,9 @@ def test_an_id_between_two_that_were_given_proves_nothing(start_server: StartSer
 
 def test_an_id_from_before_a_restart_proves_nothing(server: Server, start_server: StartServer) -> None:
     """The log in memory began anew; what it has by now is replayed."""
-    [before] = publish(server, "in another log")
+    [before] = server.publish("in another log")
     restarted = start_server()
-    publish(restarted, "one")
+    restarted.publish("one")
     data, replayed, _ = resumed(restarted, before)
     assert (data["complete"], replayed) == (False, ["one"])
 
@@ -225,7 +220,7 @@ def test_an_id_from_before_a_restart_proves_nothing(server: Server, start_server
 def test_complete_reaches_as_far_back_as_the_history(start_server: StartServer) -> None:
     """With three kept, the third last id and the one before it are complete, and no older one is."""
     server = start_server("--history-size", "3")
-    ids = publish(server, *map(str, range(6)))
+    ids = server.publish(*map(str, range(6)))
     told = [resumed(server, id)[0] for id in ids]
     assert [(data["complete"], data["replayed"]) for data in told] == [
         (False, 3),
@@ -240,7 +235,7 @@ def test_complete_reaches_as_far_back_as_the_history(start_server: StartServer) 
 def test_the_history_is_bounded_in_bytes(start_server: StartServer) -> None:
     """A notification that the bytes have pushed out is not replayed, and that is not complete."""
     server = start_server("--history-bytes", "50000")
-    ids = publish(server, *map(str, range(10)), data={"pad": "x" * 10_000})
+    ids = server.publish(*map(str, range(10)), data={"pad": "x" * 10_000})
     data, replayed, _ = resumed(server, ids[0])
     assert (data["complete"], replayed) == (False, ["6", "7", "8", "9"])
     assert resumed(server, ids[5])[0]["complete"] is True
@@ -249,7 +244,7 @@ def test_the_history_is_bounded_in_bytes(start_server: StartServer) -> None:
 def test_the_history_is_bounded_in_time(start_server: StartServer) -> None:
     """What has expired is not replayed; only who had received all of it is complete."""
     server = start_server("--history-ttl", "0.2")
-    first, last = publish(server, "one", "two")
+    first, last = server.publish("one", "two")
     eventually(lambda: log_size(server) == 0)
     assert resumed(server, first)[0] == {"position": last, "replayed": 0, "complete": False}
     assert resumed(server, last)[0] == {"position": last, "replayed": 0, "complete": True}
@@ -258,7 +253,7 @@ def test_the_history_is_bounded_in_time(start_server: StartServer) -> None:
 def test_test_notifications_push_nothing_out_of_the_history(start_server: StartServer) -> None:
     """History_size counts what can be replayed."""
     server = start_server("--notification-interval", "0.02", "--history-size", "2")
-    first, *_ = publish(server, "one", "two", "three")
+    first, *_ = server.publish("one", "two", "three")
     server.join().receive_many(10)
     data, replayed, _ = resumed(server, first)
     assert (data["complete"], replayed) == (True, ["two", "three"])
@@ -273,7 +268,7 @@ def test_the_close_of_a_slow_consumer_names_the_id_to_resume_from(start_server: 
     slow = server.join_bare(receive_buffer=4096)
     count = 0
     while server.active():
-        publish(server, str(count), data={"pad": "x" * 60_000})
+        server.publish(str(count), data={"pad": "x" * 60_000})
         count += 1
     received = texts(slow.rest())
     code, reason = slow.closed()
@@ -288,7 +283,7 @@ def test_the_close_of_a_slow_consumer_names_the_id_to_resume_from(start_server: 
 def test_who_has_just_been_promised_a_replay_is_no_slow_consumer(start_server: StartServer) -> None:
     """However fast the history moves on, a client that reads gets all that its resume has promised."""
     server = start_server("--history-size", "5")
-    ids = publish(server, *map(str, range(5)))
+    ids = server.publish(*map(str, range(5)))
     done = threading.Event()
 
     def keep_publishing() -> None:
@@ -352,7 +347,7 @@ def test_nothing_is_lost_or_repeated_at_the_seam(start_server: StartServer) -> N
     async def everyone() -> None:
         await asyncio.gather(*(client.receive_until(messages[-1]) for client in clients))
 
-    publisher = threading.Thread(target=publish, args=(server, *messages))
+    publisher = threading.Thread(target=server.publish, args=messages)
     publisher.start()
     asyncio.run(asyncio.wait_for(everyone(), 25))
     publisher.join()

@@ -8,10 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
+from carriers import CARRIERS, host
 from conftest import StartServer
 from expected import http_error, naming, parse
 from processes import Server, worker_count
-from test_embedding import CARRIERS, host
 from websockets.exceptions import InvalidStatus
 
 from errors import StoreUnavailable

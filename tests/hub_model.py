@@ -1,0 +1,690 @@
+"""A model of the Hub from the protocol alone: what each client is owed through any interleaving.
+
+HubMachine is a Hypothesis state machine that plays publishers, clients, networks and time against the real Hub. The
+clients' connections remember what the Hub handed them, and its goodbye. LaggingStore stands in for a shared store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from contextlib import ExitStack
+from random import Random
+from typing import Any, NamedTuple, TypeVar
+from unittest import mock
+
+import hypothesis.strategies as st
+import orjson
+import pytest
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from virtual import FakeConnection, VirtualLoop
+
+import fanout as fanout_module
+import log as log_module
+from admission import Newcomer
+from connection import ConnectionState, Receiver
+from errors import ConnectionRefused, DuplicateClient, NotifydError, ShuttingDown
+from hub import Hub
+from log import payloads
+from schemas import NotifyRequest
+from settings import Settings
+from store import Appended, Draft, MemoryStore, Once, Receipt, Record
+
+logger = logging.getLogger("notifyd")
+
+# Small enough that notifications expire and clients fall behind within a few steps.
+SMALL = Settings(
+    history_size=6,
+    history_bytes=2500,
+    history_ttl=10,
+    max_connections=4,
+    ping_interval=6,
+    ping_timeout=25,
+    notification_interval=7.3137,  # so that it never coincides with anything else
+    shutdown_timeout=40,
+    drain_rate=5,
+)
+NAMES = ["ann", "bob", "cat", "dan", "eve"]
+TOPICS = ["red", "green", "blue"]
+NEVER_GIVEN = [
+    "00000000-0000-0000-0000-000000000000",
+    "550e8400-e29b-41d4-a716-446655440000",
+    "ffffffff-ffff-7fff-bfff-ffffffffffff",
+]
+SLOW = re.compile(r"Slow consumer: (\d+) notifications behind; resume with since=(\S+)")
+SHUTDOWN = "shutdown"
+FAREWELL = "Server is shutting down. Please reconnect later."
+SOME_TIME = "2026-01-31T12:00:00.000Z"
+
+Result = TypeVar("Result")
+Addressees = tuple[Collection[str], Collection[str]]  # clients and topics
+
+
+def now(work: Coroutine[Any, Any, Result]) -> Result:
+    """Return what a coroutine returns that waits for nothing, as all that the store in memory does."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]
+    raise AssertionError("it waits")
+
+
+# --- the model
+
+
+class Published(NamedTuple):
+    """One entry of the model's log; `audience` None is everyone."""
+
+    id: str
+    text: str
+    size: int
+    at: float
+    replayed: bool
+    audience: Addressees | None
+
+    def is_for(self, client_id: str | None, topics: Collection[str]) -> bool:
+        if self.audience is None:
+            return True
+        clients, names = self.audience
+        return client_id in clients or bool(set(names) & set(topics))
+
+
+class Session(FakeConnection):
+    """One connection, with what it is owed by the model, and what it was handed by the Hub."""
+
+    def __init__(self, model: Model, client_id: str, topics: frozenset[str], since: str | None, **options: Any) -> None:
+        super().__init__(**options)
+        self.model = model
+        self.client_id = client_id
+        self.topics = topics
+        self.since = since
+        # Ids, and SHUTDOWN at the end.
+        self.owed: list[str] = []
+        self.received: list[str] = []
+        self.position = since or ""  # the id to resume from
+        self.heard_at = 0.0
+        self.is_contested = False
+
+    def accept(self, receiver: Receiver, greeting: bytes) -> None:
+        self.model.admit(self)
+        super().accept(receiver, greeting)
+        self.model.check_greeting(self)
+
+    def write(self, frames: bytes) -> None:
+        self.model.observe()
+        for message in map(orjson.loads, payloads(frames)):
+            if "id" in message:
+                self.received.append(message["id"])
+                self.position = message["id"]
+                self.model.check_notification(self, message)
+            elif message["type"] == SHUTDOWN:
+                self.received.append(SHUTDOWN)
+        super().write(frames)
+
+    def say(self, message: str | None = None) -> None:
+        self.heard_at = self.model.loop.time()
+        super().say(message)
+
+    def close(self, code: int, reason: str) -> None:
+        if self.state is ConnectionState.OPEN:
+            self.model.observe()
+            self.model.check_goodbye(self, code, reason)
+            self.model.part(self)
+        super().close(code, reason)
+
+    def end(self) -> None:
+        self.model.part(self)
+        super().end()
+
+    def backlog(self) -> list[str]:
+        return self.owed[len(self.received) :]
+
+
+class Model:
+    """What the protocol promises: the log, how far back the history reaches, and who is owed what."""
+
+    def __init__(self, hub: Hub, loop: VirtualLoop) -> None:
+        self.hub = hub
+        self.loop = loop
+        self.log: list[Published] = []
+        self.sessions: dict[str, Session] = {}  # those that are connected
+        self.parted: list[Session] = []
+        self.admitted = 0
+        self.slow_consumers = 0
+        self.draining = False
+        self.faults: list[str] = []
+        self.origin = self.newest()
+
+    def fault_unless(self, good: object, fault: str) -> None:
+        """Note a fault for the next invariant: raised inside the Hub it would only disturb it."""
+        if not good:
+            self.faults.append(fault)
+
+    def newest(self) -> str:
+        return self.hub.fanout.log.position
+
+    @property
+    def position(self) -> str:
+        return self.log[-1].id if self.log else self.origin
+
+    # Who is there.
+
+    def admit(self, session: Session) -> None:
+        self.observe()
+        self.admitted += 1
+        session.heard_at = self.loop.time()
+        if session.since is not None:
+            missed, _ = self.missed(session.since, session.client_id, session.topics)
+            session.owed = [one.id for one in missed]
+            session.position = session.since or self.position
+        self.fault_unless(session.client_id not in self.sessions, f"{session.client_id} is there twice")
+        self.sessions[session.client_id] = session
+
+    def part(self, session: Session) -> None:
+        if self.sessions.get(session.client_id) is session:
+            del self.sessions[session.client_id]
+            self.parted.append(session)
+
+    def everyone(self) -> Iterator[Session]:
+        yield from self.parted
+        yield from self.sessions.values()
+
+    # What is published.
+
+    def publish(self, id: str, request: NotifyRequest) -> int:
+        """Note what was published, and return how many connected clients it is for."""
+        clients, topics = request.clients or (), sorted(set(request.topics or ()))
+        body = {"id": id, "type": "custom", "timestamp": SOME_TIME, "data": {"message": request.message}}
+        body |= {"topics": topics} if topics else {}
+        return self._append(body, replayed=True, audience=(clients, topics) if clients or topics else None)
+
+    def observe(self) -> None:
+        """Note what the Hub published by itself: a test notification, or the system's at the end."""
+        unseen = now(self.hub.store.census()).notifications_sent - len(self.log)
+        self.fault_unless(unseen in (0, 1), f"{unseen} notifications that nobody published")
+        if unseen == 1 and self.draining:
+            self._observe_system()
+        elif unseen == 1:
+            self._observe_test()
+
+    def _observe_test(self) -> None:
+        count = 1 + sum(one.text.startswith("Test") for one in self.log)
+        data = {"message": f"Test notification #{count}", "counter": count, "uptime_seconds": 0.0}
+        data |= {"active_connections": len(self.sessions), "server_time": SOME_TIME}
+        body = {"id": self.newest(), "type": "test_notification", "timestamp": SOME_TIME, "data": data}
+        self._append(body, replayed=False, at=count * SMALL.notification_interval)
+
+    def _observe_system(self) -> None:
+        data = {"message": FAREWELL, "priority": "high", "system_time": SOME_TIME}
+        body = {"id": self.newest(), "type": "system", "timestamp": SOME_TIME, "data": data}
+        self._append(body, replayed=False, sender="system")
+        for session in self.sessions.values():
+            session.owed.append(SHUTDOWN)
+
+    def _append(
+        self,
+        body: dict[str, Any],
+        *,
+        replayed: bool,
+        audience: Addressees | None = None,
+        at: float | None = None,
+        sender: str = "notification_service",
+    ) -> int:
+        payload = orjson.dumps(body | {"sender": sender})
+        size = len(payload) + (2 if len(payload) < 126 else 4)
+        size += sum(len(name) + log_module.NAME_BYTES for names in audience or () for name in set(names))
+        at = self.loop.time() if at is None else at
+        self.fault_unless(body["id"] > self.position, f"{body['id']} does not come after {self.position}")
+        self.log.append(Published(body["id"], body["data"]["message"], size, at, replayed, audience))
+        addressed = [one for one in self.sessions.values() if self.log[-1].is_for(one.client_id, one.topics)]
+        for session in addressed:
+            session.owed.append(body["id"])
+        return len(addressed)
+
+    # How far back the history reaches.
+
+    def front(self, now: float) -> int:
+        """Return the index of the oldest entry that was within the bounds at that time, of those that were there."""
+        entries = [one for one in self.log if one.at <= now]
+        count = size = 0
+        for index in range(len(entries) - 1, -1, -1):
+            entry = entries[index]
+            count += entry.replayed
+            size += entry.size
+            too_old = now - entry.at > SMALL.history_ttl
+            if too_old or count > SMALL.history_size or size > SMALL.history_bytes:
+                return index + 1
+        return 0
+
+    def missed(self, since: str | None, client_id: str | None, topics: Collection[str]) -> tuple[list[Published], bool]:
+        """Return what must be replayed, and whether that is provably everything."""
+        if since == "":
+            return [], True
+        ids = [self.origin, *(one.id for one in self.log)]
+        after = 0 if since is None else ids.index(since) if since in ids else -1
+        front = self.front(self.loop.time())
+        kept = self.log[max(after, front) :]
+        return [one for one in kept if one.replayed and one.is_for(client_id, topics)], after >= front
+
+    # What is checked at the moment when it happens.
+
+    def check_greeting(self, session: Session) -> None:
+        types = [message["type"] for message in session.messages]
+        self.fault_unless(types[0] == "welcome", f"the first message is {types[0]}")
+        self.fault_unless(types.count("welcome") == 1, "welcomed twice")
+        if session.since is None:
+            self.fault_unless("resume" not in types, "a resume that nobody asked for")
+            return
+        missed, complete = self.missed(session.since, session.client_id, session.topics)
+        promised = {"position": self.position, "replayed": len(missed), "complete": complete}
+        resume = session.messages[1]
+        self.fault_unless(resume["type"] == "resume", f"after the welcome comes {resume}")
+        self.fault_unless(resume.get("data") == promised, f"{resume} instead of {promised}")
+
+    def check_notification(self, session: Session, message: Any) -> None:
+        self.fault_unless(session.writable, f"{session.client_id} is written to and is not writable")
+        known = next((one for one in self.log if one.id == message["id"]), None)
+        topics = None if known is None or known.audience is None else list(known.audience[1]) or None
+        as_published = known is not None and known.text == message["data"]["message"]
+        self.fault_unless(as_published and topics == message.get("topics"), f"never published: {message}")
+
+    def check_goodbye(self, session: Session, code: int, reason: str) -> None:
+        """Find fault with a close that the client has not deserved, or that does not tell it how to go on."""
+        if slow := SLOW.fullmatch(reason):
+            self.slow_consumers += 1
+            self._check_slow_consumer(session, int(slow[1]), slow[2])
+            session.position = slow[2]
+        elif reason == "Ping timeout":
+            silent_for = self.loop.time() - session.heard_at
+            deserved = (session.is_contested and not session.is_alive) or silent_for > SMALL.ping_timeout
+            self.fault_unless(code == 1011 and deserved, f"{session.client_id}: ping timeout after {silent_for} s")
+        elif reason == "Replaced by a new connection":
+            deserved = session.is_contested and session.is_stream
+            self.fault_unless(code == 1008 and deserved, f"{session.client_id} is replaced")
+        else:
+            going = self.draining and (code, reason) == (1001, "Server shutting down")
+            self.fault_unless(going, f"{session.client_id} is closed: {code} {reason}")
+            self.fault_unless(not (session.backlog() and session.writable), f"{session.client_id} closed too early")
+
+    def _check_slow_consumer(self, session: Session, behind: int, since: str) -> None:
+        owed = [one for one in session.backlog() if one != SHUTDOWN]
+        front_id = self.log[self.front(self.loop.time()) - 1].id
+        self.fault_unless(not session.writable, f"{session.client_id} can be written to and is a slow consumer")
+        self.fault_unless(owed and owed[0] <= front_id, f"{session.client_id} is owed nothing that is gone")
+        self.fault_unless(behind == len(owed), f"{behind} notifications behind, and owed {len(owed)}")
+        self.fault_unless(owed and since < owed[0], f"resuming after {since} would skip {owed[:1]}")
+        repeated = [one for one in session.received if since < one]
+        self.fault_unless(not repeated, f"resuming after {since} would repeat {repeated}")
+
+
+# --- the machine
+
+names = st.sampled_from(NAMES)
+topic_sets = st.frozensets(st.sampled_from(TOPICS), max_size=2)
+someone = st.integers(0, 3)
+turns = st.integers(0, 4)
+# What a client resumes from: the id before last, say; now; an id that the log never gave; or it does not.
+moments = st.none() | st.just("") | st.integers(0, 12) | st.sampled_from(NEVER_GIVEN)
+kinds = st.sampled_from(
+    [
+        {},
+        {"room": 1},  # stalls right after its greeting
+        {"one_at_a_time": True},
+        {"one_at_a_time": True, "room": 2},
+        {"one_at_a_time": True, "is_stream": True},
+    ]
+)
+everyone = st.none()
+some = st.tuples(st.lists(names, max_size=2), st.lists(st.sampled_from(TOPICS), max_size=2)).filter(any)
+paddings = st.sampled_from([0, 0, 0, 300, 900])
+publications = st.tuples(everyone | some, paddings)
+
+
+class HubMachine(RuleBasedStateMachine):
+    """Publishers, clients, networks and time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = ExitStack()
+        self.stack.enter_context(mock.patch.object(fanout_module, "SLICE_CLIENTS", 2))
+        self.loop = VirtualLoop()
+        self.stack.callback(self.loop.close)
+        self.hub = Hub(SMALL, clock=self.loop.time)
+        self.hub.census.uptime = lambda: 0.0  # type: ignore[method-assign]  # as many digits each time
+        self.loop.run_until_complete(self.hub.start())
+        self.model = Model(self.hub, self.loop)
+        self.stack.enter_context(mock.patch.object(logger, "handlers", [_Alarm(self.model.faults)]))
+        self.stack.enter_context(mock.patch.object(logger, "propagate", False))
+        self.loop.set_exception_handler(lambda _, context: self.model.faults.append(str(context)))
+        self.published = 0
+        self.drain: asyncio.Task[None] | None = None
+
+    def session(self, index: int) -> Session:
+        sessions = list(self.model.sessions.values())
+        return sessions[index % len(sessions)]
+
+    def somebody_is_there(self) -> bool:
+        return bool(self.model.sessions)
+
+    def is_open(self) -> bool:
+        return not self.model.draining
+
+    def request(self, addressees: Addressees | None, padding: int) -> NotifyRequest:
+        self.published += 1
+        clients, topics = addressees or ((), ())
+        fields = {"clients": list(clients)} if clients else {}
+        fields |= {"topics": list(topics)} if topics else {}
+        return NotifyRequest(message=f"{self.published} {'x' * padding}", **fields)
+
+    def publish(self, wanted: Sequence[NotifyRequest]) -> None:
+        self.model.observe()
+        receipts = now(self.hub.publish(wanted)).receipts
+        recipients = [self.model.publish(receipt.id, one) for receipt, one in zip(receipts, wanted, strict=True)]
+        assert [receipt.recipients for receipt in receipts] == recipients
+
+    def settle(self) -> None:
+        """Let everything be done that can be done without time passing."""
+        self.loop.turn(60)
+        self.loop.call(self.model.observe)
+
+    # Publishers.
+
+    @precondition(is_open)
+    @rule(publication=publications, turns=turns)
+    def publish_one(self, publication: tuple[Any, int], turns: int) -> None:
+        self.loop.call(self.publish, [self.request(*publication)])
+        self.loop.turn(turns)
+
+    @precondition(is_open)
+    @rule(publications=st.lists(publications, min_size=2, max_size=9), turns=turns)
+    def publish_many(self, publications: list[tuple[Any, int]], turns: int) -> None:
+        self.loop.call(self.publish, [self.request(*one) for one in publications])
+        self.loop.turn(turns)
+
+    @precondition(lambda self: self.model.draining)
+    @rule()
+    def publish_too_late(self) -> None:
+        with pytest.raises(ShuttingDown):
+            self.loop.call(self.publish, [self.request(None, 0)])
+
+    # Clients.
+
+    @initialize(
+        crowd=st.dictionaries(names, st.tuples(topic_sets, kinds), min_size=2, max_size=4),
+        batch_bytes=st.sampled_from([1, 500]),
+    )
+    def open(self, crowd: dict[str, tuple[frozenset[str], dict[str, Any]]], batch_bytes: int) -> None:
+        self.stack.enter_context(mock.patch.object(log_module, "BATCH_BYTES", batch_bytes))
+        for client_id, (topics, kind) in crowd.items():
+            self.join(Session(self.model, client_id, topics, None, **kind))
+
+    @rule(client_id=names, topics=topic_sets, moment=moments, kind=kinds)
+    def connect(self, client_id: str, topics: frozenset[str], moment: int | str | None, kind: dict[str, Any]) -> None:
+        since = self.id_given(moment) if isinstance(moment, int) else moment
+        self.join(Session(self.model, client_id, topics, since, **kind))
+
+    def id_given(self, ago: int) -> str:
+        """Return the id of so many notifications ago, or from before the first."""
+        ids = [self.model.origin, *(one.id for one in self.model.log)]
+        return ids[max(0, len(ids) - 1 - ago)]
+
+    def join(self, session: Session) -> None:
+        """Ask the Hub to admit a client, and compare its answer."""
+        incumbent = self.model.sessions.get(session.client_id)
+        if incumbent is not None:
+            incumbent.is_contested = True
+        refusal = self.refusal(incumbent)
+        admission = self.hub.admit(session, Newcomer(session.client_id, session.since, list(session.topics)))
+        if refusal is None:
+            self.loop.run_until_complete(admission)
+        else:
+            with pytest.raises(refusal):
+                self.loop.run_until_complete(admission)
+            assert session.messages == []
+        if incumbent is not None:
+            incumbent.is_contested = False
+
+    def refusal(self, incumbent: Session | None) -> type[NotifydError] | None:
+        """Return how a newcomer is refused, if it is."""
+        if self.model.draining:
+            return ShuttingDown
+        if incumbent is not None and incumbent.is_alive and not incumbent.is_stream:
+            return DuplicateClient
+        if len(self.model.sessions) - (incumbent is not None) >= SMALL.max_connections:
+            return ConnectionRefused
+        return None
+
+    @rule(client_id=names, room=st.sampled_from([1, 2, float("inf"), float("inf")]))
+    def come_back(self, client_id: str, room: float) -> None:
+        """Lose the connection, if there is one, and resume where it stopped, or where the goodbye said."""
+        before = [one for one in self.model.everyone() if one.client_id == client_id]
+        if before:
+            self.loop.call(before[-1].end)
+            kind = {"one_at_a_time": before[-1].one_at_a_time, "is_stream": before[-1].is_stream, "room": room}
+            self.join(Session(self.model, client_id, before[-1].topics, before[-1].position, **kind))
+
+    @precondition(somebody_is_there)
+    @rule(
+        index=someone,
+        kind=st.sampled_from(["subscribe", "unsubscribe"]),
+        topics=st.frozensets(st.sampled_from(TOPICS), min_size=1),
+    )
+    def change_topics(self, index: int, kind: str, topics: frozenset[str]) -> None:
+        session = self.session(index)
+        if not session.is_stream:
+            self.loop.call(session.say, json.dumps({"type": kind, "topics": list(topics)}))
+            self.loop.turn(1)
+            session.topics = session.topics | topics if kind == "subscribe" else session.topics - topics
+            answers = [message["topics"] for message in session.messages if message["type"] == "subscribed"]
+            assert answers[-1] == sorted(session.topics)
+
+    @precondition(somebody_is_there)
+    @rule(index=someone, room=st.integers(0, 2))
+    def stall(self, index: int, room: int) -> None:
+        """Take one or two writes more, or none."""
+        session = self.session(index)
+        session.room = min(session.room, room)
+        session.writable = session.writable and session.room > 0
+
+    @precondition(somebody_is_there)
+    @rule(index=someone)
+    def read_on(self, index: int) -> None:
+        self.loop.call(self.session(index).read_on)
+
+    @precondition(somebody_is_there)
+    @rule(index=someone)
+    def leave(self, index: int) -> None:
+        self.loop.call(self.session(index).end)
+
+    @precondition(somebody_is_there)
+    @rule(index=someone)
+    def fall_silent(self, index: int) -> None:
+        """Answer nothing any more, as if the network were gone."""
+        session = self.session(index)
+        session.is_alive = session.is_stream
+        session.stall()
+
+    @precondition(is_open)
+    @rule(moment=moments, limit=st.integers(1, 9), topics=topic_sets, client_id=everyone | names)
+    def read_history(self, moment: Any, limit: int, topics: frozenset[str], client_id: str | None) -> None:
+        since = self.id_given(moment) if isinstance(moment, int) else moment
+        history = self.loop.run_until_complete(self.hub.history(since, limit, topics, client_id))
+        missed, complete = self.model.missed(since, client_id, topics)
+        page = missed[:limit]
+        assert history.complete is complete
+        assert [json.loads(bytes(orjson.dumps(one)))["id"] for one in history.notifications] == [one.id for one in page]
+        assert history.position == (page[-1].id if page != missed else self.model.position)
+
+    # Time, and the end.
+
+    @rule(steps=st.sampled_from([1, 4, 12, 24]))
+    def let_time_pass(self, steps: int) -> None:
+        """Let up to twelve seconds pass."""
+        for _ in range(steps):
+            self.loop.run_until_complete(asyncio.sleep(0.5))
+            self.loop.call(self.model.observe)
+        self.settle()
+        if steps >= 12:
+            self.everyone_who_reads_has_everything()
+            self.the_silent_are_gone()
+            self.what_is_too_old_is_forgotten()
+
+    @precondition(is_open)
+    @rule()
+    def let_everything_be_done(self) -> None:
+        self.settle()
+        self.everyone_who_reads_has_everything()
+
+    def everyone_who_reads_has_everything(self) -> None:
+        backlogs = {one.client_id: one.backlog() for one in self.model.sessions.values() if one.room >= 1}
+        assert not any(backlogs.values()), backlogs
+
+    def the_silent_are_gone(self) -> None:
+        longest = SMALL.ping_timeout + SMALL.ping_interval
+        now = self.loop.time()
+        assert not [one for one in self.model.sessions.values() if one.hears_pongs and now - one.heard_at > longest]
+
+    def what_is_too_old_is_forgotten(self) -> None:
+        """What was out of the bounds a good second ago is out of the log, whoever is behind."""
+        kept = len(self.model.log) - self.model.front(self.loop.time() - 1.1)
+        assert self.model.draining or len(self.hub.fanout.log) <= kept
+
+    @precondition(lambda self: self.is_open() and self.published > 20)
+    @rule()
+    def shut_down(self) -> None:
+        self.settle()
+        self.model.draining = True
+        self.drain = self.loop.create_task(self.hub.drain())
+        self.settle()
+
+    def teardown(self) -> None:
+        try:
+            if self.drain is None:
+                self.stop()
+            else:
+                self.loop.run_until_complete(self.drain)
+            self.nothing_is_wrong()
+            assert not self.model.sessions
+        finally:
+            self.stack.close()
+
+    def stop(self) -> None:
+        """Let the stalled ones read on: what they were owed is still there. Then end."""
+        for session in list(self.model.sessions.values()):
+            self.loop.call(session.read_on)
+        self.settle()
+        self.everyone_who_reads_has_everything()
+        self.model.draining = True
+        self.loop.run_until_complete(self.hub.stop())
+
+    # What holds after every step.
+
+    @invariant()
+    def nothing_is_wrong(self) -> None:
+        assert not self.model.faults, "\n".join(self.model.faults)
+
+    @invariant()
+    def each_was_handed_exactly_what_it_is_owed_so_far(self) -> None:
+        for session in self.model.everyone():
+            assert session.received == session.owed[: len(session.received)], session.client_id
+
+    @invariant()
+    def the_counters_count(self) -> None:
+        self.loop.call(self._count)
+
+    def _count(self) -> None:
+        self.model.observe()
+        census = now(self.hub.census.take())
+        handed = sum(one != SHUTDOWN for session in self.model.everyone() for one in session.received)
+        assert census.messages_sent == handed
+        assert census.notifications_sent == len(self.model.log)
+        assert census.total == self.model.admitted
+        assert census.slow_consumers == self.model.slow_consumers
+        assert census.active == len(self.model.sessions)
+        assert [one.client_id for one in self.hub.clients] == list(self.model.sessions)
+
+    @invariant()
+    def whoever_is_behind_is_counted(self) -> None:
+        if not self.model.draining:
+            assert self.hub.fanout.clients_behind() == sum(bool(one.backlog()) for one in self.model.sessions.values())
+
+
+class _Alarm(logging.Handler):
+    """Takes what the Hub logs as an error for a fault."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__(logging.ERROR)
+        self.faults = faults
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.faults.append(self.format(record))
+
+
+# --- a Hub whose store is shared
+
+
+class Registration(NamedTuple):
+    """A client_id in the registry, and the ids of what was addressed to it since."""
+
+    topics: frozenset[str]
+    owed: list[str]
+
+
+class LaggingStore(MemoryStore):
+    """A shared store as one of its processes knows it: it answers when it likes, and the log comes before that.
+
+    What it is asked it does as one step each. What the Hub may rely on is in store.py.
+    """
+
+    def __init__(self, settings: Settings, clock: Callable[[], float], chance: Random) -> None:
+        super().__init__(settings, clock)
+        self.chance = chance
+        self.registered: dict[str, Registration] = {}
+        self.tail: list[Record] = []
+
+    async def lag(self) -> None:
+        await asyncio.sleep(self.chance.choice([0, 0, 0.001, 0.01, 0.3]))
+
+    def add(self, drafts: Sequence[Draft]) -> Appended:
+        """Append, as another process does."""
+        records = [Record(self._positions.next(), *draft, 0.0) for draft in drafts]
+        self._newest = records[-1].id
+        receipts = []
+        for record in records:
+            audience = record.audience
+            addressed = [
+                one for name, one in self.registered.items() if audience is None or audience.includes(name, one.topics)
+            ]
+            for one in addressed:
+                one.owed.append(record.id)
+            receipts.append(Receipt(record.id, len(addressed)))
+        self.tail += records
+        asyncio.get_running_loop().call_later(self.chance.choice([0, 0.002, 0.02, 0.4]), self.tell)
+        return Appended(receipts, 0.0)
+
+    def tell(self) -> None:
+        records, self.tail = self.tail, []
+        if records:
+            self._node.deliver(records)
+
+    async def append(self, drafts: Sequence[Draft], once: Once | None = None, counter: int | None = None) -> Appended:
+        await self.lag()
+        appended = self.add(drafts)
+        await self.lag()
+        self.tell()
+        return appended
+
+    async def admit(self, client_id: str, topics: Collection[str], address: str) -> str:
+        await self.lag()
+        assert client_id not in self.registered, "registered twice"
+        self.registered[client_id] = Registration(frozenset(topics), [])
+        position = self._newest
+        await self.lag()
+        self.tell()
+        return position
+
+    def leave(self, client_id: str) -> None:
+        del self.registered[client_id]
