@@ -16,7 +16,6 @@ import errno
 import fcntl
 import logging
 import os
-import secrets
 import select
 import socket
 import sqlite3
@@ -64,8 +63,6 @@ MAX_WAL_PAGES = 16_000
 MAX_MAIL = 10_000
 # No bucket takes longer to be full, in microseconds.
 LONGEST_BUCKET = 3600 * SECOND
-# More bytes than PATH-lock holds.
-MAX_PAIR = 200
 # The longest path that a socket is bound to, in bytes: what unix(7) and its kin elsewhere allow.
 MAX_SOCKET_PATH = 100
 
@@ -124,8 +121,6 @@ class State(Struct):
     `replayed`, `bytes` and `receipts` count all that was ever kept, the `dropped` ones what is gone of it.
     """
 
-    # A file that was deleted and made anew is another.
-    file: str
     last: str
     before: str
     sequence: int = 0
@@ -187,16 +182,15 @@ class Database:
         self._in_use = threading.Lock()
         self._lock = self._directory = -1
         self._is_sound = False
-        # What tells the file from another one at the same path.
+        # Tells the file from another one at the same path. A process works on one file for as long as it lives.
         self._identity = ""
-        self._is_replaced = False
         self._db: sqlite3.Connection | None = None
         self._socket: socket.socket | None = None
-        # How far this process knows the log, of which file; `newest` is the id of that place.
-        self._file = self._newest = ""
+        # How far this process knows the log; `newest` is the id of that place, empty before the opening.
+        self._newest = ""
         self._sequence = self._told = 0
-        # The state as this process last read it, and what of the figures in it is its own.
-        self._seen: State | None = None
+        # When the server started, as this process last read it, and what of the sums is this process's own.
+        self._started: float | None = None
         self._counted = Report(0, 0)
         self._has_mail = False
         # Whether this node was taken for dead, and its clients are yet to be entered again.
@@ -215,8 +209,6 @@ class Database:
         with self._in_use:
             self._node_id, self._tried = node_id, False
             self._newest, self._sequence = told, -1
-            if not told:
-                self._file = ""
             try:
                 yield self
             finally:
@@ -240,7 +232,7 @@ class Database:
     def look(self) -> News:
         """Read what is new; that needs no turn."""
         news = News()
-        if self._db is not None and self._file and not self._is_replaced:
+        if self._db is not None and self._newest:
             try:
                 self._run("BEGIN")
                 state = self._load()
@@ -296,6 +288,8 @@ class Database:
                 self._db.rollback()
         if self._lock >= 0:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
+        if isinstance(error, StoreUnavailable):
+            return error
         if isinstance(error, SettingsError):
             return error if first else away(str(error))
         if isinstance(error, OSError):
@@ -317,16 +311,14 @@ class Database:
 
     def _begin(self) -> None:
         """Take the turn and start a transaction."""
-        if not self._is_sound or not self._is_ours():
+        if self._identity not in ("", _identity(self._path)):
+            raise away("the file was replaced; restart")
+        if not self._is_sound:
             self._disconnect()
             self._connect()
             self._is_sound = True
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._run("BEGIN IMMEDIATE")
-
-    def _is_ours(self) -> bool:
-        """Return whether the path still leads to the file that is open; somebody may have deleted it."""
-        return _identity(self._path) == self._identity
 
     def _connect(self) -> None:
         if os.path.isdir(self._path):
@@ -336,9 +328,7 @@ class Database:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        before, self._identity = self._identity, _identity(self._path)
-        if self._is_first_in_another() or before not in ("", self._identity):
-            self._is_replaced = True
+        self._identity = _identity(self._path)
         # isolation_level None: transactions begin where they are begun here.
         self._db = sqlite3.connect(self._path, timeout=self._settings.store_timeout, isolation_level=None)
         (version,) = self._run("PRAGMA user_version").fetchone()
@@ -353,35 +343,13 @@ class Database:
         self._run("PRAGMA wal_autocheckpoint = 0")
         self._run("PRAGMA foreign_keys = ON")
         if version == 0:
-            first = Positions(self._newest).next()
+            first = Positions().next()
             self._db.executescript(f"BEGIN; {SCHEMA}; PRAGMA user_version = {SCHEMA_VERSION}")
-            state = State(file=secrets.token_hex(8), last=first, before=first)
+            state = State(last=first, before=first)
             self._run("INSERT INTO state VALUES (?)", (msgspec.json.encode(state),))
             self._run("COMMIT")
         for table in LIMITS:
             self._run(table)
-        self._note_pair()
-
-    def _is_first_in_another(self) -> bool:
-        """Return whether nobody has opened the file yet, but another one at the same path, of which PATH-lock tells.
-
-        That one's PATH-wal is removed: SQLite would write it into this one. A PATH-wal that came with this one stays.
-        """
-        former, _, wal = os.pread(self._lock, MAX_PAIR, 0).decode().partition(" ")
-        if former in ("", self._identity):
-            return False
-        if wal == _identity(f"{self._path}-wal") != "":
-            for name in ("-wal", "-shm"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._path + name)
-        return True
-
-    def _note_pair(self) -> None:
-        """Write into PATH-lock which PATH-wal belongs to which file."""
-        pair = f"{self._identity} {_identity(f'{self._path}-wal')}".encode()
-        if os.pread(self._lock, MAX_PAIR, 0) != pair:
-            os.pwrite(self._lock, pair, 0)
-            os.ftruncate(self._lock, len(pair))
 
     def _disconnect(self) -> None:
         """Close everything; a transaction is rolled back before the turn is given up."""
@@ -426,20 +394,18 @@ class Database:
     # --- reading the log, and the nodes
 
     def _arrive(self, state: State) -> None:
-        self._file, self._newest, self._sequence, self._told = state.file, state.last, state.sequence, state.mail
-        self._seen, self._tried, self._is_replaced = state, True, False
+        self._newest, self._sequence, self._told = state.last, state.sequence, state.mail
+        self._started, self._tried = state.started, True
 
     def _read(self, state: State, news: News) -> None:
         """Find what lies between the place of this process and the end of the log."""
         sequence, told = self._sequence, self._told
-        if state.file != self._file:
-            news.missed, sequence, told = True, -1, 0
         if sequence < 0:
             found = self._run("SELECT coalesce(max(sequence), 0) FROM log WHERE id <= ?", (self._newest,))
             (sequence,) = found.fetchone()
         if state.last > self._newest and state.sequence > sequence:
             rows = self._run(RECORDS, (sequence,)).fetchall()
-            news.missed = news.missed or state.before > self._newest
+            news.missed = state.before > self._newest
             news.records = [_record(row) for row in rows]
         if state.mail > told:
             sql = "SELECT sender, message FROM mail WHERE node = ? AND number > ? ORDER BY number"
@@ -453,19 +419,12 @@ class Database:
         self._rows: list[tuple[Any, ...]] = []
         self._appended: list[Record] = []
         self._rung: set[str] = set()
-        if self._is_replaced and self._file in ("", state.file):
-            # An older copy of the same log: what came since is not in it, so from now on it is another one.
-            state.file = secrets.token_hex(8)
-            for node_id in list(state.nodes):
-                self._bury(node_id)
         for node_id, peer in list(state.nodes.items()):
             # One from the future is from before the machine was started.
             if node_id != self._node_id and not 0 <= self._now - peer.renewed < LEASE_SECONDS:
                 self._bury(node_id)
-        if self._file:
+        if self._newest:
             self._read(state, news)
-            # Ids go on increasing even where the file was deleted and the clock put back.
-            state.last = max(state.last, self._newest)
         if self._node_id not in state.nodes:
             self._join(news)
         # Also that of a node that leaves now.
@@ -477,27 +436,18 @@ class Database:
         self._positions = Positions(state.last)
 
     def _join(self, news: News) -> None:
-        state, seen, counted = self._state, self._seen, Report(0, 0)
-        if seen is None:
-            if not state.nodes:
-                state.total = state.notifications_sent = state.counter = 0
-                state.report = Report(0, 0)
-                state.started, state.started_at = self._now, self._wall
-        else:
-            if state.file != seen.file and (not state.nodes or state.started == seen.started):
-                # The file was made anew, but the server is the same; who joins later may know of more.
-                state.started, state.started_at = seen.started, seen.started_at
-                for name in ("total", "notifications_sent", "counter"):
-                    setattr(state, name, max(getattr(state, name), getattr(seen, name)))
-                lacking = [max(0, known - less) for known, less in zip(seen.counted(), state.counted(), strict=True)]
-                state.report = _sum([state.report, Report(*lacking)])
-            if state.started == seen.started:
-                # This node was taken for dead, or left; what it had counted is in the sums, and it counts on.
-                counted = self._counted
-                state.report = Report(*map(sub, state.report, counted))
+        state, counted = self._state, Report(0, 0)
+        if self._started is None and not state.nodes:
+            state.total = state.notifications_sent = state.counter = 0
+            state.report = Report(0, 0)
+            state.started, state.started_at = self._now, self._wall
+        elif state.started == self._started:
+            # This node was taken for dead, or left; what it had counted is in the sums, and it counts on.
+            counted = self._counted
+            state.report = Report(*map(sub, state.report, counted))
         self._bind()
         state.nodes[self._node_id] = Peer(self._now, state.sequence, report=counted)
-        if self._file:
+        if self._newest:
             news.evicted = self._is_to_restore = True
         else:
             self._trim()

@@ -20,7 +20,7 @@ from ws_clients import PATIENCE
 import store_sqlite_file
 from errors import StoreUnavailable
 from settings import SettingsError
-from store import Draft, Report, Taken
+from store import Draft, Taken
 
 
 @pytest.fixture
@@ -322,95 +322,52 @@ async def test_a_change_of_topics_while_the_lease_ends(path: Path) -> None:
         assert await both[0].active() == 2
 
 
-@on_loop
-async def test_a_file_that_was_deleted(path: Path) -> None:
-    """All processes go on with a new one, in which their clients are; ids and counters go on increasing."""
-    async with members(f"sqlite:{path}", 2) as [one, other]:
-        await one.admit("a", "t")
-        await other.admit("b")
-        await one.store.report(Report(5, 1))
-        before = await one.publish()
-        await other.until(lambda: other.records)
-        for name in ("", "-wal", "-shm", "-lock"):
-            os.unlink(f"{path}{name}")
-        after = await one.publish()
-        await other.until(lambda: len(other.records) == 2)
-        assert other.ids == one.ids == [before, after]
-        assert (one.times_missed, other.times_missed) == (1, 1)
-
-        async def all_are_back() -> bool:
-            return await one.active() == 2
-
-        await one.eventually(all_are_back)
-        assert after > before
-        assert await one.store.census() == (2, 2, 2, 5, 1, [other.store.node_id])
-        assert (await other.store.append([Draft(b"{}", audience([], ["t"]))])).receipts[0].recipients == 1
+def delete(path: Path) -> None:
+    for name in ("", "-wal", "-shm", "-lock"):
+        os.unlink(f"{path}{name}")
 
 
-@on_loop
-async def test_no_counter_is_less_in_a_new_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where who makes it has not heard yet what the other has stated."""
-    monkeypatch.setattr("store_sqlite.RENEW_SECONDS", 60)
-    async with members(f"sqlite:{path}", 2) as [one, other]:
-        await one.store.census()
-        await other.admit("a")
-        await other.store.report(Report(9, 1))
-        for name in ("", "-wal", "-shm", "-lock"):
-            os.unlink(f"{path}{name}")
-        await one.publish()
-        await other.store.report(Report(10, 1))
-        assert (await other.store.census())[1:5] == (1, 1, 10, 1)
-
-
-@on_loop
-async def test_a_file_that_was_replaced(path: Path) -> None:
-    """By an older copy, as when a backup is put back: all go on with that one, and it is not damaged."""
-    async with members(f"sqlite:{path}", 2) as [one, other]:
-        await one.admit("a", "t")
-        await other.admit("b")
-        await one.publish()
-        with closing(sqlite3.connect(path)) as connection:
-            connection.execute("VACUUM INTO ?", (f"{path}-copy",))
-        for _ in range(10):
-            await one.publish(*[Draft(b',"type":"%s"}' % (b"x" * 500))] * 20)
-        await other.until(lambda: other.ids == one.ids)
-        os.rename(f"{path}-copy", path)
-        after = await one.publish()
-        await other.until(lambda: other.ids == one.ids and other.ids[-1] == after)
-        assert (one.times_missed, other.times_missed) == (1, 1)
-
-        async def all_are_back() -> bool:
-            return await one.active() == 2
-
-        await one.eventually(all_are_back)
-        assert await one.store.census() == (2, 2, 202, 0, 0, [other.store.node_id])
-        await other.publish()
-    with closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        assert connection.execute("SELECT count(*) FROM log").fetchone() == (3,)
-
-
-@on_loop
-async def test_a_process_that_starts_on_a_replaced_file(path: Path, start_process: Callable[..., Process]) -> None:
-    """It comes before those that had the former one open: nothing that it publishes is lost with that one's rest."""
-    old = start_process(f"sqlite:{path}")
-    old.ask("member.publish()")
+def replace_by_a_copy(path: Path) -> None:
+    """Put a backup back, as an operator might while processes run."""
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("VACUUM INTO ?", (f"{path}-copy",))
-    old.ask("member.publish()")
-    old.stop()
     os.rename(f"{path}-copy", path)
-    async with members(f"sqlite:{path}") as [new]:
-        assert len(new.opening.records) == 1
-        await new.publish()
-        old.go_on()
-        old.ask("member.until(lambda: member.times_missed)")
-        old.ask("member.publish()")
-        await new.until(lambda: len(new.records) == 2)
-        assert new.times_missed == 0
-    with closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        assert connection.execute("SELECT count(*) FROM log").fetchone() == (3,)
+
+
+@pytest.mark.parametrize("swap", [delete, replace_by_a_copy])
+@on_loop
+async def test_a_file_that_was_replaced_makes_the_store_away(path: Path, swap: Callable[[Path], None]) -> None:
+    """Every process notices by itself, refuses with a reason that says what to do, and writes nothing."""
+    async with members(f"sqlite:{path}", 2) as [one, other]:
+        await one.publish()
+        await other.until(lambda: other.records)
+        swap(path)
+        with pytest.raises(StoreUnavailable, match="away: the file was replaced; restart"):
+            await one.publish()
+        await other.until(lambda: other.store.failure)
+        with pytest.raises(StoreUnavailable, match="restart"):
+            await other.admit("a")
+        assert one.store.failure == other.store.failure == "The store is away: the file was replaced; restart"
+        assert path.exists() == (swap is not delete)
+    if path.exists():
+        async with members(f"sqlite:{path}") as [late]:
+            assert late.opening.records == one.records
+
+
+@on_loop
+async def test_a_file_that_is_put_back_is_used_again(path: Path) -> None:
+    """It is the same file: nothing is missed, and nothing is delivered twice."""
+    async with members(f"sqlite:{path}", 2) as [one, other]:
+        await one.admit("a")
+        await one.publish()
+        path.rename(f"{path}-elsewhere")
+        await one.until(lambda: one.store.failure)
+        os.rename(f"{path}-elsewhere", path)
+        await one.until(lambda: one.store.failure is None)
+        await other.until(lambda: other.store.failure is None)
+        await other.publish()
+        await one.until(lambda: len(one.records) == 2)
+        assert (one.ids, one.times_missed, await other.active()) == (other.ids, 0, 1)
 
 
 @on_loop
