@@ -31,7 +31,7 @@ from heartbeat import PROBE_SECONDS
 from log import frame
 from schemas import INTERNAL_ERROR, POLICY_VIOLATION, encode, timestamp
 from settings import number
-from store import Taken
+from store import ClientIdTaken
 
 if TYPE_CHECKING:
     from hub import Hub
@@ -98,7 +98,7 @@ class Admission:
                 self._check_open(connection)
             try:
                 return await self._register(connection, newcomer)
-            except Taken as taken:
+            except ClientIdTaken as taken:
                 node_id = taken.node
             await self._contest_there(client_id, node_id)
             self._check_open(connection)
@@ -141,7 +141,7 @@ class Admission:
             raise DuplicateClient(f"Client {client_id} is already connected")
 
     async def _register(self, connection: Connection, newcomer: Newcomer) -> Client:
-        """Claim the client_id, register it in the store, and join. Raises Taken if another process has it."""
+        """Claim the client_id, register it in the store, and join. Raises ClientIdTaken if another process has it."""
         client_id, fanout = newcomer.client_id, self._hub.fanout
         claim = self._claims[client_id] = asyncio.Event()
         fanout.held[claim] = fanout.log.next_sequence

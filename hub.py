@@ -357,7 +357,7 @@ class Hub:
             self.admission.dismiss(client, TRY_AGAIN_LATER, "Notifications are missing; connect again and resume")
         self.fanout.begin_anew()
 
-    def told(self, sender: str, message: bytes) -> None:
+    def receive_mail(self, sender: str, message: bytes) -> None:
         self.questions.receive(sender, message)
 
     def kept(self) -> tuple[str, Iterable[Record]]:

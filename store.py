@@ -82,7 +82,7 @@ class Census(NamedTuple):
     others: list[str]
 
 
-class Taken(Exception):
+class ClientIdTaken(Exception):
     """The client_id is another process's; `node` is whose."""
 
     def __init__(self, node: str) -> None:
@@ -102,7 +102,7 @@ class Node(Protocol):
     def missed(self) -> None:
         """Hear that records are lost for this process: the log let go of them before it could read them."""
 
-    def told(self, sender: str, message: bytes) -> None:
+    def receive_mail(self, sender: str, message: bytes) -> None:
         """Take a message that another node has posted."""
 
     def kept(self) -> tuple[str, Iterable[Record]]:
@@ -144,9 +144,9 @@ class Store(Protocol):
     async def admit(self, client_id: str, topics: Collection[str], address: str) -> str:
         """Register a client of this process and return the newest id, in one step over all processes.
 
-        Raises, in this order: Taken, TooManyConnections when the address has max_connections_per_ip clients, and
-        ConnectionRefused when max_connections clients are registered. A refusal changes nothing. A client_id that
-        this process holds already is not Taken: the Hub knows its own clients. An empty address has no limit.
+        Raises, in this order, ClientIdTaken, TooManyConnections when the address has max_connections_per_ip clients,
+        and ConnectionRefused when max_connections clients are registered. A refusal changes nothing. A client_id that
+        this process holds already is not taken: the Hub knows its own clients. An empty address has no limit.
         """
 
     async def subscribe(self, client_id: str, topics: Collection[str]) -> str:
@@ -182,7 +182,7 @@ class MemoryStore:
         self._clock = clock
         self._positions = Positions()
         self._newest = self._positions.next()
-        self._keys = Keys(settings.history_size, settings.history_ttl)
+        self._keys = IdempotencyKeys(settings.history_size, settings.history_ttl)
         self._opened = False
         # The keys of what is being appended.
         self._under_way: dict[str, asyncio.Event] = {}
@@ -330,7 +330,7 @@ class _Kept(NamedTuple):
     at: float
 
 
-class Keys:
+class IdempotencyKeys:
     """What was appended, by key, the oldest first: at most `max_receipts`, for at most `max_age` seconds."""
 
     def __init__(self, max_receipts: int, max_age: float) -> None:

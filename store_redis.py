@@ -52,6 +52,7 @@ from store import (
     LEASE_SECONDS,
     Appended,
     Census,
+    ClientIdTaken,
     Draft,
     Draw,
     Node,
@@ -61,7 +62,6 @@ from store import (
     Receipt,
     Record,
     Report,
-    Taken,
     address_is_full,
 )
 
@@ -461,7 +461,7 @@ class RedisStore:
         if isinstance(reply, bytes):
             return reply.decode()
         if reply[0] == b"taken":
-            raise Taken(reply[1].decode())
+            raise ClientIdTaken(reply[1].decode())
         if reply[0] == b"address":
             raise address_is_full(reply[1], settings.max_connections_per_ip)
         raise ConnectionRefused(f"Connection limit exceeded: {reply[1]}/{settings.max_connections}")
@@ -516,7 +516,7 @@ class RedisStore:
                 else:
                     self._post_id = entries[-1][0].decode()
                     for _, (_, sender, _, message) in entries:
-                        self._node.told(sender.decode(), message)
+                        self._node.receive_mail(sender.decode(), message)
 
     async def _read(self, connection: AbstractConnection, entries: list[_Entry]) -> None:
         if _number(entries[0]) != self._seq + 1:

@@ -1,18 +1,19 @@
 """The log and the registry of all processes of one machine, in one SQLite file.
 
-SqliteStore lives on the event loop; the work is done by a thread of its own, in sqlite_database.py. They share the
-queue of operations and nothing else. Beside the file PATH lie SQLite's own PATH-wal and PATH-shm, the lock PATH-lock,
-and one socket for each node, PATH-<node>.
+SqliteStore lives on the event loop, Database in a thread of its own. They share the queue of operations and nothing
+else. Owns both sides and their exchange; operations are in store_sqlite_transaction.py, the file and its lock in
+store_sqlite_file.py.
 
-1. The thread takes all operations that wait, and does them in one transaction: so many at once as arrived during the
-   last one. What the transaction found in the log and what it answers reach the loop together, the log first.
-2. Processes take turns by a lock on PATH-lock. SQLite's own way to wait, asleep for up to 100 ms, would be the latency.
-3. Whoever appends or posts wakes the others by a datagram; a node reads the log then, and once a second in any case.
-4. The thread may be stuck in a lock, so the loop keeps the time. What it has given up may still be done.
+1. The thread takes all waiting operations and runs them in one transaction: as many as arrived during the last one.
+   The transaction's new records and its answers reach the loop together, the records first.
+2. After an append or a post, the thread wakes the other nodes by a datagram. A node then reads the log, and also once
+   a second with the renewal of its lease.
+3. The thread may be stuck waiting for the lock, so the loop keeps the deadlines. An operation past its deadline may
+   still be done.
 
-What was committed survives the death of every process. The newest of it may not survive a power cut, since the file
-is synchronised now and then and not at each commit; what is left is never damaged. A process that is stopped in the
-middle of a transaction holds all up until it goes on or is killed.
+A commit survives the death of every process. A power cut may lose the newest commits, since the file is synchronised
+by checkpoints and not by each commit; the rest of the file stays intact. A process that is stopped in the middle of a
+transaction blocks all others until it continues or is killed.
 """
 
 from __future__ import annotations
@@ -22,33 +23,35 @@ import contextlib
 import logging
 import secrets
 import socket
+import sqlite3
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
-from errors import StoreUnavailable
-from settings import Settings, number
-from store import Appended, Census, Draft, Draw, Node, Once, Rate, Report
-from store_sqlite_file import Database, News, Operation, away
+from errors import ConnectionRefused, KeyReused, StoreUnavailable
+from settings import Settings, SettingsError, number
+from store import Appended, Census, ClientIdTaken, Draft, Draw, Node, Once, Rate, Report
+from store_sqlite_file import File, away, failure_of
+from store_sqlite_transaction import Operation, Outcome, Progress, Transaction
 
 logger = logging.getLogger("notifyd")
 
 T = TypeVar("T")
 
-# The thread has to ask for Python's lock after each statement, and a loop that is busy gives it up after this time.
-# With the 5 ms that are the default, two processes that take 30 us to deliver each of 5,000 notifications a second
-# need more than 100 ms from publish to receipt at the median; with this 0.5 ms.
+# The thread needs Python's lock after each statement, and a busy loop releases it only after this interval. Measured
+# with two processes that take 30 us to deliver each of 5,000 notifications a second, from publish to receipt at the
+# median: over 100 ms with the default of 5 ms, 0.5 ms with this.
 SWITCH_SECONDS = 0.0002
 RENEW_SECONDS = 1.0
-# While the store is away it is looked for so often.
+# The interval of the renewal while the store is away.
 LOOK_SECONDS = 0.5
-# One transaction does at most so many operations: about 10 ms, for which the other processes wait.
+# Operations in one transaction, at most: about 10 ms, for which the other processes wait.
 GROUP = 500
 CLOSED = "The store is away: it is closed"
 
-NOTHING = News()
+NOTHING = Outcome()
 
 
 class SqliteStore:
@@ -59,31 +62,31 @@ class SqliteStore:
         self.failure: str | None = CLOSED
         self._timeout = settings.store_timeout
         self._database = Database(settings, path)
-        # The id up to which the node has been told the log; empty before it has been told any of it.
-        self._told = ""
+        # The id up to which the log has been delivered to the node; empty before the opening.
+        self._delivered = ""
         self._keeper: asyncio.Task[None] | None = None
-        self._shut()
+        self._detach()
 
     async def open(self, node: Node) -> None:
         """Join. Raises SettingsError where the path leads to no file that a store can be in."""
-        # An event loop may have gone away without a word.
+        # The last event loop may have ended without close().
         self._end()
         self._node = node
         self._loop = asyncio.get_running_loop()
         self.node_id, self.failure = secrets.token_hex(8), None
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
-        self._bell, ear = socket.socketpair()
+        self._bell, thread_socket = socket.socketpair()
         self._rung = False
         self._thread_ended = self._loop.create_future()
-        arguments = self.node_id, self._told, self._queue, ear, self._loop, self._thread_ended
+        arguments = self.node_id, self._delivered, self._queue, thread_socket, self._loop, self._thread_ended
         threading.Thread(target=self._work, args=arguments, name="notifyd-store", daemon=True).start()
-        self._keeper = self._loop.create_task(self._keep())
+        self._keeper = self._loop.create_task(self._keep_lease())
         try:
-            await self._ask(Database.renew)
+            await self._submit(Transaction.renew)
         except StoreUnavailable:
             pass
         except BaseException:
-            # A wrong setting, or whoever waited for this has given up.
+            # A wrong setting, or the caller was cancelled.
             self._end()
             raise
 
@@ -99,79 +102,84 @@ class SqliteStore:
             if not self._loop.is_closed():
                 self._keeper.cancel()
             self._keeper = None
-            self._put(Operation(Database.depart))
-            self._put(None)
-            self._shut()
+            self._enqueue(Operation(Transaction.depart))
+            self._enqueue(None)
+            self._detach()
             self._bell.close()
 
-    def _shut(self) -> None:
-        """Let whatever is asked for from now on go nowhere."""
+    def _detach(self) -> None:
+        """Give later operations a queue that no thread reads."""
         self._queue: deque[Operation | None] = deque()
         self._rung = True
 
+    # --- the operations
+
     async def append(self, drafts: Sequence[Draft], once: Once | None = None, counter: int | None = None) -> Appended:
-        return await self._do(lambda database: database.append(drafts, once, counter))
+        return await self._perform(Transaction.append, drafts, once, counter)
 
     async def admit(self, client_id: str, topics: Collection[str], address: str) -> str:
-        # One that was given up may be done all the same, and nobody would ever take the client out.
-        return await self._do(
-            lambda database: database.admit(client_id, topics, address), lambda: self.leave(client_id)
-        )
+        self._check_available()
+        try:
+            return await self._submit(Transaction.admit, client_id, topics, address)
+        except (StoreUnavailable, asyncio.CancelledError):
+            # The admission may still be done, and nothing else would take the client out again.
+            self.leave(client_id)
+            raise
 
     async def subscribe(self, client_id: str, topics: Collection[str]) -> str:
-        return await self._do(lambda database: database.subscribe(client_id, topics))
+        return await self._perform(Transaction.subscribe, client_id, topics)
 
     def leave(self, client_id: str) -> None:
-        self._put(Operation(lambda database: database.leave(client_id)))
+        self._enqueue(Operation(Transaction.leave, (client_id,)))
 
     async def draw(self, bucket: str, rate: Rate) -> Draw:
-        return await self._do(lambda database: database.draw(bucket, rate))
+        return await self._perform(Transaction.draw, bucket, rate)
 
     async def lead(self) -> int | None:
-        return await self._do(Database.lead)
+        return await self._perform(Transaction.lead)
 
     async def report(self, report: Report) -> None:
-        await self._do(lambda database: database.report(report))
+        await self._perform(Transaction.report, report)
 
     async def census(self) -> Census:
-        return await self._do(Database.census)
+        return await self._perform(Transaction.census)
 
     async def post(self, node_id: str, message: bytes) -> None:
-        await self._do(lambda database: database.post(node_id, message))
+        await self._perform(Transaction.post, node_id, message)
 
-    async def _do(self, run: Callable[[Database], T], give_up: Callable[[], None] | None = None) -> T:
+    def _check_available(self) -> None:
         if self.failure is not None:
             raise StoreUnavailable(self.failure)
-        return await self._ask(run, give_up)
 
-    async def _ask(self, run: Callable[[Database], T], give_up: Callable[[], None] | None = None) -> T:
-        """Have it done, also while the store is away."""
+    async def _perform(self, run: Callable[..., T], *arguments: Any) -> T:
+        """Have the thread run a method of Transaction. Raises StoreUnavailable at once while the store is away."""
+        self._check_available()
+        return await self._submit(run, *arguments)
+
+    async def _submit(self, run: Callable[..., T], *arguments: Any) -> T:
+        """Have the thread run a method of Transaction, even while the store is away."""
         future: asyncio.Future[T] = self._loop.create_future()
-        self._put(Operation(run, future))
+        self._enqueue(Operation(run, arguments, future))
         try:
             async with asyncio.timeout(self._timeout):
                 return await future
-        except (TimeoutError, asyncio.CancelledError) as reason:
-            if give_up is not None:
-                give_up()
-            if isinstance(reason, TimeoutError):
-                raise self._fail(away(f"no answer within {number(self._timeout)} s")) from None
-            raise
+        except TimeoutError:
+            raise self._fail(away(f"no answer within {number(self._timeout)} s")) from None
 
-    def _put(self, operation: Operation | None) -> None:
+    def _enqueue(self, operation: Operation | None) -> None:
         self._queue.append(operation)
         if not self._rung:
             self._rung = True
-            # The thread has ended where it had something to tell a loop that was gone.
+            # The thread has ended if it had an outcome for a loop that was closed.
             with contextlib.suppress(OSError):
                 self._bell.send(b"!")
 
-    async def _keep(self) -> None:
-        """Renew the lease; while the store is away, look for it."""
+    async def _keep_lease(self) -> None:
+        """Renew the lease regularly; while the store is away, that finds it again."""
         while True:
             await asyncio.sleep(RENEW_SECONDS if self.failure is None else LOOK_SECONDS)
             with contextlib.suppress(StoreUnavailable):
-                await self._ask(Database.renew)
+                await self._submit(Transaction.renew)
 
     def _fail(self, error: StoreUnavailable) -> StoreUnavailable:
         if self.failure is None:
@@ -179,78 +187,182 @@ class SqliteStore:
         self.failure = error.message
         return error
 
-    def _arrived(self, node_id: str, news: News) -> None:
-        """Hand on what the thread has found, the log before the answers."""
+    # --- what the thread found
+
+    def _receive(self, node_id: str, outcome: Outcome) -> None:
+        """Take an outcome of the thread: first the log, then the mail, then the answers."""
         if node_id != self.node_id:
-            # The next thread has begun at the same place, and finds it, too.
+            # From a thread before this one, which reads the same again.
             return
-        if self._keeper is None:
-            # Closed: whether it could leave is nobody's concern.
-            pass
-        elif isinstance(news.failure, StoreUnavailable):
-            self._fail(news.failure)
-        elif news.failure is None and news.outcomes and self.failure is not None:
+        # After close() no failure counts any more.
+        if self._keeper is not None:
+            self._note_availability(outcome)
+        if outcome.opening is not None:
+            records = outcome.opening.records
+            self._delivered = records[-1].id if records else outcome.opening.before
+            self._node.opened(outcome.opening)
+        if outcome.missed:
+            self._node.missed()
+        if outcome.records:
+            self._delivered = outcome.records[-1].id
+            self._node.deliver(outcome.records)
+        for sender, message in outcome.mail:
+            self._node.receive_mail(sender, message)
+        for operation, answer in outcome.answers:
+            if operation.future is not None:
+                _settle(operation.future, answer)
+            elif operation.then is not None:
+                operation.then(answer)
+        if outcome.evicted:
+            registrations = list(self._node.registrations())
+            self._enqueue(Operation(Transaction.restore, (registrations,), then=self._evict))
+
+    def _note_availability(self, outcome: Outcome) -> None:
+        if isinstance(outcome.failure, StoreUnavailable):
+            self._fail(outcome.failure)
+        elif outcome.failure is None and outcome.answers and self.failure is not None:
             self.failure = None
             logger.info("The store is back")
-        if news.opening is not None:
-            self._told = news.opening.records[-1].id if news.opening.records else news.opening.before
-            self._node.opened(news.opening)
-        if news.missed:
-            self._node.missed()
-        if news.records:
-            self._told = news.records[-1].id
-            self._node.deliver(news.records)
-        for sender, message in news.mail:
-            self._node.told(sender, message)
-        for operation, outcome in news.outcomes:
-            if operation.future is not None:
-                _settle(operation.future, outcome)
-            elif operation.then is not None:
-                operation.then(outcome)
-        if news.evicted:
-            registrations = list(self._node.registrations())
-            self._put(Operation(lambda database: database.restore(registrations), then=self._restored))
 
-    def _restored(self, taken: list[str]) -> None:
-        if taken:
-            self._node.evicted(taken)
+    def _evict(self, client_ids: list[str]) -> None:
+        if client_ids:
+            self._node.evicted(client_ids)
+
+    # --- the thread
 
     def _work(
         self,
         node_id: str,
-        told: str,
+        delivered: str,
         queue: deque[Operation | None],
-        ear: socket.socket,
+        thread_socket: socket.socket,
         loop: asyncio.AbstractEventLoop,
         ended: asyncio.Future[None],
     ) -> None:
-        """Be the thread, until the queue holds None or the loop has closed."""
+        """Run the thread until the queue holds None, or the loop has closed."""
         # call_soon_threadsafe() raises RuntimeError when the loop has closed.
-        with ear, contextlib.suppress(RuntimeError):
-            with self._database.used_by(node_id, told) as database:
+        with thread_socket, contextlib.suppress(RuntimeError):
+            with self._database.used_by(node_id, delivered) as database:
+                # Operations without a waiter from transactions that failed.
                 kept: list[Operation] = []
-                operations: list[Operation | None] = []
-                while None not in operations:
+                taken: list[Operation | None] = []
+                while None not in taken:
                     if not queue:
-                        database.wait(ear)
-                    # First this: whoever puts something into the queue from here on rings again.
+                        database.wait(thread_socket)
+                    # Cleared before the queue is read: an operation that is enqueued from here on rings again.
                     self._rung = False
-                    operations = [queue.popleft() for _ in range(min(len(queue), GROUP))]
-                    asked = [operation for operation in operations if operation is not None]
-                    if asked:
-                        asked = kept + asked
-                        news = database.transact(asked)
-                        kept = [operation for operation in asked if operation.future is None] if news.failure else []
+                    taken = [queue.popleft() for _ in range(min(len(queue), GROUP))]
+                    operations = [operation for operation in taken if operation is not None]
+                    if operations:
+                        operations = kept + operations
+                        outcome = database.transact(operations)
+                        kept = [one for one in operations if one.future is None] if outcome.failure else []
                     else:
-                        news = database.look()
-                    if news != NOTHING:
-                        loop.call_soon_threadsafe(self._arrived, node_id, news)
+                        outcome = database.look()
+                    if outcome != NOTHING:
+                        loop.call_soon_threadsafe(self._receive, node_id, outcome)
             loop.call_soon_threadsafe(_settle, ended, None)
 
 
-def _settle(future: asyncio.Future[Any], outcome: Any) -> None:
+class Database:
+    """Runs transactions on the file, in the store's thread."""
+
+    def __init__(self, settings: Settings, path: str) -> None:
+        self._settings = settings
+        self._file = File(path, settings.store_timeout)
+        self._in_use = threading.Lock()
+        self._progress = Progress()
+
+    @contextlib.contextmanager
+    def used_by(self, node_id: str, delivered: str) -> Iterator[Database]:
+        """Serve one thread as this node, which has been delivered the log up to an id, empty for nothing.
+
+        The thread of a store that is opened again waits here for the thread before it.
+        """
+        with self._in_use:
+            self._node_id, self._has_tried = node_id, False
+            self._progress.newest, self._progress.sequence = delivered, -1
+            try:
+                yield self
+            finally:
+                self._file.close()
+
+    def wait(self, loop_socket: socket.socket) -> None:
+        """Sleep until the event loop or another node wakes the thread."""
+        self._file.wait(loop_socket)
+
+    def look(self) -> Outcome:
+        """Read new records and mail, without the lock."""
+        outcome = Outcome()
+        if self._file.is_open and self._progress.newest:
+            try:
+                self._file.run("BEGIN")
+                transaction = self._transaction()
+                transaction.read(outcome)
+                self._file.run("COMMIT")
+                transaction.save_progress()
+                self._progress.has_mail = self._progress.has_mail or bool(outcome.mail)
+            except Exception as error:
+                outcome = Outcome(failure=self._failure(error))
+        return outcome
+
+    def transact(self, operations: Sequence[Operation]) -> Outcome:
+        """Run all operations in one transaction, and answer those with a future. After an error none has been done."""
+        outcome = Outcome()
+        try:
+            self._file.begin()
+            transaction = self._transaction()
+            transaction.begin(outcome)
+            for operation in operations:
+                if operation.future is None or not operation.future.done():
+                    try:
+                        answer = operation.run(transaction, *operation.arguments)
+                    except (KeyReused, ClientIdTaken, ConnectionRefused) as refusal:
+                        answer = refusal
+                    outcome.answers.append((operation, answer))
+            transaction.finish(len(operations))
+            self._file.commit()
+        except Exception as error:
+            failure = self._failure(error)
+            waiting = [operation for operation in operations if operation.future is not None]
+            # An exception for each, since one that is raised repeatedly keeps every traceback.
+            answers = [(operation, type(failure)(*failure.args)) for operation in waiting]
+            # Read now: the wake-up for new records may have been the one that led here.
+            outcome = self.look()
+            outcome.failure, outcome.answers = failure, answers
+            return outcome
+        outcome.records += transaction.appended
+        transaction.save_progress()
+        progress, self._has_tried = self._progress, True
+        progress.has_mail = False
+        # Not after a mere read: a node that was removed is in the sums of the start that it last took part in.
+        progress.started, progress.counted = transaction.state.started, transaction.node.report
+        self._file.wake(transaction.to_wake)
+        return outcome
+
+    def _transaction(self) -> Transaction:
+        return Transaction(self._file, self._settings, self._node_id, self._progress)
+
+    def _failure(self, error: Exception) -> StoreUnavailable | SettingsError:
+        """Roll back, and return the error for the callers: on the first attempt a wrong path is a wrong setting."""
+        is_first, self._has_tried = not self._has_tried, True
+        self._file.roll_back()
+        if isinstance(error, StoreUnavailable):
+            return error
+        if isinstance(error, SettingsError):
+            return error if is_first else away(str(error))
+        if not isinstance(error, OSError | sqlite3.Error):
+            logger.error("The store failed", exc_info=error)
+            return away("internal error")
+        reason, is_wrong_path = failure_of(error)
+        if is_first and is_wrong_path:
+            return SettingsError(f"store: cannot use {self._file.path}: {reason}")
+        return away(reason)
+
+
+def _settle(future: asyncio.Future[Any], answer: Any) -> None:
     if not future.done():
-        if isinstance(outcome, Exception):
-            future.set_exception(outcome)
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
         else:
-            future.set_result(outcome)
+            future.set_result(answer)

@@ -54,7 +54,7 @@ def make(url: str, settings: Settings) -> Store:
 
 def shorten_leases(seconds: float) -> None:
     """Have nodes taken for dead sooner than a server would wait."""
-    for name in ("store", "store_sqlite", "store_sqlite_file", "store_redis"):
+    for name in ("store", "store_sqlite", "store_sqlite_transaction", "store_redis"):
         module = importlib.import_module(name)
         module.LEASE_SECONDS, module.RENEW_SECONDS, module.TRIM_SECONDS = seconds, seconds / 5, seconds / 5
 
@@ -101,7 +101,7 @@ class Member:
         self.times_missed += 1
         self._changed.set()
 
-    def told(self, sender: str, message: bytes) -> None:
+    def receive_mail(self, sender: str, message: bytes) -> None:
         self.mail.append((sender, message))
         self._changed.set()
 

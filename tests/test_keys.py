@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from errors import InvalidRequest, KeyReused
-from store import Appended, Keys, Once, Receipt
+from store import Appended, IdempotencyKeys, Once, Receipt
 
 REQUEST, OTHER = b"a request", b"another request"
 
@@ -14,7 +14,7 @@ def appended(count: int = 1) -> Appended:
     return Appended([Receipt(f"id-{number}", 3) for number in range(count)], 17.0)
 
 
-def published(keys: Keys, key: str, now: float = 0.0, count: int = 1) -> bool:
+def published(keys: IdempotencyKeys, key: str, now: float = 0.0, count: int = 1) -> bool:
     """Send the request with this key, and return whether it was published."""
     once = Once(key, REQUEST)
     if keys.find(once, now) is not None:
@@ -25,7 +25,7 @@ def published(keys: Keys, key: str, now: float = 0.0, count: int = 1) -> bool:
 
 def test_a_repeat_gets_what_the_first_got() -> None:
     """And is told that it is one, however often it comes."""
-    keys, once = Keys(9, 60), Once("key", REQUEST)
+    keys, once = IdempotencyKeys(9, 60), Once("key", REQUEST)
     assert keys.find(once, 0) is None
     keys.keep(once, appended(), 0)
     assert [keys.find(once, now) for now in (1, 2)] == [appended()._replace(repeated=True)] * 2
@@ -33,7 +33,7 @@ def test_a_repeat_gets_what_the_first_got() -> None:
 
 def test_another_request_with_the_key_is_refused() -> None:
     """It is a mistake of the publisher, and the first request stays as it was."""
-    keys = Keys(9, 60)
+    keys = IdempotencyKeys(9, 60)
     assert published(keys, "key")
     with pytest.raises(KeyReused) as refusal:
         keys.find(Once("key", OTHER), 1)
@@ -43,19 +43,19 @@ def test_another_request_with_the_key_is_refused() -> None:
 
 def test_keys_do_not_know_each_other() -> None:
     """The same request with two keys is two requests."""
-    keys = Keys(9, 60)
+    keys = IdempotencyKeys(9, 60)
     assert published(keys, "one") and published(keys, "two")
 
 
 def test_a_key_is_forgotten_when_it_is_too_old() -> None:
     """Its age counts from the first request: a repetition does not make it younger."""
-    keys = Keys(9, 60)
+    keys = IdempotencyKeys(9, 60)
     assert [published(keys, "key", now) for now in (0, 30, 60, 60.5)] == [True, False, False, True]
 
 
 def test_the_oldest_keys_make_room() -> None:
     """As many receipts are kept as notifications are."""
-    keys = Keys(3, 60)
+    keys = IdempotencyKeys(3, 60)
     assert all(published(keys, name) for name in ("one", "two", "three"))
     assert not published(keys, "one")
     assert published(keys, "four")
@@ -64,7 +64,7 @@ def test_the_oldest_keys_make_room() -> None:
 
 def test_a_batch_counts_as_many_as_it_has() -> None:
     """Two batches of two do not fit where three are kept."""
-    keys = Keys(3, 60)
+    keys = IdempotencyKeys(3, 60)
     assert published(keys, "one", count=2) and published(keys, "two", count=2)
     assert not published(keys, "two", count=2)
     assert published(keys, "one", count=2)
@@ -72,6 +72,6 @@ def test_a_batch_counts_as_many_as_it_has() -> None:
 
 def test_the_newest_is_kept_whatever_its_size() -> None:
     """A batch that is larger than the history is still sent once."""
-    keys = Keys(3, 60)
+    keys = IdempotencyKeys(3, 60)
     assert published(keys, "key", count=1000)
     assert not published(keys, "key", count=1000)

@@ -11,7 +11,7 @@ import pytest
 from members import SHORT_LEASE, SOMETHING, Member, Process, audience, members, on_loop, threads_left
 
 from errors import ConnectionRefused, KeyReused
-from store import Draft, Once, Record, Report, Taken
+from store import ClientIdTaken, Draft, Once, Record, Report
 
 UUID7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\Z")
 # The log.
@@ -284,7 +284,7 @@ async def test_a_client_id_is_taken_once(shared: str) -> None:
     """The refused process is told whose it is, and nothing is counted for it."""
     async with members(shared, 2) as [one, other]:
         await one.admit("a")
-        with pytest.raises(Taken) as refusal:
+        with pytest.raises(ClientIdTaken) as refusal:
             await other.admit("a")
         assert refusal.value.node == one.store.node_id
         census = await other.store.census()
@@ -299,7 +299,7 @@ async def test_of_a_hundred_claims_one_wins(shared: str) -> None:
         results = await asyncio.gather(*claims, return_exceptions=True)
         winners = {index % 2 for index, result in enumerate(results) if isinstance(result, str)}
         assert len(winners) == 1  # A process may claim again what it holds.
-        assert all(isinstance(result, str | Taken) for result in results)
+        assert all(isinstance(result, str | ClientIdTaken) for result in results)
         assert await one.active() == await other.active() == 1
 
 
@@ -333,7 +333,7 @@ async def test_who_leaves_and_comes_back_at_once_stays(shared: str) -> None:
         one.leave("a")
         await one.admit("a")
         assert await one.active() == 1
-        with pytest.raises(Taken):
+        with pytest.raises(ClientIdTaken):
             await other.admit("a")
 
 
@@ -361,7 +361,7 @@ async def test_the_limit_holds_over_all_processes(shared: str) -> None:
 async def test_a_taken_id_comes_before_the_limit(shared: str) -> None:
     async with members(shared, 2, max_connections=1) as [one, other]:
         await one.admit("a")
-        with pytest.raises(Taken):
+        with pytest.raises(ClientIdTaken):
             await other.admit("a")
         with pytest.raises(ConnectionRefused):
             await other.admit("b")
@@ -577,7 +577,7 @@ async def test_a_killed_process_leaves_its_ids_slots_and_figures(
         ids = [process.ask("member.publish()") for _ in range(5)]
         process.kill()
         assert await one.active() == 2
-        with pytest.raises(Taken):
+        with pytest.raises(ClientIdTaken):
             await one.admit("a")
 
         async def is_free() -> bool:

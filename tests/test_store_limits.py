@@ -12,7 +12,7 @@ from members import SHORT_LEASE, Member, Process, audience, members, on_loop
 from redis_server import RedisServer
 
 from errors import ConnectionRefused, StoreUnavailable, TooManyConnections
-from store import SECOND, Draft, Rate, Taken
+from store import SECOND, ClientIdTaken, Draft, Rate
 
 RATE = Rate(1, 3)
 
@@ -154,7 +154,7 @@ async def test_a_taken_id_is_reported_before_the_limit_of_the_address(shared: st
     """The id before the address, and the address before the limit of all clients."""
     async with members(shared, 2, max_connections=3, max_connections_per_ip=3) as [one, other]:
         await fill(one)
-        with pytest.raises(Taken):
+        with pytest.raises(ClientIdTaken):
             await other.admit("a", address=ALICE)
         assert await refusal(other, "d") == FULL
         assert await refusal(other, "d", BOB) == "Connection limit exceeded: 3/3"
@@ -168,7 +168,7 @@ async def test_a_refusal_counts_for_nothing(shared: str) -> None:
         for _ in range(5):
             assert await refusal(one, "d") == FULL
             assert await refusal(one, "d", BOB) == "Connection limit exceeded: 3/3"
-            with pytest.raises(Taken):
+            with pytest.raises(ClientIdTaken):
                 await one.admit("a", address=BOB)
         for client_id in ("a", "b", "c"):
             other.leave(client_id)

@@ -18,9 +18,12 @@ from members import SHORT_LEASE, Member, Process, audience, members, on_loop, th
 from ws_clients import PATIENCE
 
 import store_sqlite_file
+import store_sqlite_transaction
 from errors import StoreUnavailable
-from settings import SettingsError
-from store import Draft, Taken
+from settings import Settings, SettingsError
+from store import ClientIdTaken, Draft, Report
+from store_sqlite import Database
+from store_sqlite_transaction import Operation, Transaction
 
 
 @pytest.fixture
@@ -159,7 +162,7 @@ async def test_a_killed_process_leaves_no_socket(path: Path, start_process: Call
 @on_loop
 async def test_the_write_ahead_log_begins_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it never comes to rest, at the second bound."""
-    monkeypatch.setattr(store_sqlite_file, "CHECKPOINT_PAGES", 50)
+    monkeypatch.setattr(store_sqlite_transaction, "CHECKPOINT_PAGES", 50)
     monkeypatch.setattr(store_sqlite_file, "MAX_WAL_PAGES", 200)
     async with members(f"sqlite:{path}", 2) as both:
 
@@ -274,7 +277,7 @@ async def test_a_process_may_end_while_the_store_is_away(path: Path) -> None:
             await asyncio.wait_for(going.store.close(), 1)
 
         async def is_free() -> bool:
-            with suppress(Taken):
+            with suppress(ClientIdTaken):
                 await one.admit("a")
                 return True
             return False
@@ -375,8 +378,26 @@ async def test_an_unexpected_error_is_a_failure_that_passes(path: Path, monkeypa
     """The thread goes on."""
     async with members(f"sqlite:{path}") as [one]:
         with monkeypatch.context() as patch:
-            patch.setattr(store_sqlite_file, "msgspec", None)
+            patch.setattr(store_sqlite_transaction, "msgspec", None)
             with pytest.raises(StoreUnavailable, match="internal error"):
                 await one.publish()
         await one.until(lambda: one.store.failure is None)
         await one.publish()
+
+
+def test_no_figure_is_negative_after_another_server_took_the_file_over(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that was stopped is removed, and the sums begin again without it. It may read that before it writes."""
+    databases = Database(Settings(), str(path)), Database(Settings(), str(path))
+    with databases[0].used_by("old", "") as old, databases[1].used_by("new", "") as new:
+        old.transact([Operation(Transaction.report, (Report(7, 2),))])
+        with monkeypatch.context() as patch:
+            patch.setattr(store_sqlite_transaction, "LEASE_SECONDS", 0.0)
+            new.transact([Operation(Transaction.renew)])
+        old.look()
+        [(_, census)] = old.transact([Operation(Transaction.census)]).answers
+        assert census == (0, 0, 0, 0, 0, ["new"])
+        old.transact([Operation(Transaction.report, (Report(8, 2),))])
+        [(_, census)] = new.transact([Operation(Transaction.census)]).answers
+        assert census == (0, 0, 0, 8, 2, ["old"])

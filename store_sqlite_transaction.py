@@ -1,0 +1,465 @@
+"""The transactions of one process on the shared SQLite file, and every operation that runs in one.
+
+Owns the state of all nodes, the log, the registry and the buckets, as rows of the file. Knows neither the event loop
+nor its thread; the file is in store_sqlite_file.py, and store_sqlite.py runs one transaction after the other.
+
+1. Data that changes with almost every transaction is one row, State: read at its beginning, written at its end.
+2. A transaction begins by renewing its node's lease, removing the nodes whose lease has run out, and reading the log.
+3. An operation checks before it writes. Refusing one needs no rollback and does not affect the others in its
+   transaction.
+4. No record is trimmed that a living node has yet to read.
+5. A process's Progress changes after a commit only, so a transaction that failed can be repeated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from operator import sub
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec import Struct, field
+
+from errors import ConnectionRefused, StoreUnavailable
+from log import Audience, Positions
+from settings import Settings, SettingsError
+from store import (
+    LEASE_SECONDS,
+    SECOND,
+    Appended,
+    Census,
+    ClientIdTaken,
+    Draft,
+    Draw,
+    Once,
+    Opening,
+    Rate,
+    Receipt,
+    Record,
+    Registration,
+    Report,
+    address_is_full,
+    check_reuse,
+    draw,
+)
+from store_sqlite_file import CHECKPOINT_PAGES, PAGE_BYTES, File
+
+TRIM_SECONDS = 1.0
+# Messages kept for all nodes together; a node reads its own within milliseconds.
+MAX_MAIL = 10_000
+# The longest time until a bucket is full, in microseconds.
+LONGEST_BUCKET = 3600 * SECOND
+
+APPEND = (
+    "INSERT INTO log (sequence, replayed_before, bytes_before, id, rest, audience, replayed, at)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+)
+RECORDS = "SELECT sequence, id, rest, audience, replayed, at FROM log WHERE sequence > ? ORDER BY sequence"
+
+
+class NodeState(Struct):
+    """A node: its lease on CLOCK_MONOTONIC, and the sequence up to which it has read the log."""
+
+    renewed: float
+    read: int
+    clients: int = 0
+    report: Report = Report(0, 0)
+
+
+class State(Struct):
+    """The row that every transaction changes. `started` is on CLOCK_MONOTONIC, `started_at` in seconds since the epoch.
+
+    `replayed`, `bytes` and `receipts` are sums over everything ever kept, the `dropped` fields over the part trimmed.
+    """
+
+    last: str
+    before: str
+    sequence: int = 0
+    replayed: int = 0
+    replayed_dropped: int = 0
+    bytes: int = 0
+    bytes_dropped: int = 0
+    receipts: int = 0
+    mail: int = 0
+    unsaved_pages: int = 0
+    started: float = 0.0
+    started_at: float = 0.0
+    total: int = 0
+    notifications_sent: int = 0
+    # Counted by nodes that are gone.
+    report: Report = Report(0, 0)
+    leader: str = ""
+    led: float = 0.0
+    counter: int = 0
+    nodes: dict[str, NodeState] = field(default_factory=dict)
+
+    def active(self) -> int:
+        return sum(node.clients for node in self.nodes.values())
+
+    def counted(self) -> Report:
+        return _sum([self.report, *(node.report for node in self.nodes.values())])
+
+
+class Operation(NamedTuple):
+    """A request to the thread. Without a future it has no waiter, and is retried until a transaction succeeds."""
+
+    run: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+    future: asyncio.Future[Any] | None = None
+    then: Callable[[Any], None] | None = None
+
+
+class Outcome(Struct):
+    """The result of a transaction or a read, for the event loop: the log, the mail, and each operation's answer."""
+
+    answers: list[tuple[Operation, Any]] = []
+    opening: Opening | None = None
+    missed: bool = False
+    records: list[Record] = []
+    mail: list[tuple[str, bytes]] = []
+    evicted: bool = False
+    failure: StoreUnavailable | SettingsError | None = None
+
+
+class Progress(Struct):
+    """What a process remembers of the file between two transactions."""
+
+    # The newest record read: its id, empty before the opening, and its sequence, -1 where only the id is known.
+    newest: str = ""
+    sequence: int = -1
+    # The number of the newest message read, and whether messages that were read are still in the file.
+    mail: int = 0
+    has_mail: bool = False
+    # When the server started, and this process's part in its sums.
+    started: float | None = None
+    counted: Report = Report(0, 0)
+    # Whether this node was removed, and has yet to register its clients again.
+    is_to_restore: bool = False
+    trimmed_at: float = 0.0
+
+
+class Transaction:
+    """One transaction of a node, and the operations that may run in it."""
+
+    def __init__(self, file: File, settings: Settings, node_id: str, progress: Progress) -> None:
+        """Load the state; the transaction must have begun."""
+        self._run = file.run
+        self._file = file
+        self._settings = settings
+        self._node_id = node_id
+        self._progress = progress
+        self.state = _load(file)
+        self._now, self._wall = time.monotonic(), time.time()
+        self._bytes = self.state.bytes
+        self._rows: list[tuple[Any, ...]] = []
+        self._is_to_restore, self._trimmed_at = progress.is_to_restore, progress.trimmed_at
+        # Records to deliver and nodes to wake after the commit.
+        self.appended: list[Record] = []
+        self.to_wake: set[str] = set()
+
+    # --- begin and end
+
+    def read(self, outcome: Outcome) -> None:
+        """Put the records and messages that are new to this process into the outcome."""
+        state, sequence = self.state, self._progress.sequence
+        if sequence < 0:
+            found = self._run("SELECT coalesce(max(sequence), 0) FROM log WHERE id <= ?", (self._progress.newest,))
+            (sequence,) = found.fetchone()
+        if state.last > self._progress.newest and state.sequence > sequence:
+            rows = self._run(RECORDS, (sequence,)).fetchall()
+            outcome.missed = state.before > self._progress.newest
+            outcome.records = [_record(row) for row in rows]
+        if state.mail > self._progress.mail:
+            sql = "SELECT sender, message FROM mail WHERE node = ? AND number > ? ORDER BY number"
+            outcome.mail = self._run(sql, (self._node_id, self._progress.mail)).fetchall()
+
+    def begin(self, outcome: Outcome) -> None:
+        """Renew the lease, remove the dead nodes and read the log; add this node where it is not known."""
+        state = self.state
+        for node_id, node in list(state.nodes.items()):
+            # A lease from the future dates from before the last boot.
+            if node_id != self._node_id and not 0 <= self._now - node.renewed < LEASE_SECONDS:
+                self._remove_node(node_id)
+        if self._progress.newest:
+            self.read(outcome)
+        if self._node_id not in state.nodes:
+            self._add_node(outcome)
+        # Kept here for a node that leaves in this transaction.
+        self.node = state.nodes[self._node_id]
+        self.node.renewed = self._now
+        if self._progress.has_mail or outcome.mail:
+            self._run("DELETE FROM mail WHERE node = ? AND number <= ?", (self._node_id, state.mail))
+        self._positions = Positions(state.last)
+
+    def finish(self, operations: int) -> None:
+        """Write the rows and the state, so that the transaction can be committed; trim and checkpoint where due."""
+        state, settings = self.state, self._settings
+        self._file.run_many(APPEND, self._rows)
+        self.node.read = state.sequence
+        excess = max(settings.history_size // 10, 100)
+        if (
+            self._now - self._trimmed_at > TRIM_SECONDS
+            or state.replayed - state.replayed_dropped > settings.history_size + excess
+            or state.bytes - state.bytes_dropped > settings.history_bytes * 1.1
+        ):
+            self._trim()
+        # An estimate: the row of the state, a page for each operation, and the pages of the payloads.
+        state.unsaved_pages += 2 + operations + state.bytes // PAGE_BYTES - self._bytes // PAGE_BYTES
+        if state.unsaved_pages > CHECKPOINT_PAGES and self._file.checkpoint():
+            state.unsaved_pages = 0
+        self._run("INSERT OR REPLACE INTO state (rowid, json) VALUES (1, ?)", (msgspec.json.encode(state),))
+
+    def save_progress(self) -> None:
+        """Note how far the process has got, after the commit."""
+        progress, state = self._progress, self.state
+        progress.newest, progress.sequence, progress.mail = state.last, state.sequence, state.mail
+        progress.is_to_restore, progress.trimmed_at = self._is_to_restore, self._trimmed_at
+
+    # --- nodes
+
+    def _add_node(self, outcome: Outcome) -> None:
+        state, progress, counted = self.state, self._progress, Report(0, 0)
+        if progress.started is None and not state.nodes:
+            state.total = state.notifications_sent = state.counter = 0
+            state.report = Report(0, 0)
+            state.started, state.started_at = self._now, self._wall
+        elif progress.started == state.started:
+            # This node was removed, and its report was added to the sums. It counts on from that report.
+            counted = progress.counted
+            state.report = Report(*map(sub, state.report, counted))
+        self._file.bind(self._node_id)
+        state.nodes[self._node_id] = NodeState(self._now, state.sequence, report=counted)
+        if progress.newest:
+            outcome.evicted = self._is_to_restore = True
+        else:
+            self._trim()
+            records = [_record(row) for row in self._run(RECORDS, (0,))]
+            outcome.opening = Opening(state.before, records, state.started_at, self._now - state.started)
+
+    def _remove_node(self, node_id: str) -> None:
+        """Remove a node with its clients; its report stays in the sums."""
+        state = self.state
+        gone = state.nodes.pop(node_id)
+        state.report = _sum([state.report, gone.report])
+        if state.leader == node_id:
+            state.leader = ""
+        self._run("DELETE FROM client WHERE node = ?", (node_id,))
+        self._run("DELETE FROM mail WHERE node = ?", (node_id,))
+        self._file.unbind(node_id)
+
+    def renew(self) -> None:
+        """Do nothing more: every transaction renews the lease."""
+
+    def depart(self) -> None:
+        self._remove_node(self._node_id)
+
+    def restore(self, registrations: Iterable[Registration]) -> list[str]:
+        """Register the clients that this node had before it was removed; return those that belong to others by now."""
+        self._is_to_restore, taken = False, list[str]()
+        for client_id, topics, address in registrations:
+            owner = self._owner(client_id)
+            if owner not in (None, self._node_id):
+                taken.append(client_id)
+                continue
+            if owner is None:
+                self._register(client_id, topics)
+            self._set_address(client_id, address)
+        return taken
+
+    # --- the log
+
+    def append(self, drafts: Sequence[Draft], once: Once | None, counter: int | None) -> Appended:
+        state, at = self.state, self._wall
+        if once is not None and (known := self._known(once)) is not None:
+            return known
+        if counter is not None:
+            if state.leader != self._node_id or counter != state.counter + 1:
+                return Appended([], at)
+            state.counter, state.led = counter, self._now
+        receipts = []
+        for draft in drafts:
+            record = Record(self._positions.next(), *draft, at)
+            receipts.append(Receipt(record.id, self._recipients(draft.audience)))
+            state.last = record.id
+            state.sequence += 1
+            self.appended.append(record)
+            size, audience = len(record.rest), None
+            if record.audience is not None:
+                audience = msgspec.json.encode(record.audience)
+                size += sum(len(name) for names in record.audience for name in names)
+            counts = state.sequence, state.replayed, state.bytes
+            self._rows.append((*counts, record.id, record.rest, audience, record.replayed, at))
+            state.replayed += record.replayed
+            state.bytes += size
+        state.notifications_sent += len(drafts)
+        if once is not None:
+            state.receipts += len(receipts)
+            row = once.key, once.fingerprint, msgspec.json.encode(receipts), at, state.receipts
+            self._run(
+                "INSERT OR REPLACE INTO once (key, fingerprint, receipts, at, receipts_total) VALUES (?, ?, ?, ?, ?)",
+                row,
+            )
+        self.to_wake.update(state.nodes.keys() - {self._node_id})
+        return Appended(receipts, at)
+
+    def _known(self, once: Once) -> Appended | None:
+        bounds = self.state.receipts - self._settings.history_size, self._wall - self._settings.history_ttl
+        row = self._run(
+            "SELECT fingerprint, receipts, at FROM once WHERE key = ? AND receipts_total > ? AND at >= ?",
+            (once.key, *bounds),
+        ).fetchone()
+        if row is None:
+            return None
+        fingerprint, receipts, at = row
+        check_reuse(once, fingerprint)
+        return Appended(msgspec.json.decode(receipts, type=list[Receipt]), at, True)
+
+    def _recipients(self, audience: Audience | None) -> int:
+        if audience is None:
+            return self.state.active()
+        clients, topics = map(list, audience)
+        if not clients and len(topics) == 1:
+            # The usual case, without the union, which would copy a large topic.
+            found = self._run("SELECT count(*) FROM topic WHERE name = ?", topics)
+        else:
+            found = self._run(
+                "SELECT count(*) FROM (SELECT id FROM client WHERE id IN (SELECT value FROM json_each(?))"
+                " UNION SELECT client FROM topic WHERE name IN (SELECT value FROM json_each(?)))",
+                (msgspec.json.encode(clients).decode(), msgspec.json.encode(topics).decode()),
+            )
+        return int(found.fetchone()[0])
+
+    def _trim(self) -> None:
+        """Delete the records, keys and buckets beyond the bounds, but no record that a living node has yet to read."""
+        state, settings, expired = self.state, self._settings, self._wall - self._settings.history_ttl
+        self._trimmed_at = self._now
+        read = min(node.read for node in state.nodes.values()) if state.nodes else state.sequence
+        bounds = read, state.replayed - settings.history_size, state.bytes - settings.history_bytes, expired
+        front = self._run(
+            "SELECT sequence, replayed_before, bytes_before FROM log"
+            " WHERE sequence > ? OR (replayed_before >= ? AND bytes_before >= ? AND at >= ?) ORDER BY sequence LIMIT 1",
+            bounds,
+        ).fetchone()
+        if front is None:
+            front = state.sequence + 1, state.replayed, state.bytes
+        sequence, state.replayed_dropped, state.bytes_dropped = front
+        last = self._run("SELECT id FROM log WHERE sequence = ?", (sequence - 1,)).fetchone()
+        if last is not None:
+            (state.before,) = last
+            self._run("DELETE FROM log WHERE sequence < ?", (sequence,))
+        self._run(
+            "DELETE FROM once WHERE number < (SELECT coalesce(min(number), 9e18) FROM"
+            " (SELECT number FROM once WHERE receipts_total > ? AND at >= ? ORDER BY number LIMIT 1))",
+            (state.receipts - settings.history_size, expired),
+        )
+        # A bucket from the future dates from before the last boot.
+        now = int(self._now * SECOND)
+        self._run("DELETE FROM bucket WHERE full_at NOT BETWEEN ? AND ?", (now, now + LONGEST_BUCKET))
+
+    # --- the registry
+
+    def admit(self, client_id: str, topics: Collection[str], address: str) -> str:
+        state, limit = self.state, self._settings.max_connections
+        owner = self._owner(client_id)
+        if owner is not None and owner != self._node_id:
+            raise ClientIdTaken(owner)
+        self._check_address(client_id, address)
+        if owner is None and (active := state.active()) >= limit:
+            raise ConnectionRefused(f"Connection limit exceeded: {active}/{limit}")
+        if owner is None:
+            self._register(client_id, topics)
+        else:
+            self.subscribe(client_id, topics)
+        self._set_address(client_id, address)
+        state.total += 1
+        return state.last
+
+    def _owner(self, client_id: str) -> str | None:
+        row = self._run("SELECT node FROM client WHERE id = ?", (client_id,)).fetchone()
+        return None if row is None else row[0]
+
+    def _register(self, client_id: str, topics: Collection[str]) -> None:
+        self._run("INSERT INTO client VALUES (?, ?)", (client_id, self._node_id))
+        for topic in topics:
+            self._run("INSERT OR IGNORE INTO topic VALUES (?, ?)", (topic, client_id))
+        self.state.nodes[self._node_id].clients += 1
+
+    def _check_address(self, client_id: str, address: str) -> None:
+        """Raise TooManyConnections where the other clients of the address have reached the limit."""
+        if address and (limit := self._settings.max_connections_per_ip):
+            sql = "SELECT count(*) FROM address WHERE name = ? AND client <> ?"
+            (held,) = self._run(sql, (address, client_id)).fetchone()
+            if held >= limit:
+                raise address_is_full(held, limit)
+
+    def _set_address(self, client_id: str, address: str) -> None:
+        if address and self._settings.max_connections_per_ip:
+            self._run("INSERT OR REPLACE INTO address VALUES (?, ?)", (client_id, address))
+
+    def subscribe(self, client_id: str, topics: Collection[str]) -> str:
+        owner = self._owner(client_id)
+        if owner is None and self._is_to_restore:
+            # Register the client with these topics: restore() brings those that it had a moment before.
+            self._register(client_id, topics)
+        elif owner == self._node_id:
+            self._run("DELETE FROM topic WHERE client = ?", (client_id,))
+            for topic in topics:
+                self._run("INSERT OR IGNORE INTO topic VALUES (?, ?)", (topic, client_id))
+        return self.state.last
+
+    def leave(self, client_id: str) -> None:
+        gone = self._run("DELETE FROM client WHERE id = ? AND node = ?", (client_id, self._node_id))
+        self.state.nodes[self._node_id].clients -= gone.rowcount
+
+    def draw(self, bucket: str, rate: Rate) -> Draw:
+        row = self._run("SELECT full_at FROM bucket WHERE name = ?", (bucket,)).fetchone()
+        now = int(self._now * SECOND)
+        drawn = draw(row[0] if row else 0, now, rate)
+        if drawn.allowed:
+            self._run("INSERT OR REPLACE INTO bucket VALUES (?, ?)", (bucket, now + drawn.until_full))
+        return drawn
+
+    # --- between nodes
+
+    def lead(self) -> int | None:
+        state = self.state
+        if state.leader not in ("", self._node_id) and self._now - state.led < LEASE_SECONDS:
+            return None
+        state.leader, state.led = self._node_id, self._now
+        return state.counter
+
+    def report(self, report: Report) -> None:
+        self.state.nodes[self._node_id].report = report
+
+    def census(self) -> Census:
+        state = self.state
+        others = [node_id for node_id in state.nodes if node_id != self._node_id]
+        return Census(state.active(), state.total, state.notifications_sent, *state.counted(), others)
+
+    def post(self, node_id: str, message: bytes) -> None:
+        state = self.state
+        if node_id in state.nodes:
+            state.mail += 1
+            self._run("INSERT INTO mail VALUES (?, ?, ?, ?)", (state.mail, node_id, self._node_id, message))
+            self._run("DELETE FROM mail WHERE number <= ?", (state.mail - MAX_MAIL,))
+            self.to_wake.add(node_id)
+
+
+def _load(file: File) -> State:
+    row = file.run("SELECT json FROM state").fetchone()
+    if row is not None:
+        return msgspec.json.decode(row[0], type=State)
+    first = Positions().next()
+    return State(last=first, before=first)
+
+
+def _record(row: tuple[Any, ...]) -> Record:
+    _, id, rest, audience, replayed, at = row
+    audience = audience and msgspec.json.decode(audience, type=Audience)
+    return Record(id, rest, audience, bool(replayed), at)
+
+
+def _sum(reports: Iterable[Report]) -> Report:
+    return Report(*map(sum, zip(*reports, strict=True)))
