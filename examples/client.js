@@ -1,7 +1,7 @@
 // A WebSocket client of notifyd: one ES module without dependencies, for browsers and node.
 //
 //   browser   import { NotifydClient } from "./client.js"; a whole page is in index.html
-//   node      node examples/listen.js [ws://localhost:8000/ws] prints what arrives
+//   node      node examples/listen.js [ws://localhost:8000/ws] prints every notification
 //             (node before 22: node --experimental-websocket, or the option `WebSocket` from the package "ws")
 //
 //   const client = new NotifydClient("ws://localhost:8000/ws", {
@@ -11,15 +11,15 @@
 //   ...
 //   client.close();
 //
-// It reconnects until it is closed, or refused in a way that trying again cannot change. After a reconnect it
-// asks for what came since the last notification it received, and drops what it has received already.
+// It reconnects until it is closed, or until a refusal that every later attempt would get as well. After a reconnect it
+// resumes after the last notification it received, and drops duplicates.
 
 const BASE_MS = 500; // the first delay is at most this; each failure doubles it
 const CAP_MS = 30_000;
 const STABLE_MS = 10_000; // a connection that lasted this long counts as a success: the next delay is short again
-const IDLE_MS = 45_000; // after this much silence the server is pinged, after twice this much it is given up
+const IDLE_MS = 45_000; // after this much silence the client pings the server, after twice this much it gives it up
 
-// Closes (1008) whose reason says that the same request would be refused again. Others pass by themselves:
+// Closes (1008) with such a reason are final: the same request would be refused again. Others are temporary:
 // "Connection limit exceeded", "Client ... is already connected", "Slow consumer".
 const FINAL = /^(Invalid |Replaced by|Authentication required|Token expired|Not allowed)/;
 
@@ -62,7 +62,7 @@ export class NotifydClient {
     // A browser can set no header: the token comes as a subprotocol.
     const socket = new this.options.WebSocket(url.href, ...(token ? [["bearer", token]] : []));
     let opened = Infinity;
-    // Nothing that a socket still has to say is heard after it was left.
+    // Late events of a socket that was given up are ignored.
     const heard = (handler) => (event) => socket === this.#socket && handler(event);
     const lost = heard(({ code = 1006, reason = "" }) => {
       if (Date.now() - opened >= STABLE_MS) this.#failures = 0;
@@ -84,7 +84,7 @@ export class NotifydClient {
 
   #receive(message) {
     if (message.id !== undefined) {
-      if (this.last && message.id <= this.last) return; // a repetition: ids are ordered by time
+      if (this.last && message.id <= this.last) return; // a duplicate: ids are ordered by time
       this.last = message.id;
       return this.options.onNotification?.(message);
     }
@@ -94,7 +94,7 @@ export class NotifydClient {
     if (message.type === "resume") {
       const { position } = message.data;
       if (!this.last) this.last = position; // nothing received yet: from here on nothing can be missed
-      else if (position < this.last) this.last = undefined; // another log with older ids: none is a repetition
+      else if (position < this.last) this.last = undefined; // another log with older ids: none is a duplicate
     }
     this.options.onMessage?.(message);
   }
@@ -103,7 +103,7 @@ export class NotifydClient {
     if (this.#socket?.readyState === 1) this.#socket.send(JSON.stringify(message));
   }
 
-  /** Notice a server that vanished without a word. */
+  /** Notice a server that vanished without a close. */
   #watch(lost) {
     clearTimeout(this.#timer);
     this.#timer = setTimeout(() => {

@@ -8,8 +8,8 @@ prints each notification as a line of JSON until Ctrl-C. In a program:
     async for notification in NotifydClient("ws://localhost:8000/ws"):
         print(notification["type"], notification["data"]["message"])
 
-It reconnects for ever, except where the server's answer says that trying again changes nothing. After a
-reconnect it asks for what came since the last notification, and drops what it has received already.
+It reconnects for ever, unless the server refuses in a way that every later attempt would get as well. After a
+reconnect it resumes after the last notification it received, and drops duplicates.
 """
 
 import argparse
@@ -31,7 +31,7 @@ BASE_SECONDS = 0.5  # the first delay is at most this; each failure doubles it
 CAP_SECONDS = 30.0
 STABLE_SECONDS = 10.0  # a connection that lasted this long counts as a success: the next delay is short again
 
-# Closes (1008) whose reason says that the same request would be refused again. Others pass by themselves:
+# Closes (1008) with such a reason are final: the same request would be refused again. Others are temporary:
 # "Connection limit exceeded", "Client ... is already connected", "Slow consumer".
 FINAL = ("Invalid ", "Replaced by", "Authentication required", "Token expired", "Not allowed")
 
@@ -62,8 +62,8 @@ def with_query(url: str, **parameters: str | None) -> str:
 class NotifydClient:
     """An async iterable of notifications; `last` is the id of the last one, to be kept for `since` in a later run.
 
-    Whoever takes long over one holds back the server's sending, and may be closed as a slow consumer; the rest then
-    comes after a reconnect. Raises ConnectionClosed or InvalidStatus when the server refuses for good.
+    A program that takes long over a notification stops the server's sending, and may be closed as a slow consumer; the
+    rest then comes after a reconnect. Raises ConnectionClosed or InvalidStatus when the server refuses for good.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class NotifydClient:
                             break  # and, as after every close, come back after a while
                         if "id" not in message:
                             await self._act_on(message, websocket)
-                        elif not self.last or message["id"] > self.last:  # else a repetition: ids are ordered by time
+                        elif not self.last or message["id"] > self.last:  # else a duplicate: ids are ordered by time
                             self.last = message["id"]
                             yield message
                 reason = "closed"
@@ -124,7 +124,7 @@ class NotifydClient:
                 if not self.last:
                     self.last = position  # nothing received yet: from here on nothing can be missed
                 elif position < self.last:
-                    self.last = None  # another log with older ids: none of them is a repetition
+                    self.last = None  # another log with older ids: none of them is a duplicate
 
 
 async def main() -> None:

@@ -4,13 +4,13 @@
     python examples/publish.py notify "disk full" --type alert --data '{"priority": "high"}'
     python examples/publish.py health
 
-The variable TOKEN has the API key or token, where the server wants one. In a program:
+The variable TOKEN has the API key or token, if the server asks for one. In a program:
 
     with Notifyd("http://localhost:8000") as notifyd:
         notifyd.notify("disk full", "alert", {"priority": "high"})
 
-A server that is restarting, away or too busy is tried again for about half a minute. Each publish carries a
-key of its own (`Idempotency-Key`), so that one whose answer got lost is not sent twice by the repeat.
+It retries for about half a minute while the server is restarting, away or too busy. Each publish carries a key of its
+own (`Idempotency-Key`), so that a retry after a lost answer does not publish twice.
 """
 
 import argparse
@@ -33,7 +33,7 @@ LOST = (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError)
 
 
 class NotifydError(Exception):
-    """What the server answered instead of what was asked for."""
+    """An error answer of the server."""
 
     def __init__(self, response: httpx.Response) -> None:
         error = body_of(response).get("error")
@@ -66,7 +66,7 @@ def backoff(failures: int, base: float = BASE_SECONDS, cap: float = CAP_SECONDS)
 
 
 class Notifyd:
-    """One server's HTTP API. Raises NotifydError, or httpx.TransportError when no answer came at all."""
+    """The HTTP API of one server. Raises NotifydError, or httpx.TransportError when no answer came at all."""
 
     def __init__(
         self, url: str = "http://localhost:8000", *, attempts: int = ATTEMPTS, token: str | None = None
@@ -92,7 +92,7 @@ class Notifyd:
         topics: Sequence[str] | None = None,
         key: str | None = None,
     ) -> dict[str, Any]:
-        """Publish to everyone, or to clients and topics. With a key of your own, a later run may repeat it."""
+        """Publish to everyone, or to clients and topics. With a `key` of your own a later run may repeat it safely."""
         body = {"message": message, "type": type, "data": data, "clients": clients, "topics": topics}
         body = {name: value for name, value in body.items() if value is not None}
         return self._ask("POST", "/notify", json=body, headers={"Idempotency-Key": key or uuid.uuid4().hex})
@@ -130,7 +130,7 @@ class Notifyd:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Publish a notification, or ask a server how it is.")
+    parser = argparse.ArgumentParser(description="Publish a notification, or read a server's health and figures.")
     parser.add_argument("--url", default="http://localhost:8000")
     commands = parser.add_subparsers(dest="command", required=True)
     notify = commands.add_parser("notify", help="publish a notification")
