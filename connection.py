@@ -1,11 +1,12 @@
-"""What the Hub needs of a connection, and the connection that any ASGI server gives.
+"""The seam between the Hub and the network, and the connection over any ASGI server's `send`.
 
-Owns the seam between the Hub and the network: `Connection` is what the Hub calls, `Receiver` what it is told.
-Knows neither the Hub nor a server. The fast implementation is wire.py; the one here awaits the standard `send`.
+`Connection` is the network as the Hub sees it, `Receiver` the Hub as the network sees it. Knows neither the Hub nor a
+server. wire.py implements the fast path. The connection here serves WebSockets and streams of events alike; they differ
+only in the ASGI messages that carry them (`Carrier`).
 
 1. A connection goes forward only: connecting, open, closing, closed.
-2. Once it is not open, `writable` is false and nothing more is written but its close frame.
-3. `left` is told exactly once, after the last byte; nothing is told after it.
+2. While it is not open, `writable` is false and nothing is written but its close frame.
+3. `left` is called exactly once, after the last byte; nothing is called after it.
 4. A peer that does not answer its close frame within CLOSE_DEADLINE_SECONDS is given up on.
 """
 
@@ -15,26 +16,29 @@ import asyncio
 import enum
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from starlette.types import Message, Receive, Scope, Send
 
 from log import payloads
 
-# Where a server puts what it offers beyond ASGI, in scope["extensions"]: a Connection, or for a response a function
-# that gives it the whole connection, on which no request is read any more, and returns what aborts it.
+# In scope["extensions"] of a WebSocket: its Connection, ready for the Hub.
 WIRE_EXTENSION = "notifyd.wire"
+# In scope["extensions"] of a request: call it to take over the HTTP connection. No further request is read; it returns
+# the function that aborts the connection.
 STREAM_EXTENSION = "notifyd.stream"
 CLOSE_DEADLINE_SECONDS = 5.0
-# What is read of one connection in a turn of the event loop. In frames of 6 bytes these are 2 to 5 ms of work. Without
-# a limit uvloop hands over megabytes at a time, and one peer that floods keeps everybody else waiting for seconds.
+# A connection reads this much per loop iteration. In frames of 6 bytes these are 2 to 5 ms of work; without the limit
+# uvloop hands over megabytes at a time, and a flooding peer starves the others for seconds.
 TURN_BYTES = 4096
-# A send that took at least so long has waited for the peer. One that ended at once shows that the server took it, which
-# it does for a dead peer, too.
+# A send that took this long has waited for the peer, so the peer is alive. A send that returned at once only shows that
+# the server took it, as it also does for a dead peer.
 WAITED_SECONDS = 1.0
 
 logger = logging.getLogger("notifyd.connection")
+
+# --- the seam
 
 
 class ConnectionState(enum.IntEnum):
@@ -45,16 +49,23 @@ class ConnectionState(enum.IntEnum):
 
 
 class Receiver(Protocol):
-    """Who is told what happens on an open connection. None of these may raise or block."""
+    """The client, as its connection calls it. None of these may raise or block."""
 
-    # Where the receiver may write ready frames by itself: the connection keeps it at -1 while it is not writable,
-    # and for good where it is no plain socket.
+    # A socket for the receiver to write ready frames to directly. The connection keeps it at -1 while it is not
+    # writable, and always if it is no plain socket.
     descriptor: int
 
-    def heard(self) -> None: ...
-    def received(self, message: str | bytes) -> None: ...
-    def drained(self) -> None: ...
-    def left(self) -> None: ...
+    def heard(self) -> None:
+        """Note a sign of life."""
+
+    def received(self, message: str | bytes) -> None:
+        """Act on a message."""
+
+    def drained(self) -> None:
+        """Write on: the connection is writable again."""
+
+    def left(self) -> None:
+        """Leave: the connection has ended."""
 
 
 class Connection(Protocol):
@@ -62,66 +73,81 @@ class Connection(Protocol):
 
     state: ConnectionState
     writable: bool
-    # Whether protocol pongs are told to the receiver. Where they are not, silence proves nothing.
+    # Whether the receiver hears of protocol pongs. If not, silence proves nothing.
     hears_pongs: bool
-    # Whether it only goes one way.
+    # Whether it carries nothing from the client.
     is_stream: bool
 
-    def choose(self, subprotocol: str) -> None:
-        """Let the handshake be answered with this subprotocol, which was offered. Only while it is CONNECTING."""
-
     def accept(self, receiver: Receiver, greeting: bytes) -> None:
-        """Complete the handshake and send the first frames; from now on `receiver` is told what happens."""
+        """Complete the handshake and send the first frames; from now on call `receiver`."""
 
     def write(self, frames: bytes) -> None:
-        """Send ready frames. Only while it is OPEN; what is not writable takes them too, so ask `writable` first."""
+        """Send ready frames. Only while it is OPEN. Also taken while it is not writable, so check that first."""
 
     def buffered(self) -> int:
-        """Return the bytes that were written and have not left yet."""
+        """Return the number of bytes that were written and have not been sent yet."""
 
     def ping(self) -> None:
-        """Send a protocol ping, where the server lets us."""
+        """Send a protocol ping, if the server can."""
 
     def close(self, code: int, reason: str) -> None:
-        """Say goodbye, wait for the peer's goodbye for a bounded time, and end. Accepts first if need be."""
+        """Send a close frame, wait for the peer's for a bounded time, and end. Accepts first if need be."""
+
+
+class WebSocket(Connection, Protocol):
+    """A connection that began with a handshake."""
+
+    def choose(self, subprotocol: str) -> None:
+        """Answer the handshake with this subprotocol, one of those offered. Only while it is CONNECTING."""
+
+
+# --- over any ASGI server's send
+
+
+class Carrier(Protocol):
+    """The ASGI messages that carry one kind of connection."""
+
+    is_stream: bool
+
+    def opening(self, subprotocol: str | None) -> Iterable[Message]: ...
+    def batch(self, frames: bytes) -> Iterable[Message]: ...
+    def goodbye(self, code: int, reason: str) -> Message: ...
 
 
 class SendConnection:
-    """A WebSocket of any ASGI server: a task of its own awaits the standard `send`.
+    """A connection of any ASGI server: a task of its own awaits the standard `send`.
 
     It takes one batch at a time: until the server has taken that, it is not writable, and the Hub's cursor waits.
     """
 
     __slots__ = (
-        "_abort",
+        "_carrier",
         "_deadline",
         "_goodbye",
         "_out",
         "_reader",
-        "_receive",
         "_receiver",
-        "_send",
         "_subprotocol",
         "_wake",
+        "is_stream",
         "state",
         "writable",
     )
 
     hears_pongs = False
-    is_stream = False
 
-    def __init__(self, receive: Receive, send: Send) -> None:
-        self._receive = receive
-        self._send = send
-        # What cuts the peer off, where the server lets us.
-        self._abort: Callable[[], None] | None = None
+    def __init__(self, carrier: Carrier) -> None:
+        self._carrier = carrier
         self._subprotocol: str | None = None
         self._receiver: Receiver | None = None
         self._out: deque[bytes] = deque()
-        self._wake = asyncio.Event()
         self._goodbye: tuple[int, str] | None = None
-        self._deadline: asyncio.Timeout | None = None
+        # Set when there is something for the writer to do.
+        self._wake = asyncio.Event()
+        # While it is served.
         self._reader: asyncio.Task[None] | None = None
+        self._deadline: asyncio.Timeout | None = None
+        self.is_stream = carrier.is_stream
         self.state = ConnectionState.CONNECTING
         self.writable = False
 
@@ -151,74 +177,76 @@ class SendConnection:
         self.state = ConnectionState.CLOSING
         self.writable = False
         self._goodbye = code, reason
-        if self._deadline is not None:
-            self._deadline.reschedule(self._give_up_at())
-        if self._reader is not None:
-            # Some servers send nothing while the app waits for the peer, and what it says now is of no use.
-            self._reader.cancel()
         self._wake.set()
+        self._begin_goodbye()
 
-    def _give_up_at(self) -> float | None:
-        closing = self.state is ConnectionState.CLOSING
-        return asyncio.get_running_loop().time() + CLOSE_DEADLINE_SECONDS if closing else None
+    def _begin_goodbye(self) -> None:
+        """Limit the time that is left, and read no further: messages are of no use any more.
 
-    async def serve(self) -> None:
-        """Read and write until the connection has ended."""
-        reader = self._reader = asyncio.ensure_future(self._read())
-        writer = asyncio.ensure_future(self._write_out())
+        Besides, some servers send nothing while the app waits for the peer.
+        """
+        if self._reader is not None and self._deadline is not None:
+            self._deadline.reschedule(asyncio.get_running_loop().time() + CLOSE_DEADLINE_SECONDS)
+            self._reader.cancel()
+
+    async def serve(self, receive: Receive, send: Send, abort: Callable[[], None] | None = None) -> None:
+        """Read and write until the connection has ended. `abort` cuts the peer off, where the server offers that."""
+        reader = self._reader = asyncio.ensure_future(self._read(receive))
+        writer = asyncio.ensure_future(self._write_out(send))
         try:
-            async with asyncio.timeout_at(self._give_up_at()) as self._deadline:
+            async with asyncio.timeout(None) as self._deadline:
                 if self.state is ConnectionState.CLOSING:
-                    reader.cancel()
+                    self._begin_goodbye()
+                # Either ends with the connection: some servers report its end only when the app has returned.
                 await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
-                # Either ends with the connection: some servers tell of the end only when the app has returned.
                 if reader.cancelled():
                     await asyncio.wait({writer})
                 (writer if writer.done() else reader).result()
         except TimeoutError:
             logger.debug("A peer did not take its goodbye and is given up on")
         finally:
-            self._reader = self._deadline = None
-            # A stream of which the server has told the end has nobody to wait for.
-            if not (self.is_stream and reader.done() and not reader.cancelled()):
-                self._end(took_goodbye=writer.done() or self.state is not ConnectionState.CLOSING)
+            if abort is not None and not (reader.done() and not reader.cancelled()):
+                # The server has not reported the end. A peer that was sent everything gets the time to read it.
+                if writer.done() or self.state is not ConnectionState.CLOSING:
+                    asyncio.get_running_loop().call_later(CLOSE_DEADLINE_SECONDS, abort)
+                else:
+                    abort()
             reader.cancel()
             writer.cancel()
-            self.state = ConnectionState.CLOSED
-            self.writable = False
-            # They refer to each other. Cut, they go now and need no collector.
-            receiver, self._receiver = self._receiver, None
-            if receiver is not None:
-                receiver.left()
+            self._end()
 
-    def _end(self, *, took_goodbye: bool) -> None:
-        # The server waits for the peer's goodbye, and a peer that reads nothing would keep it.
-        if self._abort is not None and took_goodbye:
-            asyncio.get_running_loop().call_later(CLOSE_DEADLINE_SECONDS, self._abort)
-        elif self._abort is not None:
-            self._abort()
+    def _end(self) -> None:
+        self.state = ConnectionState.CLOSED
+        self.writable = False
+        # Connection and receiver refer to each other. Cut, they are freed now and need no collector.
+        receiver, self._receiver = self._receiver, None
+        self._reader = self._deadline = None
+        if receiver is not None:
+            receiver.left()
 
-    async def _read(self) -> None:
-        while (event := await self._receive())["type"] not in ("websocket.disconnect", "http.disconnect"):
+    async def _read(self, receive: Receive) -> None:
+        while (event := await receive())["type"] not in ("websocket.disconnect", "http.disconnect"):
             if self._receiver is not None and event["type"] == "websocket.receive":
                 self._receiver.heard()
                 if self.state is ConnectionState.OPEN:
                     text = event.get("text")
                     self._receiver.received(event.get("bytes") or b"" if text is None else text)
 
-    async def _write_out(self) -> None:
+    async def _write_out(self, send: Send) -> None:
         try:
             await self._wake.wait()
-            await self._open()
+            for message in self._carrier.opening(self._subprotocol):
+                await send(message)
             clock = asyncio.get_running_loop().time
             while True:
                 began = clock()
-                # What was handed over goes out before any goodbye.
+                # Everything written before the goodbye goes out before it.
                 while self._out:
-                    await self._send_batch(self._out[0])
+                    for message in self._carrier.batch(self._out[0]):
+                        await send(message)
                     self._out.popleft()
                 if self._goodbye is not None:
-                    await self._say_goodbye(*self._goodbye)
+                    await send(self._carrier.goodbye(*self._goodbye))
                     return
                 self._wake.clear()
                 self._drained(waited=clock() - began)
@@ -232,79 +260,87 @@ class SendConnection:
         if self.state is ConnectionState.OPEN and not self.writable:
             self.writable = True
             if self._receiver is not None:
-                # Who takes what it was sent is alive; of a stream nothing else is ever heard.
+                # A peer that takes data is alive; a stream gives no other sign of life.
                 if self.is_stream or waited >= WAITED_SECONDS:
                     self._receiver.heard()
                 self._receiver.drained()
 
-    # --- what is a WebSocket's about it; a stream has others
 
-    async def _open(self) -> None:
-        chosen = {} if self._subprotocol is None else {"subprotocol": self._subprotocol}
-        await self._send({"type": "websocket.accept", **chosen})
+class WebSocketCarrier:
+    """A WebSocket: each message in a text frame."""
 
-    async def _send_batch(self, frames: bytes) -> None:
-        for payload in payloads(frames):
-            await self._send({"type": "websocket.send", "text": payload.decode()})
+    is_stream = False
 
-    async def _say_goodbye(self, code: int, reason: str) -> None:
-        await self._send({"type": "websocket.close", "code": code, "reason": reason})
+    def opening(self, subprotocol: str | None) -> Iterable[Message]:
+        yield {"type": "websocket.accept"} | ({} if subprotocol is None else {"subprotocol": subprotocol})
+
+    def batch(self, frames: bytes) -> Iterable[Message]:
+        return ({"type": "websocket.send", "text": payload.decode()} for payload in payloads(frames))
+
+    def goodbye(self, code: int, reason: str) -> Message:
+        return {"type": "websocket.close", "code": code, "reason": reason}
 
 
-# What a browser waits before it reconnects.
+# --- streams (https://html.spec.whatwg.org/multipage/server-sent-events.html)
+
+# A browser waits this long before it reconnects.
 RETRY_MILLISECONDS = 3000
-_OPENING = b"retry: %d\n\n" % RETRY_MILLISECONDS
-_HEADERS = [
+STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
-    # nginx would else collect events until its buffer is full.
+    # Without it, nginx collects events until its buffer is full.
     (b"x-accel-buffering", b"no"),
 ]
+STREAM_OPENING = b"retry: %d\n\n" % RETRY_MILLISECONDS
 _NAMED = (b"welcome", b"resume", b"shutdown")
 # A notification begins with its id, every other message with its type.
 _ID_START, _ID_END = len(b'{"id":"'), len(b'{"id":"') + 36
 _TYPE_START = len(b'{"type":"')
 
 
-class EventStream(SendConnection):
-    """A stream that is one client of the Hub, and the ASGI response that carries it."""
-
-    is_stream = True
-
-    def __init__(self, receive: Receive) -> None:
-        super().__init__(receive, self._unready)
-
-    async def _unready(self, message: Message) -> None:
-        raise RuntimeError(f"{message['type']} before the response has begun")
-
-    async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
-        self._send = send
-        if take_connection := (scope.get("extensions") or {}).get(STREAM_EXTENSION):
-            self._abort = take_connection()
-        await self.serve()
-
-    async def _open(self) -> None:
-        await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-        await self._send_events(_OPENING)
-
-    async def _send_batch(self, frames: bytes) -> None:
-        await self._send_events(b"".join(map(event, payloads(frames))))
-
-    async def _say_goodbye(self, code: int, reason: str) -> None:
-        # A comment, for whoever watches: the format has no other place for the reason.
-        comment = b": closed: %d %s\n\n" % (code, reason.encode())
-        await self._send({"type": "http.response.body", "body": comment, "more_body": False})
-
-    async def _send_events(self, events: bytes) -> None:
-        if events:
-            await self._send({"type": "http.response.body", "body": events, "more_body": True})
+def events(frames: bytes) -> bytes:
+    """Return ready frames as they are sent on a stream; maybe nothing."""
+    return b"".join(map(event, payloads(frames)))
 
 
 def event(payload: bytes) -> bytes:
-    """Return a message as an event, a ping as a comment, and nothing for what has no place in a stream."""
+    """Return a message as an event, a ping as a comment, and nothing for a message that has no place in a stream."""
     if payload.startswith(b'{"id":"'):
         return b"id: %s\nevent: message\ndata: %s\n\n" % (payload[_ID_START:_ID_END], payload)
     name = payload[_TYPE_START : payload.index(b'"', _TYPE_START)]
     if name in _NAMED:
         return b"event: %s\ndata: %s\n\n" % (name, payload)
     return b": ping\n\n" if name == b"ping" else b""
+
+
+def closing_comment(code: int, reason: str) -> bytes:
+    """Return the end of a stream. Its reason is a comment: the format has no other place for it."""
+    return b": closed: %d %s\n\n" % (code, reason.encode())
+
+
+class StreamCarrier:
+    """A stream: a response that goes on, with each message as an event."""
+
+    is_stream = True
+
+    def opening(self, subprotocol: str | None) -> Iterable[Message]:  # noqa: ARG002
+        yield {"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS}
+        yield {"type": "http.response.body", "body": STREAM_OPENING, "more_body": True}
+
+    def batch(self, frames: bytes) -> Iterable[Message]:
+        if body := events(frames):
+            yield {"type": "http.response.body", "body": body, "more_body": True}
+
+    def goodbye(self, code: int, reason: str) -> Message:
+        return {"type": "http.response.body", "body": closing_comment(code, reason), "more_body": False}
+
+
+class EventStream:
+    """The ASGI response that carries a client's stream."""
+
+    def __init__(self, connection: SendConnection) -> None:
+        self._connection = connection
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        take_connection = (scope.get("extensions") or {}).get(STREAM_EXTENSION)
+        await self._connection.serve(receive, send, take_connection() if take_connection else None)

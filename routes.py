@@ -22,7 +22,7 @@ import figures
 import schemas
 from admission import Newcomer
 from answers import Endpoint, Socket, answer, body_of, refuse_handshake
-from connection import WIRE_EXTENSION, Connection, EventStream, SendConnection
+from connection import WIRE_EXTENSION, EventStream, SendConnection, StreamCarrier, WebSocket, WebSocketCarrier
 from errors import (
     InvalidRequest,
     NotifydError,
@@ -157,21 +157,20 @@ def _published(response: Struct, appended: Appended) -> Response:
 
 async def connect(hub: Hub, authenticator: Authenticator | None, scope: Scope, receive: Receive, send: Send) -> None:
     """Serve a WebSocket: on the fast wire until it is admitted or refused, elsewhere until its end."""
-    wire = (scope.get("extensions") or {}).get(WIRE_EXTENSION)
-    try:
-        if wire is not None:
-            await _admit_or_close(hub, authenticator, wire, scope)
-            return
+    wire: WebSocket | None = (scope.get("extensions") or {}).get(WIRE_EXTENSION)
+    if wire is None:
         await receive()  # websocket.connect
-        connection = SendConnection(receive, send)
+    connection = wire or SendConnection(WebSocketCarrier())
+    try:
         await _admit_or_close(hub, authenticator, connection, scope)
     except TooManyConnections as refusal:
         await refuse_handshake(refusal, scope, receive, send)
         return
-    await connection.serve()
+    if isinstance(connection, SendConnection):
+        await connection.serve(receive, send)
 
 
-async def _admit_or_close(hub: Hub, authenticator: Authenticator | None, connection: Connection, scope: Scope) -> None:
+async def _admit_or_close(hub: Hub, authenticator: Authenticator | None, connection: WebSocket, scope: Scope) -> None:
     if authenticator is not None and (subprotocol := authenticator.subprotocol(scope)) is not None:
         # Also for a refusal: a browser hides the reason where no subprotocol of those offered is chosen.
         connection.choose(subprotocol)
@@ -197,9 +196,9 @@ async def events(hub: Hub, request: Request, sender: Identity | None) -> ASGIApp
     if request.method == "HEAD":
         return Response(media_type="text/event-stream")
     newcomer = _newcomer(request.scope, sender, request.headers.get("last-event-id"))
-    stream = EventStream(request.receive)
+    stream = SendConnection(StreamCarrier())
     await hub.admit(stream, newcomer)
-    return stream
+    return EventStream(stream)
 
 
 def _newcomer(scope: Scope, identity: Identity | None, since: str | None = None) -> Newcomer:
