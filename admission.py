@@ -1,6 +1,6 @@
 """Admission: a newcomer becomes a client, and a client leaves.
 
-The only file that changes who is connected: everywhere else the directory (`Clients`) is read. Knows connections
+The only file that adds clients to the directory (`Clients`) and removes them; all others read it. Knows connections
 through the seam in connection.py and the registry of all processes through the one in store.py; knows no HTTP.
 
 1. Only `_join` adds to the directory and only `leave` removes from it. A client that ends, for any reason, leaves
@@ -25,7 +25,7 @@ import schemas
 from census import ANSWER_SECONDS
 from clients import Client
 from connection import Connection, ConnectionState
-from errors import ConnectionRefused, DuplicateClient, InvalidRequest
+from errors import ConnectionRefused, DuplicateClient, InvalidRequest, ShuttingDown
 from guard_identity import Identity
 from heartbeat import PROBE_SECONDS
 from log import frame
@@ -51,7 +51,7 @@ class Newcomer(Struct, frozen=True):
     address: str = ""
 
     def checked(self) -> Newcomer:
-        """Return the request with a client_id, and everything in the form in which it is kept.
+        """Return the request with a client_id, and every value in the form that is kept.
 
         Raises InvalidRequest, or Forbidden where the identity does not allow the request.
         """
@@ -73,9 +73,10 @@ class Admission:
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
+        self._notification_interval = number(hub.settings.notification_interval)
         # The client_ids that newcomers of this process are registering.
         self._claims: dict[str, asyncio.Event] = {}
-        # Clients that have left the directory, but whose connections have not ended yet.
+        # Clients that have left the directory while their connections still close.
         self._closing: set[Client] = set()
         # Set while no such connection is left.
         self.closed = asyncio.Event()
@@ -104,7 +105,8 @@ class Admission:
             self._check_open(connection)
 
     def _check_open(self, connection: Connection) -> None:
-        self._hub.check_ready()
+        if not self._hub.is_ready:
+            raise ShuttingDown
         if connection.state is not ConnectionState.CONNECTING:
             raise ConnectionRefused("The newcomer has left")
 
@@ -183,8 +185,9 @@ class Admission:
     def _greeting(self, client: Client, since: str | None, position: str) -> bytes:
         """Owe the client all that it missed, and return the welcome, with `since` also the answer to the resume."""
         hub, log = self._hub, self._hub.fanout.log
-        interval = number(hub.settings.notification_interval)
-        welcome = schemas.Welcome(client_id=client.client_id, server_time=timestamp(), notification_interval=interval)
+        welcome = schemas.Welcome(
+            client_id=client.client_id, server_time=timestamp(), notification_interval=self._notification_interval
+        )
         greeting = frame(encode(welcome))
         if since:
             entries, complete = log.replay(since, client.client_id, client.topics, hub.clock())
@@ -212,7 +215,7 @@ class Admission:
             client.connection.close(code, reason)
 
     def left(self, client: Client) -> None:
-        """Take out a client whose connection has ended."""
+        """Take out a client after the end of its connection."""
         self.leave(client)
         self._closing.discard(client)
         if not self._closing:

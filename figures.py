@@ -1,7 +1,7 @@
-"""What the server says about itself: the bodies of /health, /metrics, /status and /metrics/prometheus.
+"""The bodies of /health, /metrics, /status and /metrics/prometheus.
 
-Reads the figures of all processes and changes nothing. Each answer is made from one census, so its figures fit
-together.
+Reads the figures of all processes and changes nothing, but for starting the Hub if nothing else has yet. Each body is
+made from one census, so its figures fit together.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ async def health(hub: Hub) -> Health:
     await hub.start()
     census = await hub.census.take()
     status, message = "healthy", "WebSocket Notification Server is running"
-    if not hub.is_ready():
+    if not hub.is_ready:
         status, message = "shutting_down", "WebSocket Notification Server is shutting down"
     elif hub.store.failure is not None:
         status, message = "unhealthy", hub.store.failure
@@ -60,7 +60,7 @@ async def metrics(hub: Hub) -> Metrics:
             uptime_seconds=hub.census.uptime(),
         ),
         notification_service=MetricsService(
-            is_running=hub.is_ready(),
+            is_running=hub.is_ready,
             notification_interval=number(hub.settings.notification_interval),
             start_time=timestamp(hub.census.started_at),
         ),
@@ -80,7 +80,7 @@ async def status(hub: Hub, limit: int) -> Status:
     settings = hub.settings
     return Status(
         server=StatusServer(
-            status="running" if hub.is_ready() else "shutting_down",
+            status="running" if hub.is_ready else "shutting_down",
             uptime_seconds=hub.census.uptime(),
             start_time=timestamp(hub.census.started_at),
             current_time=timestamp(),
@@ -92,12 +92,12 @@ async def status(hub: Hub, limit: int) -> Status:
             details=details,
         ),
         notification_service=StatusService(
-            is_running=hub.is_ready(),
+            is_running=hub.is_ready,
             notifications_sent=census.notifications_sent,
             notification_interval=number(settings.notification_interval),
         ),
         shutdown=StatusShutdown(
-            shutdown_requested=not hub.is_ready(), shutdown_timeout=number(settings.shutdown_timeout)
+            shutdown_requested=not hub.is_ready, shutdown_timeout=number(settings.shutdown_timeout)
         ),
         configuration=StatusConfiguration(
             host=settings.host,

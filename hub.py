@@ -86,6 +86,8 @@ class Hub:
         self.clock = clock
         self.renew = renew
         self.state = HubState.STARTING
+        # Whether clients and notifications are taken.
+        self.is_ready = False
         self.clients = Clients()
         self.fanout = FanOut(self)
         self.census = CensusTaker(self)
@@ -195,14 +197,11 @@ class Hub:
         assert state in _NEXT_STATES[self.state], f"{self.state} to {state}"
         logger.debug("The hub was %s and is %s", self.state.value, state.value)
         self.state = state
-
-    def is_ready(self) -> bool:
-        """Whether clients and notifications are taken."""
-        return self.state in (HubState.STARTING, HubState.READY)
+        self.is_ready = state is HubState.READY
 
     def check_ready(self) -> None:
-        """Raise ShuttingDown unless clients and notifications are taken."""
-        if self.state is HubState.DRAINING or self.state is HubState.STOPPED:
+        """Raise ShuttingDown while the Hub drains."""
+        if self.state is HubState.DRAINING:
             raise ShuttingDown
 
     # --- clients
