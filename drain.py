@@ -61,8 +61,8 @@ class Drain:
     async def _announce(self, host: str) -> None:
         """Put the system notification and the shutdown message at the end of the log.
 
-        In the store's log the notification is addressed to no client: it only gives the position to resume from, which
-        is the same for all processes of the host.
+        In the store's log the notification is addressed to no client: it only gives the position to resume from, the
+        same one for all processes of the host.
         """
         log, now = self._hub.fanout.log, timestamp()
         rest = schemas.compose("system", schemas.SystemData(system_time=now), sender="system")

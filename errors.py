@@ -1,8 +1,8 @@
-"""What can go wrong, as one small tree.
+"""The errors, as one small tree.
 
-Each class knows how it is told: the HTTP status and category of the documented error body, and the close code
-of a WebSocket. Errors are raised where they are known and mapped once, in routes.py. The message is for the
-other side: it names the field and the limit, and never holds a secret or a traceback.
+Each class knows the HTTP status and category of the documented error body, and the close code of a WebSocket. An error
+is raised where it is found, and mapped to an answer once, in answers.py. The message is for the other side: it names
+the field and the limit, and never holds a secret or a traceback.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import ClassVar
 
 
 class NotifydError(Exception):
-    """The root: an unexpected failure of ours."""
+    """The root of the tree; raised as itself, an unexpected failure of the server."""
 
     status: ClassVar[int] = 500
     category: ClassVar[str] = "system"
@@ -24,7 +24,7 @@ class NotifydError(Exception):
 
 
 class InvalidRequest(NotifydError):
-    """The request or parameter is not what the reference allows."""
+    """A request, message or parameter does not have the documented form."""
 
     status = 400
     category = "validation"
@@ -32,32 +32,42 @@ class InvalidRequest(NotifydError):
 
 
 class MethodNotAllowed(InvalidRequest):
+    """The path has no such method."""
+
     status = 405
 
 
 class TooLarge(InvalidRequest):
+    """A body, message or notification is over its size limit."""
+
     status = 413
     close_code = 1009
 
 
 class UnsupportedMediaType(InvalidRequest):
+    """The body has a content type that is not read."""
+
     status = 415
 
 
 class NotFound(NotifydError):
+    """The path has no route."""
+
     status = 404
     category = "application"
     close_code = 1008
 
 
 class Forbidden(NotifydError):
+    """The key or token does not have the right."""
+
     status = 403
     category = "application"
     close_code = 1008
 
 
 class Unauthorized(NotifydError):
-    """Nobody knows who this is (RFC 6750, section 3)."""
+    """No credentials, or invalid ones (RFC 6750, section 3)."""
 
     status = 401
     category = "application"
@@ -71,20 +81,20 @@ class Unauthorized(NotifydError):
 
 
 class KeysUnavailable(NotifydError):
-    """The keys with which tokens are checked cannot be fetched."""
+    """The keys that verify tokens cannot be fetched."""
 
     status = 503
     close_code = 1013
 
 
 class KeyReused(InvalidRequest):
-    """An Idempotency-Key that was used for another request."""
+    """The Idempotency-Key came with another request before."""
 
     status = 422
 
 
 class DuplicateClient(NotifydError):
-    """The client_id is taken by a client that is alive."""
+    """A live client has the client_id."""
 
     status = 409
     category = "application"
@@ -92,26 +102,28 @@ class DuplicateClient(NotifydError):
 
 
 class UpgradeRequired(NotifydError):
+    """A plain request for a path that only takes WebSockets."""
+
     status = 426
     category = "connection"
 
 
 class ConnectionRefused(NotifydError):
-    """A client is not admitted."""
+    """A newcomer is not admitted."""
 
     status = 503
     close_code = 1008
 
 
 class TooManyConnections(ConnectionRefused):
-    """An address has as many clients as one may have."""
+    """The address has max_connections_per_ip clients."""
 
     status = 429
     category = "application"
 
 
 class RateExceeded(NotifydError):
-    """An address sends requests faster than its bucket is refilled."""
+    """The address sends requests faster than its bucket is refilled."""
 
     status = 429
     category = "application"
@@ -119,6 +131,8 @@ class RateExceeded(NotifydError):
 
 
 class ShuttingDown(NotifydError):
+    """The Hub drains or has stopped: it takes no clients and no notifications."""
+
     status = 503
     close_code = 1001
 
@@ -127,7 +141,7 @@ class ShuttingDown(NotifydError):
 
 
 class StoreUnavailable(NotifydError):
-    """The store is away; what was asked of it may still happen."""
+    """The store is away; the operation may still take effect."""
 
     status = 503
     close_code = 1013

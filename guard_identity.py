@@ -1,8 +1,9 @@
-"""Who somebody is and what they may, as plain values, whoever has found it out.
+"""The rights of a key or token, and the clients that expire with it.
 
-Knows no HTTP, no token and no key. Without authentication nobody has an Identity, and everybody may do everything.
+An Identity is a plain value, however it was found; knows no HTTP, no token and no key. Without authentication there are
+no identities, and everything is allowed.
 
-1. What is not said to be allowed is refused.
+1. Deny by default.
 2. A refused renewal changes nothing.
 """
 
@@ -22,22 +23,22 @@ if TYPE_CHECKING:
     from clients import Client
     from hub import Hub
 
-# How often the clients are looked through for those whose time is over.
+# How often expired clients are looked for.
 SWEEP_SECONDS = 1.0
 
-# Names of topics; those with a trailing * stand for all that begin so.
+# Names of topics; a trailing * makes a name a prefix.
 Patterns = tuple[str, ...]
 ALL: Patterns = ("*",)
 
 
 class Identity(Struct, frozen=True, kw_only=True):
-    """What one key or token stands for; not `known`: what everybody may who shows neither."""
+    """The rights of a key or token; with `known` False, of requests without credentials."""
 
     known: bool = True
-    # The client_id that it has as a client: empty for one that the server makes up, None for any.
+    # The client_id of its client; empty: the server makes an id; None: any.
     client_id: str | None = ""
     topics: Patterns = ()
-    # Whether it may publish everything; else only notifications that are for such topics alone.
+    # Whether it may publish everything. If not, only notifications that name nothing but such topics.
     publishes: bool = False
     publish_topics: Patterns = ()
     admin: bool = False
@@ -45,12 +46,12 @@ class Identity(Struct, frozen=True, kw_only=True):
     expires_at: float | None = None
 
     def check_admin(self) -> None:
-        """Raise Forbidden, or Unauthorized, unless it may see what concerns everybody."""
+        """Raise Forbidden, or Unauthorized, unless it may read the figures and the history."""
         if not self.admin:
             raise self._refusal("Not allowed: this needs admin")
 
     def check_publisher(self) -> None:
-        """Raise Forbidden, or Unauthorized, unless there is something that it may publish."""
+        """Raise Forbidden, or Unauthorized, unless it may publish anything."""
         if not self.publishes and not self.publish_topics:
             raise self._refusal("Not allowed: to publish")
 
@@ -66,7 +67,7 @@ class Identity(Struct, frozen=True, kw_only=True):
                     raise Forbidden(f"Not allowed: to publish to topic {topic[:64]}")
 
     def own_client_id(self, client_id: str | None) -> str | None:
-        """Return the client_id of its client, empty or None for one that is to be made up. Raises Forbidden."""
+        """Return the client_id of its client; empty or None: make an id. Raises Forbidden for another's."""
         if self.client_id is None:
             return client_id
         if client_id and client_id != self.client_id:

@@ -1,10 +1,10 @@
-"""The heartbeat: who is alive, and who has been silent for too long.
+"""The heartbeat: pings, and the end of clients that have been silent for too long.
 
-Owns pings, and what silence means. Anything heard from a client proves it alive, a protocol pong too; so does a
-transport that has drained.
+Anything heard from a client proves it alive, also a protocol pong or a transport that has drained.
 
-1. One sweep for all clients, spread over the interval; no timer of a client's own.
-2. Only a client that could have been heard is closed for its silence, and only time in which this process ran counts.
+1. One sweep serves all clients, spread over the interval; no client has a timer of its own.
+2. A client is closed for its silence only if it could have been heard. Time in which this process did not run does not
+   count as silence.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("notifyd")
 
-# How long a client whose client_id is claimed by a newcomer has to prove that it is alive.
+# A client has this long to prove itself alive after a newcomer has asked for its client_id.
 PROBE_SECONDS = 2.0
-PROBE_TURN_SECONDS = 0.02
-# Newcomers that wait for the result of a probe, at most.
+PROBE_STEP_SECONDS = 0.02
+# At most this many newcomers wait for the result of a probe.
 MAX_WAITING = 1000
-# A large crowd is pinged in portions of this many.
+# Clients are pinged in portions of this size, between which other tasks run.
 SLICE_CLIENTS = 250
 
 
@@ -48,9 +48,9 @@ class Heartbeat:
         self._waiting = 0
 
     async def run(self) -> None:
-        """Ping every client once an interval. Each has a phase, so that a newcomer waits no longer for its first.
+        """Ping every client once an interval, at its phase, so that a newcomer waits at most an interval too.
 
-        What is late is made up for at once: pauses of this process must not add up to a longer interval.
+        A late phase follows at once: pauses of this process must not add up to a longer interval.
         """
         step = self._interval / HEARTBEAT_PHASES
         due = self._clock()
@@ -59,7 +59,7 @@ class Heartbeat:
             wakes_at = max(due, self._clock())
             await asyncio.sleep(wakes_at - self._clock())
             self._notice_pause(self._clock() - wakes_at)
-            # Everyone is pinged once, not once for each interval that nothing ran.
+            # After a pause of several intervals, ping each client once and not several times.
             due = max(due, self._clock() - self._interval)
             self._close_all_silent()
             ping = _ping_message()
@@ -69,9 +69,9 @@ class Heartbeat:
                     await asyncio.sleep(0)
 
     def _notice_pause(self, overslept: float) -> None:
-        """Give everyone the whole time again after this process has not run for a while: nobody could be heard.
+        """After a pause of this process, in which no client could be heard, give all clients the full timeout again.
 
-        A live client is heard at least every half of the timeout, so a pause of less than a quarter harms nobody.
+        A live client is heard at least every half of the timeout, so a pause of less than a quarter is harmless.
         """
         if overslept > self._timeout / 4:
             logger.warning("The process has not run for %.1f s", overslept)
@@ -87,9 +87,9 @@ class Heartbeat:
                 self._hub.admission.dismiss(client, INTERNAL_ERROR, "Ping timeout")
 
     async def is_alive(self, client: Client) -> bool:
-        """Ask the client now whether it is alive; all who want to know about one client at a time ask once.
+        """Return whether a client answers a probe now; concurrent callers share the probe.
 
-        Raises DuplicateClient where too many are waiting to know.
+        Raises DuplicateClient if too many callers are waiting.
         """
         if self._waiting >= MAX_WAITING:
             raise DuplicateClient(f"Client {client.client_id} is already connected")
@@ -103,20 +103,20 @@ class Heartbeat:
             self._waiting -= 1
 
     async def _probe(self, client: Client) -> bool:
-        """Ping the client and wait for anything from it; where it could not be heard, take it for alive."""
+        """Ping the client and wait for any sign of life. A client that could not be heard counts as alive."""
         asked_at = self._clock()
-        # Turns and not the clock: while this process does not run, nobody can be heard.
-        for turn in range(int(PROBE_SECONDS / PROBE_TURN_SECONDS)):
+        # Steps and not the clock: while this process does not run, no client can be heard.
+        for step in range(int(PROBE_SECONDS / PROBE_STEP_SECONDS)):
             if client not in self._clients:
                 return False
             if client.heard_at > asked_at or not client.can_prove_life():
                 return True
-            if client.connection.hears_pongs and turn % 25 == 0:
-                # More than once: where the handshake of a client has not been written yet, a ping is lost.
+            if client.connection.hears_pongs and step % 25 == 0:
+                # More than once: a ping is lost while the client's handshake has not been written yet.
                 client.connection.ping()
-            elif turn == 0:
+            elif step == 0:
                 _ping(client, _ping_message())
-            await asyncio.sleep(PROBE_TURN_SECONDS)
+            await asyncio.sleep(PROBE_STEP_SECONDS)
         return client in self._clients and client.heard_at > asked_at
 
 
@@ -125,7 +125,7 @@ def _ping_message() -> bytes:
 
 
 def _ping(client: Client, ping: bytes) -> None:
-    # One that cannot be written to has enough to read, and would see no ping before that.
+    # A client that is not writable has unread data; it would see the ping only after that.
     if client.connection.writable:
         client.connection.write(ping)
         client.connection.ping()
