@@ -1,0 +1,85 @@
+"""The house stands as docs/design.md draws it: the imports between modules, the size of each, and where tests meet."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+import pytest
+from processes import ROOT
+
+MODULES = {path.stem: ast.parse(path.read_text()) for path in sorted(ROOT.glob("*.py"))}
+TESTS = {path.stem: ast.parse(path.read_text()) for path in sorted((ROOT / "tests").glob("*.py"))}
+
+# A module imports only modules that stand further down.
+ORDER = (
+    *("notifyd", "server", "server_workers"),
+    *("wire_http", "wire", "wire_session", "wire_handshake", "wire_frames"),
+    *("routes", "guard", "guard_auth", "guard_tokens", "answers", "figures"),
+    *("hub", "admission", "drain", "conversation", "heartbeat", "fanout", "census"),
+    *("store_sqlite", "store_sqlite_transaction", "store_sqlite_file", "store_redis", "store"),
+    *("guard_identity", "clients", "connection", "slices", "log", "schemas", "errors", "settings"),
+)
+# make_store() imports the store that the settings name.
+UPWARD = {("store", "store_sqlite"), ("store", "store_redis")}
+PREFIXES = ("guard", "server", "store", "wire")
+# The seam to the stores, and the value that says whose client it is. notifyd.py puts the house together.
+KNOWN_TO_THE_CORE = {"store", "guard_identity"}
+
+MOST_LINES, FEWEST_LINES = 500, 100
+# Why a module is larger, or has a single reader and is smaller.
+REASONS = {
+    "schemas": "Every message of the protocol in one place.",
+    "store_redis": "One connection, one script and one tail: their states are one.",
+}
+
+
+def imports(tree: ast.AST, *, for_types: bool = False) -> Iterator[str]:
+    """Return the names of the modules that a module imports, also inside its functions."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif for_types or not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield from imports(node, for_types=for_types)
+
+
+def lines(name: str) -> int:
+    return len((ROOT / f"{name}.py").read_text().splitlines())
+
+
+def test_every_module_has_a_place() -> None:
+    """A module that is added or renamed takes its place in the order."""
+    assert sorted(ORDER) == sorted(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name: str) -> None:
+    """So no two modules import each other, and each can be read with those below it alone."""
+    known = set(imports(MODULES[name])) & set(MODULES)
+    above = set(ORDER[: ORDER.index(name)])
+    assert {(name, other) for other in known & above} <= UPWARD
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith(PREFIXES) and name != "notifyd"])
+def test_the_core_imports_only_the_core(name: str) -> None:
+    """It knows no guard, no server, no wire and no particular store, only two seams to them."""
+    outside = {other for other in imports(MODULES[name]) if other in MODULES and other.startswith(PREFIXES)}
+    assert outside <= KNOWN_TO_THE_CORE
+
+
+def test_a_module_of_an_odd_size_has_a_reason() -> None:
+    """A large one hides a concept, and a small one with a single reader is a page of that reader's."""
+    readers = {
+        name: [other for other in MODULES if name in imports(MODULES[other], for_types=True)] for name in MODULES
+    }
+    large = {name for name in MODULES if lines(name) > MOST_LINES}
+    small = {name for name in MODULES if lines(name) < FEWEST_LINES and len(readers[name]) == 1}
+    assert large | small <= set(REASONS) <= set(MODULES)
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_no_module_imports_a_test_module(name: str) -> None:
+    """What several test modules need stands in a module without tests."""
+    assert not [other for other in imports(TESTS[name]) if other.startswith("test_")]
