@@ -49,7 +49,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def signed() -> Iterator[Server]:
-    """A server with tokens and a key, which logs all that it can."""
+    """A server with tokens and a key, logging at DEBUG."""
     server = Server.notifyd(
         *("--api-key", f"ci:{KEY}", "--debug", *QUIET),
         variables={"NOTIFYD_JWT_SECRET": SECRET},
@@ -66,7 +66,7 @@ def listener(server: Server, **claims: Any) -> Client:
 
 
 def refusal(server: Server, shown: str, **query: str) -> Any:
-    """The reason for which a client with this token is closed."""
+    """The reason with which a client with this token is closed."""
     parameters = "&".join(f"{name}={value}" for name, value in query.items())
     code, reason = server.connect(query=parameters, additional_headers=bearer(shown)).closed()
     assert code == 1008
@@ -78,7 +78,7 @@ def refusal(server: Server, shown: str, **query: str) -> Any:
 
 @pytest.mark.parametrize("path", ADMIN_PATHS)
 def test_a_key_is_needed_to_look_in(keyed: Server, path: str) -> None:
-    """Without one: 401, and which scheme to use."""
+    """Without a key the answer is 401 and names the scheme to use."""
     refused = keyed.get(path)
     assert (refused.status_code, parse(refused.content)) == (401, http_error("application", NEEDED))
     assert refused.headers["www-authenticate"] == 'Bearer realm="notifyd"'
@@ -100,7 +100,7 @@ def test_a_key_is_needed_to_publish(keyed: Server, path: str, body: object, head
 @pytest.mark.parametrize("shown", [KEY[:-1], KEY + "x", KEY.upper(), "", "ci", f"ci:{KEY}", "é"])
 @pytest.mark.parametrize("path", ["/status", "/events"])
 def test_a_wrong_key_is_refused(keyed: Server, shown: str, path: str) -> None:
-    """Also where none is needed: who shows one should know that it is wrong."""
+    """A wrong key is refused on open routes too: its owner should notice."""
     refused = keyed.get(path, headers={"X-API-Key": shown.encode()})
     assert (refused.status_code, parse(refused.content)) == (401, http_error("application", INVALID))
     assert 'error="invalid_token"' in refused.headers["www-authenticate"]
@@ -115,7 +115,7 @@ def test_with_keys_alone_everybody_may_listen(keyed: Server) -> None:
 
 @pytest.mark.parametrize("server_name", ["keyed", "signed"])
 def test_health_is_always_open(request: pytest.FixtureRequest, server_name: str) -> None:
-    """Whatever is shown; so are the methods of a path, and what is nowhere."""
+    """/health answers with any credentials; so do OPTIONS and unknown paths."""
     server: Server = request.getfixturevalue(server_name)
     for path in HEALTH_PATHS:
         assert server.get(path).status_code == server.get(path, headers=bearer("wrong")).status_code == 200
@@ -136,7 +136,7 @@ def test_who_is_not_known_sends_no_body(keyed: Server) -> None:
 
 
 def test_without_authentication_nothing_has_changed(server: Server) -> None:
-    """What looks like credentials is as little read as before."""
+    """Without authentication, credentials in a request are ignored as before."""
     assert server.get("/status", headers=bearer("wrong")).status_code == 200
     client = server.connect(query="token=wrong", subprotocols=["bearer", "wrong"])
     assert client.connection.subprotocol is None
@@ -173,7 +173,7 @@ def test_a_client_shows_a_token_or_a_key(signed: Server, way: str, shown: str) -
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_refused_client_is_accepted_and_closed(signed: Server, way: str) -> None:
-    """With the subprotocol, without which a browser would see no reason."""
+    """The answer has the subprotocol; without it a browser would hide the reason."""
     client = signed.connect(**WAYS[way]("wrong"))
     assert client.connection.subprotocol == ("bearer" if way.startswith("subprotocol") else None)
     assert client.closed() == (1008, INVALID)
@@ -234,7 +234,7 @@ def test_without_a_subject_nobody_can_be_impersonated(signed: Server) -> None:
 
 
 def test_topics_are_those_of_the_token(signed: Server) -> None:
-    """By name, or by how they begin; whatever is refused changes nothing."""
+    """Topics are allowed by name or by prefix; a refused one changes nothing."""
     client = listener(signed, sub="alice", topics=["builds", "team.*"])
     assert client.ask({"type": "subscribe", "topics": ["team.a", "builds"]})["topics"] == ["builds", "team.a"]
     for topic in ("builds2", "build", "team", "*"):
@@ -301,7 +301,7 @@ def test_who_may_publish_by_topic_reaches_nobody_else(signed: Server) -> None:
 
 @pytest.mark.parametrize("path", ADMIN_PATHS)
 def test_only_an_admin_may_look_in(signed: Server, path: str) -> None:
-    """What others were sent is nobody else's business."""
+    """Notifications for others, and figures, need the right `admin`."""
     assert signed.get(path, headers=bearer(token(sub="alice", topics=["*"], publish=True))).status_code == 403
     assert signed.get(path, headers=bearer(token(admin=True))).status_code == 200
     assert signed.get(path, headers=bearer(KEY)).status_code == 200
@@ -442,7 +442,7 @@ BAD = {
 
 @pytest.mark.parametrize("bad", BAD)
 def test_what_is_no_token_is_refused(signed: Server, bad: str) -> None:
-    """With the same words, whatever is wrong, over HTTP and on a WebSocket."""
+    """Every invalid token gets the same words, over HTTP and on a WebSocket."""
     refused = signed.get("/status", headers=bearer(BAD[bad]))
     assert (refused.status_code, parse(refused.content)) == (401, http_error("application", INVALID))
     assert refusal(signed, BAD[bad]) == INVALID
@@ -495,7 +495,7 @@ HOSTS = {
 
 @pytest.fixture(scope="module", params=HOSTS)
 def guarded(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """A host whose own backend says who is who."""
+    """A host with an authentication backend of its own."""
     command, flags = HOSTS[request.param]
     server = host(command, "guarded", *flags, prefix="/notifications")
     yield server
@@ -515,7 +515,7 @@ def test_a_host_says_who_is_who(guarded: Server) -> None:
 
 
 def test_a_host_refuses_in_the_documented_way(guarded: Server) -> None:
-    """Whatever its backend says of a token, or of nobody."""
+    """A host's refusals have the documented form, with and without a token."""
     assert guarded.connect().closed() == (1008, NEEDED)
     assert guarded.connect(additional_headers=bearer("mallory")).closed() == (1008, INVALID)
     refused = guarded.get("/status", headers=bearer("mallory"))
@@ -596,7 +596,7 @@ def test_a_mistake_in_a_variable_is_not_shown_either(variable: str) -> None:
 
 
 def test_help_shows_no_secret() -> None:
-    """Nor does what is printed of Settings."""
+    """Neither --help nor the repr of Settings shows a secret."""
     variables = {"NOTIFYD_API_KEY": "ci:hush", "NOTIFYD_JWT_SECRET": "hush" * 8}
     ended = call("--help", variables=variables)
     assert (ended.status, "--api-key" in ended.stdout, "hush" in str(ended)) == (0, True, False)

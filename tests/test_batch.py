@@ -36,7 +36,7 @@ def refusal(server: Server, body: object) -> tuple[int, Any]:
 
 
 def invalid(*words: str) -> tuple[int, Any]:
-    """A 400 whose message has these words in it."""
+    """A 400 with these words in its message."""
     return 400, http_error("validation", naming(*words))
 
 
@@ -175,7 +175,7 @@ def test_a_bad_one_is_named_by_its_place_and_none_is_sent(server: Server, bad: o
 
 
 def test_one_that_is_too_large_is_named_by_its_place_and_none_is_sent(server: Server) -> None:
-    """What /notify would refuse for its size is refused here."""
+    """A notification too large for /notify is too large in a batch."""
     client = server.join()
     status, body = refusal(server, [{"message": "good"}, {"message": "big", "data": {"pad": "x" * 200_000}}])
     assert (status, body) == (413, http_error("validation", naming("[1]")))

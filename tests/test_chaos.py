@@ -338,7 +338,7 @@ class Storm:
         assert response.status_code == 200, response.text
 
     def notification(self, number: int) -> dict[str, Any]:
-        """Draw whom this one is for: everyone, one or two topics, or up to three clients."""
+        """Draw an audience: everyone, one or two topics, or up to three clients."""
         drawn = self.chance.random()
         if drawn < 0.03:
             return self.broadcast(number)
@@ -394,6 +394,6 @@ def test_with_history_enough_everyone_ends_with_exactly_its_own(start_server: St
 
 
 def test_with_too_little_history_everyone_is_whole_or_was_told(start_server: StartServer) -> None:
-    """Whoever was away for longer than the history reaches has exactly its own before and after the gap."""
+    """A client that was away for longer than the history misses nothing before and after the gap."""
     clients = storm(start_server("--history-size", "1000")).clients
     assert {client.verdict() for client in clients} == {"whole", "told"}

@@ -42,19 +42,19 @@ def seconds(text: str) -> float:
 
 @pytest.mark.parametrize("path", sorted(DEPLOY.iterdir()), ids=lambda path: path.name)
 def test_every_variable_is_a_settings_own(path: Path) -> None:
-    """Also in comments, which are there to be used."""
+    """Variables in comments count too: people uncomment them."""
     known = {f"NOTIFYD_{name.upper()}" for name in Settings.__struct_fields__}
     assert set(re.findall(r"NOTIFYD_[A-Z_]*[A-Z]", path.read_text())) <= known
 
 
 def image_variables() -> dict[str, str]:
-    """Return what the image sets."""
+    """Return the variables that the image sets."""
     [block] = re.findall(r"^ENV ((?:.*\\\n)*.*)$", DOCKERFILE, re.MULTILINE)
     return dict(word.split("=", 1) for word in shlex.split(block.replace("\\\n", " ")))
 
 
 def node_variables() -> dict[str, str]:
-    """Return what a node of the compose file is started with."""
+    """Return the variables of a node in the compose file."""
     variables = [COMPOSE["services"][node]["environment"] for node in NODES]
     assert variables[0] == variables[1]
     return image_variables() | variables[0]
@@ -165,7 +165,7 @@ def stop_signal() -> signal.Signals:
 
 
 def test_two_nodes_on_the_redis_of_the_compose_file_are_one_server(image: Path) -> None:
-    """What is published on one reaches the clients of the other; Redis is told to keep it."""
+    """A notification published on one node reaches clients of the other; Redis is told to keep its data."""
     service = COMPOSE["services"]["redis"]
     store = RedisServer(flags=tuple(service["command"][1:]))
     nodes = []
@@ -237,7 +237,7 @@ def test_systemd_finds_the_unit_hardened(unit: Path) -> None:
     ["DynamicUser=yes", "NoNewPrivileges=yes", "ProtectSystem=strict", "KillMode=mixed", "StateDirectory=notifyd"],
 )
 def test_the_unit_keeps(line: str) -> None:
-    """What the drain and the users of the machine rely on."""
+    """The unit keeps the lines that the drain and the machine's users rely on."""
     assert line in UNIT.splitlines()
 
 

@@ -74,7 +74,7 @@ FOREIGN_NAMES = {"PYTHONPATH", "EventSource", "TestClient", "websocket_connect",
 
 
 def all_found(pattern: str) -> list[Any]:
-    """Return what is found in any page, as parameters of a test."""
+    """Return the matches in all pages, as parameters of a test."""
     return [
         pytest.param(found, id=f"{page}-{number}")
         for page, text in PAGES.items()
@@ -90,7 +90,7 @@ def rows(page: str, *header: str) -> list[list[str]]:
 
 
 def spans(text: str) -> list[str]:
-    """Return what is written as code."""
+    """Return the texts in code style."""
     return re.findall(r"`([^`\n]+)`", text)
 
 
@@ -166,7 +166,7 @@ def longest(struct: Any, name: str) -> int:
 
 
 def test_limits_are_the_codes_own() -> None:
-    """What is not a setting has the value that the code has."""
+    """Limits that are not settings have the values of the code."""
     assert [int(row[1]) for row in rows(PROTOCOL, "What", "Value")] == [
         longest(schemas.NotifyRequest, "message"),
         longest(schemas.NotifyRequest, "type"),
@@ -288,7 +288,7 @@ MISTAKES = [(first_span(sent), first_span(answer)) for sent, answer in rows(PROT
 
 @pytest.mark.parametrize(("sent", "answer"), MISTAKES)
 def test_a_mistake_is_answered_as_documented(server: Server, sent: str, answer: str) -> None:
-    """What the table says is sent gets the error that it says."""
+    """Each mistake in the table gets the documented error."""
     assert server.join().ask(sent)["message"] == answer
 
 
@@ -389,7 +389,7 @@ def test_every_http_error_is_documented_and_no_other() -> None:
 
 
 def run(command: str, server: Server) -> str:
-    """Return what a shell command that ends by itself prints."""
+    """Return the output of a shell command that ends by itself."""
     ended = subprocess.run(
         at(server, command),
         shell=True,
@@ -473,7 +473,7 @@ def listening(command: str) -> Iterator[Callable[[str], bool]]:
 
 
 def test_every_make_target_exists() -> None:
-    """Whatever the pages say to make is in the Makefile."""
+    """Every `make` target in the pages is in the Makefile."""
     named = {target for page in PAGES.values() for target in re.findall(r"(?:^|`)make ([a-z-]+)", page, re.MULTILINE)}
     there = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert named <= there
@@ -544,7 +544,7 @@ def members(name: str) -> set[str]:
 
 
 def test_the_house_map_has_every_file_in_the_order_of_imports() -> None:
-    """Each module is there, and imports only what stands below it."""
+    """Each module is in the table, and imports only modules below it."""
     files = [first_span(row[0]) for row in rows(DESIGN, "File", "Owns")]
     assert sorted(files) == sorted(MODULES)
     upward = [

@@ -62,7 +62,7 @@ def test_a_draining_server_goes_on_answering(draining: tuple[Server, Client]) ->
 
 
 def test_newcomers_are_sent_away(draining: tuple[Server, Client]) -> None:
-    """Who comes during the drain is closed with 1001 and the documented reason."""
+    """A newcomer during the drain is closed with 1001 and the documented reason."""
     server, _ = draining
     assert server.connect().closed() == GONE
 
@@ -213,7 +213,7 @@ def test_a_timeout_of_0_closes_at_once_but_tells_first(start_server: StartServer
 
 @pytest.mark.parametrize("number", [SIGTERM, SIGINT])
 def test_a_second_signal_closes_everyone_now(draining: tuple[Server, Client], number: signal.Signals) -> None:
-    """An operator who doesn't want to wait signals again; the status is still 0."""
+    """A second signal ends the wait; the exit status is still 0."""
     server, client = draining
     server.signal(number)
     assert client.closed() == GONE
@@ -241,7 +241,7 @@ def test_impatience_does_no_harm(start_server: StartServer) -> None:
 
 
 def test_clients_that_do_not_read_do_not_hold_up_the_end(start_server: StartServer) -> None:
-    """A client with a full buffer, which can't even be sent the close, is aborted after a deadline."""
+    """A client with a full buffer cannot take its close frame, and is aborted after a deadline."""
     server = start_server("--shutdown-timeout", "0", "--history-size", "10000")
     server.join_bare(receive_buffer=4096)
     for _ in range(150):
@@ -336,7 +336,7 @@ def test_closes_are_paced(start_server: StartServer) -> None:
 
 
 def test_a_second_signal_is_not_paced(start_server: StartServer) -> None:
-    """Whoever is in a hurry isn't held up by --drain-rate."""
+    """The closes of a second signal ignore --drain-rate."""
     server = start_server("--drain-rate", "2")
     clients = [server.join() for _ in range(20)]
     server.drain()

@@ -81,7 +81,7 @@ def test_messages_are_answered(embedded: Server) -> None:
 
 
 def test_a_refusal_has_its_code_and_reason(embedded: Server) -> None:
-    """What a client that is a duplicate, or the fifth of four, sees doesn't depend on the server."""
+    """A duplicate, and a fifth of four clients, get the same close under every server."""
     for client_id in ("bob", None, None, None):
         embedded.join(client_id)
     duplicate, fifth = embedded.connect("bob"), embedded.connect()
@@ -133,7 +133,7 @@ def test_a_stalled_client_costs_the_others_nothing(embedded: Server) -> None:
 
 @pytest.fixture(scope="module")
 def starlette() -> Iterator[Server]:
-    """A Starlette host with two hubs in it, which runs the lifespan of neither."""
+    """A Starlette host with two hubs in it; it runs the lifespan of neither."""
     server = host(uvicorn, "in_starlette", prefix="/notifications")
     yield server
     server.kill()
@@ -168,7 +168,7 @@ def test_a_message_is_all_that_notify_needs(starlette: Server) -> None:
 
 
 def test_two_hubs_in_one_host_know_nothing_of_each_other(starlette: Server) -> None:
-    """What is published in one app does not reach the clients of another."""
+    """A notification published in one app does not reach the clients of another."""
     client = starlette.join()
     elsewhere = starlette.request(
         "POST", starlette.url.replace("/notifications", "/other/hub/notify"), json={"message": "elsewhere"}
@@ -210,7 +210,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def client_of(app: Any) -> Any:
-    """A TestClient, whose warning about the HTTP library that it uses is not about notifyd."""
+    """A TestClient without its warning about an HTTP library, which is not about notifyd."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Using `httpx` with")
         from starlette.testclient import TestClient
@@ -250,11 +250,11 @@ def test_a_test_client_without_a_context_is_served(in_process: Any) -> None:
 
 
 class TooBig(Exception):
-    """What a host's own middleware raises."""
+    """An exception of a host's own middleware."""
 
 
 async def limits_bodies(scope: Any, receive: Any, send: Any) -> None:
-    """A host whose middleware lets no body through, and answers in its own way."""
+    """A host with a middleware that refuses every body, and answers in its own way."""
 
     async def refuse() -> Any:
         raise TooBig

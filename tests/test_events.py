@@ -22,7 +22,7 @@ def texts(events: list[Event]) -> list[str]:
 
 
 def refusal(server: Server, query: str = "", **headers: str) -> tuple[int, Any]:
-    """The status and parsed body of the answer to who is not let in."""
+    """The status and the parsed body of a refusal."""
     response = server.get(f"/events?{query}", headers=headers)
     return response.status_code, parse(response.content)
 
@@ -238,7 +238,7 @@ def test_a_draining_server_refuses_streams(start_server: StartServer) -> None:
 
 
 def test_a_stream_that_is_not_read_is_a_slow_consumer(start_server: StartServer) -> None:
-    """It is closed, costs the others nothing, and can resume from what it has read."""
+    """The stream is closed, does not delay the others, and can resume from the last event it read."""
     server = start_server("--history-size", "20")
     slow, reader = join(server), server.join()
     count = 0
@@ -312,7 +312,7 @@ def test_a_websocket_refuses_a_stream(server: Server) -> None:
 
 
 def test_a_dead_websocket_gives_way_to_a_stream(server: Server) -> None:
-    """What does not answer the probe is dropped, as for a newcomer of the other kind."""
+    """A WebSocket that does not answer the probe is dropped, as for a WebSocket newcomer."""
     server.join_bare("ann")
     join(server, "client_id=ann")
     assert server.active() == 1

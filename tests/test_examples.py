@@ -155,7 +155,7 @@ class Page:
         return answer
 
     def evaluate(self, expression: str) -> Any:
-        """Return what a JavaScript expression gives in the page, None where it throws."""
+        """Return the value of a JavaScript expression in the page, None if it throws."""
         result = self._call("Runtime.evaluate", expression=expression, returnByValue=True).get("result", {})
         return result.get("result", {}).get("value")
 
@@ -183,7 +183,7 @@ class Site(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[str]:
-    """The origin at which index.html is served."""
+    """The origin that serves index.html."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Site, directory=str(EXAMPLES))) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -456,7 +456,7 @@ FAKES = """
 
 @pytest.fixture(scope="module")
 def run_node(node: list[str]) -> RunNode:
-    """Run statements with client.js in scope; return what the last line, an expression, gives."""
+    """Run statements with client.js in scope; return the value of the last line, an expression."""
 
     def run(script: str) -> Any:
         *statements, result = script.strip().splitlines()
@@ -594,7 +594,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture
 def publisher(waits: list[float]) -> Iterator[Publisher]:
-    """A publisher and the server whose replies it gets."""
+    """A publisher, and the server with its scripted replies."""
     servers: list[ScriptedHttp] = []
 
     def start(*replies: Reply, **options: Any) -> tuple[Any, ScriptedHttp]:

@@ -49,7 +49,7 @@ HISTORY = ("--history-size", "100000")
 
 
 class Listener:
-    """A client that comes back with the position where it stopped, and writes down what it gets."""
+    """A client that reconnects from its last position, and records every notification."""
 
     def __init__(self, name: str, fail: Callable[[str], None]) -> None:
         self.name = name
@@ -243,7 +243,7 @@ class Traffic:
             self._has_kept_everything(server)
 
     def _has_kept_everything(self, server: Server) -> None:
-        """Resume from before the first, and receive what the listeners received."""
+        """Resume from before the first, and receive everything that the listeners received."""
         first = self.listeners[0]
         client = server.join(query=f"since={first.start}")
         resume = client.receive()["data"]
@@ -335,7 +335,7 @@ def test_the_parent_is_killed_and_started_again(start_server: StartServer, path:
 
 @on_redis
 def test_redis_is_killed_and_started_again(two: list[Server], redis: RedisServer) -> None:
-    """With its file: what it acknowledged is there."""
+    """Redis keeps acknowledged notifications in its file."""
     with Traffic(*two) as traffic:
         redis.kill()
         traffic.says_unhealthy()
@@ -381,7 +381,7 @@ def test_redis_stops_for_10_s(two: list[Server], redis: RedisServer) -> None:
 
 @on_redis
 def test_redis_is_emptied(two: list[Server], redis: RedisServer) -> None:
-    """The servers fill it again with what they have."""
+    """The servers put back the notifications that they have."""
     with Traffic(*two) as traffic:
         redis.empty()
         traffic.says_unhealthy()
@@ -401,7 +401,7 @@ def test_redis_refuses_to_write(two: list[Server], redis: RedisServer, refuse: C
 
 @on_redis
 def test_redis_hangs_up_again_and_again(two: list[Server], redis: RedisServer) -> None:
-    """In the middle of whatever is under way."""
+    """The connections to Redis are cut at any moment of an operation."""
     with Traffic(*two) as traffic:
         for _ in range(10):
             redis.command("CLIENT", "KILL", "TYPE", "normal")
@@ -447,7 +447,7 @@ def no_longer_files(servers: list[Server], _: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(_: list[Server], path: Path) -> Iterator[None]:
-    """Hold SQLite's own lock, as somebody does who looks into the file by hand."""
+    """Hold SQLite's own lock, like a person with the file open in a shell."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         yield

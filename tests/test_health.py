@@ -21,7 +21,7 @@ def test_the_answer_has_the_documented_fields_in_their_order(server: Server) -> 
 
 
 def test_the_answer_is_json(server: Server) -> None:
-    """The body says what it is."""
+    """The content type of the answer is JSON."""
     assert server.get("/health").headers["content-type"] == "application/json"
 
 
@@ -39,7 +39,7 @@ def test_active_counts_the_clients_that_are_connected(server: Server) -> None:
 
 
 def test_active_goes_down_when_a_client_leaves(server: Server) -> None:
-    """Whoever closes is not counted any more."""
+    """A client that has closed is not counted any more."""
     server.join()
     server.join().leave()
     eventually(lambda: server.active() == 1)

@@ -51,14 +51,14 @@ def test_pings_come_once_in_an_interval(pinging: Server) -> None:
 
 
 def test_a_protocol_ping_comes_along(pinging: Server) -> None:
-    """Clients whose library answers pings need do nothing."""
+    """A client whose library answers ping frames stays connected without code of its own."""
     client = pinging.join_bare()
     assert client.next_frame(Opcode.PING)
     assert client.receive() == PING
 
 
 def test_silence_closes_with_1011(pinging: Server) -> None:
-    """Who answers neither kind of ping for as long as the setting says is closed with the documented reason."""
+    """A client that answers neither kind of ping for ping_timeout is closed with the documented reason."""
     client, began = pinging.join_bare(), time.monotonic()
     assert client.closed() == (1011, "Ping timeout")
     assert 0.9 < time.monotonic() - began < 2.5

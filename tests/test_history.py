@@ -67,7 +67,7 @@ def test_without_since_it_is_all_that_is_kept(start_server: StartServer) -> None
 
 
 def test_an_empty_log_has_a_position_too(start_server: StartServer) -> None:
-    """Who polls from the beginning gets everything."""
+    """A poller that starts with an empty log gets everything."""
     server = start_server()
     answer = history(server)
     assert answer == {"notifications": [], "position": UUID7, "complete": True}
@@ -157,7 +157,7 @@ def test_position_leads_from_page_to_page(server: Server) -> None:
 
 
 def test_a_page_that_holds_all_leads_to_the_end_of_the_log(server: Server) -> None:
-    """Position is past what was for others, so that it is not looked through again."""
+    """The position skips notifications for others, so that the next request does not search them again."""
     [start] = server.publish("start")
     server.publish("one")
     [last] = server.publish("for somebody else", clients=["somebody"])

@@ -27,7 +27,7 @@ PUBLISH = b"POST /notify HTTP/1.1\r\nHost: localhost\r\nContent-Type: applicatio
 
 @pytest.fixture
 def bystander(server: Server) -> Iterator[None]:
-    """Somebody who is connected throughout, and must be served before and after."""
+    """A client that is connected throughout, and must be served before and after."""
     client = server.join()
     yield
     client.send({"type": "ping"})
@@ -64,7 +64,7 @@ def test_a_client_that_reads_again_has_missed_nothing(server: Server) -> None:
 
 
 def test_a_client_that_falls_off_the_history_is_closed_as_slow(start_server: StartServer) -> None:
-    """It gets what it was sent, without a gap, and then 1008 with the place where it may go on."""
+    """The client gets its notifications without a gap, and then 1008 with the id to resume from."""
     server = start_server("--history-size", "10")
     client, published = server.join_bare(receive_buffer=65_536), 0
     while server.active():
@@ -187,7 +187,7 @@ def test_an_endless_fragmented_message_takes_no_memory(server: Server) -> None:
     ids=lambda raw: raw[:8].hex(),
 )
 def test_a_frame_against_the_protocol_closes_with_1002(server: Server, raw: bytes) -> None:
-    """What RFC 6455 forbids ends the connection as it says."""
+    """Each violation of RFC 6455 ends the connection with the documented close."""
     client = server.join_bare()
     client.socket.sendall(raw)
     assert client.closed()[0] == 1002
@@ -224,7 +224,7 @@ def test_a_close_with_a_code_that_nobody_may_send_is_answered_with_1002(server: 
     ids=["less than it is", "not minimal", "negative", "exabytes", "fragments"],
 )
 def test_a_frame_that_lies_about_its_length_ends_the_connection(server: Server, lie: bytes) -> None:
-    """At once, with what it says alone: nothing is waited for and nothing reserved."""
+    """The announced length alone ends it: the server neither waits for the payload nor reserves memory."""
     client = server.join_bare()
     client.socket.sendall(lie)
     assert client.closed()[0] in (1002, 1009) or client.rest()[-1]["type"] == "error"
@@ -251,7 +251,7 @@ def test_an_offer_of_compression_is_never_taken(server: Server, offers: bytes) -
 
 @pytest.mark.usefixtures("bystander")
 def test_a_megabyte_of_pings_is_answered(server: Server) -> None:
-    """To who reads the pongs; others are served meanwhile."""
+    """A client that reads its pongs gets them all; others are served meanwhile."""
     client, count = server.join_bare(), MEGABYTE // 131
     with ThreadPoolExecutor(1) as background:
         sent = background.submit(client.socket.sendall, masked(Opcode.PING, b"x" * 125) * count)
@@ -298,7 +298,7 @@ def test_an_end_before_the_handshake_is_answered_is_just_an_end(server: Server, 
 @needs_proc
 @pytest.mark.usefixtures("bystander")
 def test_a_flood_before_the_handshake_is_answered_takes_no_memory(server: Server) -> None:
-    """A newcomer whose client_id is taken waits for two seconds, and may send what it likes meanwhile."""
+    """A newcomer with a taken client_id waits two seconds for its answer, and may flood meanwhile."""
     server.join_bare("bob")
     request, before = handshake("/ws?client_id=bob"), server.memory()
     taken = push(server.raw(request), masked(Opcode.PONG, b"x" * 125) * 500, 40 * MEGABYTE)
@@ -307,7 +307,7 @@ def test_a_flood_before_the_handshake_is_answered_takes_no_memory(server: Server
 
 @pytest.mark.usefixtures("bystander")
 def test_the_end_of_the_stream_in_the_middle_of_a_frame_is_a_goodbye(server: Server) -> None:
-    """Who sends half a frame and a FIN has left."""
+    """A client that sends half a frame and a FIN has left."""
     client = server.join_bare()
     client.socket.sendall(b"\x81\xfe\x10")
     client.socket.shutdown(socket.SHUT_WR)
@@ -336,7 +336,7 @@ def test_a_peer_that_ignores_its_close_is_aborted(start_server: StartServer) -> 
 
 @needs_proc
 def test_a_peer_that_ends_its_side_and_reads_nothing_is_aborted(server: Server) -> None:
-    """What it has yet to take keeps nothing for long."""
+    """Bytes that it never takes keep the connection only for a while."""
     client = stalled(server)
     for _ in range(100):
         server.notify("large", data={"pad": "x" * 60_000})
@@ -381,7 +381,7 @@ def test_headers_without_end_are_cut_off(server: Server) -> None:
     ids=["URL", "query", "headers"],
 )
 def test_a_head_that_is_a_flood_is_refused(server: Server, flood: bytes) -> None:
-    """Before its end, which never comes, with 431."""
+    """The answer is 431 before the end of the head, which never comes."""
     assert server.answer_to(flood).startswith(b"HTTP/1.1 431 ")
 
 
@@ -410,7 +410,7 @@ def test_a_handshake_with_much_to_read_is_answered(server: Server, headers: byte
 
 @needs_proc
 def test_a_flood_of_handshakes_at_the_limit_shuts_nobody_out_for_long(start_server: StartServer) -> None:
-    """Each is told why; those inside are served, and when one leaves there is room, whatever the refused do."""
+    """Each newcomer is told the reason; connected clients are served, and a free place is given away again."""
     server = start_server("--max-connections", "2")
     first, second = server.join(), server.join()
     server.get("/health")
@@ -522,7 +522,7 @@ def test_a_publisher_that_does_not_read_its_answer_holds_up_nobody(server: Serve
 @needs_proc
 @pytest.mark.parametrize("path", ["/notifications", "/health"])
 def test_requests_behind_an_answer_that_nobody_takes_take_no_memory(start_server: StartServer, path: str) -> None:
-    """They wait in the kernel, and then with whoever sends them; whether few answers are large, or many are small."""
+    """Further requests wait in the kernel, then at their sender; for few large answers and for many small ones."""
     server = start_server()
     for _ in range(17):
         server.notify("large", data={"pad": "x" * 60_000})

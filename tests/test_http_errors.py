@@ -42,14 +42,14 @@ def allowed(header: str) -> set[str]:
     ],
 )
 def test_an_unknown_path_is_404(server: Server, path: str) -> None:
-    """Whatever is not documented isn't there, a trailing slash included, and nobody is redirected."""
+    """Every other path is 404, with a trailing slash too, and there is no redirect."""
     status, _, body = server.response_to(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     assert (status, parse(body)) == (404, http_error("application", naming()))
 
 
 @pytest.mark.parametrize(("method", "path"), MISSING)
 def test_a_method_that_is_not_there_is_405_with_allow(server: Server, path: str, method: str) -> None:
-    """The error says which methods there are."""
+    """The error names the methods of the path."""
     response = server.request(method, path)
     assert (response.status_code, parse(response.content)) == (405, http_error("validation", naming(method)))
     assert allowed(response.headers["allow"]) == METHODS[path]
@@ -57,7 +57,7 @@ def test_a_method_that_is_not_there_is_405_with_allow(server: Server, path: str,
 
 @pytest.mark.parametrize("path", METHODS)
 def test_options_answers_204_with_allow(server: Server, path: str) -> None:
-    """Whoever asks is told which methods there are."""
+    """OPTIONS names the methods of the path."""
     response = server.request("OPTIONS", path)
     assert (response.status_code, response.content) == (204, b"")
     assert allowed(response.headers["allow"]) == METHODS[path]
@@ -87,7 +87,7 @@ def test_head_has_the_status_of_the_error(server: Server, path: str) -> None:
 
 
 def test_a_plain_get_of_the_websocket_is_426(server: Server) -> None:
-    """Whoever opens /ws as a page is told to upgrade, and to what."""
+    """A plain GET of /ws is told to upgrade to a WebSocket."""
     response = server.get("/ws")
     assert (response.status_code, parse(response.content)) == (426, http_error("connection", naming()))
     assert response.headers["upgrade"].lower() == "websocket"
@@ -121,7 +121,7 @@ def test_a_refused_handshake_is_told_to_the_client(server: Server) -> None:
 
 @pytest.mark.parametrize("path", ["/nothing", "/notify", "/ws", "/status?limit=x"])
 def test_errors_are_json(server: Server, path: str) -> None:
-    """Every error says what its body is."""
+    """Every error has the content type of its body."""
     assert server.get(path).headers["content-type"] == "application/json"
 
 

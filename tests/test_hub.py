@@ -51,7 +51,7 @@ AUDIENCES = [None, None, Audience(frozenset(["a", "b"]), frozenset()), Audience(
 @settings(max_examples=int(os.environ.get("HUB_EXAMPLES", "100")), deadline=None)
 @given(seed=st.integers(0, 2**32), history_size=st.sampled_from([2, 1000]))
 def test_with_a_shared_store_each_gets_what_is_addressed_to_it(seed: int, history_size: int) -> None:
-    """However slowly the store answers and the log comes, and whatever is published elsewhere meanwhile."""
+    """However slowly the store answers and the log comes, and despite publishes elsewhere meanwhile."""
     chance, loop = Random(seed), VirtualLoop()
     quiet = Settings(notification_interval=0, ping_interval=0, history_size=history_size)
     store = LaggingStore(quiet, loop.time, chance)
@@ -136,7 +136,7 @@ def test_the_farewell_is_not_lost_when_everything_before_it_has_expired(loop: Vi
 
 
 def test_who_leaves_during_a_pass_is_owed_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pass still holds those who leave between its slices; they must not come back among the owed."""
+    """A pass still holds clients that leave between its slices; they must not come back among the owed."""
     monkeypatch.setattr(fanout_module, "SLICE_CLIENTS", 2)
 
     async def scenario() -> tuple[Hub, list[Any]]:
@@ -157,7 +157,7 @@ def test_who_leaves_during_a_pass_is_owed_nothing(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_batch_for_a_topic_is_one_list_for_all_who_follow_it(loop: VirtualLoop) -> None:
-    """What a thousand clients are owed is written down once, also when they are owed something already."""
+    """A thousand clients share one list of owed entries, also when they are owed others already."""
     hub = hub_on(loop)
     for number in range(9):
         join(loop, hub, f"c{number}", "t").stall()
@@ -200,7 +200,7 @@ def test_clients_that_are_owed_different_things_do_not_make_publishing_dear(loop
 
 
 def test_each_gets_its_own_of_a_batch_for_many_topics(loop: VirtualLoop) -> None:
-    """By topic, by name and by both; each once and in order, whatever it was owed before."""
+    """By topic, by name and by both; each once and in order, behind all it was owed before."""
     hub = hub_on(loop)
     ann, bob = join(loop, hub, "ann", "red"), join(loop, hub, "bob", "red,blue")
     for connection in (ann, bob):
@@ -217,7 +217,7 @@ def test_each_gets_its_own_of_a_batch_for_many_topics(loop: VirtualLoop) -> None
 
 
 def test_a_pause_of_the_process_is_nobodys_silence(loop: VirtualLoop) -> None:
-    """Whoever is alive stays; who is not is closed when it has been silent for the whole time again."""
+    """A live client stays; a dead one is closed after another full ping_timeout of silence."""
     hub = hub_on(loop, ping_interval=6, ping_timeout=25)
     alive, dead = join(loop, hub, "ann"), join(loop, hub, "bob")
     loop.run_until_complete(asyncio.sleep(7))
@@ -271,7 +271,7 @@ def test_an_incumbent_that_leaves_during_its_probe_is_left_alone(loop: VirtualLo
 
 
 def test_the_announcement_of_a_shutdown_is_within_its_time(loop: VirtualLoop) -> None:
-    """Whoever is not reached by then is told when it is closed, at the same rate."""
+    """Clients not yet told by then are told when they are closed, at the same rate."""
     hub = hub_on(loop, shutdown_timeout=5, drain_rate=2)
     connections = [join(loop, hub, f"c{number}") for number in range(30)]
     before = loop.time()
@@ -297,7 +297,7 @@ def test_a_hub_is_used_from_one_event_loop_after_another() -> None:
 
 
 def test_many_short_pauses_are_nobodys_silence_either(loop: VirtualLoop) -> None:
-    """What is late is pinged at once: pauses do not add up to a longer interval."""
+    """Late pings go out at once: pauses do not add up to a longer interval."""
     hub = hub_on(loop, ping_interval=1, ping_timeout=2)
     connections = [join(loop, hub, f"c{number}") for number in range(20)]
     for _ in range(30):
@@ -346,7 +346,7 @@ def test_a_batch_lets_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_after_a_gap_in_the_log_no_resume_is_complete(loop: VirtualLoop) -> None:
-    """What this process could not read is in no replay, and is not passed over in silence."""
+    """A record that this process could not read is in no replay, and the resume is not called complete."""
     hub = hub_on(loop)
     client = join(loop, hub, "ann")
     before = loop.run_until_complete(hub.notify("before"))

@@ -47,7 +47,7 @@ def test_the_figures_are_on_the_internal_port_alone(inside: Inside, path: str) -
 
 @pytest.mark.parametrize("path", PROBES)
 def test_health_is_on_both(inside: Inside, path: str) -> None:
-    """Whoever probes may use either."""
+    """Probes may use either port."""
     assert inside.get(path).status_code == 200
     assert inside.server.get(path).status_code == 200
 
@@ -88,7 +88,7 @@ def test_it_answers_until_the_drain_is_over(start_server: StartServer, flags: li
 
 
 def test_it_listens_where_internal_host_says(start_server: StartServer) -> None:
-    """On loopback unless told, whatever the public address is."""
+    """The internal port is on loopback by default, with any public address."""
     port = free_port()
     server = start_server("--internal-port", str(port), "--internal-host", "127.0.0.2")
     assert Inside(server, port, "127.0.0.2").get("/metrics").status_code == 200

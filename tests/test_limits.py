@@ -33,7 +33,7 @@ def test_one_too_many_is_refused(small: Server) -> None:
 
 
 def test_a_refused_client_is_sent_nothing_but_the_close(small: Server) -> None:
-    """Who is not let in gets neither a welcome nor notifications."""
+    """A refused client gets neither a welcome nor notifications."""
     small.join()
     small.join()
     refused = small.connect()
@@ -42,7 +42,7 @@ def test_a_refused_client_is_sent_nothing_but_the_close(small: Server) -> None:
 
 
 def test_a_refused_client_is_not_counted(small: Server) -> None:
-    """Total counts those who were admitted."""
+    """`total` counts admitted clients only."""
     small.join()
     small.join()
     small.connect().closed()
@@ -85,7 +85,7 @@ def test_a_second_claim_of_an_id_is_refused(server: Server) -> None:
 
 
 def test_a_second_claim_leaves_the_first_alone(server: Server) -> None:
-    """Whoever came first stays and is served."""
+    """The first client stays and is served."""
     bob = server.join("bob")
     server.connect("bob").closed()
     assert bob.ask({"type": "ping"}) == PONG
@@ -100,7 +100,7 @@ def test_a_claim_on_a_living_client_is_refused_at_once(server: Server) -> None:
 
 
 def test_an_id_is_free_when_its_client_has_left(server: Server) -> None:
-    """Whoever leaves properly may come back at once, and again."""
+    """A client that closes may come back at once, and again."""
     for _ in range(5):
         server.join("bob").leave()
         eventually(lambda: server.active() == 0)
@@ -148,7 +148,7 @@ def test_of_twenty_claims_on_a_dead_client_one_wins(server: Server) -> None:
 
 
 def test_a_newcomer_that_gives_up_during_the_probe_does_no_harm(server: Server) -> None:
-    """Who leaves while the old connection is probed does not get the id."""
+    """A newcomer that leaves during the probe does not get the id."""
     server.join_bare("bob")
     server.connect_bare("bob").reset()
     server.join("bob")
@@ -313,7 +313,7 @@ def test_a_hundred_messages_at_once_are_answered(server: Server) -> None:
 
 @pytest.mark.parametrize("message", ['{"type": "ping"}', "nonsense", '{"type": "pong"}'])
 def test_a_flood_of_messages_closes_the_connection(server: Server, message: str) -> None:
-    """More than 50 a second over two seconds is closed with 1008, whatever the messages are."""
+    """More than 50 messages a second over two seconds, of any kind, close with 1008."""
     client = server.join_bare()
     for _ in range(250):
         client.send_frame(Opcode.TEXT, message.encode())

@@ -18,7 +18,7 @@ NEVER = 10**9
 
 
 def log_of(count: int = 0, *, max_entries: int = 1000, max_bytes: int = 10**6, max_age: float = 60) -> Log:
-    """A log in which id-01, id-02 and so on were broadcast at the seconds 1, 2 and so on."""
+    """A log with broadcasts id-01, id-02 and so on, at the seconds 1, 2 and so on."""
     log = Log(max_entries, max_bytes, max_age)
     log.begin(FIRST)
     add(log, range(1, count + 1))
@@ -34,7 +34,7 @@ def add(log: Log, numbers: Iterable[int], *, audience: Audience | None = None, r
 
 
 def drawn() -> Log:
-    """The log in the drawing at the top of log.py: p0 to p7, of which two are trimmed, and the farewell."""
+    """The log in the drawing at the top of log.py: p0 to p7, with two trimmed, and the farewell."""
     log = Log(1000, 10**6, 60)
     for number, audience in enumerate([None, RED, None, ANN, None, RED, ANN, None]):
         log.append(f"p{number}", b"<p%d>" % number, number, audience=audience)
@@ -50,7 +50,7 @@ def trimmed_to(log: Log, now: float, limit: int = NEVER) -> int:
 
 
 def batch(log: Log, cursor: int, pending: list[int] | None = None) -> Batch:
-    """Return the next batch, of which there must be one."""
+    """Return the next batch; there must be one."""
     found = log.batch(cursor, pending)
     assert found is not None
     return found
@@ -204,7 +204,7 @@ def test_the_farewell_is_one_notification_and_no_entry() -> None:
 
 
 def test_the_farewell_is_never_split() -> None:
-    """Both frames go in one write, whatever its limit."""
+    """Both frames go in one write, even above the size of a batch."""
     log = log_of(1)
     log.append_farewell(b"<soon>", b"<bye>")
     with mock.patch.object(log_module, "BATCH_BYTES", 4):

@@ -120,7 +120,7 @@ class Many:
         return [place.server.address(query=query) for place in self.one_by_one(number)]
 
     def read(self, path: str) -> Any:
-        """Return what all of them answer alike, but for what the clock says and each one's own settings."""
+        """Return the answer of all processes, which must agree but for clocks and each process's own settings."""
         answers = [place.read(path) for place in self.places]
         for answer in answers:
             for part in (answer, answer.get("server", {}), answer.get("connections", {})):
@@ -132,7 +132,7 @@ class Many:
         return answers[0]
 
     def counts(self) -> dict[str, int]:
-        """Return every counter, which all processes must state alike, in each of its places."""
+        """Return every counter; all processes must state the same, in each of its places."""
         health, metrics, status = self.read("/health"), self.read("/metrics"), self.read("/status")
         samples = [place.request("GET", "/metrics/prometheus").body.decode().splitlines() for place in self.places]
         counted = {
@@ -230,7 +230,7 @@ def ids(messages: list[Any]) -> list[str]:
 
 
 def test_the_limit_is_for_all_together(many: Many) -> None:
-    """Whoever comes to whichever process when all places are taken is refused, with the number of all."""
+    """A newcomer above the limit is refused on any process, with the number of all clients."""
     clients = [place.join() for place in many.one_by_one(LIMIT)]
     refusal = (1008, f"Connection limit exceeded: {LIMIT}/{LIMIT}")
     assert [place.connect().closed() for place in many.places] == [refusal] * len(many.places)
@@ -255,7 +255,7 @@ def test_a_client_id_of_the_living_is_taken_everywhere(many: Many) -> None:
 
 
 def test_a_client_id_of_the_dead_is_free_on_another_process(many: Many) -> None:
-    """Who does not answer within 2 s is dropped, and its slot with it."""
+    """A client that does not answer within 2 s is dropped, and its slot is free."""
     here, *_, there = many.places
     here.join_dead("a")
     began = time.monotonic()
@@ -299,7 +299,7 @@ def test_connections_are_counted_at_once(many: Many) -> None:
 
 
 def test_deliveries_are_counted_when_they_are_read(many: Many) -> None:
-    """Once all clients have what was published, every process states the same figures, and the right ones."""
+    """Once all clients have all notifications, every process states the same, correct figures."""
     clients = [place.join(query="topics=news" if n % 3 else "") for n, place in enumerate(many.one_by_one(6))]
     before = many.counts()
     for place in many.places:
@@ -355,7 +355,7 @@ def test_all_clients_receive_one_order(many: Many) -> None:
 
 
 def test_history_is_the_same_everywhere_at_once(many: Many) -> None:
-    """What one process has answered 200, every other one has in its history, and knows as a position."""
+    """After a 200 from one process, every process has the notification in its history and knows its position."""
     for here, there in permutations(many.places, 2):
         for _ in range(20):
             published = here.request("POST", "/notify", {"message": "m"}).headers["Notification-Id"]
@@ -391,7 +391,7 @@ def test_resume_on_another_process(many: Many) -> None:
 
 
 def test_targets_are_reached_everywhere(many: Many) -> None:
-    """A client gets what is for it or its topics, and nothing else, from whichever process it comes."""
+    """A client gets notifications for it and its topics, and no others, from any process."""
     one, other = many.places[0].join("a"), many.places[-1].join("b", query="client_id=b&topics=x")
     for place in many.places:
         place.notify("a", clients=["a"])
@@ -406,7 +406,7 @@ def test_targets_are_reached_everywhere(many: Many) -> None:
 
 
 def test_a_key_counts_on_every_process(many: Many) -> None:
-    """Of many who publish with one key at once, on all processes, one publishes and all get its answer."""
+    """Many publish with one key at once, on all processes: one publishes and all get its answer."""
     client = many.places[0].join()
     key = secrets.token_hex(8)
 

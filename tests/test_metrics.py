@@ -116,7 +116,7 @@ def test_prometheus_begins_with_the_documented_text(server: Server) -> None:
 
 
 def test_further_prometheus_metrics_have_our_prefix(server: Server) -> None:
-    """Whatever comes after the four is called notifyd_something, and has HELP and TYPE."""
+    """All metrics after the four are called notifyd_something, and have HELP and TYPE."""
     further = prometheus(server).splitlines()[DOCUMENTED.count("\n") :]
     assert [line for line in further if not re.match(r"$|# (HELP|TYPE) notifyd_\w+ |notifyd_\w+(\{.*\})? ", line)] == []
 

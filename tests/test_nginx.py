@@ -34,7 +34,7 @@ ADDRESSES = itertools.count(1)
 
 
 class Nginx:
-    """An nginx with deploy/nginx.conf, of which only paths, ports and the address are other ones."""
+    """An nginx with deploy/nginx.conf, with other paths, ports and address only."""
 
     def __init__(self, directory: Path, upstream: int) -> None:
         self.directory = directory
@@ -109,7 +109,7 @@ class Nginx:
 
 @pytest.fixture(scope="module")
 def backend() -> Iterator[Server]:
-    """A server that counts what comes through nginx by the address that nginx names."""
+    """A server that counts the requests through nginx by the address that nginx names."""
     server = Server.notifyd(
         *("--notification-interval", "0", "--ping-interval", "0.2"),
         *("--rate-limit", "--trusted-proxies", "127.0.0.1"),
@@ -127,13 +127,13 @@ def _nginx(backend: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture
 def nginx(_nginx: Nginx) -> Nginx:
-    """An nginx in front of a server, to which each test comes from an address of its own."""
+    """An nginx in front of a server; each test has an address of its own."""
     _nginx.be(f"127.0.1.{next(ADDRESSES)}")
     return _nginx
 
 
 def limits(headers: Any) -> tuple[int, int, int]:
-    """Return limit, remaining and reset, each of which must be there once."""
+    """Return limit, remaining and reset; each must be there once."""
     names = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
     for name in names:
         found = headers.get_all(name) if hasattr(headers, "get_all") else headers.get_list(name)
@@ -184,7 +184,7 @@ def test_the_limits_are_the_servers() -> None:
 
 @pytest.mark.parametrize("ask", ["get", "knock"])
 def test_the_refusals_are_nginx_own(nginx: Nginx, ask: str) -> None:
-    """The server would have let them through: it has seen nothing of what nginx refused."""
+    """nginx refuses these by itself: the server has not seen them."""
     began = time.monotonic()
     for _ in range(30):
         nginx.knock() if ask == "knock" else nginx.http.get("/metrics")
@@ -207,7 +207,7 @@ def test_a_handshake_is_refused_as_the_server_does(nginx: Nginx) -> None:
 
 
 def test_each_address_has_buckets_of_its_own(nginx: Nginx) -> None:
-    """What one address does costs another nothing."""
+    """A flood from one address does not count for another."""
     for ask in (nginx.knock, lambda: nginx.http.get("/metrics")):
         for _ in range(30):
             ask()
@@ -225,7 +225,7 @@ def test_health_is_exempt(nginx: Nginx, path: str) -> None:
 
 @pytest.mark.parametrize("path", ["/healthz", "/health/", "/health%20x"])
 def test_nothing_else_is_exempt(nginx: Nginx, path: str) -> None:
-    """What only begins like it is refused by nginx itself, which names no upstream."""
+    """nginx refuses paths that only begin like /health by itself, and names no upstream."""
     for _ in range(50):
         nginx.http.get(path)
     assert re.search(rf"^{nginx.address} .* 429 \d+ \S+ - ", nginx.logs(), re.MULTILINE)
@@ -251,7 +251,7 @@ def test_an_event_is_not_held_back(nginx: Nginx, backend: Server) -> None:
 
 
 def test_what_a_client_says_of_itself_goes_no_further(nginx: Nginx) -> None:
-    """The server counts the address that nginx sees, whatever X-Forwarded-For came."""
+    """The server counts the address that nginx sees, with any X-Forwarded-For."""
     remaining = [
         limits(nginx.http.get("/metrics", headers={"X-Forwarded-For": f"203.0.113.{n}"}).headers)[1] for n in range(9)
     ]
@@ -271,14 +271,14 @@ def test_plain_http_is_sent_to_tls(nginx: Nginx) -> None:
 
 
 def test_timeouts_are_longer_than_the_ping_interval() -> None:
-    """With some room, so that a client from whom nothing comes stays connected."""
+    """There is some room, so that a silent client stays connected."""
     timeouts = re.findall(r"proxy_(?:read|send)_timeout (\d+)s;", CONF)
     assert len(timeouts) == 2
     assert min(map(int, timeouts)) >= 2 * Settings().ping_interval
 
 
 def test_no_log_has_a_query_string(start_server: StartServer, tmp_path: Path) -> None:
-    """Neither of what went through nor of what was refused, redirected, malformed, or met no server."""
+    """This holds for requests passed on, refused, redirected, malformed, and without a server."""
     server = start_server()
     proxy = Nginx(tmp_path, server.port)
     try:

@@ -22,7 +22,7 @@ def refusal(server: Server, body: object, **options: Any) -> tuple[int, Any]:
 
 
 def invalid(*words: str) -> tuple[int, Any]:
-    """A 400 whose message has these words in it."""
+    """A 400 with these words in its message."""
     return 400, http_error("validation", naming(*words))
 
 
@@ -106,14 +106,14 @@ def test_who_has_left_is_no_recipient(server: Server) -> None:
 
 
 def test_a_newcomer_does_not_receive_the_past(server: Server) -> None:
-    """What was published before a client came is not sent to it."""
+    """A newcomer gets nothing that was published before it came."""
     server.notify("before")
     client = server.join()
     assert next_after(server, client) == "marker"
 
 
 def test_notifications_arrive_in_the_order_of_their_publication(server: Server) -> None:
-    """A client sees a hundred notifications in the order in which they were accepted."""
+    """A client gets a hundred notifications in the order of their publication."""
     client = server.join()
     for number in range(100):
         server.notify(str(number))
@@ -241,7 +241,7 @@ def test_a_body_in_chunks_is_accepted(server: Server) -> None:
 
 
 def test_250_levels_of_data_are_accepted(server: Server) -> None:
-    """What can be written back may be nested."""
+    """Data may be nested as deeply as orjson can write."""
     assert server.post(b'{"message": "hi", "data": ' + b'{"a":' * 250 + b"0" + b"}" * 251).status_code == 200
 
 
@@ -277,7 +277,7 @@ def test_curl_without_a_content_type_works(server: Server) -> None:
 
 
 def test_a_wrong_type_is_told_with_field_expectation_and_finding(server: Server) -> None:
-    """The message says what was wrong and where."""
+    """The message names the field, the expected and the given type."""
     expected = http_error("validation", "data: expected object, got array")
     assert refusal(server, {"message": "hi", "data": [1]}) == (400, expected)
 

@@ -97,7 +97,7 @@ def test_an_origin_must_be_the_same_to_the_letter(server: Server) -> None:
 
 
 def test_a_refused_origin_is_named_in_the_log_once(start_server: StartServer) -> None:
-    """A browser shows its page nothing but 1006; the line says what to do, and no flood of requests floods the log."""
+    """A browser shows its page only 1006; the log line names the setting, and a flood of requests logs it once."""
     server = start_server()
     long = "https://" + "x" * 1000
     for origin in (long, "https://evil\x85.example", "https://other.example"):
@@ -138,7 +138,7 @@ HEADS = {
 @pytest.mark.parametrize("category", HEADS)
 @pytest.mark.parametrize("origins", [(APP, APP), (APP, "https://evil.example"), ("http://a.example", APP)])
 def test_several_origins_are_refused(open_to_all: Server, category: str, origins: tuple[str, str]) -> None:
-    """Which of them a page would be from is anybody's guess, also where every page is let in."""
+    """Several origins are refused even where every origin is allowed: nobody can tell which one is true."""
     headers = "Host: a.example\r\nOrigin: {}\r\nOrigin: {}\r\n".format(*origins).encode()
     status, _, body = open_to_all.response_to(HEADS[category] + headers + b"\r\n")
     assert (status, parse(body)) == (403, http_error(category, naming("rigin")))
@@ -155,7 +155,7 @@ def test_several_hosts_are_a_bad_request(server: Server, category: str) -> None:
 
 
 def test_a_foreign_page_cannot_publish(server: Server) -> None:
-    """A simple POST, which needs no preflight, is refused and reaches nobody."""
+    """A simple POST needs no preflight: it is refused and reaches no client."""
     client = server.join()
     headers = {"Origin": "https://evil.example", "Content-Type": "text/plain"}
     assert server.post(b'{"message": "evil"}', headers=headers).status_code == 403
@@ -177,7 +177,7 @@ def test_an_allowed_origin_is_let_in(open_to_two: Server, origin: str) -> None:
 
 @pytest.mark.parametrize("origin", [APP, "https://APP.example:443"])
 def test_case_and_the_schemes_own_port_do_not_count(start_server: StartServer, origin: str) -> None:
-    """Neither in the setting nor in the header, for the check as for what the page may read."""
+    """In the setting and in the header, for the check and for the headers of the answer."""
     server = start_server("--allow-origin", "HTTPS://App.Example:443")
     assert met(server, origin) == welcome("bob")
     assert server.get("/health", headers={"Origin": origin}).headers["access-control-allow-origin"] == origin
@@ -244,7 +244,7 @@ def test_a_preflight_of_an_allowed_page_succeeds(open_to_two: Server) -> None:
 
 @pytest.mark.parametrize("path", ["/notify", "/status", "/ws"])
 def test_a_preflight_is_told_the_methods_of_the_path(open_to_two: Server, path: str) -> None:
-    """And no others, with whatever headers the page wants to send."""
+    """The preflight names these methods and no others, and allows any header."""
     wanted = {"Access-Control-Request-Method": "DELETE", "Access-Control-Request-Headers": "authorization,x-own"}
     response = open_to_two.request("OPTIONS", path, headers={"Origin": APP} | wanted)
     assert (response.status_code, response.content) == (204, b"")

@@ -37,7 +37,7 @@ def lacks(what: str) -> None:
 
 
 def run(*command: str | Path, **variables: str) -> str:
-    """Run a command outside the checkout, which must succeed, and return its output."""
+    """Run a command outside the checkout and return its output; it must succeed."""
     ended = subprocess.run(
         command, cwd="/", env=environment({"PYTHONPATH": "", **variables}), capture_output=True, text=True, check=False
     )
@@ -119,7 +119,7 @@ def full(environments: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def bare(environments: Callable[..., Path]) -> Path:
-    """An environment without extras, in which other servers serve."""
+    """An environment without extras, with the servers of others."""
     return environments("bare", "", "fastapi", *SERVERS)
 
 
@@ -254,7 +254,7 @@ def hosted(request: pytest.FixtureRequest, shop: Path) -> Iterator[Server]:
 
 
 def test_a_host_has_its_own_modules_and_its_clients_receive(hosted: Server) -> None:
-    """A WebSocket and a stream get what the host publishes, and each module of the host is the host's own."""
+    """A WebSocket and a stream get the host's notifications, and each module of the host is its own."""
     client = hosted.join()
     with httpx.stream("GET", f"{hosted.url}/events", trust_env=False, timeout=PATIENCE) as stream:
         lines = stream.iter_lines()

@@ -45,7 +45,7 @@ def test_the_line_of_curl_works_as_written(server: Server) -> None:
     ["disk full", "a", "größer 🙂", '{"message": "not read"}', '"', "null", " two\nlines\n", "a=b&c", "x" * 8192],
 )
 def test_a_plain_text_is_the_message_to_the_letter(server: Server, content_type: str, text: str) -> None:
-    """Whatever it looks like."""
+    """A plain text is never parsed, even if it looks like JSON."""
     client = server.join()
     assert post(server, text.encode(), content_type).status_code == 200
     assert client.receive() == notification({"message": text})

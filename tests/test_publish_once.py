@@ -66,7 +66,7 @@ def test_a_repeat_sends_nothing(fresh: Server, path: str) -> None:
 
 
 def test_a_plain_text_is_sent_once_too(fresh: Server) -> None:
-    """Whatever the body is."""
+    """The key works with any kind of body."""
     options: dict[str, Any] = {
         "content": "disk full",
         "headers": {"Content-Type": "text/plain", "Idempotency-Key": "k"},

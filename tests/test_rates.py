@@ -35,14 +35,14 @@ def _limited() -> Iterator[Server]:
 
 @pytest.fixture
 def limited(_limited: Server, request: pytest.FixtureRequest) -> Server:
-    """A server with limits, which takes each test for another address."""
+    """A server with limits; each test has another address."""
     number = hash(request.node.name) % 2**24
     _limited.http.headers["X-Forwarded-For"] = f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"
     return _limited
 
 
 def forwarded(server: Server) -> dict[str, str]:
-    """Return the header that says which address the test is."""
+    """Return the header with the address of the test."""
     return {"X-Forwarded-For": server.http.headers["X-Forwarded-For"]}
 
 
@@ -55,7 +55,7 @@ def knock(server: Server, **headers: str) -> Any:
 
 
 def limits(headers: Any) -> tuple[int, int, int]:
-    """Return limit, remaining and reset, each of which must be there once."""
+    """Return limit, remaining and reset; each must be there once."""
     names = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
     for name in names:
         found = headers.get_all(name) if hasattr(headers, "get_all") else headers.get_list(name)
@@ -95,7 +95,7 @@ def test_it_is_refilled_at_its_rate() -> None:
 
 
 def test_a_refusal_costs_nothing() -> None:
-    """Who goes on asking too often gets the same rate as who waits."""
+    """A client that goes on asking gets the same rate as one that waits."""
     full_at = RATE.depth
     allowed = 0
     for now in range(0, 10 * SECOND, 1000):
@@ -179,14 +179,14 @@ def test_reset_is_when_the_bucket_is_full(limited: Server) -> None:
     ],
 )
 def test_everything_counts(limited: Server, method: str, path: str) -> None:
-    """Also what is not there, not allowed or not understood; and its answer tells."""
+    """Unknown paths, wrong methods and invalid bodies count too, and their answers carry the headers."""
     limit, remaining, _ = limits(limited.request(method, path).headers)
     assert (limit, remaining) == (10, 19)
     exhaust(limited, path, method)
 
 
 def test_one_bucket_is_for_all_of_them(limited: Server) -> None:
-    """Whoever has emptied it with one method and path may not go on with another."""
+    """All methods and paths share the bucket."""
     exhaust(limited)
     began, asked = time.monotonic(), [("POST", "/notify"), ("HEAD", "/metrics"), ("OPTIONS", "/status"), ("PUT", "/")]
     statuses = [limited.request(method, path).status_code for method, path in asked * 5]
@@ -202,7 +202,7 @@ def test_a_foreign_page_counts_too(limited: Server) -> None:
 
 @pytest.mark.parametrize("path", ["/health", "/health/live"])
 def test_health_is_exempt(limited: Server, path: str) -> None:
-    """Whoever watches the server must hear from it whatever else comes from that address."""
+    """A monitor can ask /health however many requests come from its address."""
     exhaust(limited)
     answers = [limited.get(path) for _ in range(30)]
     assert {answer.status_code for answer in answers} == {200}
@@ -210,7 +210,7 @@ def test_health_is_exempt(limited: Server, path: str) -> None:
 
 
 def test_a_page_may_read_the_refusal(limited: Server) -> None:
-    """One whose origin is let in, and the headers as well."""
+    """A page of an allowed origin can read the refusal and its headers."""
     refusal = exhaust(limited, headers={"Origin": APP})
     assert refusal.headers["access-control-allow-origin"] == APP
     exposed = ", ".join(refusal.headers.get_list("access-control-expose-headers"))
@@ -247,7 +247,7 @@ def test_a_handshake_is_refused_before_the_upgrade(limited: Server) -> None:
 
 
 def test_handshakes_and_requests_have_buckets_of_their_own(limited: Server) -> None:
-    """Who may ask no more may still connect."""
+    """With an empty bucket of requests a client may still connect."""
     exhaust(limited)
     assert knock(limited).status_code == 101
 
@@ -266,7 +266,7 @@ def test_a_handshake_that_is_refused_counts(limited: Server) -> None:
 
 
 def test_each_address_has_its_own_bucket(limited: Server) -> None:
-    """What one address does costs another nothing."""
+    """A flood from one address does not count for another."""
     exhaust(limited, headers=ALICE)
     assert limits(limited.get("/status", headers=BOB).headers)[:2] == (10, 19)
 
@@ -310,7 +310,7 @@ PROXIES = Proxies(["127.0.0.1", "10.0.0.0/8", "2001:db8:1::/48"])
     ],
 )
 def test_the_list_is_read_from_the_right_past_trusted_hops(peer: str, hops: list[str], address: str) -> None:
-    """Whatever stands left of the first address that is nobody's proxy may be made up."""
+    """Entries to the left of the first untrusted address may be made up."""
     headers = [(b"x-forwarded-for", value.encode()) for value in hops]
     assert PROXIES.address_of(peer, headers) == address
 
@@ -356,7 +356,7 @@ def test_who_leaves_makes_room(crowded: Server) -> None:
 
 
 def test_who_was_refused_holds_no_place(start_server: StartServer) -> None:
-    """Whoever is over another limit, or asks for an id that is taken, counts for nothing."""
+    """A client refused by another limit, or for a taken id, does not count for its address."""
     server = start_server("--max-connections-per-ip", "2", "--max-connections", "1")
     server.join("one")
     for _ in range(5):
@@ -372,7 +372,7 @@ def test_the_limit_is_of_all_processes(start_server: StartServer) -> None:
 
 
 def test_the_rate_is_of_all_processes(start_server: StartServer) -> None:
-    """Connections of their own, which the kernel deals out to three workers."""
+    """Each request has a new connection, so that the kernel spreads them over three workers."""
     server = start_server("--workers", "3", "--rate-limit")
     began, request = time.monotonic(), b"GET /notifications HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
     statuses = [server.response_to(request)[0] for _ in range(60)]

@@ -26,7 +26,7 @@ def resume(position: object, replayed: int, complete: bool) -> dict[str, Any]:
 
 
 def resumed(server: Server, since: str, query: str = "") -> tuple[dict[str, Any], list[str], Client]:
-    """Resume; return what the resume says, the messages of what is replayed, and the client."""
+    """Resume; return the data of the `resume`, the replayed messages, and the client."""
     client = server.join(query=f"since={since}{query}")
     data = client.receive()["data"]
     return data, texts(client.receive_many(data["replayed"])), client
@@ -62,7 +62,7 @@ def test_what_was_missed_is_replayed_in_order(server: Server) -> None:
 
 
 def test_then_come_the_live_ones(server: Server) -> None:
-    """What is published after the resume follows the replay."""
+    """Notifications published after the resume follow the replay."""
     first, _ = server.publish("one", "two")
     _, replayed, client = resumed(server, first)
     server.publish("three")
@@ -158,7 +158,7 @@ def test_what_is_no_id_is_refused(server: Server, since: str) -> None:
 
 
 def test_test_notifications_are_not_replayed_but_can_be_resumed_from(start_server: StartServer) -> None:
-    """Their ids are in the same order; what was published after one is replayed, and no test notification is."""
+    """Their ids have a place in the order: later notifications are replayed, test notifications never."""
     server = start_server("--notification-interval", "0.1")
     client = server.join()
     server.publish("before")
@@ -209,7 +209,7 @@ def test_an_id_between_two_that_were_given_proves_nothing(start_server: StartSer
 
 
 def test_an_id_from_before_a_restart_proves_nothing(server: Server, start_server: StartServer) -> None:
-    """The log in memory began anew; what it has by now is replayed."""
+    """The log in memory began anew, and replays all that it has."""
     [before] = server.publish("in another log")
     restarted = start_server()
     restarted.publish("one")
@@ -242,7 +242,7 @@ def test_the_history_is_bounded_in_bytes(start_server: StartServer) -> None:
 
 
 def test_the_history_is_bounded_in_time(start_server: StartServer) -> None:
-    """What has expired is not replayed; only who had received all of it is complete."""
+    """Expired notifications are not replayed; only a client that had received all of them is complete."""
     server = start_server("--history-ttl", "0.2")
     first, last = server.publish("one", "two")
     eventually(lambda: log_size(server) == 0)
@@ -251,7 +251,7 @@ def test_the_history_is_bounded_in_time(start_server: StartServer) -> None:
 
 
 def test_test_notifications_push_nothing_out_of_the_history(start_server: StartServer) -> None:
-    """History_size counts what can be replayed."""
+    """history_size counts only notifications that can be replayed."""
     server = start_server("--notification-interval", "0.02", "--history-size", "2")
     first, *_ = server.publish("one", "two", "three")
     server.join().receive_many(10)
@@ -263,7 +263,7 @@ def test_test_notifications_push_nothing_out_of_the_history(start_server: StartS
 
 
 def test_the_close_of_a_slow_consumer_names_the_id_to_resume_from(start_server: StartServer) -> None:
-    """From there, it is replayed what is kept, repeats nothing, and is told what could not be kept."""
+    """From that id the history is replayed without duplicates, and `complete` is false if some is lost."""
     server = start_server("--history-size", "20")
     slow = server.join_bare(receive_buffer=4096)
     count = 0

@@ -29,7 +29,7 @@ async def listen(url: str, count: int, ready: asyncio.Barrier) -> list[Any]:
 
 
 def audience(server: Server, messages: list[str]) -> tuple[list[Any], list[list[Any]]]:
-    """Publish to a thousand clients; return the numbers of recipients and what each client received."""
+    """Publish to a thousand clients; return the numbers of recipients and the notifications of each client."""
 
     async def run() -> tuple[list[Any], list[list[Any]]]:
         ready = asyncio.Barrier(CLIENTS + 1)
@@ -97,7 +97,7 @@ sys.exit(notifyd.main())
 
 
 def test_connections_leave_nothing_for_the_collector() -> None:
-    """It hardly ever runs: whatever a connection was made of must go when the connection does."""
+    """The collector hardly ever runs, so the objects of a connection must go with it."""
     _, _, *flags = notifyd_command("--port", "0", "--notification-interval", "0")
     server = Server([sys.executable, "-c", COUNTS_GARBAGE, *flags])
     server.join().leave()

@@ -72,7 +72,7 @@ def variable(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def shown() -> str:
-    """What --help prints."""
+    """The output of --help."""
     ended = call("--help")
     assert ended.status == 0
     return ended.stdout
@@ -89,7 +89,7 @@ def test_help_shows_every_setting_with_its_default(shown: str, name: str) -> Non
 
 
 def test_help_mentions_the_variables(shown: str) -> None:
-    """Whoever reads the help learns that there are variables."""
+    """--help says that every flag has a variable."""
     assert "NOTIFYD_" in shown
 
 
@@ -124,7 +124,7 @@ def test_a_mistake_ends_the_process_with_its_status() -> None:
     ],
 )
 def test_a_mistake_is_told_in_plain_words(flags: str, line: str) -> None:
-    """What may stand there, and what did, as it was given."""
+    """The error names the expected value, and the given one as it was given."""
     assert call(flags) == (2, "", f"notifyd: {line}\n")
 
 
@@ -192,7 +192,7 @@ def test_a_store_that_cannot_be_used_stops_the_start_with_one_line(store: str, w
     ids=str,
 )
 def test_a_bad_setting_of_a_program_is_named(bad: dict[str, Any]) -> None:
-    """Who embeds the server gets one kind of error, when the settings are made."""
+    """A host gets one kind of error, when it makes the settings."""
     with pytest.raises(SettingsError, match=f"^{next(iter(bad))}: expected .*, got "):
         Settings(**bad)
 
@@ -201,7 +201,7 @@ def test_a_bad_setting_of_a_program_is_named(bad: dict[str, Any]) -> None:
 
 
 def test_every_setting_has_a_variable(start_server: StartServer) -> None:
-    """What the variables say is what the server shows."""
+    """Each variable changes the setting of that name."""
     values = {
         "host": "localhost",
         "workers": "1",
@@ -235,7 +235,7 @@ def test_every_setting_has_a_variable(start_server: StartServer) -> None:
 
 
 def test_a_flag_goes_before_a_variable(start_server: StartServer) -> None:
-    """Who types a flag means it."""
+    """A flag overrides its variable."""
     server = start_server("--max-connections", "5", variables={"NOTIFYD_MAX_CONNECTIONS": "7"})
     assert server.read("/health")["connections"]["max_allowed"] == 5
 

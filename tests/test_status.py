@@ -73,7 +73,7 @@ def test_a_client_without_user_agent_has_null(server: Server) -> None:
 
 
 def test_a_long_user_agent_is_cut(server: Server) -> None:
-    """What is kept for each client is bounded, for WebSockets and streams."""
+    """The memory kept for each client is bounded, for WebSockets and streams."""
     server.join("alice", user_agent_header="a" * 5000)
     assert detail(server, "alice")["user_agent"] == "a" * 256
     with server.http.stream("GET", "/events?client_id=bob", headers={"User-Agent": "b" * 5000}):
@@ -200,7 +200,7 @@ def test_notifications_sent_counts_notifications_whoever_receives_them(start_ser
 
 
 def test_a_refused_notification_is_not_counted(start_server: StartServer) -> None:
-    """What was answered with 400 was not sent."""
+    """A notification answered with 400 was not sent."""
     server = start_server()
     server.post({"message": ""})
     assert server.read("/status")["notification_service"]["notifications_sent"] == 0
@@ -228,7 +228,7 @@ def test_start_time_is_the_same_in_metrics(server: Server) -> None:
 
 @pytest.mark.parametrize("flags", [["--debug"], ["--debug", "--log-level", "ERROR"]])
 def test_configuration_shows_the_level_that_is_logged(start_server: StartServer, flags: list[str]) -> None:
-    """With --debug that is DEBUG, whatever --log-level says."""
+    """With --debug the level is DEBUG, with any --log-level."""
     server = start_server(*flags)
     server.wait_for_line(" DEBUG ")
     assert server.read("/status")["configuration"]["log_level"] == "DEBUG"

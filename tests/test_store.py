@@ -78,7 +78,7 @@ async def test_ids_increase_over_all_processes_while_the_clock_jumps(
 
 @on_loop
 async def test_every_process_is_told_everything_in_one_order(shared: str) -> None:
-    """Whoever appended it, and however many do so at once."""
+    """Every process appends at once, and all see one order."""
     async with members(shared, 3) as everyone:
         ids = await asyncio.gather(*(member.publish() for _ in range(100) for member in everyone))
         for member in everyone:
@@ -102,7 +102,7 @@ async def test_a_batch_stays_together(shared: str) -> None:
 
 @on_loop
 async def test_a_process_finds_the_log_as_it_is(shared: str) -> None:
-    """What was there is in its opening, and what comes later is delivered."""
+    """The opening has the records so far, and later ones are delivered."""
     async with members(shared) as [one]:
         await one.publish(Draft(b'"1"}', audience(["a"], ["t", "u"])), Draft(b'"2"}', audience(), False))
         async with members(shared) as [late]:
@@ -116,7 +116,7 @@ async def test_a_process_finds_the_log_as_it_is(shared: str) -> None:
 
 @on_loop
 async def test_a_wake_up_takes_milliseconds(shared: str) -> None:
-    """Not the second after which a process looks in any case."""
+    """A record arrives well before the second after which a process looks by itself."""
     async with members(shared, 2) as [one, other]:
         times = []
         for count in range(1, 51):
@@ -132,7 +132,7 @@ async def test_a_wake_up_takes_milliseconds(shared: str) -> None:
 
 @on_loop
 async def test_the_log_keeps_as_many_as_are_replayed(shared: str) -> None:
-    """The newest of them; what is not replayed counts for nothing. The id before the first is known."""
+    """The log keeps the newest; only replayable records count. The id before the first is known."""
     async with members(shared, history_size=3) as [one]:
         for number in range(6):
             await one.publish(Draft(b"%d}" % number), Draft(b"{}", None, False))
@@ -225,7 +225,7 @@ async def test_what_is_for_nobody_is_told_to_every_process(shared: str) -> None:
 
 @on_loop
 async def test_topics_may_change(shared: str) -> None:
-    """A change is told the newest id, and takes all topics together; one who leaves has none."""
+    """A change is answered with the newest id and replaces all topics; a client that leaves has none."""
     async with members(shared, 2) as [one, other]:
 
         async def subscribers(topic: str) -> int:
@@ -255,7 +255,7 @@ async def test_a_client_that_is_gone_subscribes_to_nothing(shared: str) -> None:
 
 @on_loop
 async def test_an_admission_falls_between_two_notifications(shared: str) -> None:
-    """The one whose id it is told has not counted the client, the next one has."""
+    """The notification with the returned id has not counted the client, the next one has."""
     async with members(shared, 2) as [one, other]:
         publishes = [asyncio.create_task(other.store.append([SOMETHING])) for _ in range(50)]
         admissions = [asyncio.create_task(one.admit(str(number))) for number in range(50)]
@@ -267,7 +267,7 @@ async def test_an_admission_falls_between_two_notifications(shared: str) -> None
 
 @on_loop
 async def test_an_answer_comes_after_the_log_up_to_it(shared: str) -> None:
-    """Whoever is told an id has been told the notification before."""
+    """A process that is told an id has been told the notification before."""
     async with members(shared, 2) as [one, other]:
         publishes = [asyncio.create_task(other.store.append([SOMETHING])) for _ in range(50)]
         for number in range(50):
@@ -281,7 +281,7 @@ async def test_an_answer_comes_after_the_log_up_to_it(shared: str) -> None:
 
 @on_loop
 async def test_a_client_id_is_taken_once(shared: str) -> None:
-    """The refused process is told whose it is, and nothing is counted for it."""
+    """The refused process is told the owner, and the attempt is not counted."""
     async with members(shared, 2) as [one, other]:
         await one.admit("a")
         with pytest.raises(ClientIdTaken) as refusal:
@@ -369,7 +369,7 @@ async def test_a_taken_id_comes_before_the_limit(shared: str) -> None:
 
 @on_loop
 async def test_a_closed_process_has_no_clients(shared: str) -> None:
-    """What it left and posted before is still done."""
+    """Messages posted, and departures, before the close are still done."""
     async with members(shared, 2) as [one, other]:
         going = await Member(shared).open()
         await going.admit("a", "t")
@@ -515,7 +515,7 @@ async def test_a_test_notification_is_appended_once(shared: str) -> None:
 @pytest.mark.usefixtures("_short_leases")
 @on_loop
 async def test_one_that_asks_no_more_leads_no_more(shared: str) -> None:
-    """A process that drains sends no test notifications; what it tries too late is not appended."""
+    """A draining process sends no test notifications; a late attempt is not appended."""
     async with members(shared, 2) as [one, other]:
         await one.store.lead()
 
@@ -568,7 +568,7 @@ async def test_a_message_to_nobody_is_lost(any_store: str) -> None:
 async def test_a_killed_process_leaves_its_ids_slots_and_figures(
     shared: str, start_process: Callable[..., Process]
 ) -> None:
-    """What it appended and was answered for is there; its clients are gone when its lease is."""
+    """Its acknowledged notifications are there; its clients go with its lease."""
     process = start_process(shared, SHORT_LEASE)
     async with members(shared, max_connections=2) as [one]:
         process.ask("member.admit('a', 't')")
@@ -612,7 +612,7 @@ async def test_the_lead_of_a_killed_process_is_taken_over(shared: str, start_pro
 async def test_a_process_that_was_taken_for_dead_joins_again(
     shared: str, start_process: Callable[..., Process]
 ) -> None:
-    """With all clients but those that others took meanwhile; it gets what it has missed, once."""
+    """With all clients but those taken by others meanwhile; it gets its missed notifications once."""
     process = start_process(shared, SHORT_LEASE)
     async with members(shared) as [one]:
         for client_id in ("a", "b"):
@@ -640,7 +640,7 @@ async def test_a_process_that_was_taken_for_dead_joins_again(
 @pytest.mark.usefixtures("_short_leases")
 @on_loop
 async def test_a_process_that_was_taken_for_dead_counts_on(shared: str, start_process: Callable[..., Process]) -> None:
-    """What it has counted is in the sums once, while it is gone and when it is back."""
+    """Its counts are in the sums once, while it is gone and when it is back."""
     process = start_process(shared, SHORT_LEASE)
     async with members(shared) as [one]:
         process.ask("member.store.report(Report(7, 2))")
@@ -668,7 +668,7 @@ async def test_a_store_that_is_opened_again_counts_on(shared: str) -> None:
 
 
 def test_a_loop_that_went_away_is_followed_by_another(shared: str) -> None:
-    """What came meanwhile is delivered then, and nothing is left of the store's life on the first one."""
+    """Records from in between are then delivered, and nothing is left of the store's first loop."""
     member = Member(shared)
     asyncio.run(member.open())
 
@@ -689,7 +689,7 @@ def test_a_loop_that_went_away_is_followed_by_another(shared: str) -> None:
 
 @on_loop
 async def test_a_store_that_is_closed_while_it_counts_counts_on(shared: str) -> None:
-    """What it put down last is in the sums once."""
+    """Its last report is in the sums once."""
     async with members(shared, 2) as [one, other]:
         report = asyncio.create_task(one.store.report(Report(7, 2)))
         await asyncio.sleep(0)

@@ -59,7 +59,7 @@ async def is_back(*everyone: Member) -> None:
 
 
 async def has_lost_nothing(answered: list[str], url: str, *everyone: Member, **settings: Any) -> None:
-    """Everyone was delivered all that was answered, once and in order; so finds it who comes later."""
+    """Every process was delivered all acknowledged notifications, once and in order; a late one finds the same."""
     for member in everyone:
         await member.until(lambda member=member: member.ids[-1:] >= answered[-1:])
         assert member.ids == sorted(set(member.ids))
@@ -202,7 +202,7 @@ async def test_it_may_come_later_with_a_log(start_redis: StartRedis, caplog: pyt
 
 @on_loop
 async def test_killed_and_started_with_its_file(start_redis: StartRedis) -> None:
-    """In the middle of publishing: what was answered is there, once, and the clients are too."""
+    """In the middle of publishing: acknowledged notifications are there, once, and so are the clients."""
     redis = start_redis(append_only=True)
     async with members(redis.url, 2) as [one, other]:
         await one.admit("a", "t")
@@ -284,7 +284,7 @@ async def test_emptied(start_redis: StartRedis) -> None:
 @pytest.mark.usefixtures("_short_leases")
 @on_loop
 async def test_emptied_counters_are_no_less_than_was_stated(start_redis: StartRedis) -> None:
-    """Also what was counted after the last renewal."""
+    """Counts after the last renewal are included."""
     redis = start_redis()
     async with members(redis.url, 2) as [one, other]:
         await one.admit("a")
@@ -310,7 +310,7 @@ async def test_started_without_its_file(start_redis: StartRedis) -> None:
 
 @on_loop
 async def test_started_with_an_old_file(start_redis: StartRedis) -> None:
-    """As a snapshot is, or a replica that was behind: what it lacks is put back."""
+    """Redis starts with a snapshot, or as a replica that was behind: the missing records are put back."""
     redis = start_redis()
     async with members(redis.url, 2) as [one, other]:
         answered = [await one.publish() for _ in range(20)]
@@ -325,7 +325,7 @@ async def test_started_with_an_old_file(start_redis: StartRedis) -> None:
 
 @on_loop
 async def test_a_hub_puts_back_what_it_has(start_redis: StartRedis) -> None:
-    """Each notification whole, whatever its size, for the same clients and topics, and as old as it was."""
+    """Each notification is whole, at any size, with its clients and topics, and as old as it was."""
     redis = start_redis()
     settings = Settings(store=redis.url, notification_interval=0, max_message_size=100_000)
     async with Hub(settings) as hub:
@@ -359,7 +359,7 @@ async def begin_to_append(redis: RedisServer, member: Member, once: Once | None)
 
 @on_loop
 async def test_what_was_lost_before_it_was_read_is_not_answered(start_redis: StartRedis) -> None:
-    """Also where nobody asks for anything else, and what comes afterwards has greater numbers."""
+    """This holds without other requests too, and later records have greater numbers."""
     redis = start_redis()
     async with members(redis.url) as [one]:
         appending = await begin_to_append(redis, one, None)
@@ -439,7 +439,7 @@ async def test_a_key_that_is_used_again_outlives_its_first_record(start_redis: S
 
 @on_loop
 async def test_a_process_has_the_log_once(start_redis: StartRedis) -> None:
-    """What it needs to put it back is what it keeps for its clients."""
+    """The records to put back are the same objects that its clients are served from."""
     async with Hub(Settings(store=start_redis().url, notification_interval=0)) as hub:
         await hub.notify("first")
         tracemalloc.start()
@@ -515,7 +515,7 @@ async def test_a_read_only_replica(start_redis: StartRedis) -> None:
 @pytest.mark.usefixtures("_short_leases")
 @on_loop
 async def test_the_clock_of_redis_jumps_back(start_redis: StartRedis, start_process: Callable[..., Process]) -> None:
-    """An hour: what it wrote before lies in the future. Ids go on, and a dead process is free all the same."""
+    """By an hour: older records lie in the future. Ids go on, and a dead process is still freed."""
     redis = start_redis()
     async with members(redis.url) as [one]:
         process = start_process(redis.url, SHORT_LEASE)
@@ -542,7 +542,7 @@ async def test_a_process_that_finds_the_log_empty_goes_on(
     start_redis: StartRedis,
     start_process: Callable[..., Process],
 ) -> None:
-    """It was taken for dead, and what came meanwhile is too old by now: there is nothing for it to wait for."""
+    """It was taken for dead, and the records it missed have expired: there is nothing to wait for."""
     redis = start_redis()
     async with members(redis.url, history_ttl=0.2) as [one]:
         process = start_process(redis.url, SHORT_LEASE)
@@ -667,7 +667,7 @@ async def test_what_a_process_counted_that_came_back_is_counted_once(
 async def test_an_admission_that_was_not_answered_before_the_lease_ended(
     start_redis: StartRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who is told that it is admitted is in the registry."""
+    """A client that is told of its admission is in the registry."""
     redis = start_redis()
     # So that the log is read slowly.
     monkeypatch.setattr("store_redis.READ_RECORDS", 1)
@@ -756,7 +756,7 @@ async def test_a_store_that_is_closed_answers_nothing(start_redis: StartRedis) -
 
 @on_loop
 async def test_an_opening_that_was_given_up_leaves_nothing(start_redis: StartRedis) -> None:
-    """Whoever asks next opens the store."""
+    """The next request opens the store."""
     redis = start_redis()
     redis.stop()
     member = Member(redis.url)

@@ -33,7 +33,7 @@ def path(tmp_path: Path) -> Path:
 
 @contextmanager
 def turn_taken(path: Path) -> Iterator[None]:
-    """Hold what a process holds in a transaction, as one does that was stopped in the middle."""
+    """Hold the locks of a transaction, like a process that was stopped in the middle of one."""
     with open(f"{path}-lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -41,7 +41,7 @@ def turn_taken(path: Path) -> Iterator[None]:
 
 @contextmanager
 def database_locked(path: Path) -> Iterator[None]:
-    """Hold SQLite's own lock, as somebody does who looks into the file by hand."""
+    """Hold SQLite's own lock, like a person with the file open in a shell."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         yield
@@ -58,7 +58,7 @@ def disk_full_for(process: Process) -> Iterator[None]:
 
 
 def files(path: Path) -> list[str]:
-    """Return the names of what lies beside the file, from its own name on."""
+    """Return the names of the files beside the store's file, from its own name on."""
     return sorted(name.removeprefix(path.name) for name in os.listdir(path.parent))
 
 
@@ -96,7 +96,7 @@ def spoil_with_the_future(path: Path) -> None:
 async def test_a_file_that_is_no_store_is_a_wrong_setting(
     path: Path, spoil: Callable[[Path], None], reason: str
 ) -> None:
-    """One clear line, and what is there is left as it was."""
+    """The error is one clear line, and the file stays as it was."""
     spoil(path)
     before = path.is_dir() or path.read_bytes()
     with pytest.raises(SettingsError, match=reason) as error:
@@ -144,7 +144,7 @@ async def test_a_path_may_be_longer_than_a_sockets(tmp_path: Path) -> None:
 
 @on_loop
 async def test_a_name_may_be_longer_than_a_sockets(tmp_path: Path) -> None:
-    """In whatever script it is written."""
+    """A path may be long, in any script."""
     async with members(f"sqlite:{tmp_path / ('通知' * 20)}", 2) as [one, other]:
         await one.publish()
         await other.until(lambda: other.records)
@@ -180,7 +180,7 @@ async def test_the_write_ahead_log_begins_anew(path: Path, monkeypatch: pytest.M
 
 @on_loop
 async def test_an_opening_that_was_given_up_leaves_nothing(path: Path) -> None:
-    """Whoever asks next opens the store."""
+    """The next request opens the store."""
     member = Member(f"sqlite:{path}")
     with turn_taken(path), pytest.raises(TimeoutError):
         await asyncio.wait_for(member.open(), 0.1)
@@ -200,7 +200,7 @@ async def test_an_opening_that_was_given_up_leaves_nothing(path: Path) -> None:
 async def test_a_locked_store_is_away_until_it_is_free(
     path: Path, trouble: Callable[[Path], Iterator[None]], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What is asked for meanwhile is refused; who leaves meanwhile has left. One line says so, one when it is over."""
+    """Requests meanwhile are refused; departures meanwhile count. The log has one line at each end."""
     caplog.set_level("INFO", "notifyd")
     async with members(f"sqlite:{path}", store_timeout=0.2) as [one]:
         await one.admit("a")
@@ -340,7 +340,7 @@ def replace_by_a_copy(path: Path) -> None:
 @pytest.mark.parametrize("swap", [delete, replace_by_a_copy])
 @on_loop
 async def test_a_file_that_was_replaced_makes_the_store_away(path: Path, swap: Callable[[Path], None]) -> None:
-    """Every process notices by itself, refuses with a reason that says what to do, and writes nothing."""
+    """Every process notices by itself, refuses with a reason that names the remedy, and writes nothing."""
     async with members(f"sqlite:{path}", 2) as [one, other]:
         await one.publish()
         await other.until(lambda: other.records)

@@ -45,7 +45,7 @@ def listening(server: Server, client_id: str, topics: str = "") -> Client:
 
 
 def received(server: Server, *clients: Client) -> list[list[str]]:
-    """Publish a marker for everyone, and return what each client got before it."""
+    """Publish a marker for everyone, and return the notifications of each client before it."""
     server.notify("marker")
     seen = []
     for client in clients:
@@ -77,14 +77,14 @@ def test_a_notification_for_topics_reaches_whoever_has_one_of_them(server: Serve
 
 
 def test_clients_and_topics_are_a_union(server: Server) -> None:
-    """Who is meant twice gets it once and is counted once."""
+    """A client addressed twice gets the notification once and counts once."""
     clients = [listening(server, "ann", "red"), listening(server, "bob"), listening(server, "cat", "red,blue")]
     assert server.notify("both", clients=["ann", "bob"], topics=["red", "blue"])["recipients"] == 3
     assert received(server, *clients) == [["both"], ["both"], ["both"]]
 
 
 def test_neither_is_for_everyone(server: Server) -> None:
-    """Whatever topics a client has."""
+    """Without clients and topics a notification reaches clients with any topics."""
     clients = [listening(server, "ann", "red"), listening(server, "bob")]
     assert server.notify("all")["recipients"] == 2
     assert received(server, *clients) == [["all"], ["all"]]
@@ -125,7 +125,7 @@ def test_recipients_counts_who_it_is_addressed_to_now(server: Server) -> None:
 
 @pytest.mark.parametrize("target", [{"clients": ["late"]}, {"topics": ["late"]}])
 def test_what_is_for_the_absent_is_kept_for_resume(server: Server, target: dict[str, list[str]]) -> None:
-    """A client that was away, or that takes a topic only when it comes back, is replayed what it missed."""
+    """A client that was away, or subscribes only when it comes back, is replayed the notifications it missed."""
     position = server.read("/notifications?since=")["position"]
     server.notify("kept", **target)
     client = server.join(query=f"client_id=late&topics=late&since={position}")
@@ -230,14 +230,14 @@ def test_subscribe_is_answered_with_all_topics_now(server: Server) -> None:
 
 
 def test_unsubscribe_is_answered_with_the_topics_that_are_left(server: Server) -> None:
-    """What it wasn't subscribed to is no error."""
+    """Unsubscribing from an unknown topic is no error."""
     client = listening(server, "ann", "red,blue")
     assert client.ask({"type": "unsubscribe", "topics": ["red", "grey"]}) == subscribed("blue")
     assert server.notify("x", topics=["red"])["recipients"] == 0
 
 
 def test_the_last_topic_can_go(server: Server) -> None:
-    """Without topics a client still gets what is for everyone or for itself."""
+    """Without topics a client still gets notifications for everyone and for itself."""
     client = listening(server, "ann", "red")
     assert client.ask({"type": "unsubscribe", "topics": ["red"]}) == subscribed()
     server.notify("red", topics=["red"])
@@ -246,7 +246,7 @@ def test_the_last_topic_can_go(server: Server) -> None:
 
 
 def test_a_subscription_holds_from_its_answer_on(server: Server) -> None:
-    """What was published before it doesn't come, and what is published after it does."""
+    """Notifications published before it do not come, later ones do."""
     client = server.join("ann")
     server.notify("before", topics=["red"])
     client.ask({"type": "subscribe", "topics": ["red"]})
@@ -255,7 +255,7 @@ def test_a_subscription_holds_from_its_answer_on(server: Server) -> None:
 
 
 def test_subscriptions_end_with_the_connection(server: Server) -> None:
-    """Who comes back subscribes again."""
+    """A client that comes back must subscribe again."""
     listening(server, "ann", "red").leave()
     client = server.join("ann")
     assert server.notify("x", topics=["red"])["recipients"] == 0
@@ -276,13 +276,13 @@ def test_a_bad_request_is_answered_by_an_error_and_changes_nothing(server: Serve
 
 @pytest.mark.parametrize("kind", ["subscribe", "unsubscribe"])
 def test_topics_are_required(server: Server, kind: str) -> None:
-    """The error says which field is missing."""
+    """The error names the missing field."""
     assert server.join().ask({"type": kind}) == ws_error(naming("topics", "missing"))
 
 
 @pytest.mark.parametrize("topics", ["a,,b", ",", "a,", "x" * 129, "red,a%0Ab"])
 def test_bad_topics_in_the_url_are_refused(server: Server, topics: str) -> None:
-    """The connection is closed, and the reason says what was wrong."""
+    """The connection is closed, and the reason names the mistake."""
     code, reason = server.connect(query=f"topics={topics}").closed()
     assert code == 1008 and str(reason).startswith("Invalid topics: ")
 

@@ -21,7 +21,7 @@ from store import Buckets, Draw, Rate
 
 
 class FakeStore:
-    """A store that counts what it is asked, and may be away."""
+    """A store that counts its calls, and may be away."""
 
     def __init__(self) -> None:
         self.asked = 0
@@ -42,7 +42,7 @@ async def show_address(scope: Any, receive: Any, send: Any) -> None:
 
 
 def answers(store: FakeStore, count: int, *, client: Any = ("192.0.2.1", 1), **settings: Any) -> list[httpx.Response]:
-    """Return what is answered to so many requests, one after the other."""
+    """Return the answers to so many requests, one after the other."""
 
     async def ask() -> list[httpx.Response]:
         guard = Guard(show_address, Settings(**settings), store)  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ def answers(store: FakeStore, count: int, *, client: Any = ("192.0.2.1", 1), **s
 
 
 def test_a_flood_costs_the_store_no_more_than_what_it_lets_through() -> None:
-    """Who is known to be over the limit is refused without asking."""
+    """An address known to be over the limit is refused without a call to the store."""
     store = FakeStore()
     statuses = [answer.status_code for answer in answers(store, 1000, rate_limit=True)]
     assert statuses.count(200) >= 20
@@ -73,7 +73,7 @@ def test_without_the_store_each_process_has_its_own_limits() -> None:
 
 
 def test_who_comes_through_a_unix_socket_may_be_a_proxy() -> None:
-    """Where that is said. What comes after the guard sees the address, limits or not."""
+    """With `unix` among the trusted proxies. The app behind the guard sees the address, with limits or without."""
     trusting, careful = {"trusted_proxies": ("unix",)}, {"rate_limit": True}
     assert [answer.text for answer in answers(FakeStore(), 1, client=None, **trusting)] == ["203.0.113.1"]
     assert [answer.text for answer in answers(FakeStore(), 1, client=None, **careful)] == ["unix"]

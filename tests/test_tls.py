@@ -36,7 +36,7 @@ sys.exit(notifyd.main())
 
 
 class Pair:
-    """A certificate and its key in two files, which can become another pair's."""
+    """A certificate and its key in two files, to be replaced by another pair."""
 
     def __init__(self, directory: Path, name: str) -> None:
         self.certificate, self.key = directory / f"{name}.crt", directory / f"{name}.key"
@@ -81,7 +81,7 @@ def secure(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def connect(server: Server, **options: Any) -> connect_async:
-    """Connect over TLS. Not with a client that reads and writes in two threads, which OpenSSL forbids."""
+    """Connect over TLS, without a client that reads and writes in two threads: OpenSSL forbids that."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     quiet: dict[str, Any] = {"compression": None, "proxy": None, "ping_interval": None, "close_timeout": 1}
@@ -192,7 +192,7 @@ def test_a_drain_over_tls(start_server: StartServer, pair: Pair, flags: list[str
 
 
 def test_the_end_of_a_drain_closes_over_tls(start_server: StartServer, pair: Pair) -> None:
-    """Who stays gets the documented goodbye."""
+    """A client that stays gets the documented close."""
     server = start_server("--shutdown-timeout", "0.2", *pair.flags)
 
     async def conversation() -> None:
@@ -326,6 +326,6 @@ def test_a_mistake_stops_the_start_with_one_line(shelf: Path, mistake: str, work
     [(["--ssl-certfile", "both.pem"], ""), (["--ssl-certfile", "first.crt", "--ssl-keyfile", "locked.key"], "secret")],
 )
 def test_other_forms_of_a_pair(start_server: StartServer, shelf: Path, flags: list[str], password: str) -> None:
-    """Both in one file; and a key with a password, which a variable keeps out of the list of processes."""
+    """Both in one file; and a key with a password, given in a variable because lists of processes show flags."""
     server = start_server(*at(shelf, flags), variables={"NOTIFYD_SSL_KEYFILE_PASSWORD": password})
     assert server.get("/health").status_code == 200

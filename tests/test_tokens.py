@@ -177,7 +177,7 @@ def from_issuer(kid: str | None, kind: str = "RSA", algorithm: str = "", **claim
 
 
 def test_keys_come_from_a_url(start_server: StartServer, issuer: Issuer) -> None:
-    """Of several kinds at once; each proves only what it can, and is for."""
+    """Keys of several kinds at once; each proves only tokens of its kind and purpose."""
     secret = {"kty": "oct", "kid": "oct", "k": jwt.utils.base64url_encode(SECRET.encode()).decode(), "alg": "HS256"}
     encrypting, pinned = jwk("enc", use="enc"), jwk("pinned", alg="RS512")
     unreadable = [
@@ -220,7 +220,7 @@ def test_keys_that_cannot_be_fetched_are_503(start_server: StartServer, issuer: 
 
 
 def test_a_slow_issuer_holds_up_nobody_else(start_server: StartServer, issuer: Issuer) -> None:
-    """The event loop goes on while a thread waits for the keys; all who wait for them ask once."""
+    """The event loop goes on while a thread waits for the keys; all requests that wait share one fetch."""
     issuer.publish(jwk("r1"))
     issuer.answers.clear()
     server = start_server("--jwks-url", issuer.url)
@@ -249,7 +249,7 @@ class Source:
         return json.dumps({"keys": [jwk(kid) for kid in self.kids]}).encode()
 
     def finds(self, kid: str | None) -> Any:
-        """Whether the key is found, or what is raised instead."""
+        """Whether the key is found, or the exception raised instead."""
 
         async def find() -> bool:
             found = await self.keys.find(kid)
@@ -264,7 +264,7 @@ class Source:
 
 
 def test_keys_are_kept_for_minutes() -> None:
-    """Whoever asks for one that is there sets off no fetch."""
+    """A token with a known key causes no fetch."""
     source = Source("one")
     for source.now in (0, 1, FRESH_SECONDS - 1):
         assert source.finds("one") is True
@@ -307,7 +307,7 @@ def test_old_keys_serve_on_while_the_issuer_is_away() -> None:
 
 
 def test_without_an_id_there_must_be_one_key() -> None:
-    """Which of several it would be is not for the token to leave open."""
+    """A token without a kid must not leave open by which of several keys it is signed."""
     assert Source("one").finds(None) is True
     assert Source("one", "two").finds(None) is Unauthorized
 
@@ -339,14 +339,14 @@ def test_keys_are_read_by_the_thread_that_fetched_them(monkeypatch: pytest.Monke
 
 
 def test_keys_without_end_are_not_read_to_the_end(issuer: Issuer) -> None:
-    """The size is limited, whatever the issuer sends."""
+    """The size of the keys is limited, even if the issuer sends without end."""
     issuer.parts = itertools.repeat(b"[" * 65_536)
     with pytest.raises(ValueError, match="more than 1048576 bytes"):
         tokens._fetch(issuer.url)
 
 
 def test_keys_that_trickle_in_keep_no_thread(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An issuer that sends a byte now and then is given up on, and not only by those who wait for it."""
+    """An issuer that sends a byte now and then is given up on, by the thread as well as by the requests."""
     monkeypatch.setattr(tokens, "FETCH_SECONDS", 0.3)
     issuer.parts = (time.sleep(0.05) or b" " for _ in range(200))
     with pytest.raises(TimeoutError, match="not complete"):
@@ -355,7 +355,7 @@ def test_keys_that_trickle_in_keep_no_thread(issuer: Issuer, monkeypatch: pytest
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
 def test_https_is_redirected_to_nothing_else(issuer: Issuer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else whoever is on the way could give us keys of his own."""
+    """Otherwise an attacker on the network path could send keys of his own."""
     pair = ["-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "certificate")]
     command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=x -addext subjectAltName=IP:127.0.0.1"
     subprocess.run([*command.split(), *pair], check=True, capture_output=True)
@@ -401,7 +401,7 @@ def test_a_fetch_takes_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_who_waits_no_longer_takes_the_keys_from_nobody() -> None:
-    """The fetch is for all who wait, also when the one who set it off has gone."""
+    """The fetch is for all requests that wait, even when the first one has gone."""
     source = Source("one")
     released = held_up(source)
 

@@ -72,7 +72,7 @@ def apps(request: pytest.FixtureRequest) -> Iterator[Apps]:
 
 @pytest.fixture
 def failing(apps: Apps) -> Iterator[Apps]:
-    """For a test whose app fails, which is logged."""
+    """For a test with a failing app, whose error is logged."""
     yield apps
     assert "on purpose" in apps.new_log()
 
@@ -140,7 +140,7 @@ def test_a_handshake_is_http_1_1(apps: Apps) -> None:
 
 @pytest.mark.parametrize("changes", [{"Content_Length": "5"}, {"Transfer_Encoding": "chunked"}], ids=str)
 def test_a_handshake_has_no_body(apps: Apps, changes: dict[str, str | None]) -> None:
-    """What a proxy takes for a body must not be read as frames, nor the other way round."""
+    """Bytes that a proxy takes for a body must not be read as frames, nor the other way round."""
     assert apps.response_to(handshake(**changes))[0] == 400
     assert apps.response_to(handshake(Content_Length="0"))[0] == 101
 
@@ -268,7 +268,7 @@ def test_what_an_eager_client_sends_behind_another_request_stays_in_order(apps: 
 
 
 def stream_after_the_answer(connection: socket.socket) -> BinaryIO:
-    """Read the answer to a handshake, and return what follows as a file."""
+    """Read the answer to a handshake, and return the bytes after it as a file."""
     stream = connection.makefile("rb")
     while stream.readline() != b"\r\n":
         pass
@@ -337,7 +337,7 @@ def test_what_came_before_a_broken_frame_is_answered_before(apps: Apps) -> None:
 
 
 def test_a_broken_frame_waits_only_so_long_for_a_slow_app(apps: Apps) -> None:
-    """After a second the connection fails, whatever the app is doing."""
+    """After a second the connection fails, even if the app is busy."""
     client = apps.at("answer_in_its_own_time")
     client.socket.sendall(masked(Opcode.TEXT, b'"one"') + b"\xff\xff")
     assert client.closed() == (1002, "Reserved bits are set")
@@ -364,7 +364,7 @@ def test_an_empty_close_is_answered_with_an_empty_one(apps: Apps) -> None:
 
 
 def test_a_close_in_the_middle_of_a_message_is_a_close(apps: Apps) -> None:
-    """Autobahn 7.1.5: control frames may come between fragments, and what follows a close is nothing."""
+    """Autobahn 7.1.5: control frames may come between fragments, and bytes after a close are ignored."""
     client = apps.at("echo")
     fragment = masked(Opcode.TEXT, b"frag", fin=False)
     client.socket.sendall(fragment + masked(Opcode.CLOSE, b"\x03\xe8") + masked(Opcode.CONT, b"ment"))
@@ -408,7 +408,7 @@ def test_the_end_of_the_stream_is_the_end(apps: Apps) -> None:
 
 
 def test_the_end_of_the_stream_ends_an_app_that_waits_to_send(apps: Apps) -> None:
-    """Nobody writes on for a peer that has left; what is on its way still goes out."""
+    """The app stops writing for a peer that has left; bytes already written still go out."""
     client = apps.at("flood", receive_buffer=65_536)
     eventually(stands_still(client.socket))
     client.socket.shutdown(socket.SHUT_WR)
@@ -417,7 +417,7 @@ def test_the_end_of_the_stream_ends_an_app_that_waits_to_send(apps: Apps) -> Non
 
 
 def test_half_a_handshake_and_the_end_of_the_stream(apps: Apps) -> None:
-    """Who ends its side before the answer gets none, and its app hears of it."""
+    """A peer that ends its side before the answer gets none, and its app hears of it."""
     connection, line = apps.raw(handshake("/late")), len(apps.stderr)
     eventually(lambda: apps.active() == 1)
     connection.shutdown(socket.SHUT_WR)
@@ -489,7 +489,7 @@ def test_the_servers_end_says_goodbye() -> None:
 
 
 def test_an_app_hears_that_the_server_ends() -> None:
-    """At once, whatever its peer answers."""
+    """The app hears it at once, without an answer from the peer."""
     server = Apps()
     client = server.at("echo")
     server.signal()
@@ -525,7 +525,7 @@ def test_a_peer_that_sends_first_and_reads_afterwards_sees_the_goodbye(apps: App
 
 
 def test_a_goodbye_in_the_middle_of_small_messages_is_followed_by_the_rest(apps: Apps) -> None:
-    """It comes at any moment of the turns in which they are read, so this is tried several times."""
+    """The goodbye may come in any iteration of reading, so this is tried several times."""
     small, large = masked(Opcode.BINARY, b"x" * 10) * 16_000, masked(Opcode.BINARY, b"x" * 60_000) * 200
     for _ in range(8):
         client = apps.at("close")
@@ -538,7 +538,7 @@ def test_a_goodbye_in_the_middle_of_small_messages_is_followed_by_the_rest(apps:
 
 
 def test_a_refusal_reaches_a_peer_that_is_still_sending(apps: Apps) -> None:
-    """What follows a broken frame is dropped, and the close says why."""
+    """Bytes after a broken frame are dropped, and the close names the reason."""
     client = apps.at("echo")
     with suppress(BrokenPipeError, ConnectionResetError):
         client.socket.sendall(b"\x81\x05Hello" + b"x" * (20 * MEGABYTE))
@@ -595,7 +595,7 @@ def test_pings_are_answered_while_an_app_is_busy(apps: Apps) -> None:
 
 
 def test_a_ping_of_a_peer_that_does_not_read_is_answered_later(apps: Apps) -> None:
-    """Who has a backlog to read gets a pong behind it: for its last ping, which answers for those before."""
+    """A peer with a backlog gets its pong behind that: one for its last ping, which answers the earlier ones."""
     client = apps.at("flood", receive_buffer=65_536)
     eventually(stands_still(client.socket))
     for number in range(3):
@@ -652,7 +652,7 @@ def secure(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def over_tls(server: Apps, app: str, talk: Callable[[ClientConnection], Awaitable[None]], **options: Any) -> None:
-    """Connect over TLS and talk. Not with a client that reads and writes in two threads, which OpenSSL forbids."""
+    """Connect over TLS and talk, without a client that reads and writes in two threads: OpenSSL forbids that."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     url = f"wss://localhost:{server.port}/{app}"

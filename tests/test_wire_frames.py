@@ -127,7 +127,7 @@ def test_a_valid_stream_is_read_byte_by_byte(name: str) -> None:
 
 @either
 def test_a_valid_stream_ends_where_it_ends(name: str) -> None:
-    """What follows is another frame, even if only its first byte is there."""
+    """Later bytes belong to another frame, even if only its first byte is there."""
     stream, events = VALID[name]
     follower = masked(0x89, b"next")
     assert read(stream + follower[:1], follower[1:]) == ([*events, (PING, b"next")], None, "")

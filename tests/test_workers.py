@@ -56,7 +56,7 @@ def join_each_worker(server: Server) -> list[Client]:
 
 @pytest.fixture(scope="module")
 def healthy() -> Iterator[Server]:
-    """A server with two workers, to which nothing happens."""
+    """A server with two workers, left alone."""
     server = Server.notifyd("--workers", "2", *QUIET)
     yield server
     server.stop()
@@ -234,7 +234,7 @@ def test_a_killed_parent_leaves_nothing_that_stops_the_next(start_server: StartS
 
 
 def test_the_port_is_free_at_once_after_a_killed_parent(server: Server, start_server: StartServer) -> None:
-    """Whoever starts it again need not wait."""
+    """A new start need not wait."""
     server.process.kill()
     assert start_server("--workers", "2", "--port", str(server.port)).read("/health")["status"] == "healthy"
 
@@ -256,7 +256,7 @@ def test_the_log_is_private_and_goes_with_the_server(start_server: StartServer, 
 
 
 def test_the_log_may_have_been_removed(start_server: StartServer, tmp_path: Path) -> None:
-    """By somebody who tidies up: the server still ends without a word."""
+    """The temporary log may be removed by a cleaner: the server still ends without an error."""
     server = start_server("--workers", "2", variables={"TMPDIR": str(tmp_path)})
     [directory] = tmp_path.iterdir()
     shutil.rmtree(directory)
@@ -300,7 +300,7 @@ def test_a_second_signal_closes_everyone_now(server: Server) -> None:
 
 @pytest.mark.parametrize("number", [SIGINT, SIGTERM])
 def test_a_signal_to_the_whole_group_counts_once(server: Server, number: int) -> None:
-    """Ctrl+C goes to parent and workers alike, as does what systemd sends: it is one signal, and two are two."""
+    """Ctrl+C, and systemd's signals, go to parent and workers alike: that is one signal, and two are two."""
     clients = join_each_worker(server)
     os.killpg(server.pid, number)
     assert [client.receive_many(2) for client in clients] == [[SYSTEM, SHUTDOWN]] * len(clients)

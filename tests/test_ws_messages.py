@@ -43,7 +43,7 @@ def test_the_welcome_tells_the_interval(start_server: StartServer) -> None:
 
 
 def test_a_client_is_counted_when_it_is_welcomed(server: Server) -> None:
-    """Whoever has read the welcome is a recipient of whatever is published from then on."""
+    """A client that has read its welcome is a recipient of every later notification."""
     server.join()
     assert server.notify("hi")["recipients"] == 1
 
@@ -78,7 +78,7 @@ def test_test_notifications_count_on(start_server: StartServer) -> None:
 
 
 def test_an_interval_of_0_sends_no_test_notifications(server: Server, client: Client) -> None:
-    """Nothing but what was published arrives: the shared server has an interval of 0."""
+    """Only published notifications arrive: the shared server has an interval of 0."""
     for number in range(3):
         server.notify(str(number))
     assert [each["type"] for each in client.receive_many(3)] == ["custom"] * 3
@@ -237,7 +237,7 @@ def test_json_without_a_string_type_is_told(client: Client, text: str) -> None:
 
 @pytest.mark.parametrize("kind", ["invalid_type", "PING", " ping", "welcome", "shutdown", "", "🦊", '"', "x" * 64])
 def test_an_unknown_type_is_told_by_name(client: Client, kind: str) -> None:
-    """What no client may send is answered by its name, the server's own types included."""
+    """A type that no client may send is named in the error, the server's own types included."""
     assert client.ask({"type": kind}) == ws_error(f"Unknown message type: {kind}")
 
 
@@ -312,12 +312,12 @@ def test_what_was_asked_before_a_close_is_answered_before_it(server: Server) -> 
 
 @pytest.mark.parametrize("path", ["/ws?unknown=1&client_id=ok", "/ws?&&=&client_id=ok&x"])
 def test_unknown_query_parameters_are_ignored(server: Server, path: str) -> None:
-    """Only what is documented is read from the query."""
+    """Only documented parameters are read from the query."""
     assert server.connect(query=path.partition("?")[2]).receive() == welcome("ok")
 
 
 def test_a_notification_reaches_a_client_right_after_its_welcome(server: Server) -> None:
-    """The welcome is the first message even to who comes while others publish."""
+    """The welcome is the first message even while others publish."""
     clients = []
     for number in range(20):
         clients.append(server.connect())
