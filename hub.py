@@ -37,7 +37,7 @@ from log import Audience, payloads
 from schemas import GOING_AWAY, POLICY_VIOLATION, TRY_AGAIN_LATER, timestamp
 from settings import Settings
 from slices import in_slices
-from store import Appended, Draft, Once, Opening, Receipt, Record, Registration, Store, make_store
+from store import Appended, Draft, MemoryStore, Once, Opening, Receipt, Record, Registration, Store
 
 logger = logging.getLogger("notifyd")
 
@@ -82,7 +82,7 @@ class Hub:
     ) -> None:
         """With `renew`, clients may send a token again; it returns the identity that the token stands for."""
         self.settings = settings
-        self.store = store or make_store(settings, clock)
+        self.store = store or MemoryStore(settings, clock)
         self.clock = clock
         self.renew = renew
         self.state = HubState.STARTING

@@ -33,7 +33,7 @@ from guard_auth import Authenticator, authenticator_of
 from hub import Hub
 from routes import internal_route_table, route_table
 from settings import Settings, SettingsError, from_environ, load
-from store import Receipt
+from store import Receipt, Store
 
 if TYPE_CHECKING:
     from wire import WireProtocol
@@ -99,7 +99,21 @@ def create_app(settings: Settings | None = None, auth: AuthenticationBackend | N
             logger.warning(warning)
     authenticator = authenticator_of(settings, auth)
     renew = None if authenticator is None else authenticator.renew
-    return App(Hub(settings, renew=renew), authenticator)
+    return App(Hub(settings, _shared_store(settings), renew=renew), authenticator)
+
+
+def _shared_store(settings: Settings) -> Store | None:
+    """Return the store that the settings name, or None for the Hub's own, in memory."""
+    kind, _, path = settings.store.partition(":")
+    if kind in ("auto", "memory"):
+        return None
+    if kind == "sqlite":
+        from store_sqlite import SqliteStore  # noqa: PLC0415 - needs a thread and a file
+
+        return SqliteStore(settings, path)
+    from store_redis import RedisStore  # noqa: PLC0415 - needs redis
+
+    return RedisStore(settings, settings.store)
 
 
 def _configure_logging(settings: Settings) -> None:

@@ -327,8 +327,8 @@ async def test_started_with_an_old_file(start_redis: StartRedis) -> None:
 async def test_a_hub_puts_back_what_it_has(start_redis: StartRedis) -> None:
     """Each notification is whole, at any size, with its clients and topics, and as old as it was."""
     redis = start_redis()
-    settings = Settings(store=redis.url, notification_interval=0, max_message_size=100_000)
-    async with Hub(settings) as hub:
+    settings = Settings(notification_interval=0, max_message_size=100_000)
+    async with Hub(settings, RedisStore(settings, redis.url)) as hub:
         for size in (1, 200, 70_000):
             await hub.notify("m", data={"x": "x" * size}, clients=["a"], topics=["t"])
         async with members(redis.url) as [early]:
@@ -440,7 +440,8 @@ async def test_a_key_that_is_used_again_outlives_its_first_record(start_redis: S
 @on_loop
 async def test_a_process_has_the_log_once(start_redis: StartRedis) -> None:
     """The records to put back are the same objects that its clients are served from."""
-    async with Hub(Settings(store=start_redis().url, notification_interval=0)) as hub:
+    settings = Settings(notification_interval=0)
+    async with Hub(settings, RedisStore(settings, start_redis().url)) as hub:
         await hub.notify("first")
         tracemalloc.start()
         for _ in range(100):
