@@ -1,4 +1,4 @@
-"""Authentication: whom keys and tokens let in, to what, for how long, and what nobody gets to see."""
+"""Authentication: the rights of keys and tokens, their end, and secrets that stay secret."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_a_stream_takes_a_token_from_its_query(signed: Server) -> None:
         )
 
 
-# Tokens: what they allow.
+# Tokens: their rights.
 
 
 def test_the_subject_is_the_client_id(signed: Server) -> None:
@@ -398,7 +398,7 @@ def test_an_issuers_clock_may_be_a_little_ahead(signed: Server) -> None:
     assert refusal(signed, token(iat=later)) == INVALID
 
 
-# Tokens: what none is.
+# Tokens: invalid ones.
 
 
 BAD = {
@@ -455,7 +455,7 @@ def test_a_huge_token_is_not_even_read(signed: Server) -> None:
     assert listener(signed, sub="alice").ask({"type": "auth", "token": huge}) == ws_error(INVALID)
 
 
-# What nobody gets to see.
+# Secrets.
 
 
 def test_no_log_shows_a_token(signed: Server) -> None:

@@ -53,7 +53,7 @@ def array_of(size: int) -> bytes:
     return body.replace('"pad": ""', f'"pad": "{"x" * (size - len(body))}"').encode()
 
 
-# What is accepted.
+# Accepted.
 
 
 def test_the_answer_has_the_documented_fields_in_their_order(server: Server) -> None:
@@ -124,7 +124,7 @@ def test_a_mebibyte_is_accepted(server: Server) -> None:
     assert batch(server, array_of(MEBIBYTE)).status_code == 200
 
 
-# What is refused.
+# Refused.
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_a_draining_server_refuses(start_server: StartServer) -> None:
     assert refusal(server, [{"message": "late"}]) == (503, http_error("system", naming("shutting down")))
 
 
-# What is counted.
+# Counters.
 
 
 def test_each_is_counted(start_server: StartServer) -> None:

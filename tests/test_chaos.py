@@ -1,8 +1,8 @@
-"""Chaos: two hundred clients whose connections are cut, stalled and lost, and twenty thousand notifications.
+"""Chaos: two hundred clients with connections that are cut, stalled and lost, and twenty thousand notifications.
 
 Each client ends with exactly its own, in order, or was told where something may be missing. The networks are a
-small proxy in the test, which stalls and cuts in the middle of a frame, and resets without a FIN. What happens to
-whom is drawn from a seed, CHAOS_SEED; when it happens is up to the machine.
+small proxy in the test, which stalls and cuts in the middle of a frame, and resets without a FIN. A seed, CHAOS_SEED,
+decides the faults of each client; their time depends on the machine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SEED = int(os.environ.get("CHAOS_SEED", "4"))
 CLIENTS, NOTIFICATIONS, BATCH = 200, 20_000, 100
 TOPICS = [f"topic{number}" for number in range(40)]
 MISHAPS_PER_BATCH = 5
-# Of those that leave the old connection hanging, which the server takes two seconds to notice: each so many batches.
+# For clients that leave the old connection hanging, noticed by the server after two seconds: once in so many batches.
 BATCHES_PER_VANISHING = 10
 STALLED_BATCHES = 20
 SMALL_BUFFER = 4096
@@ -263,7 +263,7 @@ class Client:
             if not message["data"]["complete"]:
                 self.gaps.append(len(self.received))
 
-    # What happens to it.
+    # Its faults.
 
     def link(self) -> Link | None:
         """Its connection through the proxy, if it has one."""

@@ -380,7 +380,7 @@ def test_every_http_error_is_documented_and_no_other() -> None:
     documented = {(int(row[0]), category) for row in rows(PROTOCOL, "Status", "Category") for category in spans(row[1])}
     there = {(each.status, each.category) for each in error_classes()}
     there |= {(int(status), "validation") for status in re.findall(r"_refuse\((4\d\d)", MODULES["wire_http.py"])}
-    # On a handshake: what breaks RFC 6455, a foreign origin, an unknown path, another version, too many, our failure.
+    # On a handshake: a breach of RFC 6455, a foreign origin, an unknown path, another version, too many, our failure.
     there |= {(status, "connection") for status in (400, 403, 404, 426, 429, 500)}
     assert documented == there
 
@@ -411,7 +411,7 @@ def at(server: Server, command: str) -> str:
 
 
 def shell_environment() -> dict[str, str]:
-    # A pipe is no terminal: without this Python would keep back what it prints.
+    # A pipe is no terminal: without this Python would buffer its output.
     return environment({"NO_PROXY": "localhost", "no_proxy": "localhost", "PYTHONUNBUFFERED": "1"})
 
 
@@ -581,22 +581,6 @@ def test_the_order_of_reading_has_files_of_the_core_and_their_length() -> None:
         lines += read.count("\n")
     said = int(re.findall(r"about ([\d,]+) lines", text)[0].replace(",", ""))
     assert abs(lines - said) < 0.1 * lines, f"the page says {said} lines, there are {lines}"
-
-
-def test_the_core_imports_no_other_part_but_where_the_page_says() -> None:
-    """A file without a prefix knows no wire and no server, and of the guard one value; three files know more."""
-    border = {"guard.py", "guard_auth.py"}
-    imported = {
-        (file, f"{name}.py")
-        for file, text in MODULES.items()
-        if not re.match(r"guard|store|wire|server", file)
-        for name in re.findall(r"^(?:from|import) ((?:guard|store|wire|server)\w*)", text, re.MULTILINE)
-    }
-    strange = {pair for pair in imported if pair[1] not in {"store.py", "guard_identity.py"}}
-    assert {file for file, name in strange if name in border} <= {"notifyd.py", "routes.py", "answers.py"}
-    assert {name for _, name in strange} <= border
-    sentence = section(DESIGN, "The house").replace("\n", " ")
-    assert "`notifyd.py`, `routes.py`, `answers.py`" in sentence
 
 
 def test_the_changelog_begins_with_this_version() -> None:

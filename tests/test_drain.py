@@ -1,4 +1,4 @@
-"""The orderly end: on the first signal everyone is told, whoever stays is waited for, and the process exits with 0."""
+"""The drain: on the first signal every client is told, the process waits for those that stay, and exits with 0."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def draining(start_server: StartServer) -> tuple[Server, Client]:
     return server, client
 
 
-# What clients see.
+# For clients.
 
 
 @pytest.mark.parametrize("number", [SIGTERM, SIGINT])
@@ -91,7 +91,7 @@ def test_test_notifications_stop(start_server: StartServer) -> None:
     assert types[types.index("system") :] == ["system", "shutdown"]
 
 
-# What HTTP says.
+# Over HTTP.
 
 
 def test_health_answers_503_with_the_documented_body(draining: tuple[Server, Client]) -> None:
@@ -259,7 +259,7 @@ def test_half_a_request_does_not_hold_up_the_end(start_server: StartServer) -> N
     assert server.exit_status() == 0
 
 
-# What was accepted before.
+# Notifications accepted before.
 
 
 def test_what_was_accepted_before_the_signal_is_delivered_first(start_server: StartServer) -> None:
@@ -346,7 +346,7 @@ def test_a_second_signal_is_not_paced(start_server: StartServer) -> None:
     assert server.exit_status(3) == 0 and time.monotonic() - began < 3
 
 
-# What the log says.
+# In the log.
 
 
 def test_the_log_says_how_many_remain(start_server: StartServer) -> None:

@@ -1,4 +1,4 @@
-"""notifyd inside other applications and under other servers: the same behaviour, whoever carries the bytes."""
+"""notifyd inside other applications and under other servers: the same behaviour under each of them."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def client_of(app: Any) -> Any:
-    """A TestClient without its warning about an HTTP library, which is not about notifyd."""
+    """A TestClient without its warning about an HTTP library: notifyd is not its subject."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Using `httpx` with")
         from starlette.testclient import TestClient

@@ -1,4 +1,4 @@
-"""GET /events: the stream, which shows with curl what arrives, and resumes by itself in a browser."""
+"""GET /events: the stream, for curl and for a browser that resumes by itself."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ def test_a_stream_that_takes_no_goodbye_is_aborted(server: Server) -> None:
     assert [each for each in server.stderr[line:] if "ERROR" in each] == []
 
 
-# Who has the client_id.
+# The owner of a client_id.
 
 
 def test_a_newcomer_replaces_a_stream(server: Server) -> None:
@@ -318,7 +318,7 @@ def test_a_dead_websocket_gives_way_to_a_stream(server: Server) -> None:
     assert server.active() == 1
 
 
-# What is refused.
+# Refused.
 
 
 @pytest.mark.parametrize(

@@ -300,7 +300,7 @@ def test_python_ends_quietly_at_ctrl_c(server: Server, state: str) -> None:
     assert "Traceback" not in "".join(program.printed)
 
 
-# Against a WebSocket server with a script: what the real one says only when something goes wrong.
+# Against a WebSocket server with a script, for messages that the real server sends only after a failure.
 
 
 class Close(NamedTuple):

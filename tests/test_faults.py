@@ -1,8 +1,8 @@
-"""What may happen to the processes and to their store, while publishers publish and clients listen.
+"""Faults of the processes and of their store, while publishers publish and clients listen.
 
-Whatever it is: nothing that was answered 200 is lost, nothing comes twice or out of order, no counter goes back,
-nobody stays out for longer than 10 s, and nobody has to help. Publishers repeat what was not answered with the same
-Idempotency-Key, clients that lose their connection resume; both go to the next server where one is gone.
+After each fault: no notification that was answered 200 is lost, none comes twice or out of order, no counter goes back,
+no client stays out for longer than 10 s, and no operator has to help. Publishers repeat unanswered requests with the
+same Idempotency-Key, clients that lose their connection resume; both go to the next server where one is gone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CLIENTS, PUBLISHERS = 6, 4
 FREE_SECONDS = 10.0
 # Until a request is answered, be it 503.
 ANSWER_SECONDS = 5.0
-# More than a fault and its end take, so that what is stuck is told from what is slow.
+# Longer than a fault and its end, to tell a stuck process from a slow one.
 RECOVERY_SECONDS = 20.0
 RETRY_SECONDS = 0.05
 # For a store that shall have a full disk.
@@ -154,7 +154,7 @@ class Traffic:
             assert time.monotonic() < deadline, f"not within {RECOVERY_SECONDS} s: {what}"
             time.sleep(0.02)
 
-    # What goes on.
+    # Traffic.
 
     async def _publish(self, number: int) -> None:
         start = number % len(self.servers)
@@ -203,7 +203,7 @@ class Traffic:
                     most = counts
                 await asyncio.sleep(0.1)
 
-    # What the tests say.
+    # The tests.
 
     def goes_on(self) -> None:
         """Every publisher is answered 200 again, and every listener hears of it."""

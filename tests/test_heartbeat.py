@@ -1,4 +1,4 @@
-"""Pings: every client is asked whether it lives, and who is silent for too long is closed."""
+"""Heartbeat: the server pings every client, and closes a client that is silent for too long."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_pings_come_once_in_an_interval(pinging: Server) -> None:
 
 
 def test_a_protocol_ping_comes_along(pinging: Server) -> None:
-    """A client whose library answers ping frames stays connected without code of its own."""
+    """A client with a library that answers ping frames stays connected without code of its own."""
     client = pinging.join_bare()
     assert client.next_frame(Opcode.PING)
     assert client.receive() == PING

@@ -1,4 +1,4 @@
-"""GET /notifications: what a client with these parameters would be replayed."""
+"""GET /notifications: the notifications that a client with these parameters would be replayed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def now(server: Server) -> str:
     return str(history(server, since="")["position"])
 
 
-# What it answers.
+# Answers.
 
 
 def test_the_notifications_are_those_that_a_client_receives(server: Server) -> None:
@@ -165,7 +165,7 @@ def test_a_page_that_holds_all_leads_to_the_end_of_the_log(server: Server) -> No
     assert (texts(answer), answer["position"]) == (["one"], last)
 
 
-# What is complete.
+# Complete.
 
 
 def test_complete_reaches_as_far_back_as_the_history(start_server: StartServer) -> None:
@@ -201,7 +201,7 @@ def test_what_has_expired_is_not_in_it(start_server: StartServer) -> None:
     assert history(server) == {"notifications": [], "position": last, "complete": False}
 
 
-# What is refused.
+# Refused.
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "1001", "1e2", "1.5", "ten", "", "٣", "99999999999999999999"])

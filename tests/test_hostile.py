@@ -1,4 +1,4 @@
-"""Those who mean harm, or are merely broken: whatever they do, everybody else goes on being served."""
+"""Hostile and broken peers: the server goes on serving everybody else."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_an_endless_fragmented_message_takes_no_memory(server: Server) -> None:
         b"\x80\x80\x00\x00\x00\x00",  # A continuation of nothing.
         b"\x01\x80\x00\x00\x00\x00\x81\x80\x00\x00\x00\x00",  # A new message inside another.
         b"\x88\x81\x00\x00\x00\x00\x03",  # A close with half a code.
-        b"\x88\x82\x00\x00\x00\x00\x03\xed",  # A close with 1005, which is never sent.
+        b"\x88\x82\x00\x00\x00\x00\x03\xed",  # A close with 1005, a code that is never sent.
         b"\x88\x82\x00\x00\x00\x00\x00\x00",  # A close with a code that doesn't exist.
     ],
     ids=lambda raw: raw[:8].hex(),
@@ -356,7 +356,7 @@ def test_clients_that_come_and_break_off_leave_nothing(server: Server) -> None:
     eventually(lambda: server.active() == 0 and server.descriptors() <= before)
 
 
-# Those who never get so far.
+# Before the handshake.
 
 
 @pytest.mark.usefixtures("bystander")

@@ -1,4 +1,4 @@
-"""What HTTP clients expect besides the endpoints: HEAD, OPTIONS, and one form for every error."""
+"""HTTP besides the endpoints: HEAD, OPTIONS, and one form for every error."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The real Hub through any interleaving: nobody misses, repeats or overhears a notification.
 
-The state machine of hub_model.py, and what chance would take long to find. A longer run:
+The state machine of hub_model.py, and cases that chance would take long to find. A longer run:
 
     HUB_EXAMPLES=3000 HUB_STEPS=100 pytest tests/test_hub.py --timeout 0
 """
@@ -92,7 +92,7 @@ def test_with_a_shared_store_each_gets_what_is_addressed_to_it(seed: int, histor
         loop.close()
 
 
-# --- what chance would take long to find
+# --- cases that chance would take long to find
 
 
 @pytest.fixture

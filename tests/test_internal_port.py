@@ -1,4 +1,4 @@
-"""--internal-port: what only the operator may see, on a port of its own."""
+"""--internal-port: the operator's figures, on a separate port."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is let in, and how much one may send: the connection limit, client ids, sizes and rates."""
+"""Limits: connections, client ids, sizes and rates of messages."""
 
 from __future__ import annotations
 

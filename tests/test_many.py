@@ -1,4 +1,4 @@
-"""Many processes are one server: what holds for one of them holds over all, exactly and at once."""
+"""Many processes are one server: limits, counters and order hold over all of them, exactly and at once."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def ids(messages: list[Any]) -> list[str]:
     return [message["id"] for message in messages]
 
 
-# Who gets in.
+# Admission.
 
 
 def test_the_limit_is_for_all_together(many: Many) -> None:
@@ -282,7 +282,7 @@ def test_one_of_many_who_claim_a_client_id_at_once_wins(many: Many) -> None:
     assert sorted(met) == ["Client a is already connected"] * 99 + ["welcome"]
 
 
-# What is counted.
+# Counters.
 
 
 def test_connections_are_counted_at_once(many: Many) -> None:
@@ -340,7 +340,7 @@ def test_status_lists_the_clients_of_all(many: Many) -> None:
     assert (limited["details"], limited["active"]) == (details[:2], LIMIT)
 
 
-# What is received.
+# Delivery.
 
 
 def test_all_clients_receive_one_order(many: Many) -> None:

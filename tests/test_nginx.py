@@ -1,4 +1,4 @@
-"""deploy/nginx.conf in a real nginx, in front of a server: what its clients see is what the server would say."""
+"""deploy/nginx.conf in a real nginx, in front of a server: its clients see the same as without it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""POST /notify: what is accepted reaches everyone who is connected; what is not is refused by name."""
+"""POST /notify: an accepted notification reaches every connected client; a refusal names the field."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def body_of(size: int) -> bytes:
     return frame.replace('"pad": ""', f'"pad": "{"x" * (size - len(frame))}"').encode()
 
 
-# What is accepted.
+# Accepted.
 
 
 def test_the_answer_has_the_documented_fields_in_their_order(server: Server) -> None:
@@ -273,7 +273,7 @@ def test_curl_without_a_content_type_works(server: Server) -> None:
     assert parse(subprocess.run(command, capture_output=True, check=True).stdout)["status"] == "success"
 
 
-# What is refused.
+# Refused.
 
 
 def test_a_wrong_type_is_told_with_field_expectation_and_finding(server: Server) -> None:

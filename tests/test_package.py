@@ -135,7 +135,7 @@ def shop(shared: Make) -> Path:
     return shared("shop", fill)
 
 
-# What the wheel holds.
+# The contents of the wheel.
 
 
 def contents(archive: Path) -> dict[str, str]:

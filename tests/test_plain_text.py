@@ -1,4 +1,4 @@
-"""Plain text: what a shell script has at hand is a notification, without any quoting."""
+"""Plain text: a shell script publishes a text without any quoting."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from expected import UUID7, http_error, naming, notification, parse
 from processes import Server
 
-FORM = "application/x-www-form-urlencoded"  # What `curl -d` says by itself.
+FORM = "application/x-www-form-urlencoded"  # The default of `curl -d`.
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 
 
@@ -66,7 +66,7 @@ def test_the_size_limit_comes_first(server: Server) -> None:
     assert post(server, b"x" * 65_537, "text/plain").status_code == 413
 
 
-# What curl labels by itself.
+# The default content type of curl.
 
 
 @needs_curl

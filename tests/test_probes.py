@@ -1,4 +1,4 @@
-"""What an orchestrator asks: /health, whether to send clients, and /health/live, whether to restart the process."""
+"""Probes: /health decides about new clients, and /health/live about a restart of the process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rate limits: each address has a bucket for handshakes and one for everything else, whoever serves it."""
+"""Rate limits: each address has a bucket for handshakes and one for other requests, on every process and server."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ def test_a_handshake_that_is_refused_counts(limited: Server) -> None:
     assert limits(refused.value.response.headers)[1] == 8 or time.monotonic() - began > 0.2
 
 
-# Whose request it is.
+# The address of a request.
 
 
 def test_each_address_has_its_own_bucket(limited: Server) -> None:

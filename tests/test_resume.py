@@ -43,7 +43,7 @@ def log_size(server: Server) -> int:
     return int(found[1])
 
 
-# What a client is told, and then gets.
+# The `resume`, and the notifications after it.
 
 
 def test_after_the_welcome_comes_the_resume(server: Server) -> None:
@@ -179,7 +179,7 @@ def test_all_ids_are_in_one_order(start_server: StartServer) -> None:
     assert ids == sorted(set(ids))
 
 
-# What is complete.
+# Complete.
 
 
 @pytest.mark.parametrize("since", [NEVER_GIVEN, "00000000-0000-0000-0000-000000000000"])

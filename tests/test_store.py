@@ -1,4 +1,4 @@
-"""What every store promises, for each of them: one log and one registry, however many processes share them."""
+"""The contract of a store, for each of them: one log and one registry, however many processes share them."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ async def test_an_answer_comes_after_the_log_up_to_it(shared: str) -> None:
         await asyncio.gather(*publishes)
 
 
-# Who is admitted.
+# Admission.
 
 
 @on_loop
@@ -298,7 +298,7 @@ async def test_of_a_hundred_claims_one_wins(shared: str) -> None:
         claims = [member.admit("a") for _ in range(50) for member in both]
         results = await asyncio.gather(*claims, return_exceptions=True)
         winners = {index % 2 for index, result in enumerate(results) if isinstance(result, str)}
-        assert len(winners) == 1  # A process may claim again what it holds.
+        assert len(winners) == 1  # A process may claim its own client_ids again.
         assert all(isinstance(result, str | ClientIdTaken) for result in results)
         assert await one.active() == await other.active() == 1
 
@@ -729,7 +729,7 @@ async def test_a_process_hears_that_it_missed_something(shared: str, start_proce
         # A read that it had begun may still be answered, until it ends by itself.
         await asyncio.sleep(SHORT_LEASE)
         await one.publish(*[SOMETHING] * 200)
-        # A store may trim with the next renewal only, when those that are alive have read what is to go.
+        # A store may trim with the next renewal only, when all live processes have read the entries to trim.
         await asyncio.sleep(SHORT_LEASE / 2)
         process.go_on()
         process.ask("member.until(lambda: member.records)")

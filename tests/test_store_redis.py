@@ -1,4 +1,4 @@
-"""What is particular to the store in Redis: how it is reached, and what happens while it is away or loses its data."""
+"""The store in Redis alone: its URL, its absence and the loss of its data."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ async def test_killed_and_started_with_its_file(start_redis: StartRedis) -> None
         await one.until(lambda: len(answered) > 50)
         redis.kill()
         await asyncio.gather(*publishers)
-        # Who leaves now has left afterwards.
+        # A client that leaves now has left afterwards.
         other.leave("c")
         redis.start()
         answered.append(await publish_until_it_works(one))

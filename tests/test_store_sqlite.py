@@ -1,4 +1,4 @@
-"""What is particular to the store in a SQLite file: its files, and what may happen to a file."""
+"""The store in a SQLite file alone: its files, and the accidents of files."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def received(server: Server, *clients: Client) -> list[list[str]]:
     return seen
 
 
-# Who gets it.
+# Audiences.
 
 
 def test_a_notification_for_clients_reaches_those_and_nobody_else(server: Server) -> None:
@@ -141,7 +141,7 @@ def test_a_private_notification_is_replayed_to_nobody_else(server: Server) -> No
         assert server.join(query=f"{query}&since={position}").receive()["data"]["replayed"] == 0
 
 
-# What it looks like.
+# Form.
 
 
 def test_one_sent_by_topic_carries_all_its_topics_beside_data(server: Server) -> None:
@@ -171,7 +171,7 @@ def test_the_answer_repeats_clients_and_topics(server: Server) -> None:
     assert server.notify("x", clients=["ann"], topics=["red"])["notification"] == request
 
 
-# What is refused.
+# Refused.
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_a_hundred_and_one_in_the_url_are_refused(server: Server) -> None:
     assert (code, reason) == (1008, naming("Invalid topics: ", "100"))
 
 
-# What it costs.
+# Costs.
 
 
 class Asked(FakeConnection):

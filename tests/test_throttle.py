@@ -1,4 +1,4 @@
-"""The guard of the rates by itself: what it asks of the store, and what it does without; under every kind of server."""
+"""The guard of the rates by itself: its questions to the store, its work without them, and every kind of server."""
 
 from __future__ import annotations
 

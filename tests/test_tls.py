@@ -1,4 +1,4 @@
-"""--ssl-certfile: clients over TLS, what is wrong with a certificate, and a new one at SIGHUP."""
+"""--ssl-certfile: clients over TLS, errors of a certificate, and a new certificate at SIGHUP."""
 
 from __future__ import annotations
 
@@ -280,7 +280,7 @@ def test_a_sighup_at_the_start_waits_until_it_can_be_heard(pair: Pair) -> None:
         server.stop()
 
 
-# What is wrong at the start.
+# Errors at the start.
 
 MISTAKES = {
     "certificate missing": (["--ssl-certfile", "no.crt"], "--ssl-certfile: cannot read no.crt: No such file"),

@@ -1,4 +1,4 @@
-"""The keys of tokens: of which kind, from where, and what happens when they change or cannot be had."""
+"""The keys of tokens: their kinds and sources, their change, and the failure to fetch them."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Issuer:
 
     def __init__(self) -> None:
         self.document: Any = {"keys": []}
-        # What it sends in its place.
+        # The answer in place of keys.
         self.parts: Iterable[bytes] = ()
         # Where else the keys are.
         self.location = ""

@@ -30,7 +30,7 @@ def byte_by_byte(stream: bytes) -> Iterator[bytes]:
     return (stream[index : index + 1] for index in range(len(stream)))
 
 
-# What a client may send, and what it says.
+# Valid frames of a client, and their meaning.
 VALID: dict[str, tuple[bytes, list[Event]]] = {
     "the masked Hello of section 5.7": (bytes.fromhex("818537fa213d7f9f4d5158"), [(TEXT, "Hello")]),
     "empty text": (masked(0x81, b""), [(TEXT, "")]),
@@ -72,7 +72,7 @@ VALID: dict[str, tuple[bytes, list[Event]]] = {
     "a noncharacter": (masked(0x81, b"\xef\xbf\xbf"), [(TEXT, "\uffff")]),
 }
 
-# What a client may not send: bytes, the code that it is told, and how many of the bytes are enough to know.
+# Invalid frames of a client: bytes, the close code, and the number of bytes after which the error is known.
 INVALID: dict[str, tuple[bytes, int, int]] = {
     "a frame without a mask": (b"\x81\x05Hello", 1002, 2),
     "a reserved bit, RSV1": (masked(0xC1, b"x"), 1002, 2),

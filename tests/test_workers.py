@@ -168,7 +168,7 @@ def test_a_signal_during_the_start_ends_it(number: int) -> None:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         eventually(children.read_text)
         os.killpg(process.pid, number)
-        # The end of stderr is the end of all who have it.
+        # stderr ends when all processes that hold it have ended.
         _, text = process.communicate(timeout=10)
     assert b"Traceback" not in text and process.returncode == 0
 
