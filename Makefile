@@ -5,11 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help run test test-stores check format bench bench-quick autobahn fuzz soak clean
+.PHONY: help run test test-slow test-stores test-all check format bench bench-quick autobahn fuzz soak clean
 
 help:
 	@echo "make run [ARGS='--port 8000']  serve        make test [ARGS='-k health']  run the tests"
-	@echo "make test-stores               the tests of the API for each store, and for several processes"
+	@echo "make test-all                  also what takes minutes: faults, chaos, many processes, and each store"
 	@echo "make check                     lint, types  make bench, make bench-quick  measure beside the peers"
 	@echo "make fuzz                      feed it made-up input for FUZZ_SECONDS (300)"
 	@echo "make soak                      2,000 clients for SOAK_SECONDS (600)"
@@ -18,14 +18,18 @@ run: $(VENV)/run
 	@exec $(BIN)/python notifyd.py $(ARGS)
 
 # Hundreds of short processes import the same modules: keep them compiled, whatever the machine does by default.
-test: export PYTHONDONTWRITEBYTECODE :=
-test: $(VENV)/dev
-	@$(BIN)/python -m pytest $(ARGS)
+test test-slow test: $(VENV)/dev
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+# What takes many processes and seconds: faults, chaos, workers, hosts.
+test-slow: $(VENV)/dev
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-all: test test-slow test-stores
 
 # What clients and publishers see, again for each store, and with several processes.
 API := $(addprefix tests/test_,$(addsuffix .py,batch drain events health heartbeat history hostile http_errors \
 	wire_http limits metrics notify origin plain_text publish_once rates resume scale status targets ws_messages))
-test-stores: export PYTHONDONTWRITEBYTECODE :=
 test-stores: $(VENV)/dev
 	@$(BIN)/python -m pytest -n 4 --server-args='--workers 2' $(API) $(ARGS)
 	@$(BIN)/python -m pytest -n 4 --store sqlite $(API) $(ARGS)

@@ -20,12 +20,15 @@ from itertools import pairwise
 from typing import Any
 
 import orjson
+import pytest
 from bytes import masked
 from conftest import StartServer
 from processes import Server
 from websockets.client import ClientProtocol
 from websockets.frames import Frame, Opcode
 from websockets.uri import parse_uri
+
+pytestmark = pytest.mark.slow
 
 SEED = int(os.environ.get("CHAOS_SEED", "4"))
 CLIENTS, NOTIFICATIONS, BATCH = 200, 20_000, 100

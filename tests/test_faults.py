@@ -13,7 +13,6 @@ import resource
 import secrets
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -27,13 +26,13 @@ import httpx
 import pytest
 from conftest import StartServer
 from expected import parse
-from processes import Server, eventually, program, serving
+from processes import Server, eventually, needs_proc, program, serving
 from redis_server import RedisServer
 from websockets.asyncio.client import connect
 from websockets.exceptions import WebSocketException
 from ws_clients import PATIENCE
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
+pytestmark = [pytest.mark.slow, needs_proc]
 
 CLIENTS, PUBLISHERS = 6, 4
 FREE_SECONDS = 10.0

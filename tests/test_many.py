@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 import pytest
 from bytes import handshake, read_until
 from expected import PONG, SHUTDOWN, SYSTEM, parse
-from processes import Server, connected, eventually, free_port, serving
+from processes import Server, connected, eventually, free_port, needs_proc, serving
 from redis_server import RedisServer
 from ws_clients import PATIENCE, Client, claims
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tells the processes apart by what Linux says")
+pytestmark = [pytest.mark.slow, needs_proc]
 
 LIMIT = 30
 KINDS = ["workers", "sqlite", "redis"]

@@ -36,7 +36,7 @@ from ws_clients import Client
 
 from server_workers import VARIABLE
 
-pytestmark = needs_proc
+pytestmark = [pytest.mark.slow, needs_proc]
 
 GONE = (1001, "Server shutting down")
 
