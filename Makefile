@@ -18,7 +18,8 @@ run: $(VENV)/run
 	@exec $(BIN)/python notifyd.py $(ARGS)
 
 # Hundreds of short processes import the same modules: keep them compiled, whatever the machine does by default.
-test test-slow test: $(VENV)/dev
+test test-slow test-stores: export PYTHONDONTWRITEBYTECODE :=
+test: $(VENV)/dev
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 # What takes many processes and seconds: faults, chaos, workers, hosts.
