@@ -16,7 +16,7 @@ import contextlib
 import enum
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from typing import Any
 
 import orjson
@@ -48,6 +48,10 @@ ID_BYTES = 44
 # A page of the history is no longer than this, unless one notification is.
 PAGE_BYTES = 1_048_576
 _TEST_START = b',"type":"test_notification"'
+
+
+# Something that the Hub does in the background for as long as it runs.
+Work = Callable[[], Coroutine[Any, Any, None]]
 
 
 class HubState(enum.Enum):
@@ -89,11 +93,15 @@ class Hub:
         # Whether clients and notifications are taken.
         self.is_ready = False
         self.clients = Clients()
+        # What a store asks of its Node, and the directory knows.
+        self.recipients = self.clients.count
         self.fanout = FanOut(self)
         self.census = CensusTaker(self)
         self._make_parts()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        # While the Hub runs: its background tasks, and the one that watches them.
+        self._background: dict[asyncio.Task[None], Work] = {}
+        self._supervisor: asyncio.Task[None]
         # When the last test notification came, from whichever process.
         self._last_test_at = clock()
 
@@ -118,52 +126,50 @@ class Hub:
     async def start(self) -> None:
         """Open the store, and start the background tasks on the running loop; once they run, do nothing."""
         loop = asyncio.get_running_loop()
-        if self._loop is loop and self._tasks:
+        if self._loop is loop and self._background:
             return
         if self._loop is not loop:
             self._leave_loop()
             self._loop = loop
         async with self._starting:
-            if self._tasks:
+            if self._background:
                 return
             await self.store.open(self)
             if self.state is not HubState.READY:
                 self._become(HubState.READY)
-            self._tasks = [loop.create_task(self._guarded(work)) for work in self._background()]
+            self._background = {loop.create_task(work()): work for work in self._works()}
+            self._supervisor = loop.create_task(self._supervise())
 
     def _leave_loop(self) -> None:
         """Let go of an event loop that is gone, such as a test client's. Its clients went with it."""
-        if self._tasks and self._loop is not None and not self._loop.is_closed():
+        if self._background and self._loop is not None and not self._loop.is_closed():
             raise RuntimeError(
                 "a Hub belongs to one event loop at a time; with a test client: `with TestClient(app) as client:`"
             )
-        self._tasks = []
+        self._background = {}
         for client in list(self.clients):
             self.admission.leave(client)
         self._make_parts()
         self.fanout.restart()
 
-    def _background(self) -> list[Callable[[], Awaitable[None]]]:
-        works: list[Callable[[], Awaitable[None]]] = [
-            self.fanout.run,
-            self.fanout.keep_short,
-            self.census.report_regularly,
-        ]
-        if self.settings.ping_interval:
-            works.append(self.heartbeat.run)
-        if self.settings.notification_interval:
-            works.append(self._send_tests)
-        return works
-
-    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Run a background task: after an unexpected error, which is logged, it is started again."""
+    async def _supervise(self) -> None:
+        """Start background work that fails again, after a second, and log why."""
         while True:
-            try:
-                await work()
-                return
-            except Exception:
-                logger.exception("The background task %s failed and is started again", work.__name__)
-                await asyncio.sleep(1)
+            done, _ = await asyncio.wait(self._background, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                work = self._background.pop(task)
+                if not task.cancelled() and (error := task.exception()) is not None:
+                    logger.error("%s failed and is started again", work.__qualname__, exc_info=error)
+                    self._background[asyncio.ensure_future(_start_again(work))] = work
+
+    def _works(self) -> Iterator[Work]:
+        yield self.fanout.run
+        yield self.fanout.keep_short
+        yield self.census.report_regularly
+        if self.settings.ping_interval:
+            yield self.heartbeat.run
+        if self.settings.notification_interval:
+            yield self._send_tests
 
     async def drain(self, host: str = "") -> None:
         """Announce the shutdown, wait until the clients have left or shutdown_timeout is over, close the rest.
@@ -182,15 +188,16 @@ class Hub:
 
     async def stop(self) -> None:
         """End the background tasks, and close all clients that are still there at once."""
-        if self.state is HubState.STOPPED or self._loop is None:
+        if not self._background:
             return
         self._become(HubState.STOPPED)
         for client in list(self.clients):
             self.admission.dismiss(client, GOING_AWAY, "Server shutting down")
-        for task in self._tasks:
+        tasks = [self._supervisor, *self._background]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._background = {}
         await self.store.close()
 
     def _become(self, state: HubState) -> None:
@@ -377,5 +384,7 @@ class Hub:
         """Return how many clients this process has."""
         return len(self.clients)
 
-    def recipients(self, audience: Audience | None) -> int:
-        return self.clients.count(audience)
+
+async def _start_again(work: Work) -> None:
+    await asyncio.sleep(1)
+    await work()
