@@ -1,7 +1,7 @@
 """Ordinary ASGI apps, one for each path, and a process of uvicorn that serves them with our protocol classes.
 
-For test_wire.py and the Autobahn TestSuite. The apps know ASGI and nothing of notifyd; what they hear and meet they
-write to stderr. `/health` counts the WebSocket apps that run; `/wake` wakes those that wait for it.
+For test_wire.py and the Autobahn TestSuite. The apps know ASGI and nothing of notifyd; they write every event and error
+to stderr. `/health` counts the WebSocket apps that run; `/wake` wakes those that wait for it.
 
     python tests/asgi_apps.py --loop uvloop
 """
@@ -40,7 +40,7 @@ async def accept(receive: Any, send: Any, **answer: Any) -> None:
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
-    """Send back every message, and say what the last event was."""
+    """Send back every message, and print the last event."""
     await accept(receive, send)
     await _echo(receive, send)
 
@@ -61,7 +61,7 @@ async def late(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def describe(scope: Any, receive: Any, send: Any) -> None:
-    """Choose the last subprotocol offered, add headers of both forms, and send what the scope says."""
+    """Choose the last subprotocol offered, add headers of both forms, and send the scope."""
     headers = [[b"x-list", b"1"], (b"x-tuple", b"2")]
     await accept(receive, send, subprotocol=scope["subprotocols"][-1], headers=headers)
     told = ("type", "http_version", "scheme", "root_path", "path", "query_string", "raw_path", "subprotocols")
@@ -117,7 +117,7 @@ async def close(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def send_too_late(scope: Any, receive: Any, send: Any) -> None:
-    """Send on a connection whose peer has gone, and say how that ends."""
+    """Send on a connection after its peer has gone, and print the outcome."""
     await accept(receive, send)
     await receive()
     try:
@@ -192,7 +192,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which says when and where it serves."""
+    """uvicorn; it prints when and where it serves."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -1,8 +1,8 @@
-"""Ask for known vulnerabilities of what requirements.txt needs, in the versions that are installed here.
+"""Ask for known vulnerabilities of the packages of requirements.txt, in the versions installed here.
 
     python tests/audit.py
 
-Exit status: 1 if there are any; 0 if not, or if nobody can be asked within ANSWER_SECONDS, which it says in one line.
+Exit status: 1 if there are any; 0 if not, or, with one line, if the service does not answer within ANSWER_SECONDS.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
 
 
 def needed(lines: list[str], found: dict[str, str]) -> dict[str, str]:
-    """Return name and version of what these requirements name and need, without what is not installed."""
+    """Return name and version of these requirements and all that they need, as far as installed."""
     for requirement in map(Requirement, lines):
         extras = ["", *requirement.extras]
         if requirement.name.replace("_", "-") in found or not (

@@ -1,4 +1,4 @@
-"""What the reference promises, as values to compare with: objects that mind the order of their fields, and forms.
+"""The promises of the reference, as values to compare with: objects with an order of fields, and forms.
 
 A parsed object is a Record: it equals a dict with equal fields in the same order. A Like equals every text of
 its form, so that a whole message is compared at once, with the parts that differ from run to run left open.
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class Record(dict[str, Any]):
-    """A JSON object whose order of fields counts: the reference's order is part of the contract."""
+    """A JSON object with an order of fields: the reference's order is part of the contract."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, dict) and list(self.items()) == list(other.items())
@@ -55,7 +55,7 @@ class Like:
 
 
 class _Number:
-    """Equal to every number from `least` on, which true and false are not."""
+    """Equal to every number from `least` on, but not to true and false."""
 
     def __init__(self, least: float, kinds: tuple[type, ...]) -> None:
         self._least, self._kinds = least, kinds

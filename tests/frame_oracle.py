@@ -1,4 +1,4 @@
-"""The `websockets` library as an oracle for the frame parser: what each makes of a stream, and whether they agree."""
+"""The `websockets` library as an oracle for the frame parser: the results of both, and whether they agree."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from websockets.protocol import Protocol, Side
 from wire_frames import CLOSE, TEXT, FrameError, FrameParser, read_close
 
 LIMIT = 70_000
-# For what Hypothesis makes up: more than that comes to, because the reference counts control frames, too, for it.
+# For inputs of Hypothesis: above their total size, because the reference counts control frames towards the limit too.
 SMALL_LIMIT = 1000
 MASK = bytes.fromhex("37fa213d")  # RFC 6455, section 5.7.
 Event = tuple[int, str | bytes]
@@ -32,7 +32,7 @@ def shortest(size: int) -> bytes:
 
 
 class Reading(NamedTuple):
-    """What a parser makes of a stream: events, and the code with which it refused the rest."""
+    """The result of a parser for a stream: events, and the close code for the rest."""
 
     events: list[Event]
     refused: int | None = None
@@ -54,7 +54,7 @@ def read(*chunks: bytes, limit: int = LIMIT) -> Reading:
 
 
 def reference(stream: bytes) -> Reading:
-    """Read a stream with the parser of `websockets`, which leaves putting fragments together to its callers."""
+    """Read a stream with the parser of `websockets`, and join the fragments, which it leaves to its callers."""
     protocol, events = Protocol(Side.SERVER, max_size=SMALL_LIMIT), []
     protocol.receive_data(stream)
     opcode, pieces = 0, b""
@@ -85,7 +85,7 @@ def begins_text(data: bytes, whole: bool) -> bool:
 
 
 def ours(stream: bytes) -> Reading:
-    """Read a stream as a connection does, which looks into the close frame too."""
+    """Read a stream as a connection does, close frame included."""
     reading = read(stream, limit=SMALL_LIMIT)
     try:
         for opcode, payload in reading.events:
@@ -102,7 +102,7 @@ PADDING = b"\x8a" * (SMALL_LIMIT + 200)
 
 
 def closes_inside_a_message(stream: bytes) -> bool:
-    """Whether the reference refuses a close between fragments, which section 5.4 allows and Autobahn 7.1.5 wants."""
+    """Whether the reference refuses a close between fragments, as section 5.4 and Autobahn 7.1.5 do not."""
     return reference(stream).reason == "incomplete fragmented message"
 
 
@@ -114,7 +114,7 @@ def check_against_reference(stream: bytes) -> None:
         assert reading.events[: len(theirs.events)] == theirs.events[: len(reading.events)]
         return
     if reading.refused and not theirs.refused:
-        # We know from its first bytes what the reference sees when the frame is complete.
+        # Our parser knows from the first bytes; the reference, when the frame is complete.
         theirs = reference(stream + PADDING)
     if (reading.refused, theirs.refused) == (1002, 1009):
         # A frame with two faults: we look at its first two bytes first, the reference at its size.

@@ -1,7 +1,7 @@
-"""A model of the Hub from the protocol alone: what each client is owed through any interleaving.
+"""A model of the Hub from the protocol alone: it knows each client's backlog through any interleaving.
 
 HubMachine is a Hypothesis state machine that plays publishers, clients, networks and time against the real Hub. The
-clients' connections remember what the Hub handed them, and its goodbye. LaggingStore stands in for a shared store.
+clients' connections record everything from the Hub, and its close. LaggingStore stands in for a shared store.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ Addressees = tuple[Collection[str], Collection[str]]  # clients and topics
 
 
 def now(work: Coroutine[Any, Any, Result]) -> Result:
-    """Return what a coroutine returns that waits for nothing, as all that the store in memory does."""
+    """Return the result of a coroutine that never waits, like those of the store in memory."""
     try:
         work.send(None)
     except StopIteration as done:
@@ -93,7 +93,7 @@ class Published(NamedTuple):
 
 
 class Session(FakeConnection):
-    """One connection, with what it is owed by the model, and what it was handed by the Hub."""
+    """One connection, with its notifications by the model, and the bytes from the Hub."""
 
     def __init__(self, model: Model, client_id: str, topics: frozenset[str], since: str | None, **options: Any) -> None:
         super().__init__(**options)
@@ -144,7 +144,7 @@ class Session(FakeConnection):
 
 
 class Model:
-    """What the protocol promises: the log, how far back the history reaches, and who is owed what."""
+    """The promises of the protocol: the log, the reach of the history, and the backlog of each client."""
 
     def __init__(self, hub: Hub, loop: VirtualLoop) -> None:
         self.hub = hub
@@ -170,7 +170,7 @@ class Model:
     def position(self) -> str:
         return self.log[-1].id if self.log else self.origin
 
-    # Who is there.
+    # Clients.
 
     def admit(self, session: Session) -> None:
         self.observe()
@@ -192,17 +192,17 @@ class Model:
         yield from self.parted
         yield from self.sessions.values()
 
-    # What is published.
+    # Publishing.
 
     def publish(self, id: str, request: NotifyRequest) -> int:
-        """Note what was published, and return how many connected clients it is for."""
+        """Note a published notification, and return the number of connected clients it is for."""
         clients, topics = request.clients or (), sorted(set(request.topics or ()))
         body = {"id": id, "type": "custom", "timestamp": SOME_TIME, "data": {"message": request.message}}
         body |= {"topics": topics} if topics else {}
         return self._append(body, replayed=True, audience=(clients, topics) if clients or topics else None)
 
     def observe(self) -> None:
-        """Note what the Hub published by itself: a test notification, or the system's at the end."""
+        """Note a notification of the Hub itself: a test notification, or the `system` at the end."""
         unseen = now(self.hub.store.census()).notifications_sent - len(self.log)
         self.fault_unless(unseen in (0, 1), f"{unseen} notifications that nobody published")
         if unseen == 1 and self.draining:
@@ -260,7 +260,7 @@ class Model:
         return 0
 
     def missed(self, since: str | None, client_id: str | None, topics: Collection[str]) -> tuple[list[Published], bool]:
-        """Return what must be replayed, and whether that is provably everything."""
+        """Return the notifications to replay, and whether these are provably all."""
         if since == "":
             return [], True
         ids = [self.origin, *(one.id for one in self.log)]
@@ -269,7 +269,7 @@ class Model:
         kept = self.log[max(after, front) :]
         return [one for one in kept if one.replayed and one.is_for(client_id, topics)], after >= front
 
-    # What is checked at the moment when it happens.
+    # Checks at the moment of an event.
 
     def check_greeting(self, session: Session) -> None:
         types = [message["type"] for message in session.messages]
@@ -326,7 +326,7 @@ names = st.sampled_from(NAMES)
 topic_sets = st.frozensets(st.sampled_from(TOPICS), max_size=2)
 someone = st.integers(0, 3)
 turns = st.integers(0, 4)
-# What a client resumes from: the id before last, say; now; an id that the log never gave; or it does not.
+# The start of a client's resume: the id before last, say; now; an id that the log never gave; or none.
 moments = st.none() | st.just("") | st.integers(0, 12) | st.sampled_from(NEVER_GIVEN)
 kinds = st.sampled_from(
     [
@@ -548,7 +548,7 @@ class HubMachine(RuleBasedStateMachine):
         assert not [one for one in self.model.sessions.values() if one.hears_pongs and now - one.heard_at > longest]
 
     def what_is_too_old_is_forgotten(self) -> None:
-        """What was out of the bounds a good second ago is out of the log, whoever is behind."""
+        """An entry that was out of bounds a good second ago is out of the log, even if a client is behind."""
         kept = len(self.model.log) - self.model.front(self.loop.time() - 1.1)
         assert self.model.draining or len(self.hub.fanout.log) <= kept
 
@@ -572,7 +572,7 @@ class HubMachine(RuleBasedStateMachine):
             self.stack.close()
 
     def stop(self) -> None:
-        """Let the stalled ones read on: what they were owed is still there. Then end."""
+        """Let stalled clients read on: their backlog is still there. Then end."""
         for session in list(self.model.sessions.values()):
             self.loop.call(session.read_on)
         self.settle()
@@ -580,7 +580,7 @@ class HubMachine(RuleBasedStateMachine):
         self.model.draining = True
         self.loop.run_until_complete(self.hub.stop())
 
-    # What holds after every step.
+    # Invariants after every step.
 
     @invariant()
     def nothing_is_wrong(self) -> None:
@@ -613,7 +613,7 @@ class HubMachine(RuleBasedStateMachine):
 
 
 class _Alarm(logging.Handler):
-    """Takes what the Hub logs as an error for a fault."""
+    """Takes each error in the Hub's log for a fault."""
 
     def __init__(self, faults: list[str]) -> None:
         super().__init__(logging.ERROR)
@@ -623,20 +623,20 @@ class _Alarm(logging.Handler):
         self.faults.append(self.format(record))
 
 
-# --- a Hub whose store is shared
+# --- a Hub with a shared store
 
 
 class Registration(NamedTuple):
-    """A client_id in the registry, and the ids of what was addressed to it since."""
+    """A client_id in the registry, and the ids of the notifications addressed to it since."""
 
     topics: frozenset[str]
     owed: list[str]
 
 
 class LaggingStore(MemoryStore):
-    """A shared store as one of its processes knows it: it answers when it likes, and the log comes before that.
+    """A shared store as one of its processes knows it: it answers at any time, and the log comes before that.
 
-    What it is asked it does as one step each. What the Hub may rely on is in store.py.
+    It does each operation in one step. store.py has the contract that the Hub may rely on.
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], float], chance: Random) -> None:

@@ -1,6 +1,6 @@
-"""What drives a store without a Hub: members, each a store with a Node that writes down what it is told.
+"""A store without a Hub: members, each a store with a Node that records everything it is told.
 
-Also run as a program: a member in a process of its own, which does what it reads from its standard input.
+Also run as a program: a member in a process of its own, which runs the expressions on its standard input.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Member:
         self.times_missed = 0
         self._changed = asyncio.Event()
 
-    # What the store calls.
+    # Called by the store.
 
     def opened(self, opening: Opening) -> None:
         assert not self.records
@@ -121,7 +121,7 @@ class Member:
     def recipients(self, audience: Audience | None) -> int:
         return sum(audience is None or audience.includes(*client) for client in self.clients.items())
 
-    # What the tests call.
+    # Called by the tests.
 
     @property
     def opening(self) -> Opening:
@@ -130,7 +130,7 @@ class Member:
 
     @property
     def ids(self) -> list[str]:
-        """Return the ids of all records, in the order in which they came."""
+        """Return the ids of all records, in their order of arrival."""
         return [record.id for record in self.records]
 
     async def open(self) -> Member:
@@ -160,7 +160,7 @@ class Member:
         return (await self.store.census()).active
 
     async def until(self, condition: Callable[[], object]) -> None:
-        """Wait until the condition holds; what the store tells makes that known at once."""
+        """Wait until the condition holds; each call of the store checks it at once."""
         async with asyncio.timeout(PATIENCE):
             while not condition():
                 self._changed.clear()
@@ -209,7 +209,7 @@ class Process:
         self._process.stdin.flush()
 
     def result(self) -> Any:
-        """Return what the oldest expression came to, or raise what it raised."""
+        """Return the value of the oldest expression, or raise its exception."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         assert line, "the process has ended"

@@ -1,4 +1,4 @@
-"""What drives a Hub without a network: a loop whose time moves only when everything waits, and a fake connection."""
+"""A Hub without a network: a loop with a time that moves only when everything waits, and a fake connection."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from log import payloads
 Result = TypeVar("Result")
 
 
-# A turn of the loop takes this long, so that even what waits for a rounding error's worth of time goes on.
+# An iteration of the loop takes this long, so that a wait for a rounding error's worth of time ends too.
 TURN_SECONDS = 1e-6
 
 
@@ -31,7 +31,7 @@ class _Instant(selectors.SelectSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop without I/O. What happens in it depends on nothing but what it is told to run."""
+    """An event loop without I/O: its course depends on nothing but the tasks it runs."""
 
     def __init__(self) -> None:
         self._instant = _Instant()
@@ -41,7 +41,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return self._instant.now
 
     def pause(self, seconds: float) -> None:
-        """Let time pass in which nothing runs, as when the process is stopped."""
+        """Let time pass while nothing runs, as for a stopped process."""
         self._instant.now += seconds
 
     def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
@@ -69,7 +69,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class FakeConnection:
-    """A connection that remembers what it was handed. Its peer reads until it is stalled, and answers pings."""
+    """A connection that records all bytes handed to it. Its peer reads until it is stalled, and answers pings."""
 
     def __init__(self, *, is_stream: bool = False, one_at_a_time: bool = False, room: float = float("inf")) -> None:
         self.state = ConnectionState.CONNECTING
@@ -110,7 +110,7 @@ class FakeConnection:
             self.state, self.writable = ConnectionState.CLOSING, False
             asyncio.get_running_loop().call_later(1, self.end)
 
-    # What the peer and the network do.
+    # The peer and the network.
 
     def say(self, message: str | None = None) -> None:
         """Send a message, or a pong."""

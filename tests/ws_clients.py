@@ -156,9 +156,9 @@ class BareClient:
 
 
 def claims(urls: Iterable[str]) -> list[str]:
-    """Open all these connections at once; return what each met first, in any order.
+    """Open all these connections at once; return the first message's type or the close reason of each, in any order.
 
-    That is the type of the first message, or the reason of the close. Whoever got in stays until all have been met.
+    An admitted client stays connected until all have their answer.
     """
     addresses = list(urls)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / ".cache" / "autobahn"
-# 8 is empty, 9 measures speed, 12 and 13 are about compression, which is off.
+# 8 is empty, 9 measures speed, 12 and 13 are about compression, and that is off.
 CASES = ("1.*", "2.*", "3.*", "4.*", "5.*", "6.*", "7.*", "10.*")
 PASSED = ("OK", "INFORMATIONAL")
 VIRTUALENV = "virtualenv==20.15.1"  # The last that makes environments for 2.7.
@@ -62,7 +62,7 @@ def set_up(python: str) -> Path:
 
 
 def run_cases(python: Path, url: str, cases: list[str], agent: str) -> dict[str, dict[str, str]]:
-    """Run the cases, and return what the suite found for each."""
+    """Run the cases, and return the suite's verdict for each."""
     report, spec = CACHE / "report", CACHE / "spec.json"
     servers = [{"url": url, "agent": agent}]
     spec.write_text(json.dumps({"outdir": str(report), "servers": servers, "cases": cases, "exclude-cases": []}))
@@ -75,7 +75,7 @@ def run_cases(python: Path, url: str, cases: list[str], agent: str) -> dict[str,
 
 
 def judge(found: dict[str, dict[str, str]]) -> bool:
-    """Print the counts of each group and what is not OK; return whether all is."""
+    """Print the counts of each group and every failure; return whether there is none."""
     groups: dict[int, Counter[str]] = {}
     failures = []
     for case, result in sorted(found.items(), key=lambda item: [int(part) for part in item[0].split(".")]):

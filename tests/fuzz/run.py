@@ -3,9 +3,9 @@
     python tests/fuzz/run.py [--seconds 300] [--target http] [--input FILE]
 
 Each target has a process of its own and its share of the seconds. atheris, guided by coverage, makes the inputs and
-keeps what it finds in .cache/fuzz for the next run; where it is not installed, Hypothesis makes them from the seeds.
-What fails a target is printed with its input, which --input tries again. A target fails too when the inputs that were
-tried last take more memory each time. Exit status: 0 if none has failed.
+keeps its corpus in .cache/fuzz for the next run; where it is not installed, Hypothesis makes them from the seeds. A
+failure is printed with its input, and --input tries that again. A target fails too when its latest inputs, repeated,
+take more memory each time. Exit status: 0 if none has failed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "fuzz"
 OURS = [path.stem for path in ROOT.glob("*.py")]
 MAX_INPUT_BYTES = 4096
-# A leak shows as one block for each of 500 inputs; what caches take is less.
+# A leak shows as one block for each of 500 inputs; caches take fewer.
 MAX_GROWTH_BLOCKS = 300
 
 try:
@@ -65,13 +65,13 @@ class Run:
     def growth(self) -> int:
         """Return how many blocks of memory more are held when the latest inputs have been tried once more.
 
-        Twice before that: what caches take with the first rounds is no leak.
+        Two rounds before that fill the caches.
         """
         held = []
         for _ in range(3):
             for data in self.recent:
                 self.run(data)
-            # What has a deadline is let go by the next input after it.
+            # The next input after a deadline frees what waited for it.
             time.sleep(2 * DEADLINE_SECONDS)
             self.run(self.recent[0])
             gc.collect()

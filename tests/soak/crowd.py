@@ -1,7 +1,7 @@
-"""Who meets the server in a soak: clients that must miss nothing, whatever befalls them, and those who send garbage.
+"""The crowd of a soak: clients that must miss nothing, through all faults, and peers that send garbage.
 
-A client here is an asyncio.Protocol without a library, because two thousand share one core with the server. It writes
-down which notifications it got; what it should have got is known from those published.
+A client here is an asyncio.Protocol without a library, because two thousand share one core with the server. It records
+its notifications, to compare with the published ones.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ POST = b"POST /notify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
 
 @dataclass
 class Soak:
-    """Where the server is, what was published, and what has happened."""
+    """The server's address, the published notifications, and the events so far."""
 
     address: tuple[str, int]
     chance: random.Random
@@ -111,7 +111,7 @@ class Client:
         self.soak = soak
         self.name = name
         self.topic = topic
-        # Whether it may be away for longer than the log reaches back; it then knows of what it has missed.
+        # Whether it may be away for longer than the log reaches back; it is then told that it missed some.
         self.may_miss = may_miss
         self.has_missed = False
         self.got = array("I")
@@ -142,7 +142,7 @@ class Client:
             await asyncio.sleep(self.soak.chance.uniform(0.2, 1))
 
     async def leave(self) -> None:
-        """Go in one of the ways in which clients go."""
+        """Leave in one of the ways of real clients."""
         transport, way = self.link.transport, self.soak.chance.randrange(4)
         if transport is None:
             # It was about to come.
@@ -227,7 +227,7 @@ async def stall(client: Client) -> None:
 
 
 async def read_on(client: Client, seconds: float) -> None:
-    """Read what has come, and be connected, for so long."""
+    """Stay connected and read, for so long."""
     if not client.link.ended.is_set():
         client.link.transport.resume_reading()
     with suppress(TimeoutError):
@@ -238,7 +238,7 @@ async def read_on(client: Client, seconds: float) -> None:
 
 
 async def send_garbage(soak: Soak) -> None:
-    """Open one connection after the other, send what nobody should, and break off."""
+    """Open one connection after the other, send garbage, and break off."""
     while not soak.is_over:
         with suppress(OSError, asyncio.IncompleteReadError, TimeoutError):
             async with asyncio.timeout(2):

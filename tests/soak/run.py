@@ -1,12 +1,12 @@
-"""Two thousand clients for ten minutes, and what is left of them in the server: nothing, it is to be hoped.
+"""Two thousand clients for ten minutes, after which the server must hold nothing of them.
 
     python tests/soak/run.py [--seconds 600] [--clients 2000] [flags of the server]
 
 Half of the clients stay, a third comes and goes, resuming each time, and the others stop reading for seconds at a
-time; fifty peers send garbage. Everything is published by one publisher, and is for everyone, for a topic, or large
-and for those who stall. At the end every client must have received all that was for it, once and in order; when all
-have left, the server must have as many descriptors and tasks as before, no clients, and no exception in its log. Its
-memory may not have grown by 2 % over the second half, which is judged from two minutes on. A run of at least ten
+time; fifty peers send garbage. One publisher publishes to everyone, to a topic, or large notifications to the clients
+that stall. At the end every client must have received all of its notifications, once and in order; when all have left,
+the server must have as many descriptors and tasks as before, no clients, and no exception in its log. Its memory may
+not have grown by 2 % over the second half, judged in runs of two minutes and more. A run of at least ten
 minutes writes the figures and the plot into docs/reliability.md. Exit status: 0 if all of that holds.
 """
 
@@ -34,7 +34,7 @@ from processes import ALARMING, ROOT, Server, notifyd_command
 
 DOCS = ROOT / "docs"
 MAX_GROWTH = 0.02
-# Until everyone has received what was published, and until all that has deadlines has gone.
+# Until every client has all notifications, and until everything with a deadline has gone.
 PATIENCE = 60.0
 FULL_SECONDS = 600
 # In less than that the log is not even full in the second half.
@@ -55,7 +55,7 @@ sys.exit(notifyd.main())
 
 
 class Watch:
-    """The server's process, and what it holds."""
+    """The server's process, and its resources."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
@@ -120,7 +120,7 @@ async def run(server: Server, seconds: float, count: int) -> tuple[Soak, Watch, 
     soak, watch = Soak((server.host, server.port), random.Random(0)), Watch(server)
     server.get("/health")
     before = server.descriptors(), watch.tasks()
-    # Of each six: three stay, two come and go, and one stalls, of which some get what is large.
+    # Of each six: three stay, two come and go, and one stalls; some of those get large notifications.
     ways = [stay, come_and_go, stay, come_and_go, stay, stall]
     clients = [
         Client(soak, f"c{number}", HEAVY if number % 48 == 5 else f"t{number % TOPICS}", may_miss=number % 6 == 5)
