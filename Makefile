@@ -32,7 +32,7 @@ test-all: test test-slow test-stores
 API := $(addprefix tests/test_,$(addsuffix .py,batch drain events health heartbeat history hostile http_errors \
 	wire_http limits metrics notify origin plain_text publish_once rates resume scale status targets ws_messages))
 test-stores: $(VENV)/dev
-	@$(BIN)/python -m pytest -n 4 --server-args='--workers 2' $(API) $(ARGS)
+	@$(BIN)/python -m pytest -n 4 --server-args='--workers 2 --store-timeout 10' $(API) $(ARGS)
 	@$(BIN)/python -m pytest -n 4 --store sqlite $(API) $(ARGS)
 	@$(BIN)/python -m pytest -n 4 --store redis $(API) $(ARGS)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from signal import SIGHUP, SIGINT
 from typing import Any
 
 import pytest
@@ -26,6 +28,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     use_extra_flags(config.getoption("--server-args"))
+    for number in (SIGINT, SIGHUP):
+        # A run in the background ignores Ctrl+C, and children inherit that, but not a handler that does nothing.
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -61,6 +67,9 @@ def _store(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
     redis = RedisServer() if store == "redis" else None
     if redis is not None:
         use_extra_flags(f"--store {redis.url} --store-prefix {{new}}:")
+    if store is not None:
+        # A busy machine is no reason to take the store for away.
+        use_extra_flags("--store-timeout 10")
     yield
     if redis is not None:
         redis.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -83,3 +85,15 @@ def test_a_module_of_an_odd_size_has_a_reason() -> None:
 def test_no_module_imports_a_test_module(name: str) -> None:
     """What several test modules need stands in a module without tests."""
     assert not [other for other in imports(TESTS[name]) if other.startswith("test_")]
+
+
+@pytest.mark.slow
+def test_the_tests_of_ctrl_c_hold_where_the_run_ignores_it() -> None:
+    """As in `make test &` of a shell without job control: children would inherit the ignored signals."""
+    start = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
+    )
+    tests = ["tests/test_examples.py", "-k", "python_ends_quietly_at_ctrl_c", "-n", "0", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-c", start, sys.executable, "-m", "pytest", *tests]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout
