@@ -77,7 +77,7 @@ def refusal(server: Server, shown: str, **query: str) -> Any:
 
 
 @pytest.mark.parametrize("path", ADMIN_PATHS)
-def test_a_key_is_needed_to_look_in(keyed: Server, path: str) -> None:
+def test_a_key_is_needed_for_history_and_figures(keyed: Server, path: str) -> None:
     """Without a key the answer is 401 and names the scheme to use."""
     refused = keyed.get(path)
     assert (refused.status_code, parse(refused.content)) == (401, http_error("application", NEEDED))
@@ -284,7 +284,7 @@ def test_who_may_publish_may_publish_everything(signed: Server, body: object) ->
         assert publish(signed, body, **claims) == (403, "Not allowed: to publish")
 
 
-def test_who_may_publish_by_topic_reaches_nobody_else(signed: Server) -> None:
+def test_a_right_to_publish_by_topic_reaches_only_its_subscribers(signed: Server) -> None:
     """Neither clients nor everyone, nor a topic that is not named, also not in a batch."""
     allowed = {"message": "hi", "topics": ["builds", "team.a"]}
     assert publish(signed, allowed, publish=["builds", "team.*"]) == 200
@@ -300,7 +300,7 @@ def test_who_may_publish_by_topic_reaches_nobody_else(signed: Server) -> None:
 
 
 @pytest.mark.parametrize("path", ADMIN_PATHS)
-def test_only_an_admin_may_look_in(signed: Server, path: str) -> None:
+def test_only_an_admin_may_read_history_and_figures(signed: Server, path: str) -> None:
     """Notifications for others, and figures, need the right `admin`."""
     assert signed.get(path, headers=bearer(token(sub="alice", topics=["*"], publish=True))).status_code == 403
     assert signed.get(path, headers=bearer(token(admin=True))).status_code == 200
@@ -441,7 +441,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_what_is_no_token_is_refused(signed: Server, bad: str) -> None:
+def test_an_invalid_token_is_refused(signed: Server, bad: str) -> None:
     """Every invalid token gets the same words, over HTTP and on a WebSocket."""
     refused = signed.get("/status", headers=bearer(BAD[bad]))
     assert (refused.status_code, parse(refused.content)) == (401, http_error("application", INVALID))
@@ -502,7 +502,7 @@ def guarded(request: pytest.FixtureRequest) -> Iterator[Server]:
     server.kill()
 
 
-def test_a_host_says_who_is_who(guarded: Server) -> None:
+def test_a_hosts_backend_identifies_the_clients(guarded: Server) -> None:
     """Its user's identity is the client_id, its scopes are the rights."""
     client = guarded.connect(additional_headers=bearer("alice"), query="topics=builds")
     assert client.receive() == welcome("alice")
@@ -685,7 +685,7 @@ def test_an_internal_port_that_is_open_to_all_says_so(start_server: StartServer)
     assert ["no authentication" in line for line in server.stderr if "WARNING" in line] == [True]
 
 
-def test_the_internal_port_wants_to_know_who_asks(start_server: StartServer) -> None:
+def test_the_internal_port_asks_for_credentials_too(start_server: StartServer) -> None:
     """As the public one would; but for the probes."""
     port = free_port()
     server = start_server("--internal-port", str(port), "--api-key", f"ci:{KEY}")
@@ -720,7 +720,7 @@ def test_every_route_needs_a_right_or_is_open_on_purpose() -> None:
     assert asyncio.run(answers()) == dict.fromkeys([*ADMIN_PATHS, "/notify", "/notify/batch"], 403) | opened
 
 
-def test_every_key_is_compared_whichever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_key_is_compared_even_after_a_match(monkeypatch: pytest.MonkeyPatch) -> None:
     """In constant time, so that an answer's time tells nothing about any of them."""
     compared = []
     original = hmac.compare_digest

@@ -165,7 +165,9 @@ def test_what_is_no_array_of_1_to_1000_is_refused(server: Server, body: object, 
         ({"message": "x", "data": TOO_DEEP}, ["[3].data: "]),
     ],
 )
-def test_a_bad_one_is_named_by_its_place_and_none_is_sent(server: Server, bad: object, words: list[str]) -> None:
+def test_a_bad_notification_is_named_by_its_place_and_none_is_sent(
+    server: Server, bad: object, words: list[str]
+) -> None:
     """Counted from 0; those before it were good, and are not sent either."""
     client = server.join()
     status, body = refusal(server, [{"message": "good"}] * 3 + [bad] + [{"message": "good"}])
@@ -174,7 +176,7 @@ def test_a_bad_one_is_named_by_its_place_and_none_is_sent(server: Server, bad: o
     assert next_after(server, client) == "marker"
 
 
-def test_one_that_is_too_large_is_named_by_its_place_and_none_is_sent(server: Server) -> None:
+def test_a_notification_that_is_too_large_is_named_by_its_place_and_none_is_sent(server: Server) -> None:
     """A notification too large for /notify is too large in a batch."""
     client = server.join()
     status, body = refusal(server, [{"message": "good"}, {"message": "big", "data": {"pad": "x" * 200_000}}])

@@ -65,13 +65,13 @@ def unit_variables() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("variables", [image_variables(), node_variables(), unit_variables()])
-def test_every_value_is_one_that_the_setting_takes(variables: dict[str, str]) -> None:
+def test_every_value_is_valid_for_its_setting(variables: dict[str, str]) -> None:
     """The server would start with it, and warns of nothing."""
     _, warnings = from_environ(variables)
     assert not warnings
 
 
-def test_what_stops_a_server_waits_longer_than_it_drains() -> None:
+def test_systemd_and_docker_wait_longer_than_the_drain() -> None:
     """Otherwise clients that leave in their own time are cut off."""
     [unit_patience] = re.findall(r"^TimeoutStopSec=(\d+)$", UNIT, re.MULTILINE)
     assert float(unit_patience) >= from_environ(unit_variables())[0].shutdown_timeout + SPARE_SECONDS
@@ -184,7 +184,7 @@ def test_two_nodes_on_the_redis_of_the_compose_file_are_one_server(image: Path) 
         store.close()
 
 
-def test_the_compose_file_names_what_is_there() -> None:
+def test_the_compose_file_names_existing_files() -> None:
     """Services, volumes, ports and the Dockerfile."""
     services: dict[str, Any] = COMPOSE["services"]
     assert set(services) == {"redis", *NODES}

@@ -119,7 +119,7 @@ def test_notify_answers_503(draining: tuple[Server, Client]) -> None:
 
 
 @pytest.mark.parametrize("path", ["/notify", "/notify/batch"])
-def test_whatever_is_wrong_with_a_request_it_is_503(draining: tuple[Server, Client], path: str) -> None:
+def test_every_request_even_an_invalid_one_is_503(draining: tuple[Server, Client], path: str) -> None:
     """A bad request is not looked at; only its size comes before the drain."""
     server, _ = draining
     bad = [server.request("POST", path, content=b"{", headers={"Content-Type": kind}) for kind in ("", "image/png")]
@@ -240,7 +240,7 @@ def test_impatience_does_no_harm(start_server: StartServer) -> None:
     assert server.exit_status(3) == 0
 
 
-def test_clients_that_do_not_read_do_not_hold_up_the_end(start_server: StartServer) -> None:
+def test_clients_that_do_not_read_do_not_delay_the_end(start_server: StartServer) -> None:
     """A client with a full buffer cannot take its close frame, and is aborted after a deadline."""
     server = start_server("--shutdown-timeout", "0", "--history-size", "10000")
     server.join_bare(receive_buffer=4096)

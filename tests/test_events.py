@@ -35,7 +35,7 @@ def is_told_when_to_retry(response: httpx.Response) -> bool:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_curl_shows_what_arrives(server: Server) -> None:
+def test_curl_shows_each_notification(server: Server) -> None:
     """As soon as it arrives, in the documented lines."""
     command = ["curl", "--silent", "--no-buffer", "--max-time", "10", "--noproxy", "*", f"{server.url}/events"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as curl:
@@ -49,7 +49,7 @@ def test_curl_shows_what_arrives(server: Server) -> None:
         curl.terminate()
 
 
-def test_it_is_an_event_stream_that_nobody_stores(server: Server) -> None:
+def test_the_answer_is_an_event_stream_that_no_cache_stores(server: Server) -> None:
     """The media type that browsers want, and no cache or proxy that would hold it back."""
     stream = join(server)
     assert stream.response.status == 200
@@ -104,7 +104,7 @@ def _has_a_comment(stream: Stream, server: Server) -> bool:
 # Resume, topics and client_id, as on the WebSocket.
 
 
-def test_after_the_welcome_comes_the_resume_and_what_was_missed(server: Server) -> None:
+def test_after_the_welcome_come_the_resume_and_the_missed_notifications(server: Server) -> None:
     """The resume is an event of that name without an id: a stream that is cut during the replay must not skip it."""
     first, second, last = server.publish("one", "two", "three")
     stream = join(server, f"since={first}")
@@ -152,7 +152,7 @@ def test_an_empty_since_tells_the_position(server: Server) -> None:
     assert join(server, "since=").event().data["data"] == {"position": last, "replayed": 0, "complete": True}
 
 
-def test_it_gets_what_is_addressed_to_it_and_nothing_else(server: Server) -> None:
+def test_a_stream_gets_only_notifications_addressed_to_it(server: Server) -> None:
     """By its client_id, its topics, or to everyone."""
     stream = join(server, "client_id=ann&topics=red,blue")
     recipients = [
@@ -177,7 +177,7 @@ def test_it_is_in_the_status(server: Server) -> None:
     assert server.active() == 1
 
 
-def test_what_it_gets_is_counted(start_server: StartServer) -> None:
+def test_its_notifications_are_counted(start_server: StartServer) -> None:
     """As messages sent, like that of everyone else."""
     server = start_server()
     stream = join(server)

@@ -233,7 +233,7 @@ def listen(request: pytest.FixtureRequest) -> Iterator[Listen]:
 # Against the real server.
 
 
-def test_receives_what_is_published(start_server: StartServer, site: str, listen: Listen) -> None:
+def test_receives_published_notifications(start_server: StartServer, site: str, listen: Listen) -> None:
     server = start_server("--allow-origin", site)
     listener = listen(server.ws_url)
     listener.wait_until("connected")
@@ -526,7 +526,7 @@ def test_publishes(server: Server) -> None:
 
 
 @pytest.mark.parametrize("command", ["health", "metrics", "status"])
-def test_shows_what_the_server_says_of_itself(server: Server, command: str) -> None:
+def test_shows_health_metrics_and_status(server: Server, command: str) -> None:
     assert json.loads(run_publish(server, command).stdout).keys() == server.read(f"/{command}").keys()
 
 
@@ -633,7 +633,7 @@ def test_gives_up_after_so_many_attempts(publisher: Publisher) -> None:
     assert len(server.keys) == 2
 
 
-def test_does_not_repeat_what_was_refused(publisher: Publisher) -> None:
+def test_does_not_repeat_a_refused_request(publisher: Publisher) -> None:
     notifyd, server = publisher(REFUSED, SENT)
     with pytest.raises(publish.NotifydError) as refused:
         notifyd.notify("")

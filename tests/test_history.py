@@ -58,7 +58,7 @@ def test_an_empty_since_asks_where_the_log_stands(server: Server) -> None:
     assert history(server, since="") == {"notifications": [], "position": last, "complete": True}
 
 
-def test_without_since_it_is_all_that_is_kept(start_server: StartServer) -> None:
+def test_without_since_it_is_the_whole_history(start_server: StartServer) -> None:
     """From the beginning of the log."""
     server = start_server()
     *_, last = server.publish("one", "two")
@@ -87,7 +87,7 @@ def test_an_empty_log_has_a_position_too(start_server: StartServer) -> None:
         ({"client_id": "", "topics": ""}, ["all"]),
     ],
 )
-def test_it_holds_what_is_addressed_to_such_a_client(
+def test_it_holds_the_notifications_for_such_a_client(
     server: Server, parameters: dict[str, str], expected: list[str]
 ) -> None:
     """By its client_id, its topics, or to everyone; nothing else."""
@@ -193,7 +193,7 @@ def test_an_id_that_was_never_given_proves_nothing(start_server: StartServer, si
     assert (texts(answer), answer["complete"]) == (["one"], False)
 
 
-def test_what_has_expired_is_not_in_it(start_server: StartServer) -> None:
+def test_an_expired_notification_is_not_in_it(start_server: StartServer) -> None:
     """Also when nothing has been published since."""
     server = start_server("--history-ttl", "0.2")
     [last] = server.publish("one")

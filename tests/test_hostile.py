@@ -46,7 +46,7 @@ def stalled(server: Server, client_id: str | None = None) -> BareClient:
 # Clients.
 
 
-def test_a_client_that_never_reads_holds_up_nobody(server: Server) -> None:
+def test_a_client_that_never_reads_does_not_delay_the_others(server: Server) -> None:
     """Another one gets all of six megabytes while one takes nothing."""
     stalled(server)
     reader = server.join()
@@ -80,7 +80,7 @@ def test_a_client_that_falls_off_the_history_is_closed_as_slow(start_server: Sta
     )
 
 
-def test_a_flood_from_one_does_not_delay_another(server: Server) -> None:
+def test_a_flood_from_one_client_does_not_delay_another(server: Server) -> None:
     """While one sends a hundred thousand messages, another one's ping is answered in time."""
     flooder, other = server.join_bare(), server.join()
     push(flooder.socket, masked(Opcode.TEXT, b'{"type": "ping"}') * 1000, 2 * MEGABYTE)
@@ -147,7 +147,7 @@ def lenient() -> Iterator[Server]:
     server.stop()
 
 
-def test_answers_that_nobody_reads_are_the_end(lenient: Server) -> None:
+def test_a_client_that_does_not_read_its_answers_is_closed(lenient: Server) -> None:
     """A client that asks and never reads is closed before they fill the memory."""
     client = lenient.join_bare(receive_buffer=65_536)
     client.socket.sendall(masked(Opcode.TEXT, b"x") * 100_000)
@@ -360,7 +360,7 @@ def test_clients_that_come_and_break_off_leave_nothing(server: Server) -> None:
 
 
 @pytest.mark.usefixtures("bystander")
-def test_idle_connections_hold_up_nobody(server: Server) -> None:
+def test_idle_connections_do_not_delay_the_others(server: Server) -> None:
     """Two hundred connections that ask nothing, or only half of it, are borne."""
     for number in range(200):
         server.raw(b"" if number % 2 else b"GET /health HTTP/1.1\r\nHost: ")
@@ -504,7 +504,7 @@ def test_half_a_text_is_no_notification(server: Server) -> None:
 
 
 @pytest.mark.usefixtures("bystander")
-def test_half_a_body_that_waits_holds_up_nobody(server: Server) -> None:
+def test_half_a_body_that_waits_does_not_delay_the_others(server: Server) -> None:
     """Fifty publishers that stop in the middle don't stop the fifty-first."""
     for _ in range(50):
         server.raw(PUBLISH + b"Content-Length: 1000\r\n\r\n{")
@@ -512,7 +512,7 @@ def test_half_a_body_that_waits_holds_up_nobody(server: Server) -> None:
 
 
 @pytest.mark.usefixtures("bystander")
-def test_a_publisher_that_does_not_read_its_answer_holds_up_nobody(server: Server) -> None:
+def test_a_publisher_that_does_not_read_its_answer_does_not_delay_the_others(server: Server) -> None:
     """A thousand requests in a row, and not one answer taken."""
     request = PUBLISH + b'Content-Length: 17\r\n\r\n{"message": "hi"}'
     assert push(server.raw(b""), b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 100, MEGABYTE) > 0
@@ -573,7 +573,7 @@ def test_a_number_of_a_million_digits_is_an_answer_too(vast: Server) -> None:
     ],
     ids=["utf-8", "surrogate", "nan", "nul"],
 )
-def test_a_publishers_nonsense_is_only_its_own_problem(server: Server, body: bytes) -> None:
+def test_a_publishers_invalid_requests_do_not_affect_the_others(server: Server, body: bytes) -> None:
     """It gets its 400."""
     assert server.post(body).status_code == 400
 

@@ -50,7 +50,7 @@ AUDIENCES = [None, None, Audience(frozenset(["a", "b"]), frozenset()), Audience(
 
 @settings(max_examples=int(os.environ.get("HUB_EXAMPLES", "100")), deadline=None)
 @given(seed=st.integers(0, 2**32), history_size=st.sampled_from([2, 1000]))
-def test_with_a_shared_store_each_gets_what_is_addressed_to_it(seed: int, history_size: int) -> None:
+def test_with_a_shared_store_each_client_gets_its_notifications(seed: int, history_size: int) -> None:
     """However slowly the store answers and the log comes, and despite publishes elsewhere meanwhile."""
     chance, loop = Random(seed), VirtualLoop()
     quiet = Settings(notification_interval=0, ping_interval=0, history_size=history_size)
@@ -135,7 +135,7 @@ def test_the_farewell_is_not_lost_when_everything_before_it_has_expired(loop: Vi
     drain.cancel()
 
 
-def test_who_leaves_during_a_pass_is_owed_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_leaves_during_a_pass_is_owed_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass still holds clients that leave between its slices; they must not come back among the owed."""
     monkeypatch.setattr(fanout_module, "SLICE_CLIENTS", 2)
 
@@ -156,7 +156,7 @@ def test_who_leaves_during_a_pass_is_owed_nothing(monkeypatch: pytest.MonkeyPatc
     assert asyncio.run(scenario())[1] == []
 
 
-def test_a_batch_for_a_topic_is_one_list_for_all_who_follow_it(loop: VirtualLoop) -> None:
+def test_a_batch_for_a_topic_is_one_list_for_all_its_subscribers(loop: VirtualLoop) -> None:
     """A thousand clients share one list of owed entries, also when they are owed others already."""
     hub = hub_on(loop)
     for number in range(9):
@@ -199,7 +199,7 @@ def test_clients_that_are_owed_different_things_do_not_make_publishing_dear(loop
     assert sum(map(is_, before, after)) > 80
 
 
-def test_each_gets_its_own_of_a_batch_for_many_topics(loop: VirtualLoop) -> None:
+def test_each_client_gets_its_part_of_a_batch_for_many_topics(loop: VirtualLoop) -> None:
     """By topic, by name and by both; each once and in order, behind all it was owed before."""
     hub = hub_on(loop)
     ann, bob = join(loop, hub, "ann", "red"), join(loop, hub, "bob", "red,blue")
@@ -216,7 +216,7 @@ def test_each_gets_its_own_of_a_batch_for_many_topics(loop: VirtualLoop) -> None
     assert [one["data"]["message"] for one in bob.messages[1:]] == everything
 
 
-def test_a_pause_of_the_process_is_nobodys_silence(loop: VirtualLoop) -> None:
+def test_a_pause_of_the_process_does_not_count_as_silence(loop: VirtualLoop) -> None:
     """A live client stays; a dead one is closed after another full ping_timeout of silence."""
     hub = hub_on(loop, ping_interval=6, ping_timeout=25)
     alive, dead = join(loop, hub, "ann"), join(loop, hub, "bob")
@@ -296,7 +296,7 @@ def test_a_hub_is_used_from_one_event_loop_after_another() -> None:
     assert [asyncio.run(scenario()) for _ in range(3)] == [(1, ["welcome", "custom"])] * 3
 
 
-def test_many_short_pauses_are_nobodys_silence_either(loop: VirtualLoop) -> None:
+def test_many_short_pauses_do_not_count_as_silence_either(loop: VirtualLoop) -> None:
     """Late pings go out at once: pauses do not add up to a longer interval."""
     hub = hub_on(loop, ping_interval=1, ping_timeout=2)
     connections = [join(loop, hub, f"c{number}") for number in range(20)]

@@ -87,7 +87,7 @@ def test_it_answers_until_the_drain_is_over(start_server: StartServer, flags: li
         inside.get("/health")
 
 
-def test_it_listens_where_internal_host_says(start_server: StartServer) -> None:
+def test_it_listens_on_internal_host(start_server: StartServer) -> None:
     """The internal port is on loopback by default, with any public address."""
     port = free_port()
     server = start_server("--internal-port", str(port), "--internal-host", "127.0.0.2")

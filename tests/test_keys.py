@@ -23,7 +23,7 @@ def published(keys: IdempotencyKeys, key: str, now: float = 0.0, count: int = 1)
     return True
 
 
-def test_a_repeat_gets_what_the_first_got() -> None:
+def test_a_repeat_gets_the_first_answer() -> None:
     """And is told that it is one, however often it comes."""
     keys, once = IdempotencyKeys(9, 60), Once("key", REQUEST)
     assert keys.find(once, 0) is None
@@ -62,7 +62,7 @@ def test_the_oldest_keys_make_room() -> None:
     assert [published(keys, name) for name in ("two", "three", "four")] == [False] * 3
 
 
-def test_a_batch_counts_as_many_as_it_has() -> None:
+def test_a_batch_counts_each_of_its_notifications() -> None:
     """Two batches of two do not fit where three are kept."""
     keys = IdempotencyKeys(3, 60)
     assert published(keys, "one", count=2) and published(keys, "two", count=2)
@@ -70,7 +70,7 @@ def test_a_batch_counts_as_many_as_it_has() -> None:
     assert published(keys, "one", count=2)
 
 
-def test_the_newest_is_kept_whatever_its_size() -> None:
+def test_the_newest_is_kept_at_any_size() -> None:
     """A batch that is larger than the history is still sent once."""
     keys = IdempotencyKeys(3, 60)
     assert published(keys, "key", count=1000)

@@ -276,7 +276,7 @@ def test_a_client_is_replaced_from_another_process(start_many: StartMany) -> Non
     assert many.counts()["active"] == 1
 
 
-def test_one_of_many_who_claim_a_client_id_at_once_wins(many: Many) -> None:
+def test_one_of_many_simultaneous_claims_of_a_client_id_wins(many: Many) -> None:
     """However they are spread over the processes."""
     met = claims(many.addresses(100, "client_id=a"))
     assert sorted(met) == ["Client a is already connected"] * 99 + ["welcome"]

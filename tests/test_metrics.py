@@ -88,7 +88,7 @@ def test_messages_sent_counts_one_for_each_client(server: Server) -> None:
     assert sent(server) == before + 6
 
 
-def test_messages_sent_leaves_out_what_is_no_notification(server: Server) -> None:
+def test_messages_sent_counts_notifications_alone(server: Server) -> None:
     """Welcomes, pongs, status responses and errors aren't counted."""
     before = sent(server)
     client = server.join()

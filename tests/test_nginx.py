@@ -250,7 +250,7 @@ def test_an_event_is_not_held_back(nginx: Nginx, backend: Server) -> None:
         assert any("at once" in line for line in lines)
 
 
-def test_what_a_client_says_of_itself_goes_no_further(nginx: Nginx) -> None:
+def test_a_clients_own_forwarded_header_is_replaced(nginx: Nginx) -> None:
     """The server counts the address that nginx sees, with any X-Forwarded-For."""
     remaining = [
         limits(nginx.http.get("/metrics", headers={"X-Forwarded-For": f"203.0.113.{n}"}).headers)[1] for n in range(9)

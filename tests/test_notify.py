@@ -399,7 +399,7 @@ def test_another_content_type_is_refused(server: Server, content_type: str) -> N
     ],
     ids=["empty", "own type", "deep", "large"],
 )
-def test_what_is_refused_reaches_nobody(server: Server, body: bytes) -> None:
+def test_a_refused_notification_reaches_no_client(server: Server, body: bytes) -> None:
     """After a refusal a client's next notification is the next one accepted."""
     client = server.join()
     server.post(body)

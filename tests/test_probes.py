@@ -26,7 +26,7 @@ def redis() -> Iterator[RedisServer]:
     server.close()
 
 
-def test_the_process_says_that_it_lives(server: Server) -> None:
+def test_the_process_answers_that_it_is_alive(server: Server) -> None:
     """GET /health/live answers 200 with the documented body."""
     assert server.read("/health/live") == ALIVE
 
@@ -51,7 +51,7 @@ def test_a_server_without_its_store_is_alive_and_not_ready(start_server: StartSe
     eventually(lambda: server.get("/health").status_code == 200)
 
 
-def test_an_app_is_alive_whatever_its_store_does(tmp_path: Path) -> None:
+def test_an_app_is_alive_even_while_its_store_is_away(tmp_path: Path) -> None:
     """In another server the Hub starts with the first request that needs it; this one does not."""
     app = create_app(Settings(store=f"sqlite:{tmp_path}/no/such/directory"))
 

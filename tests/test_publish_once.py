@@ -88,7 +88,7 @@ def test_without_a_key_a_repeat_is_sent_again(fresh: Server) -> None:
     assert sent(fresh) == 2
 
 
-def test_the_key_holds_whoever_sends_it(fresh: Server) -> None:
+def test_the_key_holds_for_every_publisher(fresh: Server) -> None:
     """A repeat comes over another connection, from a publisher that was restarted."""
     send(fresh, "key")
     with httpx.Client(base_url=fresh.url, trust_env=False) as other:

@@ -355,7 +355,7 @@ def test_who_leaves_makes_room(crowded: Server) -> None:
         eventually(lambda: crowded.active() == 0)
 
 
-def test_who_was_refused_holds_no_place(start_server: StartServer) -> None:
+def test_a_refused_client_does_not_count_for_its_address(start_server: StartServer) -> None:
     """A client refused by another limit, or for a taken id, does not count for its address."""
     server = start_server("--max-connections-per-ip", "2", "--max-connections", "1")
     server.join("one")

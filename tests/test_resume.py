@@ -61,7 +61,7 @@ def test_what_was_missed_is_replayed_in_order(server: Server) -> None:
     assert client.receive_many(4)[1:] == witness.receive_many(4)[1:]
 
 
-def test_then_come_the_live_ones(server: Server) -> None:
+def test_live_notifications_follow_the_replay(server: Server) -> None:
     """Notifications published after the resume follow the replay."""
     first, _ = server.publish("one", "two")
     _, replayed, client = resumed(server, first)
@@ -113,7 +113,7 @@ def test_the_position_of_a_resume_is_an_id_to_resume_from(server: Server) -> Non
     assert resumed(server, data["position"])[1] == ["while away"]
 
 
-def test_the_last_may_be_one_that_was_for_somebody_else(server: Server) -> None:
+def test_the_last_id_may_be_of_a_notification_for_another_client(server: Server) -> None:
     """An id of any kind will do: positions are one order for all."""
     server.publish("one")
     [private] = server.publish("private", clients=["somebody"])

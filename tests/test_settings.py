@@ -123,7 +123,7 @@ def test_a_mistake_ends_the_process_with_its_status() -> None:
         ("--port=70000", "--port: expected an integer <= 65535, got '70000'"),
     ],
 )
-def test_a_mistake_is_told_in_plain_words(flags: str, line: str) -> None:
+def test_an_error_names_the_expected_and_the_given_value(flags: str, line: str) -> None:
     """The error names the expected value, and the given one as it was given."""
     assert call(flags) == (2, "", f"notifyd: {line}\n")
 
@@ -276,7 +276,7 @@ def test_known_variables_are_not_warned_about(start_server: StartServer) -> None
 # Where it listens.
 
 
-def test_the_port_is_the_one_that_was_asked_for(start_server: StartServer) -> None:
+def test_the_server_listens_on_the_given_port(start_server: StartServer) -> None:
     """A server that is started on a port serves there, and shows it in its configuration."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -106,7 +106,7 @@ def test_a_protocol_pong_moves_last_ping_too(server: Server) -> None:
     eventually(lambda: detail(server, "alice")["last_ping"] > before)
 
 
-def test_who_takes_what_it_was_owed_is_alive(server: Server) -> None:
+def test_a_client_that_takes_its_backlog_is_alive(server: Server) -> None:
     """One that could not be pinged for all that waited for it need say nothing."""
     client = server.join_bare("alice", receive_buffer=65_536)
     before, began = detail(server, "alice")["last_ping"], time.monotonic()
@@ -188,7 +188,7 @@ def test_a_bad_limit_is_refused_by_name(server: Server, limit: str) -> None:
     assert (response.status_code, parse(response.content)) == (400, http_error("validation", naming("limit")))
 
 
-def test_notifications_sent_counts_notifications_whoever_receives_them(start_server: StartServer) -> None:
+def test_notifications_sent_counts_notifications_not_deliveries(start_server: StartServer) -> None:
     """One notification to nobody and one to two clients are two notifications."""
     server = start_server()
     server.notify("to nobody")

@@ -213,7 +213,7 @@ async def test_recipients_on_all_processes(shared: str) -> None:
 
 
 @on_loop
-async def test_what_is_for_nobody_is_told_to_every_process(shared: str) -> None:
+async def test_a_notification_for_nobody_is_told_to_every_process(shared: str) -> None:
     """It is a place in the log that all of them know."""
     async with members(shared, 2) as [one, other]:
         await one.admit("a", "t")
@@ -304,7 +304,7 @@ async def test_of_a_hundred_claims_one_wins(shared: str) -> None:
 
 
 @on_loop
-async def test_a_process_may_claim_again_what_it_holds(shared: str) -> None:
+async def test_a_process_may_claim_its_own_client_ids_again(shared: str) -> None:
     """The Hub knows its own clients; it takes no second slot, and counts as a connection."""
     async with members(shared, max_connections=1) as [one]:
         await one.admit("a", "t")
@@ -514,7 +514,7 @@ async def test_a_test_notification_is_appended_once(shared: str) -> None:
 
 @pytest.mark.usefixtures("_short_leases")
 @on_loop
-async def test_one_that_asks_no_more_leads_no_more(shared: str) -> None:
+async def test_a_process_that_stops_asking_loses_the_lead(shared: str) -> None:
     """A draining process sends no test notifications; a late attempt is not appended."""
     async with members(shared, 2) as [one, other]:
         await one.store.lead()

@@ -283,7 +283,7 @@ async def test_emptied(start_redis: StartRedis) -> None:
 
 @pytest.mark.usefixtures("_short_leases")
 @on_loop
-async def test_emptied_counters_are_no_less_than_was_stated(start_redis: StartRedis) -> None:
+async def test_counters_do_not_go_back_when_redis_is_emptied(start_redis: StartRedis) -> None:
     """Counts after the last renewal are included."""
     redis = start_redis()
     async with members(redis.url, 2) as [one, other]:
@@ -324,7 +324,7 @@ async def test_started_with_an_old_file(start_redis: StartRedis) -> None:
 
 
 @on_loop
-async def test_a_hub_puts_back_what_it_has(start_redis: StartRedis) -> None:
+async def test_a_hub_puts_its_records_back(start_redis: StartRedis) -> None:
     """Each notification is whole, at any size, with its clients and topics, and as old as it was."""
     redis = start_redis()
     settings = Settings(notification_interval=0, max_message_size=100_000)
@@ -358,7 +358,7 @@ async def begin_to_append(redis: RedisServer, member: Member, once: Once | None)
 
 
 @on_loop
-async def test_what_was_lost_before_it_was_read_is_not_answered(start_redis: StartRedis) -> None:
+async def test_a_record_lost_before_it_was_read_is_not_answered(start_redis: StartRedis) -> None:
     """This holds without other requests too, and later records have greater numbers."""
     redis = start_redis()
     async with members(redis.url) as [one]:
@@ -710,7 +710,7 @@ async def is_alone(member: Member) -> bool:
 
 
 @on_loop
-async def test_close_ends_whatever_is_under_way(start_redis: StartRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_close_ends_operations_in_flight(start_redis: StartRedis, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error at the same moment must not swallow the end: renewals without a pause make for that."""
     monkeypatch.setattr("store_redis.RENEW_SECONDS", 0)
     redis = start_redis()
@@ -720,7 +720,7 @@ async def test_close_ends_whatever_is_under_way(start_redis: StartRedis, monkeyp
 
 
 @on_loop
-async def test_messages_to_one_that_does_not_read_are_bounded(
+async def test_messages_to_a_process_that_does_not_read_are_bounded(
     start_redis: StartRedis,
     start_process: Callable[..., Process],
 ) -> None:

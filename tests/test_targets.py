@@ -66,7 +66,7 @@ def test_a_notification_for_clients_reaches_those_and_nobody_else(server: Server
     assert received(server, *clients) == [["private"], [], ["private"]]
 
 
-def test_a_notification_for_topics_reaches_whoever_has_one_of_them(server: Server) -> None:
+def test_a_notification_for_topics_reaches_subscribers_of_each(server: Server) -> None:
     """Each topic is enough, and other topics are not."""
     clients = [
         listening(server, name, topics)
@@ -115,7 +115,7 @@ def test_everything_arrives_in_the_order_of_publication(server: Server) -> None:
     assert received(server, client) == [[str(number) for number in range(100) if number % 4 != 3]]
 
 
-def test_recipients_counts_who_it_is_addressed_to_now(server: Server) -> None:
+def test_recipients_counts_the_addressed_clients_now(server: Server) -> None:
     """An absent client or topic counts for nothing, and is no error."""
     listening(server, "ann", "red")
     assert server.notify("x", clients=["ann", "nobody"], topics=["red", "nothing"])["recipients"] == 1
@@ -124,7 +124,7 @@ def test_recipients_counts_who_it_is_addressed_to_now(server: Server) -> None:
 
 
 @pytest.mark.parametrize("target", [{"clients": ["late"]}, {"topics": ["late"]}])
-def test_what_is_for_the_absent_is_kept_for_resume(server: Server, target: dict[str, list[str]]) -> None:
+def test_a_notification_for_an_absent_client_is_kept_for_resume(server: Server, target: dict[str, list[str]]) -> None:
     """A client that was away, or subscribes only when it comes back, is replayed the notifications it missed."""
     position = server.read("/notifications?since=")["position"]
     server.notify("kept", **target)
@@ -144,7 +144,7 @@ def test_a_private_notification_is_replayed_to_nobody_else(server: Server) -> No
 # Form.
 
 
-def test_one_sent_by_topic_carries_all_its_topics_beside_data(server: Server) -> None:
+def test_a_notification_by_topic_carries_all_its_topics_beside_data(server: Server) -> None:
     """Also those that the client doesn't have, in the documented place."""
     client = listening(server, "ann", "red")
     server.notify("colours", type="alert", topics=["red", "blue", "red"])
@@ -158,7 +158,7 @@ def test_one_sent_by_topic_carries_all_its_topics_beside_data(server: Server) ->
     }
 
 
-def test_one_sent_to_clients_does_not_say_to_whom(server: Server) -> None:
+def test_a_notification_to_clients_does_not_name_them(server: Server) -> None:
     """It looks like any other, so that no client learns the names of the others."""
     client = listening(server, "ann")
     server.notify("private", clients=["ann", "bob"])
@@ -304,7 +304,7 @@ def test_one_topic_more_is_refused_and_changes_nothing(server: Server) -> None:
     assert client.ask({"type": "unsubscribe", "topics": ["none"]}) == subscribed(*HUNDRED)
 
 
-def test_a_topic_that_it_has_is_not_one_more(server: Server) -> None:
+def test_a_repeated_topic_counts_once(server: Server) -> None:
     """A client with a hundred topics may name one of them again."""
     client = listening(server, "ann", ",".join(HUNDRED))
     assert client.ask({"type": "subscribe", "topics": ["topic7"]}) == subscribed(*HUNDRED)

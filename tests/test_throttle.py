@@ -54,7 +54,7 @@ def answers(store: FakeStore, count: int, *, client: Any = ("192.0.2.1", 1), **s
     return asyncio.run(ask())
 
 
-def test_a_flood_costs_the_store_no_more_than_what_it_lets_through() -> None:
+def test_a_flood_costs_the_store_no_more_than_the_allowed_requests() -> None:
     """An address known to be over the limit is refused without a call to the store."""
     store = FakeStore()
     statuses = [answer.status_code for answer in answers(store, 1000, rate_limit=True)]
@@ -72,7 +72,7 @@ def test_without_the_store_each_process_has_its_own_limits() -> None:
     assert found[0].headers["x-ratelimit-remaining"] == "19"
 
 
-def test_who_comes_through_a_unix_socket_may_be_a_proxy() -> None:
+def test_a_peer_on_a_unix_socket_may_be_a_proxy() -> None:
     """With `unix` among the trusted proxies. The app behind the guard sees the address, with limits or without."""
     trusting, careful = {"trusted_proxies": ("unix",)}, {"rate_limit": True}
     assert [answer.text for answer in answers(FakeStore(), 1, client=None, **trusting)] == ["203.0.113.1"]

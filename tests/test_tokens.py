@@ -64,7 +64,7 @@ def status(server: Server, shown: str) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_public_key_proves_what_its_kind_can(start_server: StartServer, tmp_path: Path, kind: str) -> None:
+def test_a_public_key_proves_tokens_of_its_kind(start_server: StartServer, tmp_path: Path, kind: str) -> None:
     """In every algorithm of the kind, and none of another; the key itself is no secret (algorithm confusion)."""
     key, algorithms = KINDS[kind]
     path = tmp_path / "public.pem"
@@ -219,7 +219,7 @@ def test_keys_that_cannot_be_fetched_are_503(start_server: StartServer, issuer: 
     assert server.get("/status", headers={"X-API-Key": "secret"}).status_code == 200
 
 
-def test_a_slow_issuer_holds_up_nobody_else(start_server: StartServer, issuer: Issuer) -> None:
+def test_a_slow_issuer_does_not_delay_other_requests(start_server: StartServer, issuer: Issuer) -> None:
     """The event loop goes on while a thread waits for the keys; all requests that wait share one fetch."""
     issuer.publish(jwk("r1"))
     issuer.answers.clear()
@@ -400,7 +400,7 @@ def test_a_fetch_takes_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(give_up())
 
 
-def test_who_waits_no_longer_takes_the_keys_from_nobody() -> None:
+def test_a_request_that_stops_waiting_does_not_cancel_the_fetch() -> None:
     """The fetch is for all requests that wait, even when the first one has gone."""
     source = Source("one")
     released = held_up(source)

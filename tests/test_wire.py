@@ -146,7 +146,7 @@ def test_a_handshake_has_no_body(apps: Apps, changes: dict[str, str | None]) -> 
 
 
 @pytest.mark.parametrize("version", ["12", "8", "", "13, 8", "+13", None])
-def test_another_version_is_426_and_told_the_right_one(apps: Apps, version: str | None) -> None:
+def test_another_version_is_426_with_the_right_version(apps: Apps, version: str | None) -> None:
     """RFC 6455, section 4.2.2: so that the client can try again."""
     status, headers, body = apps.response_to(handshake(Sec_WebSocket_Version=version))
     assert (status, headers["Sec-WebSocket-Version"]) == (426, "13")
@@ -177,7 +177,7 @@ def test_the_app_chooses_a_subprotocol_and_adds_headers(apps: Apps) -> None:
     assert (headers["x-list"], headers["x-tuple"]) == ("1", "2")
 
 
-def test_the_app_sees_what_was_asked_for(apps: Apps) -> None:
+def test_the_app_sees_the_request_as_sent(apps: Apps) -> None:
     """The scope is the specification's."""
     client = apps.join_app("de%20scribe?a=b%20c", subprotocols=["a", "b"])
     assert json.loads(client.connection.recv(PATIENCE)) == {
@@ -502,7 +502,7 @@ def test_an_app_hears_that_the_server_ends() -> None:
 # Nothing is lost behind unread data.
 
 
-def test_a_goodbye_reaches_a_peer_whose_data_nobody_reads(apps: Apps) -> None:
+def test_a_close_reaches_a_peer_with_unread_data(apps: Apps) -> None:
     """The app has read nothing of many megabytes, and closes. The peer sends on until it sees the close."""
     client = apps.at("close")
     data = masked(Opcode.BINARY, b"x" * 60_000)
@@ -545,7 +545,7 @@ def test_a_refusal_reaches_a_peer_that_is_still_sending(apps: Apps) -> None:
     assert client.closed() == (1002, "Frame is not masked")
 
 
-def test_a_goodbye_waits_for_what_the_peer_has_not_read(apps: Apps) -> None:
+def test_a_close_waits_for_the_peers_backlog(apps: Apps) -> None:
     """Sixteen megabytes first, for a peer with a small buffer; then the close."""
     client = apps.at("flood", receive_buffer=65_536)
     received = 0
@@ -707,7 +707,7 @@ def test_a_backlog_goes_over_tls(secure: Apps) -> None:
 
 
 @needs_openssl
-def test_a_goodbye_over_tls_reaches_a_peer_whose_data_nobody_reads(secure: Apps) -> None:
+def test_a_close_over_tls_reaches_a_peer_with_unread_data(secure: Apps) -> None:
     """As without TLS."""
 
     async def talk(connection: ClientConnection) -> None:

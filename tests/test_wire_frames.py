@@ -217,7 +217,7 @@ def test_a_code_that_may_not_be_sent_is_1002(code: int) -> None:
 
 
 @pytest.mark.parametrize(("payload", "code"), [(b"\x03", 1002), (b"\x03\xe8\xff", 1007), (b"\x03\xe8ab\xc3", 1007)])
-def test_a_close_that_is_none_is_refused(payload: bytes, code: int) -> None:
+def test_an_invalid_close_is_refused(payload: bytes, code: int) -> None:
     """Half a code, and a reason that is no text."""
     with pytest.raises(FrameError) as refused:
         read_close(payload)
@@ -236,26 +236,26 @@ def test_a_long_reason_is_cut_between_characters(reason: str) -> None:
 
 @pytest.mark.parametrize("opcode", [TEXT, BINARY, CLOSE, PING, PONG])
 @pytest.mark.parametrize("size", [0, 1, 125])
-def test_a_frame_is_what_the_reference_writes(opcode: int, size: int) -> None:
+def test_a_frame_equals_the_references(opcode: int, size: int) -> None:
     """Any kind of frame."""
     assert frame(b"x" * size, opcode) == TheirFrame(Opcode(opcode), b"x" * size).serialize(mask=False)
 
 
 @pytest.mark.parametrize("size", [126, 127, 65_535, 65_536, 1_000_000])
-def test_a_large_frame_is_what_the_reference_writes(size: int) -> None:
+def test_a_large_frame_equals_the_references(size: int) -> None:
     """Around each change of the size's form."""
     assert frame(b"x" * size) == TheirFrame(Opcode.TEXT, b"x" * size).serialize(mask=False)
 
 
 @given(st.sampled_from([1000, 1001, 1008, 1011, 3000, 4999]), st.text(max_size=30))
-def test_a_close_frame_is_what_the_reference_writes(code: int, reason: str) -> None:
+def test_a_close_frame_equals_the_references(code: int, reason: str) -> None:
     """Any reason that fits."""
     theirs = TheirFrame(Opcode.CLOSE, Close(code, reason).serialize()).serialize(mask=False)
     assert close_frame(code, reason) == theirs
 
 
 @given(st.lists(st.one_of(st.binary(max_size=130), st.integers(65_530, 65_540).map(bytes)), max_size=5))
-def test_payloads_takes_apart_what_frame_has_put_together(given_payloads: list[bytes]) -> None:
+def test_payloads_undoes_frame(given_payloads: list[bytes]) -> None:
     """One is the inverse of the other."""
     assert list(payloads(b"".join(map(frame, given_payloads)))) == given_payloads
 
@@ -347,7 +347,7 @@ def mutated(draw: st.DrawFn) -> bytes:
 @example(bytes.fromhex("8100"))
 @example(masked(0x01, b"\xf4") + masked(0x00, b"\x90"))
 @example(masked(0x01, b"a") + masked(0x88, b"") + masked(0x80, b"b"))
-def test_ours_reads_what_the_reference_reads(stream: bytes) -> None:
+def test_ours_reads_the_same_as_the_reference(stream: bytes) -> None:
     """The same events, or both refuse with the same code; but we refuse sizes that are not minimal."""
     check_against_reference(stream)
 
@@ -366,7 +366,7 @@ def test_it_does_not_matter_how_a_stream_is_cut(stream: bytes, sizes: list[int])
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([TEXT, BINARY]), texts), max_size=5))
-def test_the_reference_reads_what_ours_writes(sent: list[tuple[int, bytes]]) -> None:
+def test_the_reference_reads_our_frames(sent: list[tuple[int, bytes]]) -> None:
     """A client of theirs gets each message as it was sent."""
     client = Protocol(Side.CLIENT, max_size=None)
     client.receive_data(b"".join(frame(payload, opcode) for opcode, payload in sent))

@@ -174,7 +174,7 @@ def test_extra_fields_are_ignored(client: Client) -> None:
     assert client.ask({"type": "ping", "timestamp": 1, "nonce": [None, {}]}) == PONG
 
 
-def test_an_answer_goes_only_to_who_asked(server: Server, client: Client) -> None:
+def test_an_answer_goes_only_to_the_client_that_asked(server: Server, client: Client) -> None:
     """A pong is for one client, a notification for all."""
     other = server.join()
     other.ask({"type": "ping"})
@@ -299,7 +299,7 @@ def test_a_close_without_a_code_is_answered(server: Server) -> None:
     assert client.closed()[0] in (1000, 1005)
 
 
-def test_what_was_asked_before_a_close_is_answered_before_it(server: Server) -> None:
+def test_requests_before_a_close_are_answered_before_it(server: Server) -> None:
     """A ping and a close in one segment: first the pong, then the close."""
     client = server.join_bare()
     client.send({"type": "ping"})
