@@ -543,19 +543,6 @@ def members(name: str) -> set[str]:
     return {node.name for node in found.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
 
 
-def test_the_house_map_has_every_file_in_the_order_of_imports() -> None:
-    """Each module is in the table, and imports only modules below it."""
-    files = [first_span(row[0]) for row in rows(DESIGN, "File", "Owns")]
-    assert sorted(files) == sorted(MODULES)
-    upward = [
-        f"{file} imports {imported}.py"
-        for place, file in enumerate(files)
-        for imported in re.findall(r"^(?:from|import) (\w+)", MODULES[file], re.MULTILINE)
-        if f"{imported}.py" in files[: place + 1]
-    ]
-    assert not upward
-
-
 def section(page: str, heading: str) -> str:
     """Return the text under a heading, up to the next one of its rank."""
     found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
