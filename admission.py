@@ -146,7 +146,7 @@ class Admission:
         """Claim the client_id, register it in the store, and join. Raises ClientIdTaken if another process has it."""
         client_id, fanout = newcomer.client_id, self._hub.fanout
         claim = self._claims[client_id] = asyncio.Event()
-        fanout.held[claim] = fanout.log.next_sequence
+        fanout.admitting[claim] = fanout.log.next_sequence
         try:
             position = await self._hub.store.admit(client_id, newcomer.topics, newcomer.address)
             try:
@@ -156,7 +156,7 @@ class Admission:
                 raise
             return self._join(connection, newcomer, position)
         finally:
-            del self._claims[client_id], fanout.held[claim]
+            del self._claims[client_id], fanout.admitting[claim]
             claim.set()
 
     def _join(self, connection: Connection, newcomer: Newcomer, position: str) -> Client:

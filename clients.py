@@ -1,12 +1,16 @@
 """The clients of this process: by client_id in the order of their admission, and by topic.
 
-1. Both directions of the topics change together: a client is in the set of each of its topics, and of no other.
-2. What a notification for some clients costs depends on its audience, not on how many clients there are.
+Owns a client's state between its connection and the Hub, and the two directions of every index. Knows connections
+through the seam in connection.py.
+
+1. Only admission.py adds and removes clients; only conversation.py changes the topics of a client after that.
+2. Both directions of an index change together: a client is in the group of each of its names, and in no other.
+3. The addressees of a notification cost as much as the audience is large, however many other clients there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Set
 from typing import TYPE_CHECKING
 
 from connection import Connection
@@ -16,26 +20,21 @@ if TYPE_CHECKING:
     from guard_identity import Identity
     from hub import Hub
 
-# The bucket of a client's messages: a burst of this many, refilled at this rate.
-MESSAGE_BURST, MESSAGES_PER_SECOND = 100.0, 50.0
-# Pings are spread over the interval in this many portions.
+# Messages that a client may send at once, and per second after that (a token bucket).
+MESSAGE_BURST = 100.0
+MESSAGES_PER_SECOND = 50.0
+# Pings are spread over the interval in this many portions, so that answers do not come as one wave.
 HEARTBEAT_PHASES = 20
-# Who cannot be written to has a list of its own of what it is owed, when it would be longer than this.
-SHARED_PENDING = 256
-# So has everybody else, where one publish would make more new lists than this: each is copied as long as it is.
-SHARED_LISTS = 16
-
-
-# Two lists of sequences and what they became together, by the ids of the two.
-Joined = dict[tuple[int, int], tuple[list[int], list[int], list[int]]]
+# The addressees of this many audiences are remembered: each audience is asked for twice, to count and to deliver, and
+# the next notification often has the same.
+AUDIENCES_REMEMBERED = 8
 
 
 class Client:
-    """One client, and the `Receiver` of its connection."""
+    """A connection with a client_id and its place in the log; the `Receiver` of the connection."""
 
     __slots__ = (
         "_hub",
-        "_owns_pending",
         "_tokens",
         "_tokens_at",
         "address",
@@ -46,6 +45,7 @@ class Client:
         "descriptor",
         "heard_at",
         "identity",
+        "owns_pending",
         "pending",
         "phase",
         "speaks",
@@ -69,17 +69,18 @@ class Client:
         self.client_id = client_id
         self.user_agent = user_agent
         self.cursor = cursor
-        # Kept by the connection: where frames may be written past the transport, -1 for nowhere.
+        # Set by the connection: the socket, if the fan-out may write frames to it by itself, or -1.
         self.descriptor = -1
-        # What it is owed beside the broadcasts from its cursor on: sequences of entries for it alone, or of its replay.
+        # Sequences of entries that the client is owed beside the broadcasts from its cursor on: targeted ones, and
+        # those of its replay. Only the fan-out changes the list, and only one that the client owns.
         self.pending: list[int] | None = None
-        self._owns_pending = False
+        self.owns_pending = False
         self.topics: frozenset[str] = frozenset()
         # None without authentication.
         self.identity: Identity | None = None
         self.connected_at = self.heard_at = self._tokens_at = hub.clock()
         self.phase = phase % HEARTBEAT_PHASES
-        # Whether it has ever sent a message, and so would answer a ping message.
+        # Whether the client has ever sent a message, and so would answer a ping message.
         self.speaks = False
         self._tokens = MESSAGE_BURST
 
@@ -104,113 +105,78 @@ class Client:
         return tokens >= 1
 
     def can_prove_life(self) -> bool:
-        """Whether it would be heard if it were alive: else silence is no reason to close it."""
+        """Whether a live client would be heard. If not, its silence is no reason to close it."""
         return self.connection.hears_pongs or self.speaks
 
-    def owe(self, sequences: list[int], joined: Joined) -> None:
-        """Owe the client these entries too, all newer than what it is owed already.
 
-        Whoever is owed the same keeps the same list, by which the pass knows that; `joined` is for all
-        clients of one publish. A client that stalls and is far behind has a list of its own, which only grows: it
-        costs a publish the same however far behind it is. So have clients that are owed different things.
-        """
-        if self.pending is None:
-            self.pending, self._owns_pending = sequences, False
-        elif self._owns_pending:
-            self.pending += sequences
-        elif len(self.pending) + len(sequences) > SHARED_PENDING and not self._may_share(sequences, joined):
-            self.pending, self._owns_pending = [*self.pending, *sequences], True
-        else:
-            key = id(self.pending), id(sequences)
-            if (known := joined.get(key)) is None:
-                known = joined[key] = self.pending, sequences, [*self.pending, *sequences]
-            self.pending = known[2]
+class _Groups:
+    """Clients by names that any number of them may have, such as topics."""
 
-    def _may_share(self, sequences: list[int], joined: Joined) -> bool:
-        key = id(self.pending), id(sequences)
-        return self.connection.writable and (key in joined or len(joined) < SHARED_LISTS)
+    __slots__ = ("_members",)
 
+    def __init__(self) -> None:
+        self._members: dict[str, set[Client]] = {}
 
-# So many audiences are remembered with those who are in them.
-REMEMBERED = 8
+    def move(self, client: Client, before: Set[str], after: Set[str]) -> None:
+        """Take the client out of the groups that it has left, and put it into those that it has joined."""
+        for name in before - after:
+            self._members[name].discard(client)
+            if not self._members[name]:
+                del self._members[name]
+        for name in after - before:
+            self._members.setdefault(name, set()).add(client)
+
+    def of(self, names: Iterable[str]) -> list[set[Client]]:
+        """Return the groups of those names that have any."""
+        return [members for name in names if (members := self._members.get(name)) is not None]
 
 
 class Clients:
-    """Who is connected, and who follows what."""
+    """All clients, by client_id and by topic."""
 
     def __init__(self) -> None:
-        self._clients: dict[str, Client] = {}
-        self._topics: dict[str, set[Client]] = {}
-        # Whom the last notifications were addressed to: it is asked twice for each, and the next is often alike.
+        self._by_id: dict[str, Client] = {}
+        self._by_topic = _Groups()
         self._addressed: dict[Audience, Set[Client]] = {}
 
     def __len__(self) -> int:
-        return len(self._clients)
+        return len(self._by_id)
 
     def __iter__(self) -> Iterator[Client]:
-        return iter(self._clients.values())
+        return iter(self._by_id.values())
 
     def __contains__(self, client: Client) -> bool:
-        return self._clients.get(client.client_id) is client
+        return self._by_id.get(client.client_id) is client
 
     def get(self, client_id: str) -> Client | None:
-        return self._clients.get(client_id)
+        return self._by_id.get(client_id)
 
     def add(self, client: Client, topics: frozenset[str]) -> None:
-        self._clients[client.client_id] = client
+        self._by_id[client.client_id] = client
         self.subscribe(client, topics)
 
     def remove(self, client: Client) -> None:
-        del self._clients[client.client_id]
+        del self._by_id[client.client_id]
         self.subscribe(client, frozenset())
 
     def subscribe(self, client: Client, topics: frozenset[str]) -> None:
-        """Change what a client is subscribed to."""
+        """Set the topics of a client."""
         self._addressed.clear()
-        for topic in client.topics - topics:
-            self._topics[topic].discard(client)
-            if not self._topics[topic]:
-                del self._topics[topic]
-        for topic in topics - client.topics:
-            self._topics.setdefault(topic, set()).add(client)
+        self._by_topic.move(client, client.topics, topics)
         client.topics = topics
 
     def count(self, audience: Audience | None) -> int:
-        """Return how many clients a notification is addressed to."""
-        return len(self._clients) if audience is None else len(self.addressed(audience))
+        """Return the number of clients in an audience; None is everyone."""
+        return len(self._by_id) if audience is None else len(self.addressed(audience))
 
     def addressed(self, audience: Audience) -> Set[Client]:
-        """Return whom a notification is addressed to. Valid until somebody comes, goes, or changes topics."""
+        """Return the clients of an audience. Valid until a client comes, goes, or changes its topics."""
         if (known := self._addressed.get(audience)) is None:
-            groups = [followers for topic in audience.topics if (followers := self._topics.get(topic)) is not None]
+            groups = self._by_topic.of(audience.topics)
             if audience.clients:
-                groups.append({client for name in audience.clients if (client := self._clients.get(name)) is not None})
-            if len(self._addressed) >= REMEMBERED:
+                groups.append({client for name in audience.clients if (client := self._by_id.get(name)) is not None})
+            if len(self._addressed) >= AUDIENCES_REMEMBERED:
                 self._addressed.clear()
-            # Copied only where there are several: a topic that all follow costs no more than one that few follow.
+            # A single group is not copied, so a topic of all clients costs no more than a topic of a few.
             known = self._addressed[audience] = groups[0] if len(groups) == 1 else set().union(*groups)
         return known
-
-    def owed(self, targeted: Sequence[tuple[int, Audience]]) -> Iterator[tuple[Client, list[int]]]:
-        """Yield who is owed which of these (sequence, audience); all who are owed the same get the same list.
-
-        Each client is visited once for each different audience that it is in, not once for each notification.
-        """
-        by_audience: dict[Audience, list[int]] = {}
-        for sequence, audience in targeted:
-            by_audience.setdefault(audience, []).append(sequence)
-        if len(by_audience) == 1:
-            [(audience, sequences)] = by_audience.items()
-            for client in self.addressed(audience):
-                yield client, sequences
-            return
-        included: dict[Client, list[Audience]] = {}
-        for audience in by_audience:
-            for client in self.addressed(audience):
-                included.setdefault(client, []).append(audience)
-        merged: dict[tuple[Audience, ...], list[int]] = {}
-        for client, audiences in included.items():
-            key = tuple(audiences)
-            if key not in merged:
-                merged[key] = sorted(sequence for one in audiences for sequence in by_audience[one])
-            yield client, merged[key]

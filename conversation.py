@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("notifyd.conversation")
 
-# The answers that a client may leave unread; with more it is closed. A client that reads is never near it.
+# The answers that a client may leave unread; with more it is closed. A client that reads never comes near.
 UNREAD_BYTES = 1_048_576
 
 # From a token to its rights. Raises a NotifydError.
@@ -47,7 +47,7 @@ class Conversation:
         self._hub = hub
         self._clients = hub.clients
         self._types = schemas.CLIENT_TYPES if hub.renew is not None else schemas.CLIENT_TYPES - {"auth"}
-        # Messages of clients that wait for the answer to an earlier one.
+        # By client: the messages that wait for the answer to an earlier message.
         self._waiting: dict[Client, deque[str | bytes]] = {}
         self._answering: set[asyncio.Task[None]] = set()
 
@@ -99,12 +99,12 @@ class Conversation:
                     if client not in self._clients:
                         return
                 self._reply(client, answer)
-                # No await between finding nothing and leaving the map: a message comes before or starts anew.
+                # No await from here until the list is forgotten: a later message starts a task of its own.
                 if not waiting:
                     return
                 answer = self._answer(client, waiting.popleft())
         finally:
-            self._waiting.pop(client, None)
+            del self._waiting[client]
 
     async def _outcome(self, work: Work) -> Struct:
         """Do the work and return the answer that it finds, or its error."""

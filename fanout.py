@@ -1,10 +1,14 @@
-"""The fan-out: every client gets what lies between its cursor and the head of the log, in one write.
+"""The fan-out: each client is handed everything between its cursor and the end of the log, in one write.
 
-Owns the log, the passes over the clients, and who falls off the log. Knows neither HTTP nor messages of clients.
+Owns the log, the passes over the clients, the lists of pending entries, and the end of a client that falls too far
+behind. Knows neither HTTP nor the messages of clients.
 
-1. Every client's cursor, and what it is owed beside, lies between the log's front and its head. `trim` keeps that
-   true: who would fall off is closed first, and only a client that cannot be written to is behind by then.
-2. A notification is framed once. A client that cannot be written to costs its cursor, an integer.
+1. A client's place, its cursor and its pending entries, is in the log. `trim` closes a client before it removes the
+   entry at its place; only a client that cannot be written to can be so far behind.
+2. The inner body of the pass never blocks, never raises and never changes the set of clients.
+3. A client's place moves together with the write: no await between the two.
+4. A notification is framed once. Clients that are owed the same entries share one list of them, and so one batch.
+   A shared list never changes; a client's own list only grows at its end.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from clients import Client, Joined
+from clients import Client
 from log import Audience, Log, Positions, frame, payloads
 from schemas import POLICY_VIOLATION
 from store import Record
@@ -27,14 +31,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger("notifyd")
 
 # The pass yields to the event loop after this many clients: at 3 to 10 us each it is held for 1 to 3 ms. A request
-# that arrives meanwhile takes three turns of the loop, and is answered within 10 ms.
+# that arrives meanwhile takes three iterations of the loop, and is answered within 10 ms.
 SLICE_CLIENTS = 250
-# Nor is a slice, where its clients are owed the same, more than about this much to write: the kernel copies a megabyte
-# in 1 to 2 ms (bench/run.py --measure hold).
+# A slice whose clients are owed the same writes at most about this much: the kernel copies a megabyte in 1 to 2 ms
+# (bench/run.py --measure hold).
 SLICE_BYTES = 1_048_576
-# The longest that a pass waits to collect publishes into one write for each client.
+# The longest that a pass waits to collect publishes into one write for each client: people notice more.
 COLLECT_SECONDS = 0.05
+# The log is trimmed as often as this, when nothing is published, for the sake of entries that are too old.
+TRIM_SECONDS = 1.0
+# Lists of pending entries are shared up to this length without limit: a copy takes about a microsecond.
+SHARED_ENTRIES = 256
+# The number of longer lists that a publish may make for clients to share. Beyond that each client gets its own.
+SHARED_LISTS = 16
 
+# In the log for its position alone.
 NOBODY = Audience(frozenset(), frozenset())
 
 
@@ -43,8 +54,42 @@ def payload(id: str, rest: bytes) -> bytes:
     return b'{"id":"%s"%s' % (id.encode(), rest)
 
 
+class PendingLists:
+    """The lists of pending entries that one publish makes.
+
+    A longer list is made once for all clients that share both the old list and the new entries. But where clients
+    share little, or are far behind, a publish would make many long copies: such a client gets a list of its own, and
+    a publish only adds to that.
+    """
+
+    __slots__ = ("_longer",)
+
+    def __init__(self) -> None:
+        # Old list, new entries and both together, by the identities of the first two. These are kept beside the
+        # result, so that no other list takes their id().
+        self._longer: dict[tuple[int, int], tuple[list[int], list[int], list[int]]] = {}
+
+    def owe(self, client: Client, sequences: list[int]) -> None:
+        """Owe the client these entries too. All are newer than its pending entries."""
+        if client.pending is None:
+            client.pending, client.owns_pending = sequences, False
+        elif client.owns_pending:
+            client.pending += sequences
+        elif len(client.pending) + len(sequences) <= SHARED_ENTRIES or self._may_share(client, sequences):
+            key = id(client.pending), id(sequences)
+            if (known := self._longer.get(key)) is None:
+                known = self._longer[key] = client.pending, sequences, [*client.pending, *sequences]
+            client.pending = known[2]
+        else:
+            client.pending, client.owns_pending = [*client.pending, *sequences], True
+
+    def _may_share(self, client: Client, sequences: list[int]) -> bool:
+        is_known = (id(client.pending), id(sequences)) in self._longer
+        return client.connection.writable and (is_known or len(self._longer) < SHARED_LISTS)
+
+
 class FanOut:
-    """The log, and the passes that move every client's cursor to its head."""
+    """The log, and the passes that bring every client to its end."""
 
     def __init__(self, hub: Hub) -> None:
         settings = hub.settings
@@ -58,62 +103,89 @@ class FanOut:
 
     def restart(self) -> None:
         """Belong to the event loop that is running now."""
-        # The clients with something pending, and those that were not at the head after the last full pass.
+        # The clients with pending entries, and those that the last full pass left behind the end of the log.
         self._owed: set[Client] = set()
         self._behind: list[Client] = []
         self._published = asyncio.Event()
+        # Whether a broadcast has been appended since the last full pass began.
         self._for_everyone = False
-        # Held by whoever hands clients what they are owed in portions: a pass, or the drain.
+        # Held while clients are handed frames in portions: by a pass, or by the drain.
         self.passing = asyncio.Lock()
-        # The sequence up to which the pass before the last one has gone: nothing newer is trimmed.
-        self._settled = self._passed = self.log.first_sequence
-        # Admissions that are under way: what is newer than their sequences is not trimmed.
-        self.held: dict[object, int] = {}
+        # The sequences up to which the last pass and the pass before it have gone. A client that is neither owed
+        # entries nor left behind has been handed everything before `_passed`. The log is trimmed up to
+        # `_passed_before` at most, so a client that cannot be written to for a moment has a whole pass to catch up.
+        self._passed = self._passed_before = self.log.first_sequence
+        # The sequence at which each admission under way began. Nothing from there on is trimmed: the newcomer may be
+        # owed it, and has no place yet that would keep it.
+        self.admitting: dict[object, int] = {}
 
     def begin(self, before: str, records: Sequence[Record]) -> None:
-        """Take the log as it is found; `before` is the id before its first record."""
+        """Fill the log with the store's records; `before` is the position before the first."""
         self.log.begin(before)
         now = time.time()
         for record in records:
             self._put(record, self._clock() - max(0.0, now - record.at))
-        self._settled = self._passed = self.log.next_sequence
+        self._passed = self._passed_before = self.log.next_sequence
 
     def begin_anew(self) -> None:
-        """Forget the whole log. Its position is from now on an id that was never given to anything."""
+        """Forget the whole log. Its position is then a new id, of no notification."""
         self.log.trim(self.log.next_sequence)
         self.log.begin(Positions(self.log.position).next())
 
     def append(self, records: Sequence[Record]) -> None:
-        """Append what comes next in the log, and have it handed out."""
+        """Append the next records of the log, and have them handed out."""
+        # Without await: the entries, the lists that owe them and the wake-up of the pass change together. A pass, and
+        # an admission, sees all of that or nothing.
         now = self._clock()
-        targeted: list[tuple[int, Audience]] = []
+        targeted: dict[Audience, list[int]] = {}
         for record in records:
             sequence = self._put(record, now)
             if record.audience is None:
                 self._for_everyone = True
             else:
-                targeted.append((sequence, record.audience))
+                targeted.setdefault(record.audience, []).append(sequence)
         if targeted:
-            joined: Joined = {}
-            for client, sequences in self._clients.owed(targeted):
-                client.owe(sequences, joined)
+            lists = PendingLists()
+            for client, sequences in self._addressees(targeted):
+                lists.owe(client, sequences)
                 self._owed.add(client)
         self._published.set()
+
+    def _addressees(self, targeted: dict[Audience, list[int]]) -> Iterator[tuple[Client, list[int]]]:
+        """Yield each addressee of these audiences with its sequences: one list for all that are owed the same.
+
+        A client is visited once for each different audience that it is in, not once for each notification.
+        """
+        if len(targeted) == 1:
+            [(audience, sequences)] = targeted.items()
+            for client in self._clients.addressed(audience):
+                yield client, sequences
+            return
+        audiences_of: dict[Client, list[Audience]] = {}
+        for audience in targeted:
+            for client in self._clients.addressed(audience):
+                audiences_of.setdefault(client, []).append(audience)
+        merged: dict[tuple[Audience, ...], list[int]] = {}
+        for client, audiences in audiences_of.items():
+            key = tuple(audiences)
+            if key not in merged:
+                merged[key] = sorted(sequence for audience in audiences for sequence in targeted[audience])
+            yield client, merged[key]
 
     def _put(self, record: Record, at: float) -> int:
         data = frame(payload(record.id, record.rest))
         return self.log.append(record.id, data, at, replayed=record.replayed, audience=record.audience)
 
     def records(self) -> Iterator[Record]:
-        """Return what the log holds now, as records that are made one by one."""
-        began = time.time() - self._clock()
+        """Return the records of the log as it is now, each made when it is asked for."""
+        epoch = time.time() - self._clock()
         return (
             Record(
                 entry.id,
                 next(payloads(entry.frame)).removeprefix(payload(entry.id, b"")),
                 entry.audience,
                 entry.replayed,
-                began + entry.at,
+                epoch + entry.at,
             )
             for entry in list(self.log.since(self.log.first_sequence))
         )
@@ -121,19 +193,21 @@ class FanOut:
     def owe(self, client: Client, sequences: list[int]) -> None:
         """Owe one client these entries beside the broadcasts from its cursor on."""
         if sequences:
-            client.owe(sequences, {})
+            PendingLists().owe(client, sequences)
             self._owed.add(client)
 
     def forget(self, client: Client) -> None:
-        """Owe the client nothing. A pass that is under way may still hold it."""
+        """Owe a client that leaves nothing more. A pass that is under way may still hold it."""
         client.pending = None
         self._owed.discard(client)
 
-    async def run(self) -> None:
-        """Run passes for ever: one at once for a lone notification, one for many in a burst.
+    # --- the pass
 
-        When publishes arrived during a pass, the next one waits about as long as that took, so that a burst
-        costs a client one write and not one for each notification.
+    async def run(self) -> None:
+        """Run passes for ever: at once after a lone publish, and one pass for many publishes in a burst.
+
+        When publishes arrived during a pass, the next pass waits about as long as the last one took, so that a burst
+        costs a client one write, and not one for each notification.
         """
         while True:
             await self._published.wait()
@@ -145,10 +219,12 @@ class FanOut:
                 await asyncio.sleep(min(self._clock() - started_at, COLLECT_SECONDS))
 
     async def _pass(self) -> None:
-        """Hand every client what lies between its cursor and the head, in slices, then trim the log.
+        """Bring the clients to the end of the log, slice by slice, then trim it.
 
-        When everything published since the last pass is for some clients only, the pass visits only those.
+        A pass is full unless everything since the last one is targeted: then it visits only clients that are owed
+        entries.
         """
+        # No await up to the first slice: every client that is owed something before `reached` is among the clients.
         reached = self.log.next_sequence
         full, self._for_everyone = self._for_everyone, False
         clients = list(self._clients if full else self._owed)
@@ -156,35 +232,35 @@ class FanOut:
         start = 0
         try:
             while start < len(clients):
-                end = start + self._slice_from(clients[start])
+                end = start + self._slice_size(clients[start])
                 behind += self._hand_over(clients[start:end])
                 start = end
                 await asyncio.sleep(0)
         except BaseException:
-            # Whoever was not reached is reached by the next pass.
+            # The next pass reaches the clients that this one did not.
             self._for_everyone |= full
             self._published.set()
             raise
         if full:
             self._behind = behind
-        self._settled, self._passed = self._passed, reached
+        self._passed_before, self._passed = self._passed, reached
         self.trim()
 
-    def _slice_from(self, client: Client) -> int:
-        """Return how many clients are a slice, where each is owed what this one is."""
-        batch = self.log.batch(client.cursor, client.pending)
+    def _slice_size(self, first: Client) -> int:
+        """Return the number of clients in a slice, if each of them is owed the same as the first."""
+        batch = self.log.batch(first.cursor, first.pending)
         return max(1, min(SLICE_CLIENTS, SLICE_BYTES // len(batch.frames))) if batch else SLICE_CLIENTS
 
     def _hand_over(self, clients: list[Client]) -> list[Client]:
-        """Hand a slice of clients what they are owed, and return those that are still behind.
+        """Hand a slice of clients their frames, and return the clients that are still behind.
 
-        The inner body of the pass: it never blocks, never raises and never changes the map. Nearly all clients stand
-        at one place, are caught up by one batch and have a plain socket: they cost this loop and the system call.
-        Past the transport, because among 10,000 clients what that touches in memory costs 0.4 us a delivery, a tenth
-        of the system call (bench/run.py --measure fanout). What the kernel does not take is the transport's.
+        The inner body of the pass. Nearly all clients stand at one place, are brought to the end by one batch and
+        have a plain socket: those cost this loop and the system call. The loop writes past the transport, because
+        among 10,000 clients the memory that a transport touches costs 0.4 us a delivery, a tenth of the system call
+        (bench/run.py --measure fanout). The transport takes the rest that the kernel does not.
         """
-        at, owed = clients[0].cursor, clients[0].pending
-        batch = self.log.batch(at, owed)
+        cursor, pending = clients[0].cursor, clients[0].pending
+        batch = self.log.batch(cursor, pending)
         if batch is None or batch.cursor != self.log.next_turn or batch.pending is not None:
             return [client for client in clients if not self.advance(client)]
         behind = []
@@ -192,7 +268,7 @@ class FanOut:
         frames, notifications, end, _ = batch
         size, write = len(frames), os.write
         for client in clients:
-            if client.cursor == at and client.pending is owed and client.descriptor >= 0:
+            if client.cursor == cursor and client.pending is pending and client.descriptor >= 0:
                 client.cursor = end
                 client.pending = None
                 try:
@@ -206,59 +282,59 @@ class FanOut:
                 if not self.advance(client):
                     behind.append(client)
         self.messages_sent += notifications * (len(clients) - others)
-        if owed is not None:
+        if pending is not None:
             self._owed.difference_update(clients)
-            # Not who has left since the pass began: `forget` has let go of what they were owed.
+            # A client that has left since the pass began does not come back: forget() took its pending entries.
             self._owed.update(client for client in behind if client.pending is not None)
         return behind
 
     def advance(self, client: Client) -> bool:
-        """Hand one client what it is owed, while it can be written to, and return whether it has everything.
+        """Hand a client its frames as long as it can be written to, and return whether it is at the end of the log.
 
-        Also called when a client's transport has drained. Never blocks, never raises, never changes the map.
+        Also called when a client's transport has drained.
         """
-        connection = client.connection
+        connection, was_owed = client.connection, client.pending is not None
         while connection.writable and (batch := self.log.batch(client.cursor, client.pending)) is not None:
             client.cursor, client.pending = batch.cursor, batch.pending
             self.messages_sent += batch.notifications
             connection.write(batch.frames)
-        if client.pending is None:
+        if was_owed and client.pending is None:
             self._owed.discard(client)
         return client.cursor == self.log.next_turn and client.pending is None
 
-    def trim(self) -> None:
-        """Forget what the bounds say, after closing the clients that would fall off.
+    def clients_behind(self) -> int:
+        end = self.log.next_turn
+        return sum(client.cursor != end or client.pending is not None for client in self._clients)
 
-        Only who was behind after the last full pass, or is owed something beside, can be that far behind: nothing
-        newer than the pass before is trimmed.
+    # --- the slow consumer
+
+    def trim(self) -> None:
+        """Trim the log to its bounds, after closing the clients whose place would be removed.
+
+        Only a client that the last full pass left behind, or that is owed entries, can have a place before
+        `_passed_before`.
         """
-        until = self.log.expired(self._clock(), min([self._settled, *self.held.values()]))
+        # Without await: no client comes, and none moves, between the check of its place and the removal.
+        until = self.log.expired(self._clock(), min([self._passed_before, *self.admitting.values()]))
         if until == self.log.first_sequence:
             return
         for client in {*self._behind, *self._owed}:
-            if client in self._clients:
-                owed = self.log.backlog_start(client.cursor, client.pending)
-                if owed < until:
-                    self._close_slow_consumer(client, owed)
+            if client in self._clients and self.log.backlog_start(client.cursor, client.pending) < until:
+                self._close_slow_consumer(client)
         self.log.trim(until)
 
-    def _close_slow_consumer(self, client: Client, owed: int) -> None:
-        """Close a client that would fall off the log; `owed` is the sequence that it is owed next."""
-        behind = self.log.next_turn - client.cursor + len(client.pending or ())
+    def _close_slow_consumer(self, client: Client) -> None:
+        backlog = self.log.next_turn - client.cursor + len(client.pending or ())
         self.slow_consumers += 1
-        logger.warning("Client %s is %d notifications behind and is closed", client.client_id, behind)
-        position = self.log.position_before(owed)
-        reason = f"Slow consumer: {behind} notifications behind; resume with since={position}"
+        logger.warning("Client %s is %d notifications behind and is closed", client.client_id, backlog)
+        position = self.log.position_before(self.log.backlog_start(client.cursor, client.pending))
+        reason = f"Slow consumer: {backlog} notifications behind; resume with since={position}"
         self._hub.admission.dismiss(client, POLICY_VIOLATION, reason)
 
-    async def keep_short(self) -> None:
-        """Let what is too old go also when nothing is published."""
+    async def trim_regularly(self) -> None:
+        """Trim the log for ever, so that old entries go also when nothing is published."""
         while True:
-            await asyncio.sleep(min(1.0, self.log.max_age))
+            await asyncio.sleep(min(TRIM_SECONDS, self.log.max_age))
             async with self.passing:
-                self._settled = self._passed
+                self._passed_before = self._passed
                 self.trim()
-
-    def clients_behind(self) -> int:
-        head = self.log.next_turn
-        return sum(client.cursor != head or client.pending is not None for client in self._clients)

@@ -164,7 +164,7 @@ class Hub:
 
     def _works(self) -> Iterator[Work]:
         yield self.fanout.run
-        yield self.fanout.keep_short
+        yield self.fanout.trim_regularly
         yield self.census.report_regularly
         if self.settings.ping_interval:
             yield self.heartbeat.run

@@ -52,7 +52,7 @@ class Positions:
     __slots__ = ("_last",)
 
     def __init__(self, last: str = "") -> None:
-        """Make ids that come after `last`, which another process may have made."""
+        """Make ids that come after `last`, an id of this process or another."""
         digits = last.replace("-", "") or "0" * 32
         self._last = int(digits[:12] + digits[13:16], 16) << 62 | int(digits[16:], 16) & (1 << 62) - 1
 
@@ -77,7 +77,7 @@ def frame(payload: bytes, opcode: int = 1) -> bytes:
 
 
 def payloads(frames: bytes) -> Iterator[bytes]:
-    """Yield the payload of each frame in `frames`, which frame() has made."""
+    """Yield the payload of each frame in `frames`, all made by frame()."""
     start, end = 0, len(frames)
     while start < end:
         size, start = frames[start + 1], start + 2
@@ -161,9 +161,9 @@ class Log:
         self._position_before = ""  # of _entries[0]
         self._bytes = 0
         self._replayed = 0  # entries that count towards max_entries
-        # By cursor, and by the identity and length of the pending list. The list is kept beside its batch, so that
-        # no other list takes its id().
-        self._batches: dict[tuple[int, int, int], tuple[list[int] | None, Batch]] = {}
+        # By cursor, with pending entries also by the identity and length of their list. The list is kept beside its
+        # batch, so that no other list takes its id().
+        self._batches: dict[int | tuple[int, int, int], tuple[list[int] | None, Batch]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -215,11 +215,11 @@ class Log:
         """Return the next frames for a client at this place, up to BATCH_BYTES; None where there are none.
 
         `pending` lists sequences in their order. It may grow afterwards, but must not change otherwise. All clients
-        with the same list are handed the same batch, whose own `pending` is the same list for all of them, too.
+        with the same list are handed the same batch, and go on with the same `pending` of that batch.
         """
         if pending is None and cursor == self.next_turn:
             return None
-        key = cursor, id(pending), len(pending or ())
+        key = cursor if pending is None else (cursor, id(pending), len(pending))
         if (known := self._batches.get(key)) is None:
             if len(self._batches) >= BATCHES_KEPT:
                 self._batches.clear()
@@ -255,7 +255,7 @@ class Log:
         return min(start, pending[0]) if pending else start
 
     def position_before(self, sequence: int) -> str:
-        """Return the position from which a client resumes with the entry of this sequence."""
+        """Return the position just before the entry of this sequence: a client that resumes there gets that entry."""
         index = sequence - self.first_sequence - 1
         return self._entries[index].id if index >= 0 else self._position_before
 
@@ -281,14 +281,15 @@ class Log:
         """
         if since == "":
             return [], True
-        front = self.expired(now, self.next_sequence)
+        # Expired entries may be here still, until a pass trims them.
+        first = self.expired(now, self.next_sequence)
         after = 0 if since is None else self.find(since)
-        complete = after is not None and after >= front
-        start = after if after is not None and complete else front
+        complete = after is not None and after >= first
+        start = after if after is not None and complete else first
         return [one for one in self.since(start) if one.replayed and one.is_for(client_id, topics)], complete
 
     def expired(self, now: float, limit: int) -> int:
-        """Return the sequence before which the bounds ask to trim, at most `limit`."""
+        """Return the sequence up to which the bounds ask to trim, at most `limit`."""
         drop, replayed, size = 0, self._replayed, self._bytes
         last = min(limit - self.first_sequence, len(self._entries))
         while drop < last:

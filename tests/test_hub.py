@@ -27,7 +27,6 @@ import log as log_module
 import schemas
 import store as store_module
 from admission import Newcomer
-from clients import Joined
 from connection import ConnectionState
 from errors import DuplicateClient
 from hub import Hub
@@ -188,12 +187,12 @@ def test_clients_that_are_owed_different_things_do_not_make_publishing_dear(loop
     for number in range(100):
         join(loop, hub, f"c{number}")
     for client in hub.clients:
-        client.owe([*range(300)], {})
+        fanout_module.PendingLists().owe(client, [*range(300)])
     for common in ([300], [301]):
         before: list[Any] = [client.pending for client in hub.clients]
-        joined: Joined = {}
+        lists = fanout_module.PendingLists()
         for client in hub.clients:
-            client.owe(common, joined)
+            lists.owe(client, common)
     after = [client.pending for client in hub.clients]
     assert all(pending == [*range(302)] for pending in after)
     assert sum(map(is_, before, after)) > 80

@@ -313,6 +313,42 @@ def test_a_log_that_was_trimmed_to_nothing_goes_on() -> None:
     assert batch(log, 3) == (b"<4>", 1, 4, None)
 
 
+# The replay.
+
+
+def replayed(log: Log, since: str | None, now: float = 0) -> tuple[list[str], bool]:
+    """Return the ids of the entries for ann, with the topic blue, after this position, and whether that is complete."""
+    entries, complete = log.replay(since, "ann", ["blue"], now)
+    return [entry.id for entry in entries], complete
+
+
+def test_a_replay_has_the_addressed_entries_after_the_position() -> None:
+    """Entries for other clients and topics are left out, and so are test notifications."""
+    log = log_of(2)
+    add(log, [3], audience=ANN)
+    add(log, [4], audience=RED)
+    add(log, [5], replayed=False)
+    assert replayed(log, "id-01") == (["id-02", "id-03"], True)
+
+
+def test_an_empty_position_asks_for_no_replay() -> None:
+    """It is the end of the log; no position asks for everything."""
+    assert replayed(log_of(2), "") == ([], True)
+    assert replayed(log_of(2), None) == (["id-01", "id-02"], True)
+
+
+def test_a_replay_is_not_complete_unless_the_log_proves_it() -> None:
+    """After an unknown position, everything that is kept is replayed."""
+    assert replayed(log_of(2), "id-01x") == (["id-01", "id-02"], False)
+
+
+def test_expired_entries_are_not_replayed() -> None:
+    """Also where they have not been trimmed yet: the position of the last expired entry is complete, none before is."""
+    log = log_of(9, max_age=3)
+    assert replayed(log, "id-05", now=9) == (["id-06", "id-07", "id-08", "id-09"], True)
+    assert replayed(log, "id-04", now=9) == (["id-06", "id-07", "id-08", "id-09"], False)
+
+
 # Positions.
 
 
