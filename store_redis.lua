@@ -1,56 +1,81 @@
--- What store_redis.py has done in Redis: one call is one group of operations of one node, and one atomic step.
+-- The script of store_redis.py: one call is one group of operations of one node, and one atomic step. It is one file
+-- of over 500 lines, since Redis runs a script as a whole.
 --
--- KEYS[1] is the hash `meta`. ARGV begins with 12 words about the node and its settings, in the order below; then come
--- the operations, each its name and its arguments. The answer is 'join' where nothing was done, since the node is not
--- alive or of another epoch; else the number of the newest entry, and an answer for each operation. 'join' and 'offer'
--- stand alone. Times are microseconds of Redis's clock.
+-- KEYS[1] is the hash `meta`. ARGV begins with 12 words about the node and its settings, in the order below. Then come
+-- the operations, each its name and its arguments. The answer is 'join' if the node is not alive or of another epoch:
+-- then nothing was done. Otherwise it is the number of the newest entry, and an answer for each operation. 'join' and
+-- 'offer' come alone. Times are microseconds of Redis's clock.
 --
--- The keys, behind the prefix:
---   meta           hash    what there is once, and the sums of what dead nodes have counted
---   log            stream  the entries <seq>-0: Id, Time, Rest, Audience, rePlayed, Once, siZe, ansWer
---   once:KEY       string  the number of the last entry of an append that may be repeated. That one has the key, and
---                          for ansWer the fingerprint and what was answered; the entries before it have '+'
---   nodes, tails   zsets   the nodes that are alive: when the lease ends, and the last number read
---   node:NODE      hash    what it has counted;  folded:STARTED:NODE  the same, as added to the sums
+-- The keys, after the prefix:
+--   meta           hash    the single values, and the sums of what dead nodes have counted
+--   log            stream  entries <seq>-0 with the fields below
+--   once:KEY       string  the number of the last entry of an append that may be repeated. That entry has the key and,
+--                          as its answer, the fingerprint and the reply; the entries before it have '+'
+--   nodes, tails   zsets   the living nodes: when the lease ends, and the last number read
+--   node:NODE      hash    its counters;  folded:STARTED:NODE  the same, as they were added to the sums
 --   members:NODE   set     its clients
 --   posts:NODE     stream  messages to it
 --   clients        hash    the node of each client;  topics  its topics, packed;  addresses  its address, if limited
---   topic:NODE:NAME  set   its clients with this topic
+--   topic:NODE:NAME    set  its clients with this topic
 --   address:NODE:NAME  set  its clients of this address
---   dead           set     the nodes whose clients are to be removed; they count for nothing and may be taken
+--   dead           set     nodes with clients to remove; these count for nothing, and their ids are free
 --   bucket:NAME    string  when it is full; expires then
---   offers         hash    records to fill the log with;  offered  zset  their ids, in order
+--   offers         hash    records to refill the log with;  offered  zset  their ids, in order
 
-local P, epoch, node, tail = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local P = ARGV[1]
+local epoch = ARGV[2]
+local node = ARGV[3]
+local tail = tonumber(ARGV[4])
 math.randomseed(tonumber(ARGV[5]))
-local MAX, MAX_PER_ADDRESS = tonumber(ARGV[6]), tonumber(ARGV[7])
-local SIZE, BYTES, TTL = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
-local LEASE, RESTORE = tonumber(ARGV[11]), tonumber(ARGV[12])
-local i = 12
-local function arg() i = i + 1; return ARGV[i] end
+local MAX = tonumber(ARGV[6])
+local MAX_PER_ADDRESS = tonumber(ARGV[7])
+local SIZE = tonumber(ARGV[8])
+local BYTES = tonumber(ARGV[9])
+local TTL = tonumber(ARGV[10])
+local LEASE = tonumber(ARGV[11])
+local RESTORE = tonumber(ARGV[12])
+
+-- The last argument that was read.
+local cursor = 12
+local function arg()
+  cursor = cursor + 1
+  return ARGV[cursor]
+end
+local function number_arg() return tonumber(arg()) end
 
 local call = redis.call
-local META, LOG, NODES, TAILS, CLIENTS, TOPICS = P..'meta', P..'log', P..'nodes', P..'tails', P..'clients', P..'topics'
-local OFFERS, OFFERED, ROW, MEMBERS = P..'offers', P..'offered', P..'node:', P..'members:'
-local POSTS, TOPIC, BUCKET, DEAD = P..'posts:', P..'topic:', P..'bucket:', P..'dead'
-local ADDRESSES, ADDRESS = P..'addresses', P..'address:'
--- How many clients of the dead one renewal removes, and how many records one join puts back: milliseconds each.
+local META, LOG, NODES, TAILS = P..'meta', P..'log', P..'nodes', P..'tails'
+local CLIENTS, TOPICS, ADDRESSES, DEAD = P..'clients', P..'topics', P..'addresses', P..'dead'
+local OFFERS, OFFERED = P..'offers', P..'offered'
+local NODE, MEMBERS, POSTS = P..'node:', P..'members:', P..'posts:'
+local TOPIC, ADDRESS, BUCKET, ONCE = P..'topic:', P..'address:', P..'bucket:', P..'once:'
+
+-- Where an entry has the values of its fields: i, t, r, a, p, o, z and w.
+local ID, AT, REST, AUDIENCE, REPLAYED, KEY, BYTES_OF, ANSWER = 2, 4, 6, 8, 10, 12, 14, 16
+
+-- Clients of the dead that one renewal removes, and records that one join puts back: milliseconds each.
 local REMOVED_AT_ONCE, RESTORED_AT_ONCE = 1000, 1000
+
 local time = call('TIME')
 local now = time[1] * 1000000 + time[2]
 local newest, before, kept, bytes, seq, sent = '', '', 0, 0, 0, 0
 
 local function load()
   local state = call('HMGET', META, 'newest', 'before', 'kept', 'bytes', 'seq')
-  newest, before, kept, bytes, seq = state[1], state[2], tonumber(state[3]), tonumber(state[4]), tonumber(state[5])
+  newest, before = state[1], state[2]
+  kept, bytes, seq = tonumber(state[3]), tonumber(state[4]), tonumber(state[5])
 end
 
 local function save()
   call('HSET', META, 'newest', newest, 'before', before, 'kept', kept, 'bytes', bytes, 'seq', seq)
 end
 
+local function text(integer) return string.format('%.0f', integer) end
+
+-- --- the log
+
 local function next_id(last)
-  -- 48 bits of time, 12 + 14 + 48 random ones, of which the first stays 0; they count on if time does not.
+  -- 48 bits of time, then 12 + 14 + 48 random bits with the first 0. They count on where the time does not advance.
   local ms, a, b = math.floor(now / 1000), math.random(0, 2047), math.random(0, 16383)
   local c = math.random(0, 16777215) * 16777216 + math.random(0, 16777215)
   local last_ms = last == '' and 0 or tonumber(last:sub(1, 8)..last:sub(10, 13), 16)
@@ -65,44 +90,65 @@ local function next_id(last)
     math.floor(c / 4294967296), c % 4294967296)
 end
 
-local function add(id, at, rest, size, audience, replayed, once, answer)
+local function add(id, at, rest, size, audience, replayed, key, answer)
   newest, seq, bytes = id, seq + 1, bytes + size
   if replayed == '1' then kept = kept + 1 end
-  call('XADD', LOG, string.format('%.0f-0', seq), 'i', id, 't', at, 'r', rest, 'a', audience, 'p', replayed,
-    'o', once, 'z', size, 'w', answer)
+  call('XADD', LOG, text(seq)..'-0', 'i', id, 't', at, 'r', rest, 'a', audience, 'p', replayed, 'o', key, 'z', size,
+    'w', answer)
   local left = math.ceil((at + TTL - now) / 1000)
-  if once ~= '' and left > 0 then call('SET', P..'once:'..once, string.format('%.0f', seq), 'PX', left) end
+  if key ~= '' and left > 0 then call('SET', ONCE..key, text(seq), 'PX', left) end
 end
 
 local function number(entry) return tonumber(entry[1]:sub(1, -3)) end
 
+local function forget(entry)
+  local fields = entry[2]
+  before, bytes = fields[ID], bytes - fields[BYTES_OF]
+  if fields[REPLAYED] == '1' then kept = kept - 1 end
+  local key = fields[KEY]
+  if key ~= '' and tonumber(call('GET', ONCE..key) or 0) == number(entry) then call('DEL', ONCE..key) end
+end
+
 local function trim()
   local slowest = call('ZRANGE', TAILS, 0, 0, 'WITHSCORES')[2]
   slowest = slowest and tonumber(slowest) or seq
-  local from, full = '-', true
-  while full do
+  local from, goes_on = '-', true
+  while goes_on do
     local entries = call('XRANGE', LOG, from, '+', 'COUNT', 20)
-    full = #entries == 20
+    goes_on = #entries == 20
     for _, entry in ipairs(entries) do
-      local f = entry[2]
-      local fits = kept <= SIZE and bytes <= BYTES and tonumber(f[4]) + TTL >= now
-      if fits or number(entry) > slowest then full = false; break end
-      before, bytes, from = f[2], bytes - f[14], string.format('%.0f-0', number(entry) + 1)
-      if f[10] == '1' then kept = kept - 1 end
-      local key = P..'once:'..f[12]
-      if f[12] ~= '' and tonumber(call('GET', key) or 0) == number(entry) then call('DEL', key) end
+      local fits = kept <= SIZE and bytes <= BYTES and tonumber(entry[2][AT]) + TTL >= now
+      if fits or number(entry) > slowest then
+        goes_on = false
+        break
+      end
+      forget(entry)
+      from = text(number(entry) + 1)..'-0'
     end
   end
-  if from ~= '-' then call('XTRIM', LOG, 'MINID', '=', from); save() end
+  if from ~= '-' then
+    call('XTRIM', LOG, 'MINID', '=', from)
+    save()
+  end
 end
+
+-- --- the registry
+
+local function is_alive(one) return call('ZSCORE', NODES, one) end
+
+local function living() return call('ZRANGE', NODES, 0, -1) end
 
 local function set_topics(id, owner, packed)
   local topic, old = TOPIC..owner..':', call('HGET', TOPICS, id)
-  if old then for _, name in ipairs(cmsgpack.unpack(old)) do call('SREM', topic..name, id) end end
+  if old then
+    for _, name in ipairs(cmsgpack.unpack(old)) do call('SREM', topic..name, id) end
+  end
   if packed ~= '' then
     call('HSET', TOPICS, id, packed)
     for _, name in ipairs(cmsgpack.unpack(packed)) do call('SADD', topic..name, id) end
-  elseif old then call('HDEL', TOPICS, id) end
+  elseif old then
+    call('HDEL', TOPICS, id)
+  end
 end
 
 local function set_address(id, owner, address)
@@ -112,7 +158,9 @@ local function set_address(id, owner, address)
   if address ~= '' then
     call('HSET', ADDRESSES, id, address)
     call('SADD', ADDRESS..owner..':'..address, id)
-  elseif old then call('HDEL', ADDRESSES, id) end
+  elseif old then
+    call('HDEL', ADDRESSES, id)
+  end
 end
 
 local function remove(id, owner)
@@ -124,20 +172,14 @@ local function remove(id, owner)
   end
 end
 
-local function is_alive(one) return call('ZSCORE', NODES, one) end
+local function is_taken(owner) return owner and owner ~= node and is_alive(owner) end
 
-local function enter(id, owner, packed, address)
+local function enter(id, owner, topics, address)
   if owner and owner ~= node then remove(id, owner) end
   call('HSET', CLIENTS, id, node)
   call('SADD', MEMBERS..node, id)
-  set_topics(id, node, packed)
+  set_topics(id, node, topics)
   set_address(id, node, address)
-end
-
-local function clients_of(address)
-  local count = 0
-  for _, one in ipairs(call('ZRANGE', NODES, 0, -1)) do count = count + call('SCARD', ADDRESS..one..':'..address) end
-  return count
 end
 
 local function active()
@@ -146,33 +188,28 @@ local function active()
   return count
 end
 
-local function folded(of) return P..'folded:'..(call('HGET', META, 'started') or '')..':'..of end
-
-local function put_out(dead)
-  call('SADD', DEAD, dead)
-  local row = call('HMGET', ROW..dead, 'messages', 'slow')
-  call('HINCRBY', META, 'messages', row[1] or 0)
-  call('HINCRBY', META, 'slow', row[2] or 0)
-  -- It may only have been stopped: then it counts on from here, and this is taken out of the sums again.
-  call('SET', folded(dead), (row[1] or 0)..' '..(row[2] or 0), 'EX', 86400)
-  call('UNLINK', ROW..dead, POSTS..dead)
-  call('ZREM', NODES, dead)
-  call('ZREM', TAILS, dead)
+local function clients_of(address)
+  local count = 0
+  for _, one in ipairs(living()) do count = count + call('SCARD', ADDRESS..one..':'..address) end
+  return count
 end
 
-local function put_out_the_dead()
-  for _, dead in ipairs(call('ZRANGEBYSCORE', NODES, '-inf', now)) do put_out(dead) end
-end
-
-local function remove_some_of_the_dead()
-  local left = REMOVED_AT_ONCE
-  for _, dead in ipairs(call('SMEMBERS', DEAD)) do
-    local ids = call('SRANDMEMBER', MEMBERS..dead, left)
-    for _, id in ipairs(ids) do remove(id, dead) end
-    left = left - #ids
-    if left == 0 then return end
-    call('SREM', DEAD, dead)
+local function subscribers(one, topics)  -- How many clients of a node have at least one of the topics.
+  local largest, size = nil, 0
+  for _, name in ipairs(topics) do
+    local key = TOPIC..one..':'..name
+    local members = call('SCARD', key)
+    if members > size then largest, size = key, members end
   end
+  if not largest then return 0 end
+  local seen = {}
+  for _, name in ipairs(topics) do
+    local key = TOPIC..one..':'..name
+    for _, id in ipairs(key ~= largest and call('SDIFF', key, largest) or {}) do
+      if not seen[id] then seen[id], size = true, size + 1 end
+    end
+  end
+  return size
 end
 
 local function recipients(audience)
@@ -180,21 +217,7 @@ local function recipients(audience)
   local clients, topics = unpack(cmsgpack.unpack(audience))
   local count, wanted = 0, {}
   for _, name in ipairs(topics) do wanted[name] = true end
-  for _, one in ipairs(#topics > 0 and call('ZRANGE', NODES, 0, -1) or {}) do
-    local largest, size, seen = nil, 0, {}
-    for _, name in ipairs(topics) do
-      local key = TOPIC..one..':'..name
-      local members = call('SCARD', key)
-      if members > size then largest, size = key, members end
-    end
-    for _, name in ipairs(largest and topics or {}) do
-      local key = TOPIC..one..':'..name
-      for _, id in ipairs(key ~= largest and call('SDIFF', key, largest) or {}) do
-        if not seen[id] then seen[id], size = true, size + 1 end
-      end
-    end
-    count = count + size
-  end
+  for _, one in ipairs(#topics > 0 and living() or {}) do count = count + subscribers(one, topics) end
   for _, id in ipairs(clients) do
     local owner = call('HGET', CLIENTS, id)
     if owner and is_alive(owner) then
@@ -206,29 +229,94 @@ local function recipients(audience)
   return count
 end
 
-local function restore()  -- Some of it; return whether that is all.
+-- --- nodes that are gone
+
+local function folded(of) return P..'folded:'..(call('HGET', META, 'started') or '')..':'..of end
+
+local function remove_node(gone)
+  call('SADD', DEAD, gone)
+  local counted = call('HMGET', NODE..gone, 'messages', 'slow')
+  call('HINCRBY', META, 'messages', counted[1] or 0)
+  call('HINCRBY', META, 'slow', counted[2] or 0)
+  -- It may only have been stopped: then it counts on from here, and join() takes this out of the sums again.
+  call('SET', folded(gone), (counted[1] or 0)..' '..(counted[2] or 0), 'EX', 86400)
+  call('UNLINK', NODE..gone, POSTS..gone)
+  call('ZREM', NODES, gone)
+  call('ZREM', TAILS, gone)
+end
+
+local function remove_dead_nodes()
+  for _, dead in ipairs(call('ZRANGEBYSCORE', NODES, '-inf', now)) do remove_node(dead) end
+end
+
+local function remove_clients_of_the_dead()  -- Some of them: the next renewal removes more.
+  local left = REMOVED_AT_ONCE
+  for _, dead in ipairs(call('SMEMBERS', DEAD)) do
+    local ids = call('SRANDMEMBER', MEMBERS..dead, left)
+    for _, id in ipairs(ids) do remove(id, dead) end
+    left = left - #ids
+    if left == 0 then return end
+    call('SREM', DEAD, dead)
+  end
+end
+
+-- --- join, and the refill of a log that lost records
+
+local function restore()  -- Put some of the offered records back; return whether these were the last.
   local offered = call('HGET', META, 'offered') or ''
-  if offered > newest then  -- What is left of the log ends before all that is offered begins.
+  if offered > newest then
+    -- The rest of the log ends before the offered records begin.
     call('UNLINK', LOG)
     newest, before, kept, bytes = offered, offered, 0, 0
   end
-  if newest == '' then newest = next_id(''); before = newest end
+  if newest == '' then
+    newest = next_id('')
+    before = newest
+  end
   local last = call('ZREVRANGE', OFFERED, 0, 0)[1]
   if last and last > newest and call('HGET', META, 'restoring') ~= '0' then seq = math.max(seq, now) end
-  for k, id in ipairs(call('ZPOPMIN', OFFERED, RESTORED_AT_ONCE)) do
-    if k % 2 == 1 and id > newest then add(id, unpack(cmsgpack.unpack(call('HGET', OFFERS, id)))) end
-    if k % 2 == 1 then call('HDEL', OFFERS, id) end
+  local popped = call('ZPOPMIN', OFFERED, RESTORED_AT_ONCE)
+  for k = 1, #popped, 2 do
+    local id = popped[k]
+    if id > newest then add(id, unpack(cmsgpack.unpack(call('HGET', OFFERS, id)))) end
+    call('HDEL', OFFERS, id)
   end
   save()
-  if call('EXISTS', OFFERED) == 0 then call('HDEL', META, 'restoring', 'offered'); return true end
+  if call('EXISTS', OFFERED) == 0 then
+    call('HDEL', META, 'restoring', 'offered')
+    return true
+  end
   call('HSET', META, 'restoring', 0)
+  return false
+end
+
+local SUMS = {'total', 'sent', 'messages', 'slow', 'counter'}
+
+local function begin_epoch(run, restoring)
+  local current = run..'-'..text(now)
+  call('HSET', META, 'epoch', current, 'run', run, 'restoring', restoring)
+  return current
+end
+
+local function count_on(messages, slow)  -- Enter the node's counters: the larger of its own and those known here.
+  local known = call('HMGET', NODE..node, 'messages', 'slow')
+  local added = call('GET', folded(node))
+  if added then
+    local added_messages, added_slow = added:match('(%d+) (%d+)')
+    call('HINCRBY', META, 'messages', 0 - added_messages)
+    call('HINCRBY', META, 'slow', 0 - added_slow)
+    call('DEL', folded(node))
+    messages, slow = math.max(messages, added_messages), math.max(slow, added_slow)
+  end
+  call('HSET', NODE..node, 'messages', math.max(messages, known[1] or 0), 'slow', math.max(slow, known[2] or 0))
 end
 
 local function join()
-  local last, known, names = arg(), {}, {'total', 'sent', 'messages', 'slow', 'counter'}
-  for k in ipairs(names) do known[k] = tonumber(arg()) end
-  local started, messages, slow = tonumber(arg()), tonumber(arg()), tonumber(arg())
-  local info = redis.pcall('INFO', 'server')  -- Without the right to INFO only the loss of records is noticed.
+  local last, known = arg(), {}
+  for k in ipairs(SUMS) do known[k] = number_arg() end
+  local started, messages, slow = number_arg(), number_arg(), number_arg()
+  -- Without the right to INFO, only the loss of records is noticed.
+  local info = redis.pcall('INFO', 'server')
   local run = type(info) == 'string' and info:match('run_id:(%x+)') or ''
   local state = call('HMGET', META, 'epoch', 'run', 'restoring')
   local current, restoring = state[1], tonumber(state[3] or nil)
@@ -236,40 +324,32 @@ local function join()
   if not current then
     call('HSET', META, 'newest', '', 'before', '', 'kept', 0, 'bytes', 0, 'seq', now, 'started', now)
   end
-  put_out_the_dead()
+  remove_dead_nodes()
   load()
   if not current or run ~= state[2] or not restoring and last > newest then
-    current = run..string.format('-%.0f', now)
-    call('HSET', META, 'epoch', current, 'run', run)
     restoring = (not fresh or others) and now + RESTORE or now
-    call('HSET', META, 'restoring', restoring)
+    current = begin_epoch(run, restoring)
   end
   if not fresh then
-    -- Within one life of the data the sums are not behind; what is known of them may be from before a node came back.
-    for k, name in ipairs(epoch ~= current and names or {}) do
-      call('HSET', META, name, math.max(known[k], tonumber(call('HGET', META, name) or 0)))
+    if epoch ~= current then
+      -- Only in a new epoch: within one, the sums are not behind, and `known` may be from before a node came back.
+      for k, name in ipairs(SUMS) do
+        call('HSET', META, name, math.max(known[k], tonumber(call('HGET', META, name) or 0)))
+      end
     end
     if started > 0 and started < tonumber(call('HGET', META, 'started')) then call('HSET', META, 'started', started) end
   elseif call('ZCARD', NODES) == 0 then
-    call('HDEL', META, 'leader', unpack(names))
+    call('HDEL', META, 'leader', unpack(SUMS))
     call('HSET', META, 'started', now)
   end
-  local row, fold = call('HMGET', ROW..node, 'messages', 'slow'), call('GET', folded(node))
-  if fold then
-    local m, s = fold:match('(%d+) (%d+)')
-    call('HINCRBY', META, 'messages', 0 - m)
-    call('HINCRBY', META, 'slow', 0 - s)
-    call('DEL', folded(node))
-    messages, slow = math.max(messages, m), math.max(slow, s)
-  end
-  call('HSET', ROW..node, 'messages', math.max(messages, row[1] or 0), 'slow', math.max(slow, row[2] or 0))
+  count_on(messages, slow)
   call('DEL', POSTS..node)
   call('ZADD', NODES, now + LEASE, node)
   call('SREM', DEAD, node)
   local members = call('SMEMBERS', MEMBERS..node)
-  -- No clock that jumps back makes it longer.
-  if restoring and restoring > now and restoring <= now + RESTORE then return {current, members, newest} end
-  if restoring and not restore() then return {current, members, newest} end
+  -- The second bound: a clock that is put back makes it no longer.
+  local waits = restoring and restoring > now and restoring <= now + RESTORE
+  if waits or restoring and not restore() then return {current, members, newest} end
   trim()
   local first = call('XRANGE', LOG, '-', '+', 'COUNT', 1)[1]
   tail = math.min(math.max(tail, first and number(first) - 1 or seq), seq)
@@ -281,61 +361,73 @@ local function offer()
   if call('HGET', META, 'epoch') ~= epoch or call('HEXISTS', META, 'restoring') == 0 then return 'join' end
   local front = arg()
   if front > (call('HGET', META, 'offered') or '') then call('HSET', META, 'offered', front) end
-  while i < #ARGV do
-    local id, age, rest, size, audience, replayed = arg(), arg(), arg(), arg(), arg(), arg()
+  while cursor < #ARGV do
+    local id, age = arg(), arg()
+    local rest, size, audience, replayed, key, answer = arg(), arg(), arg(), arg(), arg(), arg()
     call('ZADD', OFFERED, 0, id)
-    call('HSET', OFFERS, id, cmsgpack.pack({now - age, rest, size, audience, replayed, arg(), arg()}))
+    call('HSET', OFFERS, id, cmsgpack.pack({now - age, rest, size, audience, replayed, key, answer}))
   end
   return 'offered'
 end
 
+-- --- the operations
+
 local ops = {}
 
+local function repeated(key, fingerprint)  -- The reply to an earlier request with the key, or 'reused', or nil.
+  local last = call('GET', ONCE..key)
+  local entry = last and call('XRANGE', LOG, last..'-0', last..'-0')[1]
+  if not entry or entry[2][KEY] ~= key then return nil end
+  local known_fingerprint, reply = unpack(cmsgpack.unpack(entry[2][ANSWER]))
+  return known_fingerprint == fingerprint and reply or 'reused'
+end
+
+local function is_next_of_leader(counter)
+  local held = call('HMGET', META, 'leader', 'counter')
+  return held[1] == node and tonumber(held[2] or 0) == counter - 1
+end
+
 function ops.append()
-  local n, counter, key, print = tonumber(arg()), arg(), arg(), arg()
-  local draft = i
-  i = i + 4 * n
-  if key ~= '' then
-    local last = call('GET', P..'once:'..key)
-    local entry = last and call('XRANGE', LOG, last..'-0', last..'-0')[1]
-    if entry and entry[2][12] == key then
-      local known = cmsgpack.unpack(entry[2][16])
-      return known[1] == print and known[2] or 'reused'
-    end
-  end
+  local count, counter, key, fingerprint = number_arg(), arg(), arg(), arg()
+  local drafts = cursor + 1
+  cursor = cursor + 4 * count
+  local known = key ~= '' and repeated(key, fingerprint)
+  if known then return known end
   if counter ~= '' then
-    local held = call('HMGET', META, 'leader', 'counter')
-    if held[1] ~= node or tonumber(held[2] or 0) ~= counter - 1 then return {now, 0} end
+    if not is_next_of_leader(tonumber(counter)) then return {now, 0} end
     call('HSET', META, 'counter', counter)
   end
+  -- When, whether it is a repetition, and the receipts.
   local reply = {now, 0}
-  for d = 1, n do
-    local rest, size, audience, replayed = unpack(ARGV, draft + 1, draft + 4)
-    draft = draft + 4
-    local id, once, answer = next_id(newest), '', key ~= '' and '+' or ''
+  for k = 1, count do
+    local first = drafts + 4 * (k - 1)
+    local rest, size, audience, replayed = unpack(ARGV, first, first + 3)
+    local id, stored_key, answer = next_id(newest), '', key ~= '' and '+' or ''
     reply[#reply + 1] = id
     reply[#reply + 1] = recipients(audience)
-    if key ~= '' and d == n then
+    if key ~= '' and k == count then
       reply[2] = 1
-      once, answer = key, cmsgpack.pack({print, reply})
+      stored_key, answer = key, cmsgpack.pack({fingerprint, reply})
       reply[2] = 0
     end
-    add(id, now, rest, size, audience, replayed, once, answer)
+    add(id, now, rest, size, audience, replayed, stored_key, answer)
   end
-  sent = sent + n
+  sent = sent + count
   return reply
 end
 
 function ops.admit()
   local id, topics, address = arg(), arg(), arg()
   local owner = call('HGET', CLIENTS, id)
-  if owner and owner ~= node and is_alive(owner) then return {'taken', owner} end
+  if is_taken(owner) then return {'taken', owner} end
   if MAX_PER_ADDRESS > 0 and address ~= '' then
     local held = clients_of(address) - call('SISMEMBER', ADDRESS..node..':'..address, id)
     if held >= MAX_PER_ADDRESS then return {'address', held} end
   end
-  local count = owner ~= node and active() or 0
-  if owner ~= node and count >= MAX then return {'full', count} end
+  if owner ~= node then
+    local count = active()
+    if count >= MAX then return {'full', count} end
+  end
   enter(id, owner, topics, address)
   call('HINCRBY', META, 'total', 1)
   return newest
@@ -349,10 +441,10 @@ end
 
 function ops.register()
   local taken = {}
-  for _ = 1, tonumber(arg()) do
+  for _ = 1, number_arg() do
     local id, topics, address = arg(), arg(), arg()
     local owner = call('HGET', CLIENTS, id)
-    if owner and owner ~= node and is_alive(owner) then
+    if is_taken(owner) then
       taken[#taken + 1] = id
     else
       enter(id, owner, topics, address)
@@ -366,38 +458,38 @@ function ops.leave()
   return 0
 end
 
-function ops.draw()  -- rates.py has it once more.
-  local name, cost, depth = BUCKET..arg(), tonumber(arg()), tonumber(arg())
+function ops.draw()  -- As draw() in store.py.
+  local name, cost, depth = BUCKET..arg(), number_arg(), number_arg()
   local left = math.min(math.max((call('GET', name) or 0) - now, 0), depth)
   if left + cost > depth then return {0, left} end
   left = left + cost
-  call('SET', name, string.format('%.0f', now + left), 'PX', math.ceil(left / 1000))
+  call('SET', name, text(now + left), 'PX', math.ceil(left / 1000))
   return {1, left}
 end
 
 function ops.lead()
   local held = call('HMGET', META, 'leader', 'leads_until')
-  local ends = tonumber(held[2] or 0)
-  if held[1] and held[1] ~= node and is_alive(held[1]) and ends > now and ends <= now + LEASE then
-    return -1
-  end
+  local leader, ends = held[1], tonumber(held[2] or 0)
+  if leader and leader ~= node and is_alive(leader) and ends > now and ends <= now + LEASE then return -1 end
   call('HSET', META, 'leader', node, 'leads_until', now + LEASE)
   return tonumber(call('HGET', META, 'counter') or 0)
 end
 
-function ops.report() call('HSET', ROW..node, 'messages', arg(), 'slow', arg()); return 0 end
+function ops.report()
+  call('HSET', NODE..node, 'messages', arg(), 'slow', arg())
+  return 0
+end
 
 function ops.census()
   local sums = call('HMGET', META, 'total', 'sent', 'messages', 'slow')
-  local reply = {active()}
-  for k = 1, 4 do reply[k + 1] = tonumber(sums[k] or 0) end
-  reply[3] = reply[3] + sent
-  for _, one in ipairs(call('ZRANGE', NODES, 0, -1)) do
-    local row = call('HMGET', ROW..one, 'messages', 'slow')
-    reply[4], reply[5] = reply[4] + (row[1] or 0), reply[5] + (row[2] or 0)
-    if one ~= node then reply[#reply + 1] = one end
+  local total, messages, slow = tonumber(sums[1] or 0), tonumber(sums[3] or 0), tonumber(sums[4] or 0)
+  local others = {}
+  for _, one in ipairs(living()) do
+    local counted = call('HMGET', NODE..one, 'messages', 'slow')
+    messages, slow = messages + (counted[1] or 0), slow + (counted[2] or 0)
+    if one ~= node then others[#others + 1] = one end
   end
-  return reply
+  return {active(), total, tonumber(sums[2] or 0) + sent, messages, slow, unpack(others)}
 end
 
 function ops.post()
@@ -408,11 +500,11 @@ end
 
 function ops.renew()
   call('XTRIM', POSTS..node, 'MINID', '=', arg())
-  -- Where Redis's clock has jumped back, no lease may end later than one that is renewed now.
+  -- After Redis's clock was put back, no lease may end later than a lease that is renewed now.
   for _, one in ipairs(call('ZRANGEBYSCORE', NODES, now + LEASE + 1, '+inf')) do
     call('ZADD', NODES, now + LEASE, one)
   end
-  remove_some_of_the_dead()
+  remove_clients_of_the_dead()
   trim()
   local known = call('HMGET', META, 'total', 'sent', 'messages', 'slow', 'counter', 'started')
   for k = 1, 6 do known[k] = tonumber(known[k] or 0) end
@@ -420,17 +512,23 @@ function ops.renew()
   return known
 end
 
-function ops.close() put_out(node); return 0 end
+function ops.close()
+  remove_node(node)
+  return 0
+end
 
-if ARGV[13] == 'join' then i = 13; return join() end
-if ARGV[13] == 'offer' then i = 13; return offer() end
-put_out_the_dead()
+local alone = ({join = join, offer = offer})[ARGV[cursor + 1]]
+if alone then
+  cursor = cursor + 1
+  return alone()
+end
+remove_dead_nodes()
 if call('HGET', META, 'epoch') ~= epoch or not is_alive(node) then return 'join' end
 call('ZADD', NODES, now + LEASE, node)
 call('ZADD', TAILS, tail, node)
 load()
 local replies = {0}
-while i < #ARGV do replies[#replies + 1] = ops[arg()]() end
+while cursor < #ARGV do replies[#replies + 1] = ops[arg()]() end
 if sent > 0 then
   save()
   call('HINCRBY', META, 'sent', sent)

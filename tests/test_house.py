@@ -24,7 +24,6 @@ MOST_LINES, FEWEST_LINES = 500, 100
 # Why a module is larger, or has a single reader and is smaller.
 REASONS = {
     "schemas": "Every message of the protocol in one place.",
-    "store_redis": "One connection, one script and one tail: their states are one.",
 }
 
 
