@@ -1,7 +1,7 @@
 """From a request to its answer: the methods of a path, and the only place where an error becomes an answer.
 
-Owns the documented body of errors, the limit of a request body, and the two borders at which an unexpected error
-stops: `Endpoint` for one request, `Socket` for one WebSocket. Handlers raise; they never answer with an error.
+Owns the documented body of errors, and the two borders at which an unexpected error stops: `Endpoint` for a request,
+`Socket` for a WebSocket. Handlers raise; they never answer with an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import schemas
-from errors import MethodNotAllowed, NotFound, NotifydError, TooLarge
+from errors import MethodNotAllowed, NotFound, NotifydError
 from guard_identity import Identity
 from hub import Hub
 from schemas import encode
@@ -37,6 +37,14 @@ Handler = Callable[[Hub, Request, Identity | None], Awaitable[ASGIApp]]
 SocketHandler = Callable[[Hub, "Authenticator | None", Scope, Receive, Send], Awaitable[None]]
 # The right that a path needs. Raises Forbidden or Unauthorized.
 Right = Callable[[Identity], None]
+
+
+class ReceiveError(Exception):
+    """Reading a request has failed outside of this app: in a host's middleware that limits bodies, for example."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__()
+        self.cause = cause
 
 
 class Endpoint:
@@ -61,6 +69,7 @@ class Endpoint:
             # The client left before its request was complete, so nobody reads an answer.
             return
         except ReceiveError as error:
+            # The host's own exception, for the host to answer.
             raise error.cause from None
         except NotifydError as error:
             response = error_response(error)
@@ -106,40 +115,6 @@ class Socket:
             await self._handler(self._hub, self._authenticator, scope, receive, send)
         except Exception as error:
             logger.error("Unexpected error %s", schemas.new_error_id(), exc_info=error)
-
-
-# --- the body of a request
-
-
-class ReceiveError(Exception):
-    """`receive` has raised: the host's middleware limits the body, for example, and answers in its own way."""
-
-    def __init__(self, cause: Exception) -> None:
-        super().__init__()
-        self.cause = cause
-
-
-async def body_of(request: Request, limit: int) -> bytes:
-    """Return the whole body. Raises TooLarge as soon as that is known: by Content-Length before reading any of it."""
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > limit:
-        raise _too_large(limit)
-    parts, size = [], 0
-    try:
-        async for part in request.stream():
-            parts.append(part)
-            size += len(part)
-            if size > limit:
-                raise _too_large(limit)
-    except (ClientDisconnect, TooLarge):
-        raise
-    except Exception as error:
-        raise ReceiveError(error) from error
-    return b"".join(parts)
-
-
-def _too_large(limit: int) -> TooLarge:
-    return TooLarge(f"request body: larger than the limit of {limit} bytes")
 
 
 # --- the answers

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import orjson
 from msgspec import Struct
 from starlette.datastructures import Headers, QueryParams
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -21,12 +21,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import figures
 import schemas
 from admission import Newcomer
-from answers import Endpoint, Socket, answer, body_of, refuse_handshake
+from answers import Endpoint, ReceiveError, Socket, answer, refuse_handshake
 from connection import WIRE_EXTENSION, EventStream, SendConnection, StreamCarrier, WebSocket, WebSocketCarrier
 from errors import (
     InvalidRequest,
     NotifydError,
     StoreUnavailable,
+    TooLarge,
     TooManyConnections,
     UnsupportedMediaType,
     UpgradeRequired,
@@ -83,34 +84,54 @@ MAX_USER_AGENT = 256
 
 
 async def notify(hub: Hub, request: Request, sender: Identity | None) -> Response:
-    body = await body_of(request, hub.settings.max_message_size)
+    body = await _body_of(request, hub.settings.max_message_size)
     hub.check_ready()
-    wanted = _notification_in(request, body)
+    media_type = _media_type(request)
+    once, wanted = _once(request, media_type, body), _notification_in(body, media_type)
     # Encoded before it is published: data without a JSON form is refused.
     understood = orjson.Fragment(encode(wanted))
-    appended = await hub.publish([wanted], _once(request, body), sender)
-    [receipt] = appended.receipts
-    response = schemas.NotifyResponse(
-        recipients=receipt.recipients, notification=understood, timestamp=timestamp(appended.at)
-    )
-    return _published(response, appended)
+    appended = await hub.publish([wanted], once, sender)
+    recipients, at = appended.receipts[0].recipients, timestamp(appended.at)
+    return _published(schemas.NotifyResponse(recipients=recipients, notification=understood, timestamp=at), appended)
 
 
 async def notify_batch(hub: Hub, request: Request, sender: Identity | None) -> Response:
-    body = await body_of(request, MAX_BATCH_BYTES)
+    body = await _body_of(request, MAX_BATCH_BYTES)
     hub.check_ready()
-    _media_type(request)
-    wanted = []
+    once, wanted = _once(request, _media_type(request), body), []
     async for place, value in in_slices(schemas.decode(body, schemas.NotifyRequests)):
         wanted.append(schemas.check(value, schemas.NotifyRequest, f"[{place}]"))
-    appended = await hub.publish(wanted, _once(request, body), sender, numbered=True)
+    appended = await hub.publish(wanted, once, sender, numbered=True)
     receipts = [schemas.BatchReceipt(id=receipt.id, recipients=receipt.recipients) for receipt in appended.receipts]
-    response = schemas.BatchResponse(count=len(receipts), notifications=receipts, timestamp=timestamp(appended.at))
-    return _published(response, appended)
+    count, at = len(receipts), timestamp(appended.at)
+    return _published(schemas.BatchResponse(count=count, notifications=receipts, timestamp=at), appended)
 
 
-def _notification_in(request: Request, body: bytes) -> schemas.NotifyRequest:
-    if _media_type(request) != "text/plain":
+async def _body_of(request: Request, limit: int) -> bytes:
+    """Return the whole body. Raises TooLarge as soon as that is known: by Content-Length before reading any of it."""
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limit:
+        raise _too_large(limit)
+    parts, size = [], 0
+    try:
+        async for part in request.stream():
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                raise _too_large(limit)
+    except (ClientDisconnect, TooLarge):
+        raise
+    except Exception as error:
+        raise ReceiveError(error) from error
+    return b"".join(parts)
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"request body: larger than the limit of {limit} bytes")
+
+
+def _notification_in(body: bytes, media_type: str) -> schemas.NotifyRequest:
+    if media_type != "text/plain":
         wanted: schemas.NotifyRequest = schemas.decode(body, schemas.NotifyRequest)
         return wanted
     try:
@@ -130,7 +151,7 @@ def _media_type(request: Request) -> str:
     return media_type
 
 
-def _once(request: Request, body: bytes) -> Once | None:
+def _once(request: Request, media_type: str, body: bytes) -> Once | None:
     """Return the Idempotency-Key with a digest of its request; None without a key. Raises InvalidRequest."""
     keys = request.headers.getlist("idempotency-key")
     if not keys:
@@ -140,7 +161,7 @@ def _once(request: Request, body: bytes) -> Once | None:
     [key] = keys
     if not 1 <= len(key) <= MAX_KEY_LENGTH:
         raise InvalidRequest(f"Idempotency-Key: expected 1 to {MAX_KEY_LENGTH} characters, got {len(key)}")
-    stated = (request.scope["path"].encode(), _media_type(request).encode(), body)
+    stated = (request.scope["path"].encode(), media_type.encode(), body)
     return Once(key, hashlib.sha256(b"\0".join(stated)).digest())
 
 
