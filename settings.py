@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import re
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NoReturn, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_args
 
 import msgspec
 from msgspec import Meta, Struct
@@ -22,8 +22,7 @@ PREFIX = "NOTIFYD_"
 # A shorter interval would keep the event loop busy with nothing else.
 LEAST_SECONDS = 0.01
 _LISTS = ("allow_origin", "api_key", "jwt_algorithms", "trusted_proxies")
-_SECRETS = ("api_key", "jwt_secret", "ssl_keyfile_password")
-_INTERVALS = ("notification_interval", "ping_interval")
+_SECRETS = ("api_key", "jwt_secret", "ssl_keyfile_password", "store")
 Seconds = Annotated[float, Meta(ge=0, le=31_536_000)]
 Positive = Annotated[int, Meta(ge=1, le=1_000_000_000)]
 
@@ -32,8 +31,8 @@ Positive = Annotated[int, Meta(ge=1, le=1_000_000_000)]
 _KUBERNETES = re.compile(rf"{PREFIX}(INTERNAL_)?(PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?|SERVICE_(HOST|PORT(_\w+)?))\Z")
 _STORE = re.compile(r"(auto|memory|sqlite:.+|(rediss?|unix)://.+)\Z", re.DOTALL)
 _API_KEY = re.compile(r"[\w.@-]{1,64}:[!-~]+\Z", re.ASCII)
-_URL = re.compile(r"(https?://[!-~]+)?\Z", re.IGNORECASE)
-_WITH_PASSWORD = re.compile(r"\w+://[^/?#]*@")
+# Without a user and a password: the fetch of the keys would ignore them, and the log would show them.
+_URL = re.compile(r"(https?://(?![^/?#]*@)[!-~]+)?\Z", re.IGNORECASE)
 # RFC 7518, section 3.2: as long as the digest. A shorter secret can be guessed from any token.
 LEAST_SECRET_BYTES = 32
 ALGORITHMS = frozenset(f"{kind}{bits}" for kind in ("HS", "RS", "PS", "ES") for bits in (256, 384, 512)) | {
@@ -41,7 +40,7 @@ ALGORITHMS = frozenset(f"{kind}{bits}" for kind in ("HS", "RS", "PS", "ES") for 
     "EdDSA",
 }
 # A page without an origin sends "null": a file, or a page in a sandbox.
-_ORIGIN = re.compile(r"(https?://[^/\s?#@*]+|null)\Z", re.IGNORECASE)
+_ORIGIN = re.compile(r"(https?://[^/\s?#@*]+|null|\*)\Z", re.IGNORECASE)
 
 
 class SettingsError(Exception):
@@ -153,60 +152,27 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
-            msgspec.structs.force_setattr(self, name, _checked(name, getattr(self, name), source=name))
+            value = getattr(self, name)
+            given = value if isinstance(value, _Given) else _Given(name, value, strict=True)
+            msgspec.structs.force_setattr(self, name, _checked(name, given))
         if self.debug:
             # /status shows log_level: keep it true.
             msgspec.structs.force_setattr(self, "log_level", "DEBUG")
 
     def __repr__(self) -> str:
-        shown = (
-            f"{name}={getattr(self, name)!r}" for name in self.__struct_fields__ if name not in (*_SECRETS, "store")
-        )
+        shown = (f"{name}={getattr(self, name)!r}" for name in self.__struct_fields__ if name not in _SECRETS)
         return f"Settings({', '.join(shown)})"
 
 
 _TYPES = {field.name: field.type for field in msgspec.structs.fields(Settings)}
 
 
-def _checked(name: str, value: Any, source: str, *, strict: bool = True) -> Any:
-    """Return the value of one setting in its type. Raises SettingsError, naming the flag or variable (`source`)."""
-    given = value.upper() if name == "log_level" and isinstance(value, str) else value
-    try:
-        checked = msgspec.convert(given, _TYPES[name], strict=strict)
-        if name in _INTERVALS and 0 < checked < LEAST_SECONDS:
-            raise msgspec.ValidationError(f"Expected 0 or `float` >= {LEAST_SECONDS}")
-        if name == "allow_origin" and not all(origin == "*" or _ORIGIN.match(origin) for origin in checked):
-            raise msgspec.ValidationError("Expected origins such as https://example.com, or *")
-        if name == "trusted_proxies" and not all(map(_is_proxy, checked)):
-            raise msgspec.ValidationError("Expected addresses, networks such as 10.0.0.0/8, or unix")
-        if name == "store" and not _STORE.match(checked):
-            # The value is left out: it may hold a password.
-            raise SettingsError(f"{source}: expected auto, memory, sqlite:PATH or redis://HOST:PORT")
-        _check_auth(name, checked, source)
-    except msgspec.ValidationError as error:
-        got = "" if name in _SECRETS else f", got {value!r:.100}"
-        raise SettingsError(f"{source}: {_reason(name, error)}{got}") from None
-    return tuple(map(normal_origin, checked)) if name == "allow_origin" else checked
+class _Given(NamedTuple):
+    """A value with the flag, variable or field that gave it. The text of a flag or variable is not `strict`."""
 
-
-def _check_auth(name: str, value: Any, source: str) -> None:
-    """Raise an error for an invalid key, secret, URL or list of algorithms; never with the secret in it."""
-    if name == "api_key" and not all(map(is_api_key, value)):
-        raise SettingsError(f"{source}: expected NAME:SECRET, a secret without spaces (best in --api-key-file)")
-    if name == "jwt_secret" and 0 < len(value.encode()) < LEAST_SECRET_BYTES:
-        raise SettingsError(f"{source}: expected {LEAST_SECRET_BYTES} bytes or more")
-    if name == "jwks_url" and _WITH_PASSWORD.match(value):
-        # The fetch of the keys ignores them, and the log would show them.
-        raise SettingsError(f"{source}: expected a URL without a user and a password")
-    if name == "jwks_url" and not _URL.match(value):
-        raise msgspec.ValidationError("Expected a URL such as https://login.example.com/jwks.json")
-    if name == "jwt_algorithms" and not ALGORITHMS.issuperset(value):
-        raise msgspec.ValidationError(f"Expected some of {', '.join(sorted(ALGORITHMS))}")
-
-
-def is_api_key(text: str) -> bool:
-    """Whether a text is NAME:SECRET."""
-    return _API_KEY.match(text) is not None
+    source: str
+    value: Any
+    strict: bool = False
 
 
 def _is_proxy(text: str) -> bool:
@@ -214,6 +180,47 @@ def _is_proxy(text: str) -> bool:
         return text == "unix" or bool(ipaddress.ip_network(text))
     except ValueError:
         return False
+
+
+def is_api_key(text: str) -> bool:
+    """Whether a text is NAME:SECRET."""
+    return _API_KEY.match(text) is not None
+
+
+_INTERVAL = (lambda seconds: not 0 < seconds < LEAST_SECONDS, f"0 or a number >= {LEAST_SECONDS}")
+# The checks that no type expresses, each with the words of its error.
+_CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "notification_interval": _INTERVAL,
+    "ping_interval": _INTERVAL,
+    "store": (_STORE.match, "auto, memory, sqlite:PATH or redis://HOST:PORT"),
+    "api_key": (
+        lambda keys: all(map(is_api_key, keys)),
+        "NAME:SECRET, a secret without spaces (best in --api-key-file)",
+    ),
+    "jwt_secret": (
+        lambda secret: not 0 < len(secret.encode()) < LEAST_SECRET_BYTES,
+        f"{LEAST_SECRET_BYTES} bytes or more",
+    ),
+    "jwks_url": (_URL.match, "a URL without a user and a password, such as https://login.example.com/jwks.json"),
+    "jwt_algorithms": (ALGORITHMS.issuperset, f"some of {', '.join(sorted(ALGORITHMS))}"),
+    "trusted_proxies": (lambda texts: all(map(_is_proxy, texts)), "addresses, networks such as 10.0.0.0/8, or unix"),
+    "allow_origin": (lambda texts: all(map(_ORIGIN.match, texts)), "origins such as https://example.com, or *"),
+}
+
+
+def _checked(name: str, given: _Given) -> Any:
+    """Return the value of a setting in its type. Raises SettingsError, which shows no secret."""
+    source, value, strict = given
+    fits, expected = _CHECKS.get(name, (lambda _: True, ""))
+    try:
+        text = value.upper() if name == "log_level" and isinstance(value, str) else value
+        checked = msgspec.convert(text, _TYPES[name], strict=strict)
+        if fits(checked):
+            return tuple(map(normal_origin, checked)) if name == "allow_origin" else checked
+    except msgspec.ValidationError as error:
+        expected = _expected(name, error)
+    got = "" if name in (*_SECRETS, "jwks_url") else f", got {value!r:.100}"
+    raise SettingsError(f"{source}: expected {expected}{got}")
 
 
 def normal_origin(origin: str) -> str:
@@ -235,20 +242,20 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings, lis
     flags = vars(_parser().parse_args(list(argv)))
     if flags["jwt_algorithms"] is not None:
         flags["jwt_algorithms"] = _split(",".join(flags["jwt_algorithms"]))
-    given = {name: (f"--{_dashed(name)}", value) for name, value in flags.items() if value is not None}
+    given = {name: _Given(f"--{_dashed(name)}", value) for name, value in flags.items() if value is not None}
     variables, warnings = _variables(environ)
-    return _settings(variables | given), warnings
+    return Settings(**variables | given), warnings
 
 
 def from_environ(environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
     """Read the settings from the variables alone, for an app that another server runs."""
     variables, warnings = _variables(environ)
-    return _settings(variables), warnings
+    return Settings(**variables), warnings
 
 
-def _variables(environ: Mapping[str, str]) -> tuple[dict[str, tuple[str, Any]], list[str]]:
+def _variables(environ: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     known = {PREFIX + name.upper(): name for name in Settings.__struct_fields__}
-    found: dict[str, tuple[str, Any]] = {}
+    found: dict[str, Any] = {}
     warnings = []
     for variable, value in environ.items():
         if not variable.startswith(PREFIX):
@@ -258,19 +265,14 @@ def _variables(environ: Mapping[str, str]) -> tuple[dict[str, tuple[str, Any]], 
                 warnings.append(f"{variable}={value} is ignored: it looks injected by Kubernetes; use the flag")
         elif variable not in known:
             warnings.append(f"{variable} is unknown and ignored")
-        elif known[variable] in _LISTS:
-            found[known[variable]] = (variable, _split(value))
         else:
-            found[known[variable]] = (variable, value)
+            name = known[variable]
+            found[name] = _Given(variable, _split(value) if name in _LISTS else value)
     return found, warnings
 
 
 def _split(value: str) -> list[str]:
     return [part.strip() for part in value.split(",") if part.strip()]
-
-
-def _settings(given: dict[str, tuple[str, Any]]) -> Settings:
-    return Settings(**{name: _checked(name, raw, source, strict=False) for name, (source, raw) in given.items()})
 
 
 _PLAIN = {
@@ -283,14 +285,15 @@ _PLAIN = {
 }
 
 
-def _reason(name: str, error: msgspec.ValidationError) -> str:
-    text = str(error).split(" - at ")[0].split(", got")[0]
+def _expected(name: str, error: msgspec.ValidationError) -> str:
+    """Turn msgspec's "Expected `int` <= 65535, got `str`" into "an integer <= 65535"."""
+    text = str(error).split(" - at ")[0].split(", got")[0].removeprefix("Expected ")
     if text.startswith("Invalid enum value"):
         choices, *_ = get_args(_TYPES[name])
-        text = f"Expected one of {', '.join(get_args(choices))}"
+        text = f"one of {', '.join(get_args(choices))}"
     for spelled, plain in _PLAIN.items():
         text = text.replace(spelled, plain)
-    return text[0].lower() + text[1:]
+    return text
 
 
 class _Parser(argparse.ArgumentParser):
