@@ -7,8 +7,8 @@ Owns the trusted proxies, the rates, the allowed origins, and the headers that r
    a foreign origin. Bytes that are no HTTP request are refused by the server before they come here.
 2. The buckets are the store's, shared by all processes. While the store is away each process has its own, starting
    from the last known level: limits are then N times as wide, and no address is locked out.
-3. An address whose bucket is known to be empty is refused without asking the store, since other processes can only
-   have taken more out of the bucket. So a flood costs the store no more than the requests that are let through.
+3. Where the bucket is known to be empty, a request is refused without asking the store: other processes can only have
+   taken more out of it. So a flood costs the store no more than the requests that are let through.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ EXPOSED = (
 # A warning names a refused origin or address once in this time, and a limited number of them: anyone can invent more.
 WARN_SECONDS = 60.0
 MAX_WARNED = 100
-# The address of a peer on a Unix socket, for which ASGI has none.
+# The address of a peer on a Unix socket; ASGI has no address for it.
 UNIX = "unix"
 # No address with its port is longer. So the cache of addresses keeps no invented text of any size.
 MAX_ADDRESS_LENGTH = 64
@@ -227,7 +227,7 @@ class Limiter:
 
 
 class Origins:
-    """The origins whose pages may use this server, beside its own: `allowed`, in the form of normal_origin()."""
+    """The allowed origins, beside the server's own. `allowed` has them in the form of normal_origin()."""
 
     def __init__(self, allowed: Collection[str]) -> None:
         self.allowed = frozenset(allowed)

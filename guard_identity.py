@@ -112,7 +112,7 @@ class ExpiringClients:
         A refused renewal changes nothing.
         """
         held = client.identity
-        # A client whose id was made up keeps the id with another token that names none.
+        # A client with an id made by the server keeps it with another token without a client_id.
         nameless = held is not None and held.client_id == identity.client_id == ""
         identity.own_client_id(None if nameless else client.client_id)
         identity.check_topics(client.topics)

@@ -1,10 +1,10 @@
-"""JSON Web Tokens (RFC 7519): from a token to an Identity, and the keys that prove it.
+"""JSON Web Tokens (RFC 7519): from a token to an Identity, and the keys that prove a token.
 
-Owns what a token must be, its claims, and the keys of --jwks-url. Knows no HTTP of ours and no client.
+Owns the checks of a token, its claims, and the keys of --jwks-url. Knows no request and no client.
 
-1. A token says which algorithm it is signed with, but the kind of key decides which that may be (RFC 8725, 3.1).
-2. Whatever is wrong with a token, it is refused with the same words, and neither these nor a log show any of it.
-3. The event loop never waits for a fetch: a thread does it, one at a time, for all who want to know.
+1. A token names its algorithm, but only the kind of key decides the algorithms that are allowed (RFC 8725, 3.1).
+2. Every bad token is refused with the same words. Neither these nor a log show any part of the token.
+3. The event loop never blocks on a fetch: one thread at a time fetches, for all that wait.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from settings import Settings, SettingsError
 logger = logging.getLogger("notifyd.auth")
 
 MAX_TOKEN_BYTES = 16_384
-# How far the issuer's clock may be ahead of ours (`nbf`, `iat`). Where ours is ahead, tokens end a little early.
+# The issuer's clock may be ahead of ours by this much (`nbf`, `iat`). Where ours is ahead, tokens end a little early.
 CLOCK_SKEW_SECONDS = 10
-# Keys from --jwks-url are asked for again after this long, or for one that is not there, but no sooner than
-# PAUSE_SECONDS after the last time. While they cannot be fetched they serve on for so long.
+# Keys from --jwks-url are fetched again after FRESH_SECONDS, or at once for an unknown key, with a pause between two
+# fetches. While no fetch succeeds, the last keys stay in use for KEPT_SECONDS.
 FRESH_SECONDS, KEPT_SECONDS, PAUSE_SECONDS = 300.0, 3600.0, 5.0
 FETCH_SECONDS = 5.0
 MAX_KEYS_BYTES = 1_048_576
-# The year 9999 ends; later is no time that can be told.
+# The end of the year 9999: a later time has no timestamp.
 _LAST_SECOND = 253_402_300_799
-# What a token that is none raises in PyJWT, and claims of other types in msgspec.
+# PyJWT raises these for a bad token, msgspec for claims of a wrong type.
 _BROKEN = (jwt.PyJWTError, msgspec.ValidationError, ValueError, TypeError, OverflowError)
-# What a key of a kind that we cannot read raises there and in cryptography. It must not take the others with it.
+# PyJWT and cryptography raise these for a key of an unknown kind, which must not spoil the other keys of its set.
 _UNREADABLE = (
     *(jwt.PyJWTError, UnsupportedAlgorithm, NotImplementedError),
     *(ValueError, TypeError, AttributeError, LookupError),
@@ -60,7 +60,7 @@ _CURVES = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512", "se
 
 
 class Key(Struct, frozen=True):
-    """A key with the algorithms that it may have signed with."""
+    """A key with the algorithms allowed for its signatures."""
 
     key: Any
     algorithms: tuple[str, ...]
@@ -70,7 +70,7 @@ Find = Callable[[str | None], Awaitable[Key]]
 
 
 class Claims(Struct):
-    """What a token says of its holder."""
+    """The claims of a token that this server reads."""
 
     sub: str = ""
     topics: list[Annotated[str, Meta(min_length=1)]] = []
@@ -80,17 +80,17 @@ class Claims(Struct):
 
 
 class Tokens:
-    """Reads tokens of one issuer."""
+    """Reads the tokens of one issuer."""
 
     def __init__(self, find: Find, audience: str = "", issuer: str = "") -> None:
-        """`find` returns the key with a key id; it raises KeysUnavailable, or Unauthorized where there is none."""
+        """`find` returns the key with a key id. It raises Unauthorized for an unknown id, or KeysUnavailable."""
         self._find = find
         self._audience = audience or None
         self._issuer = issuer or None
         self._jwt = jwt.PyJWT({"enforce_minimum_key_length": True})
 
     async def identity(self, token: str) -> Identity:
-        """Return whom a token stands for, perhaps only until a moment ago. Raises Unauthorized or KeysUnavailable."""
+        """Return the Identity of a token; it may have expired just now. Raises Unauthorized or KeysUnavailable."""
         if len(token) > MAX_TOKEN_BYTES:
             raise Unauthorized("Invalid token")
         try:
@@ -123,7 +123,7 @@ class Tokens:
 
 
 def tokens_of(settings: Settings) -> Tokens:
-    """Return what reads the tokens that the settings speak of. Raises SettingsError."""
+    """Return the reader of tokens for these settings. Raises SettingsError."""
     sources = [settings.jwt_secret, settings.jwt_public_key, settings.jwks_url]
     if sum(map(bool, sources)) != 1:
         raise SettingsError("expected one of --jwt-secret, --jwt-public-key and --jwks-url")
@@ -161,7 +161,7 @@ def _public_key(settings: Settings, wanted: Sequence[str]) -> Key:
 
 
 def _algorithms(key: object) -> tuple[str, ...]:
-    """Return what a public key of this kind can have signed with; nothing for other keys."""
+    """Return the algorithms of a public key of this kind; none for other keys."""
     if isinstance(key, RSAPublicKey):
         return _RSA
     if isinstance(key, EllipticCurvePublicKey):
@@ -174,12 +174,12 @@ def _both(possible: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
 
 
 class KeySet:
-    """The keys of a JSON Web Key Set (RFC 7517) that is fetched again and again."""
+    """The keys of a JSON Web Key Set (RFC 7517), fetched again when they are old or one is missing."""
 
     def __init__(
         self, fetch: Callable[[], bytes], algorithms: Sequence[str] = (), clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`fetch` blocks, in a thread, for FETCH_SECONDS or so, and raises an OSError or a ValueError."""
+        """`fetch` blocks, in a thread, for about FETCH_SECONDS, and raises an OSError or a ValueError."""
         self._fetch = fetch
         self._wanted = algorithms
         self._clock = clock
@@ -188,7 +188,7 @@ class KeySet:
         self._asking: asyncio.Task[None] | None = None
 
     async def find(self, kid: str | None) -> Key:
-        """Return the key with this id; without an id the only key. Raises KeysUnavailable or Unauthorized."""
+        """Return the key with this id, or without an id the only key. Raises KeysUnavailable or Unauthorized."""
         age, key = self._clock() - self._fetched_at, self._get(kid)
         if key is None or age > FRESH_SECONDS:
             asking = self._ask()
@@ -207,7 +207,7 @@ class KeySet:
         return self._keys.get(kid or "")
 
     def _ask(self) -> asyncio.Task[None] | None:
-        """Return the fetch that is under way or begins now, None where it is too soon for another."""
+        """Return the fetch in flight, or a new one; None if it is too soon for another."""
         loop = asyncio.get_running_loop()
         if self._asking is not None and not self._asking.done() and self._asking.get_loop() is loop:
             return self._asking
@@ -227,28 +227,28 @@ class KeySet:
             self._fetched_at = self._asked_at = self._clock()
 
     def _fetch_keys(self) -> dict[str, Key]:
-        # Both in the thread: to read a document of thousands of keys takes a second or more.
+        # Both in the thread: parsing a document with thousands of keys takes a second or more.
         return self._read(self._fetch())
 
     def _read(self, document: bytes) -> dict[str, Key]:
-        """Return the keys that can prove a signature: no secrets, as everybody can read them here."""
+        """Return the keys that can prove a signature. A secret in a public document cannot."""
         given = json.loads(document)
         keys = {}
-        for one in given["keys"] if isinstance(given, dict) and isinstance(given.get("keys"), list) else ():
+        for jwk in given["keys"] if isinstance(given, dict) and isinstance(given.get("keys"), list) else ():
             with suppress(*_UNREADABLE):
-                if one.get("use", "sig") != "sig":
+                if jwk.get("use", "sig") != "sig":
                     continue
-                key = jwt.PyJWK(one).key
-                stated = [one["alg"]] if "alg" in one else []
+                key = jwt.PyJWK(jwk).key
+                stated = [jwk["alg"]] if "alg" in jwk else []
                 if algorithms := _both(_both(_algorithms(key), stated), self._wanted):
-                    keys[one.get("kid") or ""] = Key(key, algorithms)
+                    keys[jwk.get("kid") or ""] = Key(key, algorithms)
         if not keys:
             raise ValueError("there is no key that fits")
         return keys
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but from https to nothing else: whoever is on the way could give us his own keys."""
+    """Follows redirects, except from https to http: a third party on the way could insert its own keys."""
 
     def redirect_request(self, req: urllib.request.Request, *arguments: Any) -> urllib.request.Request | None:
         to = super().redirect_request(req, *arguments)
@@ -258,7 +258,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _fetch(url: str) -> bytes:
-    # Each read has the whole time again, so a body that trickles in would keep the thread for ever.
+    # The timeout is for each read, so a body that trickles in would keep the thread for ever.
     give_up_at, document = time.monotonic() + FETCH_SECONDS, bytearray()
     with urllib.request.build_opener(_Redirects).open(url, timeout=FETCH_SECONDS) as response:
         while part := response.read1(MAX_KEYS_BYTES):

@@ -1,8 +1,8 @@
 """The routes: a Router maps plain handlers onto one Hub.
 
-A handler decodes its request, calls one method of the Hub and encodes the answer. It raises every error; answers.py
-makes the answer of it. The table names the right that opens a path. The Hub checks what a sender may do there, with
-the sender's identity, as it does for messages on a connection.
+A handler decodes its request, calls one method of the Hub and encodes the answer. Handlers raise errors; answers.py
+answers them. The table names the right that opens a path; the Hub then checks the notification or the newcomer with
+the sender's identity.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ async def upgrade_required(hub: Hub, request: Request, sender: Identity | None) 
 
 
 async def events(hub: Hub, request: Request, sender: Identity | None) -> ASGIApp:
-    """Admit a stream, which is then the response."""
+    """Admit a stream; the stream is the response."""
     if request.method == "HEAD":
         return Response(media_type="text/event-stream")
     newcomer = _newcomer(request.scope, sender, request.headers.get("last-event-id"))

@@ -209,7 +209,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
 
 
 def _checked(name: str, given: _Given) -> Any:
-    """Return the value of a setting in its type. Raises SettingsError, which shows no secret."""
+    """Return the value of a setting in its type. The error shows no secret."""
     source, value, strict = given
     fits, expected = _CHECKS.get(name, (lambda _: True, ""))
     try:
@@ -302,7 +302,7 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message} (--help shows every flag)")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Name an unknown flag without its value, which may be a secret."""
+        """Name an unknown flag without its value: that may be a secret."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].partition("=")[0]
