@@ -380,10 +380,6 @@ class Hub:
             if (client := self.clients.get(client_id)) is not None:
                 self.admission.dismiss(client, POLICY_VIOLATION, "Replaced by a new connection")
 
-    def active_connections(self) -> int:
-        """Return how many clients this process has."""
-        return len(self.clients)
-
 
 async def _start_again(work: Work) -> None:
     await asyncio.sleep(1)

@@ -53,10 +53,8 @@ class Node(Protocol):
     def evicted(self, client_ids: Sequence[str]) -> None:
         """Close these clients: this process was taken for dead, and other processes have admitted their ids."""
 
-    def active_connections(self) -> int: ...
-
     def recipients(self, audience: Audience | None) -> int:
-        """Return how many of this process's clients a notification is addressed to."""
+        """Return the number of this process's clients that such a notification is addressed to; None: all of them."""
 
 
 class Store(Protocol):
@@ -205,7 +203,7 @@ def address_is_full(held: int, limit: int) -> TooManyConnections:
 class MemoryStore:
     """The log and the registry of one process. Its node holds the clients, and no operation waits for another process.
 
-    admit() and the Hub's step after it run without an await in between, so active_connections() is exact.
+    admit() and the Hub's step after it run without an await in between, so recipients() is exact.
     """
 
     node_id = ""
@@ -284,7 +282,7 @@ class MemoryStore:
     async def admit(self, client_id: str, topics: Collection[str], address: str) -> str:  # noqa: ARG002
         if self._max_per_address and (held := self._clients_of.get(address, 0)) >= self._max_per_address:
             raise address_is_full(held, self._max_per_address)
-        if (active := self._node.active_connections()) >= self._max_connections:
+        if (active := self._node.recipients(None)) >= self._max_connections:
             raise ConnectionRefused(f"Connection limit exceeded: {active}/{self._max_connections}")
         self._total += 1
         if self._max_per_address and address:
@@ -311,7 +309,7 @@ class MemoryStore:
         self._report = report
 
     async def census(self) -> Census:
-        active = self._node.active_connections()
+        active = self._node.recipients(None)
         return Census(active, self._total, self._notifications_sent, *self._report, [])
 
     async def post(self, node_id: str, message: bytes) -> None:

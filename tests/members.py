@@ -115,9 +115,6 @@ class Member:
         self.lost_clients += client_ids
         self._changed.set()
 
-    def active_connections(self) -> int:
-        return len(self.clients)
-
     def recipients(self, audience: Audience | None) -> int:
         return sum(audience is None or audience.includes(*client) for client in self.clients.items())
 
