@@ -1,4 +1,4 @@
-"""The census: the figures of all processes together, and the questions between processes.
+"""The census: the figures of all processes together, their test notifications, and the questions between processes.
 
 Owns the one set of figures that every answer is made from. Each process counts the messages that it hands out; the
 store adds up the reports of all, and counts connections and notifications by itself.
@@ -20,7 +20,7 @@ import schemas
 from errors import DuplicateClient, StoreUnavailable
 from schemas import ClientDetails, timestamp
 from slices import in_slices
-from store import Census, Report
+from store import Census, Draft, Record, Report
 
 if TYPE_CHECKING:
     from hub import Hub
@@ -31,6 +31,7 @@ logger = logging.getLogger("notifyd")
 ANSWER_SECONDS = 1.0
 # How often this process reports its figures to the store, and asks whether it leads.
 REPORT_SECONDS = 1.0
+_TEST_START = b',"type":"test_notification"'
 
 
 class CensusTaker:
@@ -103,6 +104,51 @@ class CensusTaker:
     def _wall_time(self, clock: float) -> float:
         """Return a moment of the Hub's clock in seconds since the epoch."""
         return self.started_at + clock - self._started_clock
+
+
+class TestNotifications:
+    """The test notifications, which show the census. Of all processes, the leader sends them."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        # When the last one began its interval.
+        self._last_at = hub.clock()
+
+    def notice(self, record: Record) -> None:
+        """Note a test notification, of this process or another."""
+        if record.rest.startswith(_TEST_START):
+            self._last_at = self._hub.clock()
+
+    async def run(self) -> None:
+        """Send one an interval after the last, if this process leads, until the drain."""
+        hub, interval = self._hub, self._hub.settings.notification_interval
+        self._last_at = hub.clock()
+        while hub.is_ready:
+            due = self._last_at + interval
+            if (early := due - hub.clock()) > 0:
+                # Then look again: meanwhile another process may have sent one, or the drain may have begun.
+                await asyncio.sleep(early)
+                continue
+            # The next interval begins when this one was due, not when it was sent, so that delays do not add up.
+            # Intervals in which the process did not run are not made up for.
+            begins = due if hub.clock() < due + interval else hub.clock()
+            with contextlib.suppress(StoreUnavailable):
+                await self._send()
+            self._last_at = begins
+
+    async def _send(self) -> None:
+        hub = self._hub
+        if (counter := await hub.store.lead()) is None:
+            return
+        data = schemas.TestData(
+            message=f"Test notification #{counter + 1}",
+            counter=counter + 1,
+            uptime_seconds=hub.census.uptime(),
+            active_connections=(await hub.census.take()).active,
+            server_time=timestamp(),
+        )
+        draft = Draft(schemas.compose("test_notification", data), replayed=False)
+        await hub.store.append([draft], counter=counter + 1)
 
 
 class Questions:

@@ -24,7 +24,7 @@ from msgspec import UNSET
 
 import schemas
 from admission import Admission, Newcomer
-from census import CensusTaker, Questions
+from census import CensusTaker, Questions, TestNotifications
 from clients import Client, Clients
 from connection import CLOSE_DEADLINE_SECONDS, Connection
 from conversation import Conversation, Renew
@@ -34,7 +34,7 @@ from fanout import FanOut
 from guard_identity import ExpiringClients, Identity
 from heartbeat import Heartbeat
 from log import Audience, payloads
-from schemas import GOING_AWAY, POLICY_VIOLATION, TRY_AGAIN_LATER, timestamp
+from schemas import GOING_AWAY, POLICY_VIOLATION, TRY_AGAIN_LATER
 from settings import Settings
 from slices import in_slices
 from store import Appended, Draft, MemoryStore, Once, Opening, Receipt, Record, Registration, Store
@@ -47,7 +47,6 @@ ENVELOPE_BYTES = 1024
 ID_BYTES = 44
 # A page of the history is no longer than this, unless one notification is.
 PAGE_BYTES = 1_048_576
-_TEST_START = b',"type":"test_notification"'
 
 
 # Something that the Hub does in the background for as long as it runs.
@@ -97,13 +96,12 @@ class Hub:
         self.recipients = self.clients.count
         self.fanout = FanOut(self)
         self.census = CensusTaker(self)
+        self.test_notifications = TestNotifications(self)
         self._make_parts()
         self._loop: asyncio.AbstractEventLoop | None = None
         # While the Hub runs: its background tasks, and the one that watches them.
         self._background: dict[asyncio.Task[None], Work] = {}
         self._supervisor: asyncio.Task[None]
-        # When the last test notification came, from whichever process.
-        self._last_test_at = clock()
 
     def _make_parts(self) -> None:
         """Make the parts that have tasks, timers or events of one event loop."""
@@ -169,7 +167,7 @@ class Hub:
         if self.settings.ping_interval:
             yield self.heartbeat.run
         if self.settings.notification_interval:
-            yield self._send_tests
+            yield self.test_notifications.run
 
     async def drain(self, host: str = "") -> None:
         """Announce the shutdown, wait until the clients have left or shutdown_timeout is over, close the rest.
@@ -307,38 +305,6 @@ class Hub:
             complete=complete,
         )
 
-    # --- test notifications
-
-    async def _send_tests(self) -> None:
-        """Send a test notification an interval after the last one, of whichever process, if this process leads."""
-        interval = self.settings.notification_interval
-        self._last_test_at = self.clock()
-        while self.state is HubState.READY:
-            due = self._last_test_at + interval
-            if (early := due - self.clock()) > 0:
-                # Then look again: meanwhile another process may have sent one, or the drain may have begun.
-                await asyncio.sleep(early)
-                continue
-            # To the next one it is an interval from when this was due, not from when it was sent, so that delays do
-            # not add up. An interval in which the process did not run is not made up for.
-            begins = due if self.clock() < due + interval else self.clock()
-            with contextlib.suppress(StoreUnavailable):
-                await self._send_test()
-            self._last_test_at = begins
-
-    async def _send_test(self) -> None:
-        if (counter := await self.store.lead()) is None:
-            return
-        data = schemas.TestData(
-            message=f"Test notification #{counter + 1}",
-            counter=counter + 1,
-            uptime_seconds=self.census.uptime(),
-            active_connections=(await self.census.take()).active,
-            server_time=timestamp(),
-        )
-        draft = Draft(schemas.compose("test_notification", data), replayed=False)
-        await self.store.append([draft], counter=counter + 1)
-
     # --- the store's Node
 
     def opened(self, opening: Opening) -> None:
@@ -350,8 +316,8 @@ class Hub:
         """Take the next records of the log, and hand them to the clients that they are for."""
         self.fanout.append(records)
         for record in records:
-            if not record.replayed and record.rest.startswith(_TEST_START):
-                self._last_test_at = self.clock()
+            if not record.replayed:
+                self.test_notifications.notice(record)
 
     def missed(self) -> None:
         """Close all clients: they would miss records that the log let go of before this process could read them.
