@@ -160,49 +160,26 @@ class Admission:
             claim.set()
 
     def _join(self, connection: Connection, newcomer: Newcomer, position: str) -> Client:
-        """Add a registered client to the directory, and welcome it."""
-        # Without await: the cursor is read, the replay is fixed and the client is in the directory before anything
-        # else can be delivered. So nothing is missing at the seam, and nothing comes twice.
-        hub, log = self._hub, self._hub.fanout.log
-        client = Client(
-            hub,
-            connection,
-            newcomer.client_id,
-            newcomer.user_agent,
-            log.next_turn,
-            next(self._numbers),
-            newcomer.address,
-        )
+        """Add a registered newcomer to the directory, and welcome it as a client."""
+        # Without await: the client is in the directory, its cursor is set and its replay is fixed before anything else
+        # can be delivered. So nothing is missing at the seam, and nothing comes twice.
+        hub = self._hub
+        client = Client(hub, connection, newcomer, next(self._numbers))
         hub.clients.add(client, frozenset(newcomer.topics))
-        if newcomer.identity is not None:
-            hub.expiring.set_identity(client, newcomer.identity)
         self.empty.clear()
-        connection.accept(client, self._greeting(client, newcomer.since, position))
-        if client.pending is not None:
-            hub.fanout.advance(client)
-        return client
-
-    def _greeting(self, client: Client, since: str | None, position: str) -> bytes:
-        """Owe the client all that it missed, and return the welcome, with `since` also the answer to the resume."""
-        hub, log = self._hub, self._hub.fanout.log
+        if newcomer.identity is not None:
+            hub.expiring.watch(client)
+        resume = hub.fanout.follow(client, newcomer.since, position)
         welcome = schemas.Welcome(
             client_id=client.client_id, server_time=timestamp(), notification_interval=self._notification_interval
         )
         greeting = frame(encode(welcome))
-        if since:
-            entries, complete = log.replay(since, client.client_id, client.topics, hub.clock())
-            data = schemas.ResumeData(position=log.position, replayed=len(entries), complete=complete)
-        else:
-            # Another process may have been faster than this one: the client's are all entries after its admission.
-            start = None if position == log.position else log.find(position)
-            entries = [] if start is None else list(log.since(start))
-            entries = [entry for entry in entries if entry.is_for(client.client_id, client.topics)]
-            data = schemas.ResumeData(position=position, replayed=0, complete=True)
-        if entries:
-            hub.fanout.owe(client, [entry.sequence for entry in entries])
-        if since is not None:
-            greeting += frame(encode(schemas.Resume(timestamp=timestamp(), data=data)))
-        return greeting
+        if newcomer.since is not None:
+            greeting += frame(encode(schemas.Resume(timestamp=timestamp(), data=resume)))
+        connection.accept(client, greeting)
+        if client.pending is not None:
+            hub.fanout.advance(client)
+        return client
 
     # --- out
 

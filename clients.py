@@ -17,7 +17,7 @@ from connection import Connection
 from log import Audience
 
 if TYPE_CHECKING:
-    from guard_identity import Identity
+    from admission import Newcomer
     from hub import Hub
 
 # Messages that a client may send at once, and per second after that (a token bucket).
@@ -53,22 +53,15 @@ class Client:
         "user_agent",
     )
 
-    def __init__(
-        self,
-        hub: Hub,
-        connection: Connection,
-        client_id: str,
-        user_agent: str | None,
-        cursor: int,
-        phase: int,
-        address: str,
-    ) -> None:
+    def __init__(self, hub: Hub, connection: Connection, newcomer: Newcomer, phase: int) -> None:
         self._hub = hub
-        self.address = address
         self.connection = connection
-        self.client_id = client_id
-        self.user_agent = user_agent
-        self.cursor = cursor
+        self.client_id = newcomer.client_id
+        self.user_agent = newcomer.user_agent
+        self.address = newcomer.address
+        # None without authentication.
+        self.identity = newcomer.identity
+        self.cursor = 0
         # Set by the connection: the socket, if the fan-out may write frames to it by itself, or -1.
         self.descriptor = -1
         # Sequences of entries that the client is owed beside the broadcasts from its cursor on: targeted ones, and
@@ -76,8 +69,6 @@ class Client:
         self.pending: list[int] | None = None
         self.owns_pending = False
         self.topics: frozenset[str] = frozenset()
-        # None without authentication.
-        self.identity: Identity | None = None
         self.connected_at = self.heard_at = self._tokens_at = hub.clock()
         self.phase = phase % HEARTBEAT_PHASES
         # Whether the client has ever sent a message, and so would answer a ping message.

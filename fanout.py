@@ -21,8 +21,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from clients import Client
-from log import Audience, Log, Positions, frame, payloads
-from schemas import POLICY_VIOLATION
+from log import Audience, Entry, Log, Positions, frame, payloads
+from schemas import POLICY_VIOLATION, ResumeData
 from store import Record
 
 if TYPE_CHECKING:
@@ -190,10 +190,25 @@ class FanOut:
             for entry in list(self.log.since(self.log.first_sequence))
         )
 
-    def owe(self, client: Client, sequences: list[int]) -> None:
-        """Owe one client these entries beside the broadcasts from its cursor on."""
-        if sequences:
-            PendingLists().owe(client, sequences)
+    def follow(self, client: Client, since: str | None, position: str) -> ResumeData:
+        """Put a newcomer at the end of the log, owe it the earlier entries that are its, and return what these are.
+
+        With `since` they are its replay. Otherwise they are those after the `position` at which the store admitted it:
+        another process may have been faster than this one.
+        """
+        log = self.log
+        client.cursor = log.next_turn
+        if since:
+            missed, complete = log.replay(since, client.client_id, client.topics, self._clock())
+            self._owe(client, missed)
+            return ResumeData(position=log.position, replayed=len(missed), complete=complete)
+        if position != log.position and (start := log.find(position)) is not None:
+            self._owe(client, [one for one in log.since(start) if one.is_for(client.client_id, client.topics)])
+        return ResumeData(position=position, replayed=0, complete=True)
+
+    def _owe(self, client: Client, entries: list[Entry]) -> None:
+        if entries:
+            PendingLists().owe(client, [entry.sequence for entry in entries])
             self._owed.add(client)
 
     def forget(self, client: Client) -> None:

@@ -96,10 +96,9 @@ class ExpiringClients:
         self._clients: set[Client] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    def set_identity(self, client: Client, identity: Identity) -> None:
-        """Let this identity limit the client from now on."""
-        client.identity = identity
-        if identity.expires_at is None:
+    def watch(self, client: Client) -> None:
+        """Close the client when its identity, a new one or a renewed one, expires."""
+        if client.identity is None or client.identity.expires_at is None:
             self.forget(client)
             return
         self._clients.add(client)
@@ -116,7 +115,8 @@ class ExpiringClients:
         nameless = held is not None and held.client_id == identity.client_id == ""
         identity.own_client_id(None if nameless else client.client_id)
         identity.check_topics(client.topics)
-        self.set_identity(client, identity)
+        client.identity = identity
+        self.watch(client)
 
     def forget(self, client: Client) -> None:
         """Let the client go: it has left, or cannot expire any more."""

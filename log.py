@@ -139,7 +139,6 @@ class Log:
     __slots__ = (
         "_batches",
         "_broadcasts",
-        "_bytes",
         "_entries",
         "_first_turn",
         "_position_before",
@@ -148,18 +147,28 @@ class Log:
         "max_age",
         "max_bytes",
         "max_entries",
+        "next_sequence",
+        "next_turn",
+        "position",
+        "size",
     )
 
     def __init__(self, max_entries: int, max_bytes: int, max_age: float) -> None:
         self.max_entries = max_entries
         self.max_bytes = max_bytes
         self.max_age = max_age
+        # The newest id; before the first notification, an id that is older than any.
+        self.position = ""
+        # The cursor of a client that has been handed every broadcast.
+        self.next_turn = 0
+        self.next_sequence = 0
+        # Bytes of the whole log.
+        self.size = 0
         self._entries: list[Entry] = []
         self.first_sequence = 0  # of _entries[0]
         self._broadcasts: list[Entry] = []
         self._first_turn = 0  # of _broadcasts[0]
         self._position_before = ""  # of _entries[0]
-        self._bytes = 0
         self._replayed = 0  # entries that count towards max_entries
         # By cursor, with pending entries also by the identity and length of their list. The list is kept beside its
         # batch, so that no other list takes its id().
@@ -168,28 +177,9 @@ class Log:
     def __len__(self) -> int:
         return len(self._entries)
 
-    @property
-    def size(self) -> int:
-        """The bytes of the whole log."""
-        return self._bytes
-
-    @property
-    def next_sequence(self) -> int:
-        return self.first_sequence + len(self._entries)
-
-    @property
-    def next_turn(self) -> int:
-        """The cursor of a client that has been handed every broadcast."""
-        return self._first_turn + len(self._broadcasts)
-
-    @property
-    def position(self) -> str:
-        """The newest id; before the first notification, an id that is older than any."""
-        return self._entries[-1].id if self._entries else self._position_before
-
     def begin(self, before: str) -> None:
         """Set the position before the first entry."""
-        self._position_before = before
+        self._position_before = self.position = before
 
     def append(
         self, id: str, frame: bytes, at: float, *, replayed: bool = True, audience: Audience | None = None
@@ -198,10 +188,13 @@ class Log:
         size = len(frame) + (0 if audience is None else audience.size())
         entry = Entry(self.next_sequence, id, frame, size, at, replayed, audience)
         self._entries.append(entry)
+        self.position = id
+        self.next_sequence += 1
         if audience is None:
             self._broadcasts.append(entry)
+            self.next_turn += 1
         self._batches.clear()
-        self._bytes += size
+        self.size += size
         self._replayed += replayed
         return entry.sequence
 
@@ -209,6 +202,7 @@ class Log:
         """Add the last two frames for everyone. The notification's position is that of an entry in the log."""
         frames = notification + message
         self._broadcasts.append(Entry(self.next_sequence, self.position, frames, 0, 0.0, False, None))
+        self.next_turn += 1
         self._batches.clear()
 
     def batch(self, cursor: int, pending: list[int] | None) -> Batch | None:
@@ -290,7 +284,7 @@ class Log:
 
     def expired(self, now: float, limit: int) -> int:
         """Return the sequence up to which the bounds ask to trim, at most `limit`."""
-        drop, replayed, size = 0, self._replayed, self._bytes
+        drop, replayed, size = 0, self._replayed, self.size
         last = min(limit - self.first_sequence, len(self._entries))
         while drop < last:
             entry = self._entries[drop]
@@ -310,7 +304,7 @@ class Log:
         del self._entries[: len(gone)]
         self.first_sequence = sequence
         self._position_before = gone[-1].id
-        self._bytes -= sum(entry.size for entry in gone)
+        self.size -= sum(entry.size for entry in gone)
         self._replayed -= sum(entry.replayed for entry in gone)
         turns = bisect_left(self._broadcasts, sequence, key=attrgetter("sequence"))
         del self._broadcasts[:turns]

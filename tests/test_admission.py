@@ -148,17 +148,17 @@ def test_an_admission_keeps_the_log_only_while_it_lasts(loop: VirtualLoop, hub: 
 
     async def scenario() -> None:
         admission = await stand_at_the_gate(hub, FakeConnection())
-        assert len(hub.fanout.held) == 1
+        assert len(hub.fanout.admitting) == 1
         admission.cancel()
         await asyncio.gather(admission, return_exceptions=True)
-        assert not hub.fanout.held
+        assert not hub.fanout.admitting
         gone = FakeConnection()
         refused = await stand_at_the_gate(hub, gone, "bob")
         gone.state = ConnectionState.CLOSED
         store_of(hub).gate.set()
         await outcome(refused)
         await hub.admit(FakeConnection(), Newcomer("cat"))
-        assert not hub.fanout.held
+        assert not hub.fanout.admitting
 
     loop.run_until_complete(scenario())
 
