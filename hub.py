@@ -256,13 +256,14 @@ class Hub:
         counted from 0.
         """
         await self.start()
+        self.check_ready()
         if sender is not None:
             sender.check_publish(requests)
         if numbered:
             drafts = [self._draft(request, f"[{place}].") async for place, request in in_slices(requests)]
+            self.check_ready()
         else:
             drafts = [self._draft(request) for request in requests]
-        self.check_ready()
         return await self.store.append(drafts, once)
 
     def _draft(self, request: schemas.NotifyRequest, place: str = "") -> Draft:
