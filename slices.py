@@ -1,4 +1,4 @@
-"""Long work on the event loop, in portions: others get their turn between them. Knows nothing else."""
+"""Long work on the event loop in slices, so that it starves no other task. Knows nothing of the work."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import TypeVar
 
-# The event loop is held no longer than about this at a time.
+# How long a slice holds the event loop, about.
 SLICE_SECONDS = 0.002
 
 Item = TypeVar("Item")
 
 
 async def in_slices(items: Iterable[Item]) -> AsyncIterator[tuple[int, Item]]:
-    """Yield the items with their numbers, from 0 on, and let others run when that has taken long enough."""
+    """Yield the items with their numbers, from 0 on, and let other tasks run after each SLICE_SECONDS."""
     clock = asyncio.get_running_loop().time
     began = clock()
     for number, item in enumerate(items):

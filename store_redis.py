@@ -62,7 +62,7 @@ from store_redis_link import Argument, RedisLink, send
 logger = logging.getLogger("notifyd")
 
 RENEW_SECONDS = 1.0
-# The interval at which a store that is away is tried again.
+# The interval of tries while the store is away.
 LOOK_SECONDS = 0.5
 # Every process learns of a new epoch with its next renewal, or finds Redis back with its next try.
 RESTORE_SECONDS = 1.5
@@ -106,7 +106,7 @@ class RedisStore:
         self._epoch, self._seq, self._post_id = "", 0, "0"
         # The newest id that this process has read, and the id after which it has missed nothing.
         self._newest = self._whole_since = ""
-        # The opening: the records so far, and the entry and time at which it is complete.
+        # The opening: the records so far, the entry that completes it, and its time.
         self._opened = False
         self._found: list[Record] = []
         self._opening_until = self._opening_now = 0
@@ -266,7 +266,7 @@ class RedisStore:
         before, records = self._node.kept()
         before = max(before, self._whole_since)
         lost = (record for record in records if record.id > max(before, newest))
-        # First the place from which this process has all records: the log must reach back to it.
+        # First the start of this process's unbroken part: the log must reach back to it.
         await self._run(connection, ["offer", before])
         while chunk := list(islice(lost, CHUNK)):
             arguments: list[Argument] = ["offer", before]
@@ -319,7 +319,7 @@ class RedisStore:
                 self._resolve()
 
     def _resolve(self) -> None:
-        """Answer the groups whose place in the log this process has read."""
+        """Answer the groups that were done up to this process's place in the log."""
         while self._done and self._done[0][0] <= self._seq:
             _, group, replies = self._done.popleft()
             for operation, reply in zip(group, replies, strict=True):

@@ -47,7 +47,7 @@ SWITCH_SECONDS = 0.0002
 RENEW_SECONDS = 1.0
 # The interval of the renewal while the store is away.
 LOOK_SECONDS = 0.5
-# Operations in one transaction, at most: about 10 ms, for which the other processes wait.
+# Operations in one transaction, at most: the other processes wait for about 10 ms.
 GROUP = 500
 CLOSED = "The store is away: it is closed"
 
@@ -62,7 +62,7 @@ class SqliteStore:
         self.failure: str | None = CLOSED
         self._timeout = settings.store_timeout
         self._database = Database(settings, path)
-        # The id up to which the log has been delivered to the node; empty before the opening.
+        # The newest id that was delivered to the node; empty before the opening.
         self._delivered = ""
         self._keeper: asyncio.Task[None] | None = None
         self._detach()
@@ -187,12 +187,12 @@ class SqliteStore:
         self.failure = error.message
         return error
 
-    # --- what the thread found
+    # --- outcomes of the thread
 
     def _receive(self, node_id: str, outcome: Outcome) -> None:
         """Take an outcome of the thread: first the log, then the mail, then the answers."""
         if node_id != self.node_id:
-            # From a thread before this one, which reads the same again.
+            # From an earlier thread; the present thread reads the same again.
             return
         # After close() no failure counts any more.
         if self._keeper is not None:
@@ -275,7 +275,7 @@ class Database:
 
     @contextlib.contextmanager
     def used_by(self, node_id: str, delivered: str) -> Iterator[Database]:
-        """Serve one thread as this node, which has been delivered the log up to an id, empty for nothing.
+        """Serve one thread as this node. `delivered` is the newest id that was delivered to it, if any.
 
         The thread of a store that is opened again waits here for the thread before it.
         """

@@ -4,7 +4,7 @@ Owns the state of all nodes, the log, the registry and the buckets, as rows of t
 nor its thread; the file is in store_sqlite_file.py, and store_sqlite.py runs one transaction after the other.
 
 1. Data that changes with almost every transaction is one row, State: read at its beginning, written at its end.
-2. A transaction begins by renewing its node's lease, removing the nodes whose lease has run out, and reading the log.
+2. A transaction begins by renewing its node's lease, removing the nodes with an expired lease, and reading the log.
 3. An operation checks before it writes. Refusing one needs no rollback and does not affect the others in its
    transaction.
 4. No record is trimmed that a living node has yet to read.
@@ -60,7 +60,7 @@ RECORDS = "SELECT sequence, id, rest, audience, replayed, at FROM log WHERE sequ
 
 
 class NodeState(Struct):
-    """A node: its lease on CLOCK_MONOTONIC, and the sequence up to which it has read the log."""
+    """A node: its lease on CLOCK_MONOTONIC, and the last sequence that it has read."""
 
     renewed: float
     read: int
@@ -124,7 +124,7 @@ class Outcome(Struct):
 
 
 class Progress(Struct):
-    """What a process remembers of the file between two transactions."""
+    """A process's memory of the file between two transactions."""
 
     # The newest record read: its id, empty before the opening, and its sequence, -1 where only the id is known.
     newest: str = ""
@@ -321,7 +321,7 @@ class Transaction:
             return self.state.active()
         clients, topics = map(list, audience)
         if not clients and len(topics) == 1:
-            # The usual case, without the union, which would copy a large topic.
+            # The usual case, without the union: that would copy a large topic.
             found = self._run("SELECT count(*) FROM topic WHERE name = ?", topics)
         else:
             found = self._run(

@@ -49,7 +49,7 @@ def test_a_refused_client_is_not_counted(small: Server) -> None:
     assert small.read("/health")["connections"] == {"active": 2, "total": 2, "max_allowed": 2}
 
 
-def test_who_leaves_makes_room(small: Server) -> None:
+def test_a_client_that_leaves_makes_room(small: Server) -> None:
     """A slot is free as soon as its client has left."""
     small.join()
     small.join().leave()
@@ -57,7 +57,7 @@ def test_who_leaves_makes_room(small: Server) -> None:
     small.join()
 
 
-def test_who_breaks_off_makes_room(small: Server) -> None:
+def test_a_client_that_breaks_off_makes_room(small: Server) -> None:
     """A slot is free when its client's connection was reset."""
     small.join()
     small.join_bare().reset()
@@ -155,7 +155,7 @@ def test_a_newcomer_that_gives_up_during_the_probe_does_no_harm(server: Server) 
     assert server.active() == 1
 
 
-def test_a_duplicate_is_told_so_even_when_the_server_is_full(small: Server) -> None:
+def test_a_duplicate_is_refused_as_such_even_when_the_server_is_full(small: Server) -> None:
     """The check for duplicates comes before the limit."""
     small.join("bob")
     small.join()

@@ -151,7 +151,7 @@ def test_a_refusal_has_the_documented_body_and_headers(limited: Server) -> None:
     assert 1 <= reset - time.time() <= 3
 
 
-def test_who_waits_as_told_gets_in(limited: Server) -> None:
+def test_a_client_that_waits_for_retry_after_gets_in(limited: Server) -> None:
     """Retry-After is true."""
     time.sleep(int(exhaust(limited).headers["retry-after"]))
     assert limited.get("/status").status_code == 200
@@ -345,7 +345,7 @@ def test_an_address_has_so_many_clients_and_no_more(crowded: Server) -> None:
         assert knock(crowded, **BOB).status_code == 101
 
 
-def test_who_leaves_makes_room(crowded: Server) -> None:
+def test_a_client_that_leaves_makes_room(crowded: Server) -> None:
     """However it ends."""
     for _ in range(5):
         gone = [crowded.join(additional_headers=ALICE) for _ in range(2)]

@@ -29,7 +29,7 @@ async def test_an_empty_log_has_a_position(any_store: str) -> None:
 
 
 @on_loop
-async def test_what_is_appended_is_delivered(any_store: str) -> None:
+async def test_an_appended_notification_is_delivered(any_store: str) -> None:
     """To the process that appended it, whole and before it has the receipt."""
     async with members(any_store) as [one]:
         drafts = [
@@ -77,7 +77,7 @@ async def test_ids_increase_over_all_processes_while_the_clock_jumps(
 
 
 @on_loop
-async def test_every_process_is_told_everything_in_one_order(shared: str) -> None:
+async def test_every_process_gets_everything_in_one_order(shared: str) -> None:
     """Every process appends at once, and all see one order."""
     async with members(shared, 3) as everyone:
         ids = await asyncio.gather(*(member.publish() for _ in range(100) for member in everyone))
@@ -213,7 +213,7 @@ async def test_recipients_on_all_processes(shared: str) -> None:
 
 
 @on_loop
-async def test_a_notification_for_nobody_is_told_to_every_process(shared: str) -> None:
+async def test_a_notification_for_nobody_reaches_every_process(shared: str) -> None:
     """It is a place in the log that all of them know."""
     async with members(shared, 2) as [one, other]:
         await one.admit("a", "t")
@@ -316,7 +316,7 @@ async def test_a_process_may_claim_its_own_client_ids_again(shared: str) -> None
 
 
 @on_loop
-async def test_who_left_may_be_admitted_elsewhere(shared: str) -> None:
+async def test_a_client_that_left_may_be_admitted_elsewhere(shared: str) -> None:
     """As soon as this process has done anything else, since it leaves in order."""
     async with members(shared, 2) as [one, other]:
         await one.admit("a")
@@ -326,7 +326,7 @@ async def test_who_left_may_be_admitted_elsewhere(shared: str) -> None:
 
 
 @on_loop
-async def test_who_leaves_and_comes_back_at_once_stays(shared: str) -> None:
+async def test_a_client_that_leaves_and_comes_back_at_once_stays(shared: str) -> None:
     """A client that is taken out is not the one that is admitted after it."""
     async with members(shared, 2) as [one, other]:
         await one.admit("a")
@@ -456,7 +456,7 @@ async def test_every_process_counts_the_same(shared: str) -> None:
 
 
 @on_loop
-async def test_counters_keep_what_a_closed_process_counted(shared: str) -> None:
+async def test_counters_keep_the_part_of_a_closed_process(shared: str) -> None:
     async with members(shared) as [one]:
         async with members(shared) as [going]:
             await going.admit("a")
@@ -702,7 +702,7 @@ async def test_a_store_that_is_closed_while_it_counts_counts_on(shared: str) -> 
 
 @pytest.mark.usefixtures("_short_leases")
 @on_loop
-async def test_a_store_that_is_opened_again_has_missed_nothing_that_it_was_told(shared: str) -> None:
+async def test_a_store_that_is_opened_again_has_missed_nothing(shared: str) -> None:
     """Also where the log ends there by now, since all of it was too old."""
     async with members(shared, 2, history_ttl=0.1) as [one, other]:
         await one.publish()
@@ -738,7 +738,7 @@ async def test_a_process_hears_that_it_missed_something(shared: str, start_proce
 
 
 @on_loop
-async def test_what_was_appended_survives_every_process(shared: str, start_process: Callable[..., Process]) -> None:
+async def test_appended_notifications_survive_every_process(shared: str, start_process: Callable[..., Process]) -> None:
     """Killed in the middle of appending: everything that was answered is there, once and in order."""
     processes = [start_process(shared), start_process(shared)]
     for process in processes:

@@ -630,7 +630,7 @@ async def test_a_process_that_comes_back_before_its_clients_are_removed_has_them
 
 @pytest.mark.usefixtures("_short_leases")
 @on_loop
-async def test_what_a_process_counted_that_came_back_is_counted_once(
+async def test_the_counters_of_a_process_that_came_back_count_once(
     start_redis: StartRedis,
     start_process: Callable[..., Process],
     monkeypatch: pytest.MonkeyPatch,

@@ -32,7 +32,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def turn_taken(path: Path) -> Iterator[None]:
+def lock_held(path: Path) -> Iterator[None]:
     """Hold the locks of a transaction, like a process that was stopped in the middle of one."""
     with open(f"{path}-lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -182,7 +182,7 @@ async def test_the_write_ahead_log_begins_anew(path: Path, monkeypatch: pytest.M
 async def test_an_opening_that_was_given_up_leaves_nothing(path: Path) -> None:
     """The next request opens the store."""
     member = Member(f"sqlite:{path}")
-    with turn_taken(path), pytest.raises(TimeoutError):
+    with lock_held(path), pytest.raises(TimeoutError):
         await asyncio.wait_for(member.open(), 0.1)
     await member.open()
     await member.publish()
@@ -194,7 +194,7 @@ async def test_an_opening_that_was_given_up_leaves_nothing(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trouble", "reason"), [(turn_taken, "no answer within 0.2 s"), (database_locked, "database is locked|no answer")]
+    ("trouble", "reason"), [(lock_held, "no answer within 0.2 s"), (database_locked, "database is locked|no answer")]
 )
 @on_loop
 async def test_a_locked_store_is_away_until_it_is_free(
@@ -227,7 +227,7 @@ async def test_a_locked_store_is_away_until_it_is_free(
 async def test_a_lease_that_cannot_be_renewed_is_a_failure(path: Path) -> None:
     """Nobody has to ask for anything."""
     async with members(f"sqlite:{path}", store_timeout=0.2) as [one]:
-        with turn_taken(path):
+        with lock_held(path):
             await one.until(lambda: one.store.failure)
         await one.until(lambda: one.store.failure is None)
 
@@ -236,7 +236,7 @@ async def test_a_lease_that_cannot_be_renewed_is_a_failure(path: Path) -> None:
 async def test_an_admission_that_was_given_up_takes_no_slot(path: Path) -> None:
     """Whether or not it was done, once the store is back."""
     async with members(f"sqlite:{path}", store_timeout=0.2) as [one]:
-        with turn_taken(path), pytest.raises(StoreUnavailable):
+        with lock_held(path), pytest.raises(StoreUnavailable):
             await one.admit("a")
         await one.until(lambda: one.store.failure is None)
         admission = asyncio.create_task(one.admit("b"))
@@ -257,7 +257,7 @@ async def test_a_process_may_start_while_the_store_is_away(path: Path) -> None:
     async with members(f"sqlite:{path}") as [one]:
         await one.publish()
         late = Member(f"sqlite:{path}", store_timeout=0.2)
-        with turn_taken(path):
+        with lock_held(path):
             await late.open()
             assert late.store.failure is not None
             assert late.openings == []
@@ -273,7 +273,7 @@ async def test_a_process_may_end_while_the_store_is_away(path: Path) -> None:
     async with members(f"sqlite:{path}") as [one]:
         going = await Member(f"sqlite:{path}", store_timeout=0.2).open()
         await going.admit("a")
-        with turn_taken(path):
+        with lock_held(path):
             await asyncio.wait_for(going.store.close(), 1)
 
         async def is_free() -> bool:
@@ -282,7 +282,7 @@ async def test_a_process_may_end_while_the_store_is_away(path: Path) -> None:
                 return True
             return False
 
-        # Either may have the next turn.
+        # Either may take the lock next.
         await one.eventually(is_free)
 
 
@@ -314,7 +314,7 @@ async def test_a_change_of_topics_while_the_lease_ends(path: Path) -> None:
     async with members(f"sqlite:{path}", 2, store_timeout=10) as both:
         for member in both:
             await member.admit(member.store.node_id, "t")
-        with turn_taken(path):
+        with lock_held(path):
             changes = [asyncio.create_task(member.store.subscribe(member.store.node_id, ())) for member in both]
             await asyncio.sleep(1.5 * SHORT_LEASE)
         await asyncio.gather(*changes)
