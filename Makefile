@@ -5,17 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help run test test-slow test-stores test-all check format bench bench-quick autobahn fuzz soak clean
+.PHONY: help run test test-slow test-stores test-bounds test-all check format bench bench-quick autobahn fuzz soak clean
 
 help:
-	@echo "make run [ARGS='--port 8000']  serve        make test [ARGS='-k health']  run the tests"
+	@echo "make run [PORT=8000] [ARGS=...]  serve      make test [ARGS='-k health']  run the tests"
 	@echo "make test-all                  also what takes minutes: faults, chaos, many processes, and each store"
 	@echo "make check                     lint, types  make bench, make bench-quick  measure beside the peers"
 	@echo "make fuzz                      feed it made-up input for FUZZ_SECONDS (300)"
 	@echo "make soak                      2,000 clients for SOAK_SECONDS (600)"
 
 run: $(VENV)/run
-	@exec $(BIN)/python notifyd.py $(ARGS)
+	@exec $(BIN)/python notifyd.py $(if $(PORT),--port $(PORT)) $(ARGS)
 
 # Hundreds of short processes import the same modules: keep them compiled, whatever the machine does by default.
 test test-slow test-stores: export PYTHONDONTWRITEBYTECODE :=
@@ -26,7 +26,7 @@ test: $(VENV)/dev
 test-slow: $(VENV)/dev
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 
-test-all: test test-slow test-stores
+test-all: test test-slow test-stores test-bounds
 
 # What clients and publishers see, again for each store, and with several processes.
 API := $(addprefix tests/test_,$(addsuffix .py,batch drain events health heartbeat history hostile http_errors \
@@ -35,6 +35,11 @@ test-stores: $(VENV)/dev
 	@$(BIN)/python -m pytest -n 4 --server-args='--workers 2 --store-timeout 10' $(API) $(ARGS)
 	@$(BIN)/python -m pytest -n 4 --store sqlite $(API) $(ARGS)
 	@$(BIN)/python -m pytest -n 4 --store redis $(API) $(ARGS)
+
+# The servers of some tests, with both ends of the ranges in pyproject.toml.
+test-bounds: export PYTHONDONTWRITEBYTECODE :=
+test-bounds: $(VENV)/dev
+	@$(BIN)/python tests/bounds.py $(ARGS)
 
 check: $(VENV)/dev
 	@$(BIN)/ruff check .
@@ -67,16 +72,17 @@ soak: $(VENV)/dev
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(BIN)/python:
+# A Python without ensurepip leaves an environment without pip. It is removed, or completed if it is an older one.
+$(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "notifyd needs Python 3.11 or later; say make PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # The stamps make the second run quick: pip is asked again only when the requirements change.
-$(VENV)/run: requirements.txt | $(BIN)/python
+$(VENV)/run: requirements.txt | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/dev: requirements-dev.txt requirements.txt | $(BIN)/python
+$(VENV)/dev: requirements-dev.txt requirements.txt | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ $(VENV)/run
 

@@ -150,7 +150,11 @@ async def refuse(error: NotifydError, scope: Scope, receive: Receive, send: Send
 async def refuse_handshake(error: NotifydError, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer a handshake that has been received with an HTTP error, or with a close where the server cannot."""
     if "websocket.http.response" in (scope.get("extensions") or {}):
-        await error_response(error, "connection")(scope, receive, send)
+        # Starlette's own Response answers handshakes since 0.37 only.
+        answer = error_response(error, "connection")
+        start = {"type": "websocket.http.response.start", "status": answer.status_code, "headers": answer.raw_headers}
+        await send(start)
+        await send({"type": "websocket.http.response.body", "body": answer.body})
     else:
         await send({"type": "websocket.close", "code": error.close_code, "reason": error.message})
 

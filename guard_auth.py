@@ -24,7 +24,7 @@ from starlette.types import Scope
 
 from errors import Unauthorized
 from guard_identity import ALL, Identity
-from settings import Settings, SettingsError, is_api_key
+from settings import Settings, SettingsError, extra, is_api_key
 
 if TYPE_CHECKING:
     from guard_tokens import Tokens
@@ -170,7 +170,8 @@ def keys_and_tokens_of(settings: Settings) -> KeysAndTokens | None:
             raise SettingsError(f"{source}: there are two keys called {name}")
         keys[name] = secret
     if any((settings.jwt_secret, settings.jwt_public_key, settings.jwks_url)):
-        from guard_tokens import tokens_of  # noqa: PLC0415 - needs PyJWT and cryptography
+        with extra("jwt", "tokens"):
+            from guard_tokens import tokens_of  # noqa: PLC0415 - needs PyJWT and cryptography
 
         return KeysAndTokens(keys.items(), tokens_of(settings))
     if settings.jwt_audience or settings.jwt_issuer or settings.jwt_algorithms:

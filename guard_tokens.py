@@ -48,7 +48,7 @@ MAX_KEYS_BYTES = 1_048_576
 # The end of the year 9999: a later time has no timestamp.
 _LAST_SECOND = 253_402_300_799
 # PyJWT raises these for a bad token, msgspec for claims of a wrong type.
-_BROKEN = (jwt.PyJWTError, msgspec.ValidationError, ValueError, TypeError, OverflowError)
+_BROKEN = (jwt.PyJWTError, msgspec.ValidationError, ValueError, TypeError, OverflowError, RecursionError)
 # PyJWT and cryptography raise these for a key of an unknown kind, which must not spoil the other keys of its set.
 _UNREADABLE = (
     *(jwt.PyJWTError, UnsupportedAlgorithm, NotImplementedError),

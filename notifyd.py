@@ -32,7 +32,7 @@ from guard import Guard
 from guard_auth import Authenticator, authenticator_of
 from hub import Hub
 from routes import internal_route_table, route_table
-from settings import Settings, SettingsError, from_environ, load
+from settings import Settings, SettingsError, extra, from_environ, load
 from store import Receipt, Store
 
 if TYPE_CHECKING:
@@ -111,7 +111,8 @@ def _shared_store(settings: Settings) -> Store | None:
         from store_sqlite import SqliteStore  # noqa: PLC0415 - needs a thread and a file
 
         return SqliteStore(settings, path)
-    from store_redis import RedisStore  # noqa: PLC0415 - needs redis
+    with extra("redis", "store"):
+        from store_redis import RedisStore  # noqa: PLC0415 - needs redis and hiredis
 
     return RedisStore(settings, settings.store)
 
@@ -136,7 +137,8 @@ def main() -> int:
         _configure_logging(settings)
         for warning in warnings:
             logger.warning(warning)
-        from server import serve, work  # noqa: PLC0415 - needs uvicorn and httptools
+        with extra("server", "the command line"):
+            from server import serve, work  # noqa: PLC0415 - needs uvicorn and httptools
 
         return serve(settings, create_app) if start is None else work(start, create_app)
     except SettingsError as error:

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import importlib
 import logging
 import resource
 import signal
@@ -29,7 +30,7 @@ import uvicorn
 
 from guard_auth import authenticator_of, warnings_of
 from server_workers import ParentLink, WorkerStart, check_store, signals_to, supervise
-from settings import VERSION, Settings, SettingsError
+from settings import VERSION, Settings, SettingsError, extra
 from wire import WireProtocol
 from wire_http import REQUEST_SECONDS, HttpProtocol
 
@@ -234,6 +235,9 @@ def serve(settings: Settings, create_app: CreateApp) -> int:
     Raises SettingsError for a setting that is wrong only together with other settings, with files or with the store.
     """
     check_store(settings)
+    if settings.loop == "uvloop":
+        with extra("server", "--loop"):
+            importlib.import_module("uvloop")
     is_open = authenticator_of(settings) is None
     certificate = _certificate_of(settings)
     if certificate is not None:

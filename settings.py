@@ -8,9 +8,10 @@ text is one line for the user and names the flag or variable as given.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ipaddress
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_args
 
 import msgspec
@@ -45,6 +46,15 @@ _ORIGIN = re.compile(r"(https?://[^/\s?#@*]+|null|\*)\Z", re.IGNORECASE)
 
 class SettingsError(Exception):
     """A setting that the server cannot start with; its text is one line for the user."""
+
+
+@contextlib.contextmanager
+def extra(name: str, source: str) -> Iterator[None]:
+    """Import packages of an extra of the distribution. Raises SettingsError for a missing package, with the remedy."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise SettingsError(f"{source}: needs {error.name}; pip install 'notifyd-server[{name}]'") from None
 
 
 class Settings(Struct, frozen=True, kw_only=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from signal import SIGHUP, SIGINT
@@ -23,6 +24,7 @@ StartServer = Callable[..., Server]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--server-args", default="", help="flags to append to the command line of every server")
+    parser.addoption("--server-python", default=sys.executable, help="the interpreter of every server")
     parser.addoption("--store", choices=["sqlite", "redis"], help="the store of every server, each with its own")
 
 
@@ -32,6 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
         # A run in the background ignores Ctrl+C, and children inherit that, but not a handler that does nothing.
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
+    Server.python = config.getoption("--server-python")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

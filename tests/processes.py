@@ -76,6 +76,7 @@ class Server:
 
     started: ClassVar[list[Server]] = []  # For the check of the logs after each test, see conftest.py.
     extra_flags: ClassVar[list[str]] = []  # pytest --server-args="..."
+    python: ClassVar[str] = sys.executable  # pytest --server-python=...
 
     def __init__(
         self,
@@ -373,7 +374,7 @@ def notifyd_command(*flags: str, constants: Mapping[str, float] | None = None) -
     program = [str(ROOT / "notifyd.py")]
     if constants is not None:
         program = ["-c", "; ".join([*_assignments(constants), "import sys, notifyd", "sys.exit(notifyd.main())"])]
-    return [sys.executable, *program, *flags, *extra]
+    return [Server.python, *program, *flags, *extra]
 
 
 def _assignments(constants: Mapping[str, float]) -> Iterator[str]:

@@ -9,7 +9,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import assert_type
 
-from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -28,37 +27,24 @@ def shops_own() -> bool:
     return settings.OWNER == hub.OWNER == "shop" and all(Path(str(each.__file__)).parent == MINE for each in modules)
 
 
-def notifications() -> App:
-    return create_app(Settings(notification_interval=0))
-
-
-in_starlette = notifications()
-in_fastapi = notifications()
-assert_type(in_starlette.hub, Hub)
+notifications = create_app(Settings(notification_interval=0))
+assert_type(notifications, App)
+assert_type(notifications.hub, Hub)
 
 
 async def order(request: Request) -> JSONResponse:
     """Publish from inside, as a host does."""
-    receipt: Receipt = await in_starlette.hub.notify("A new order", type="order", data={"number": 17})
+    receipt: Receipt = await notifications.hub.notify("A new order", type="order", data={"number": 17})
     return JSONResponse({"recipients": receipt.recipients, "shops_own": shops_own()})
 
 
 @asynccontextmanager
 async def lifespan(_: Starlette) -> AsyncIterator[None]:
-    async with in_starlette.hub:
+    async with notifications.hub:
         yield
 
 
-starlette = Starlette(
-    routes=[Route("/order", order, methods=["POST"]), Mount("/notifications", app=in_starlette)],
+app = Starlette(
+    routes=[Route("/order", order, methods=["POST"]), Mount("/notifications", app=notifications)],
     lifespan=lifespan,
 )
-
-fastapi = FastAPI()
-fastapi.mount("/notifications", in_fastapi)
-
-
-@fastapi.post("/order")
-async def order_in_fastapi() -> dict[str, int | bool]:
-    receipt = await in_fastapi.hub.notify("A new order", type="order", data={"number": 17})
-    return {"recipients": receipt.recipients, "shops_own": shops_own()}

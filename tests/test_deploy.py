@@ -17,6 +17,7 @@ import pytest
 import yaml
 from processes import ROOT, Server, free_port, program
 from redis_server import RedisServer
+from wheels import build, install
 
 from settings import Settings, from_environ
 
@@ -93,22 +94,27 @@ def test_the_image_does_not_run_as_root() -> None:
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
 
 
-def ignored(name: str) -> bool:
-    """Whether Docker does not see this file of the root."""
+def context(directory: Path) -> Path:
+    """Copy what Docker sees of the repository, and return the directory."""
     rules = (DEPLOY / "Dockerfile.dockerignore").read_text().split()
     assert rules[0] == "*"
-    return not any(Path(name).match(rule.removeprefix("!")) for rule in rules[1:])
+    for rule in rules[1:]:
+        assert rule.startswith("!")
+        for path in ROOT.glob(rule.removeprefix("!")):
+            target = directory / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    return directory
 
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the files that the image has."""
-    directory = tmp_path_factory.mktemp("image")
-    for line in re.findall(r"^COPY (?!--from)(.*)$", DOCKERFILE, re.MULTILINE):
-        *patterns, _ = line.split()
-        for pattern in patterns:
-            for path in [path for path in ROOT.glob(pattern) if not ignored(path.name)]:
-                shutil.copy(path, directory)
+    """An environment with what the image installs: the wheel, and the versions of requirements.txt."""
+    assert "pip wheel --no-cache-dir --no-deps --wheel-dir /wheel /source" in DOCKERFILE
+    assert "install --no-cache-dir --requirement /source/requirements.txt /wheel/*.whl" in DOCKERFILE
+    source, directory = context(tmp_path_factory.mktemp("source")), tmp_path_factory.mktemp("image")
+    build(source, source / "wheel", "--wheel")
+    install(directory, "--requirement", source / "requirements.txt", *(source / "wheel").glob("*.whl"))
     return directory
 
 
@@ -117,13 +123,14 @@ class Container:
 
     def __init__(self, image: Path, variables: dict[str, str]) -> None:
         [entry] = re.findall(r"^ENTRYPOINT (.*)$", DOCKERFILE, re.MULTILINE)
-        _, script = orjson.loads(entry)
+        [program] = orjson.loads(entry)
+        assert program.startswith("/notifyd/")
         self.internal_port = free_port()
         own = {"NOTIFYD_PORT": "0", "NOTIFYD_INTERNAL_PORT": str(self.internal_port), "NOTIFYD_HOST": "127.0.0.1"}
-        # Nothing is imported from where the tests find it.
+        # Nothing is imported from the checkout.
         own |= {"NOTIFYD_NOTIFICATION_INTERVAL": "0", "PYTHONPATH": ""}
         inherited = {name: value for name, value in variables.items() if name.startswith("NOTIFYD_")}
-        self.server = Server([sys.executable, str(image / script)], inherited | own)
+        self.server = Server([str(image / program.removeprefix("/notifyd/"))], inherited | own, cwd=image)
 
     def check(self) -> int:
         """Run the HEALTHCHECK and return its status."""

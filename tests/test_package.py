@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import difflib
 import fcntl
-import importlib.util
 import os
 import re
 import shutil
@@ -18,31 +17,18 @@ from zipfile import ZipFile
 import httpx
 import pytest
 from expected import Record, notification
-from processes import ROOT, Server, environment, eventually, free_port
+from processes import ROOT, Server, eventually, free_port, program
+from wheels import build, command, install
 from ws_clients import PATIENCE
 
 from settings import VERSION
 
+pytestmark = pytest.mark.slow
+
 MODULES = {path.stem for path in ROOT.glob("*.py")}
 # Names of real hosts' modules: some were ours, and some are in other packages of the index.
 NAMES = MODULES - {"notifyd"} | {"accounts", "auth", "client", "directory", "events", "keys", "peers", "throttle"}
-TOOLS = ("build", "hatchling", "twine", "check_wheel_contents", "uv")
-UV = (sys.executable, "-m", "uv")
 SERVERS = ("hypercorn>=0.17", "granian>=2")
-
-
-def lacks(what: str) -> None:
-    """Skip the test for a user; where everything has to run, that is a failure."""
-    pytest.fail(f"needs {what}") if os.environ.get("CI") == "true" else pytest.skip(f"needs {what}")
-
-
-def run(*command: str | Path, **variables: str) -> str:
-    """Run a command outside the checkout and return its output; it must succeed."""
-    ended = subprocess.run(
-        command, cwd="/", env=environment({"PYTHONPATH": "", **variables}), capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout
 
 
 @pytest.fixture(scope="session")
@@ -71,14 +57,7 @@ Make = Callable[[str, Callable[[Path], None]], Path]
 @pytest.fixture(scope="session")
 def packages(shared: Make) -> Path:
     """A directory with the sdist, and the wheel that was built from it."""
-    for tool in TOOLS:
-        if importlib.util.find_spec(tool) is None:
-            lacks(f"the package {tool}")
     return shared("packages", lambda directory: build(ROOT, directory))
-
-
-def build(source: Path, directory: Path, *flags: str) -> None:
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", directory, *flags, source)
 
 
 @pytest.fixture(scope="session")
@@ -93,18 +72,7 @@ def environments(shared: Make, wheel: Path) -> Callable[..., Path]:
 
     def make(name: str, extras: str, *others: str) -> Path:
         def fill(directory: Path) -> None:
-            run(*UV, "venv", "--quiet", "--allow-existing", "--python", sys.executable, directory)
-            python = directory / "bin" / "python"
-            run(
-                *UV,
-                "pip",
-                "install",
-                "--quiet",
-                "--python",
-                python,
-                f"notifyd-server{extras} @ file://{wheel}",
-                *others,
-            )
+            install(directory, f"notifyd-server{extras} @ file://{wheel}", *others)
 
         return shared(name, fill) / "bin"
 
@@ -124,11 +92,19 @@ def bare(environments: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def oldest(environments: Callable[..., Path]) -> Path:
+    """The environment of a host from the beginning of 2024."""
+    versions = ("starlette==0.36.3", "fastapi==0.110.0", "uvicorn==0.27.0", "websockets==12.0")
+    return environments("oldest", "", *versions, "orjson==3.9.0", "msgspec==0.19.0")
+
+
+@pytest.fixture(scope="session")
 def shop(shared: Make) -> Path:
-    """The host: shop.py, and a module for each name."""
+    """The hosts shop.py and shop_fastapi.py, and a module of theirs for each name."""
 
     def fill(directory: Path) -> None:
-        shutil.copy(ROOT / "tests" / "shop.py", directory)
+        for name in ("shop.py", "shop_fastapi.py"):
+            shutil.copy(ROOT / "tests" / name, directory)
         for name in NAMES:
             (directory / f"{name}.py").write_text('OWNER = "shop"\n')
 
@@ -198,7 +174,7 @@ def test_no_name_of_notifyd_hides_a_module(full: Path) -> None:
         f"print([name for name in {sorted(MODULES - {'notifyd'})} if getattr(notifyd, name, None)"
         " not in (None, sys.modules.get(f'notifyd.{name}'))])"
     )
-    assert run(full / "python", "-c", program) == "[]\n"
+    assert command(full / "python", "-c", program) == "[]\n"
 
 
 def test_the_sdist_builds_the_same_wheel_as_the_checkout(wheel: Path, tmp_path: Path) -> None:
@@ -211,8 +187,8 @@ def test_the_sdist_builds_the_same_wheel_as_the_checkout(wheel: Path, tmp_path: 
 
 def test_the_index_would_take_both(packages: Path) -> None:
     """twine reads the metadata and the README, check-wheel-contents the layout."""
-    assert run(sys.executable, "-m", "twine", "check", "--strict", *packages.iterdir()).count("PASSED") == 2
-    run(Path(sys.executable).parent / "check-wheel-contents", *packages.glob("*.whl"))
+    assert command(program("twine"), "check", "--strict", *packages.iterdir()).count("PASSED") == 2
+    command(program("check-wheel-contents"), *packages.glob("*.whl"))
 
 
 def test_an_editable_install_is_refused_with_a_reason(packages: Path) -> None:
@@ -227,32 +203,33 @@ def test_an_editable_install_is_refused_with_a_reason(packages: Path) -> None:
 # Beside a host.
 
 
-def start(command: list[str | Path], cwd: Path, prefix: str = "", **variables: str) -> Server:
+def start(words: list[str | Path], cwd: Path, prefix: str = "", **variables: str) -> Server:
     """Start a server from the directory `cwd`, where nothing of the checkout is on the path."""
     port = free_port()
-    words = [str(word).replace("PORT", str(port)) for word in command]
-    return Server(words, {"PYTHONPATH": "", **variables}, url=f"http://127.0.0.1:{port}{prefix}", cwd=cwd)
+    given = [str(word).replace("PORT", str(port)) for word in words]
+    return Server(given, {"PYTHONPATH": "", **variables}, url=f"http://127.0.0.1:{port}{prefix}", cwd=cwd)
 
 
-HOSTED = {
-    "uvicorn": ("full", ["uvicorn", "shop:starlette", "--port", "PORT"]),
-    "uvicorn-fastapi": ("full", ["uvicorn", "shop:fastapi", "--port", "PORT"]),
-    "hypercorn": ("bare", ["hypercorn", "shop:starlette", "--bind", "127.0.0.1:PORT", "--graceful-timeout", "1"]),
-    "hypercorn-fastapi": ("bare", ["hypercorn", "shop:fastapi", "--bind", "127.0.0.1:PORT", "--graceful-timeout", "1"]),
-    "granian": ("bare", ["granian", "shop:starlette", "--interface", "asgi", "--port", "PORT"]),
-    "granian-fastapi": ("bare", ["granian", "shop:fastapi", "--interface", "asgi", "--port", "PORT"]),
+SERVED_BY = {
+    "uvicorn": ("full", "--port PORT"),
+    "uvicorn-0.27": ("oldest", "--port PORT"),
+    "hypercorn": ("bare", "--bind 127.0.0.1:PORT --graceful-timeout 1"),
+    "granian": ("bare", "--interface asgi --port PORT"),
 }
 
 
-@pytest.fixture(params=HOSTED)
-def hosted(request: pytest.FixtureRequest, shop: Path) -> Iterator[Server]:
+@pytest.fixture(params=["shop:app", "shop_fastapi:app"])
+def hosted(request: pytest.FixtureRequest, shop: Path, served_by: str) -> Iterator[Server]:
     """The shop with notifyd mounted, under each server; "bare" has no uvicorn."""
-    environment, (program, *flags) = HOSTED[request.param]
-    server = start([request.getfixturevalue(environment) / "python", "-m", program, *flags], shop, "/notifications")
+    environment, flags = SERVED_BY[served_by]
+    python = request.getfixturevalue(environment) / "python"
+    words = [python, "-m", served_by.partition("-")[0], request.param, *flags.split()]
+    server = start(words, shop, "/notifications")
     yield server
     server.kill()
 
 
+@pytest.mark.parametrize("served_by", SERVED_BY)
 def test_a_host_has_its_own_modules_and_its_clients_receive(hosted: Server) -> None:
     """A WebSocket and a stream get the host's notifications, and each module of the host is its own."""
     client = hosted.join()
@@ -277,13 +254,13 @@ def test_a_hosts_code_type_checks(full: Path, shop: Path, tmp_path: Path) -> Non
 def test_a_third_party_finds_its_own_module(full: Path) -> None:
     """opensearch-py, for example, imports the package `events` of the index."""
     program = "import notifyd, events; notifyd.create_app(); print(events.Events.__module__, notifyd.__file__)"
-    owner, path = run(full / "python", "-c", program).split()
+    owner, path = command(full / "python", "-c", program).split()
     assert owner.startswith("events") and Path(path).is_relative_to(full.parent)
 
 
 def test_every_public_name_is_there(full: Path) -> None:
     """`from notifyd import *` gives all of __all__."""
-    run(full / "python", "-c", "from notifyd import *; assert WireProtocol and create_app and Hub")
+    command(full / "python", "-c", "from notifyd import *; assert WireProtocol and create_app and Hub")
 
 
 def test_the_app_needs_no_package_of_a_server(bare: Path) -> None:
@@ -292,7 +269,7 @@ def test_the_app_needs_no_package_of_a_server(bare: Path) -> None:
         "import sys, notifyd; notifyd.create_app(); "
         "print(sorted({'uvicorn', 'uvloop', 'httptools', 'websockets', 'redis', 'jwt', 'sqlite3'} & set(sys.modules)))"
     )
-    assert run(bare / "python", "-c", program) == "[]\n"
+    assert command(bare / "python", "-c", program) == "[]\n"
 
 
 # The command line.
@@ -309,10 +286,10 @@ def children(server: Server) -> set[int]:
     return set(server.processes()) - {server.pid}
 
 
-@pytest.mark.parametrize("command", ["console script", "module"])
-def test_workers_start_as_their_parent_was_started(full: Path, tmp_path: Path, command: str) -> None:
+@pytest.mark.parametrize("way", ["console script", "module"])
+def test_workers_start_as_their_parent_was_started(full: Path, tmp_path: Path, way: str) -> None:
     """Under the console script and under python -m, from a directory that has nothing to do with notifyd."""
-    program, *words = COMMANDS[command]
+    program, *words = COMMANDS[way]
     flags = ["--port", "PORT", "--workers", "2", "--notification-interval", "0"]
     server = start([full / program, *words, *flags], tmp_path)
     server.wait_for_line("with 2 workers")
@@ -334,3 +311,47 @@ def test_an_app_is_made_by_uvicorns_factory(full: Path, tmp_path: Path) -> None:
     server.notify("hi", clients=["bob"])
     assert Record(client.receive()) == notification({"message": "hi"})
     server.kill()
+
+
+# A missing extra.
+
+
+@pytest.mark.parametrize("words", [["notifyd"], ["python", "-m", "notifyd"]])
+def test_a_missing_server_is_one_line_that_says_what_to_install(bare: Path, words: list[str]) -> None:
+    """Without uvicorn there is no command line but --help."""
+    ended = subprocess.run([bare / words[0], *words[1:]], cwd="/", capture_output=True, text=True, check=False)
+    line = "notifyd: the command line: needs uvicorn; pip install 'notifyd-server[server]'\n"
+    assert (ended.returncode, ended.stderr) == (2, line)
+    assert "usage: notifyd" in command(bare / words[0], *words[1:], "--help")
+
+
+MISSING = {
+    "store='redis://localhost'": "store: needs hiredis; pip install 'notifyd-server[redis]'",
+    "jwt_secret='s' * 32": "tokens: needs jwt; pip install 'notifyd-server[jwt]'",
+}
+
+
+@pytest.mark.parametrize("setting", MISSING)
+def test_a_missing_extra_is_an_error_of_the_settings_in_a_host(bare: Path, setting: str) -> None:
+    """The error names the extra."""
+    host = (
+        "from notifyd import Settings, SettingsError, create_app\n"
+        f"try: create_app(Settings({setting}))\n"
+        "except SettingsError as error: print(error)"
+    )
+    assert command(bare / "python", "-c", host) == f"{MISSING[setting]}\n"
+
+
+def test_a_missing_extra_is_one_line_on_the_command_line(environments: Callable[..., Path]) -> None:
+    """The server ends with status 2, also with workers, which find it out themselves."""
+    notifyd = environments("serving", "[server]") / "notifyd"
+    for flags in (["--workers", "1"], ["--workers", "2"]):
+        ended = subprocess.run(
+            [notifyd, "--port", "0", "--store", "redis://localhost", *flags],
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        line = "notifyd: store: needs hiredis; pip install 'notifyd-server[redis]'\n"
+        assert (ended.returncode, ended.stderr) == (2, line)
