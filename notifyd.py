@@ -16,8 +16,10 @@ if __name__ == "__main__":
     # Ctrl+C while the modules load, and until the server takes signals. Status 130 is what shells give for SIGINT.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +53,7 @@ __all__ = [
     "TooLarge",
     "WireProtocol",
     "create_app",
+    "drains_on_signal",
 ]
 
 logger = logging.getLogger("notifyd")
@@ -100,6 +103,48 @@ def create_app(settings: Settings | None = None, auth: AuthenticationBackend | N
     authenticator = authenticator_of(settings, auth)
     renew = None if authenticator is None else authenticator.renew
     return App(Hub(settings, _shared_store(settings), renew=renew), authenticator)
+
+
+@contextlib.asynccontextmanager
+async def drains_on_signal(hub: Hub) -> AsyncIterator[None]:
+    """Run a Hub in the lifespan of a host, and drain it before the host's server hears SIGTERM or SIGINT.
+
+    The drain takes shutdown_timeout at most, then the signal is passed on. A second signal closes the clients at once.
+    A server that listens to signals on its event loop (Granian, Hypercorn) hears them while the drain runs.
+    """
+    loop = asyncio.get_running_loop()
+    before: dict[int, Any] = {}
+    drain: asyncio.Task[None] | None = None
+
+    async def drain_first(number: int) -> None:
+        try:
+            await hub.drain()
+            await hub.wait_closed()
+        except Exception:
+            logger.exception("The drain failed")
+        finally:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+
+    def signalled(number: int) -> None:
+        nonlocal drain
+        if drain is None:
+            drain = loop.create_task(drain_first(number))
+        else:
+            # Not at once: a task that is cancelled before its first step neither closes clients nor passes signals on.
+            loop.call_soon(drain.cancel)
+
+    async with hub:
+        # In another thread, such as that of a test client, a process hears no signals.
+        if threading.current_thread() is threading.main_thread():
+            before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            for number in before:
+                signal.signal(number, lambda number, _: loop.call_soon_threadsafe(signalled, number))
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _shared_store(settings: Settings) -> Store | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 from processes import Server, free_port
@@ -22,12 +21,17 @@ def granian(app: str, port: int) -> list[str]:
     return ["granian", f"hosts:{app}", "--interface", "asgi", "--port", str(port)]
 
 
+def gunicorn(app: str, port: int) -> list[str]:
+    worker = ["--worker-class", "uvicorn_worker.UvicornWorker"]
+    return ["gunicorn", f"hosts:{app}", "--bind", f"127.0.0.1:{port}", *worker, "--graceful-timeout", "20"]
+
+
 def host(command: Callable[..., list[str]], app: str, *flags: str, prefix: str = "", **variables: str) -> Server:
     """Start one of the hosts in hosts.py; the server's URL has the prefix of the mounted app."""
     port = free_port()
     module, *arguments = command(app, port, *flags)
     url = f"http://127.0.0.1:{port}{prefix}"
-    return Server([sys.executable, "-m", module, *arguments], QUIET | variables, url=url)
+    return Server([Server.python, "-m", module, *arguments], QUIET | variables, url=url)
 
 
 CARRIERS: dict[str, tuple[Callable[..., list[str]], str, tuple[str, ...], str]] = {

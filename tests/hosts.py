@@ -19,7 +19,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Mount, Route
 
-from notifyd import create_app
+from notifyd import create_app, drains_on_signal
 
 alone = create_app()
 
@@ -57,6 +57,18 @@ in_starlette = Starlette(
     ]
 )
 with_lifespan = Starlette(routes=[Mount("/notifications", app=exact)], lifespan=lifespan)
+
+
+drained = create_app()
+
+
+@asynccontextmanager
+async def draining_lifespan(_: Starlette) -> AsyncIterator[None]:
+    async with drains_on_signal(drained.hub):
+        yield
+
+
+draining = Starlette(routes=[Mount("/notifications", app=drained)], lifespan=draining_lifespan)
 
 
 SCOPES = {

@@ -8,7 +8,7 @@ import re
 import subprocess
 import threading
 import typing
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, get_args
@@ -28,7 +28,6 @@ import conversation
 import errors
 import guard_tokens
 import heartbeat
-import hub
 import routes
 import schemas
 import settings
@@ -52,7 +51,7 @@ MODULES = {path.name: path.read_text() for path in ROOT.glob("*.py")}
 
 # Flags of other programs that the pages name.
 FOREIGN_FLAGS = {"experimental-websocket", "factory", "appendonly", "save", "build", "deploy-hook", "stop-timeout"}
-FOREIGN_FLAGS |= {"forwarded-allow-ips"}
+FOREIGN_FLAGS |= {"forwarded-allow-ips", "graceful-timeout"}
 # Raised in the Hub's part of the code, and never the reason of a close: one is for nobody, two are told otherwise.
 NO_REASONS = {
     *map(
@@ -416,7 +415,8 @@ def shell_environment() -> dict[str, str]:
 
 
 SHELL_BLOCKS = all_found(r"^```sh\n(.*?)^```$")
-COMMANDS = [line for block in SHELL_BLOCKS for line in block.values[0].splitlines() if not line.startswith("make ")]
+LINES = [line for block in SHELL_BLOCKS for line in block.values[0].splitlines()]
+COMMANDS = [line for line in LINES if not line.startswith(("make ", "pip "))]
 LISTENING = [command for command in COMMANDS if command.startswith(("curl -N ", ".venv/bin/python -m websockets "))]
 ENDING = [command for command in COMMANDS if command not in LISTENING]
 
@@ -486,8 +486,6 @@ def test_a_python_snippet_runs(snippet: str) -> None:
     exec(compile(snippet, "snippet", "exec", dont_inherit=True), names)
     if "app" in names:
         asyncio.run(try_app(names["app"], publishes="/order" in snippet))
-    if "stop_gently" in names:
-        asyncio.run(try_stopping(names["stop_gently"]))
 
 
 async def try_app(app: Any, *, publishes: bool) -> None:
@@ -497,13 +495,6 @@ async def try_app(app: Any, *, publishes: bool) -> None:
             assert (await client.post("/order")).status_code == 200
             [order] = (await client.get("/notifications/notifications")).json()["notifications"]
             assert order["type"] == "order"
-
-
-async def try_stopping(stop_gently: Callable[[hub.Hub], Awaitable[None]]) -> None:
-    one = hub.Hub(settings.Settings())
-    await stop_gently(one)
-    assert one.state is hub.HubState.DRAINING
-    await one.stop()
 
 
 # Names and links.

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from signal import Signals
 from typing import Any
 
 import httpx
 import pytest
-from carriers import CARRIERS, QUIET, host, uvicorn
+from carriers import CARRIERS, QUIET, granian, gunicorn, host, uvicorn
 from expected import (
     CLIENT_ID,
     COUNT,
     PONG,
+    SHUTDOWN,
+    SYSTEM,
     TIME,
     UUID7,
     Record,
@@ -188,6 +192,53 @@ def test_a_host_ends_cleanly(app: str) -> None:
     status = server.exit_status()
     server.kill()
     assert status in (0, -signal.SIGTERM)
+
+
+STREAM = b"GET /notifications/events HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def open_stream(server: Server) -> socket.socket:
+    """Open a stream of which nothing is read, so that the client never leaves by itself."""
+    stream = server.raw(STREAM.replace(b"localhost", f"127.0.0.1:{server.port}".encode()))
+    assert b"200" in stream.recv(4096)
+    return stream
+
+
+@pytest.mark.parametrize(
+    ("server", "number"), [(uvicorn, signal.SIGTERM), (uvicorn, signal.SIGINT), (gunicorn, signal.SIGTERM)]
+)
+def test_a_host_drains_before_its_server_hears_the_signal(server: Callable[..., list[str]], number: Signals) -> None:
+    """Clients are told, a stream does not keep the process, and after shutdown_timeout the rest is closed with 1001."""
+    running = host(server, "draining", prefix="/notifications", NOTIFYD_SHUTDOWN_TIMEOUT="0.5")
+    client, _ = running.join(), open_stream(running)
+    running.signal(number)
+    assert client.receive_many(2) == [SYSTEM, SHUTDOWN]
+    assert client.closed() == (1001, "Server shutting down")
+    assert running.exit_status() in (0, -number)
+    running.kill()
+
+
+@pytest.mark.parametrize("server", [granian])
+def test_a_stream_does_not_keep_a_host_that_hears_signals_itself(server: Callable[..., list[str]]) -> None:
+    """Granian and Hypercorn hear the signal on the event loop while the drain runs, and end WebSockets in their way."""
+    running = host(server, "draining", prefix="/notifications", NOTIFYD_SHUTDOWN_TIMEOUT="0.5")
+    client, _ = running.join(), open_stream(running)
+    running.signal()
+    client.closed()
+    running.exit_status()
+    running.kill()
+
+
+def test_a_second_signal_ends_the_drain_of_a_host() -> None:
+    """It closes the clients at once, with the same code."""
+    running = host(uvicorn, "draining", prefix="/notifications", NOTIFYD_SHUTDOWN_TIMEOUT="60")
+    client, _ = running.join(), open_stream(running)
+    running.signal()
+    assert client.receive_many(2) == [SYSTEM, SHUTDOWN]
+    running.signal()
+    assert client.closed() == (1001, "Server shutting down")
+    assert running.exit_status() in (0, -signal.SIGTERM)
+    running.kill()
 
 
 def test_test_notifications_come_in_a_host() -> None:
