@@ -18,7 +18,6 @@ from contextlib import asynccontextmanager
 from signal import SIGCONT, SIGSTOP
 from typing import Any
 
-from processes import ROOT, environment
 from ws_clients import PATIENCE
 
 import store
@@ -186,6 +185,9 @@ class Process:
     """A member in a process of its own."""
 
     def __init__(self, url: str, lease: float = store.LEASE_SECONDS, max_connections_per_ip: int = 0) -> None:
+        # Not in the child, which would take twice as long to start.
+        from processes import ROOT, environment
+
         self._process = subprocess.Popen(
             [sys.executable, __file__, url, str(lease), str(max_connections_per_ip)],
             cwd=ROOT,

@@ -9,6 +9,8 @@ import pytest
 
 BENCH = Path(__file__).parent.parent / "bench" / "run.py"
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("peer", ["notifyd", "floor", "nchan", "ws", "websockets", "fastapi"])
 def test_every_measure_of_a_peer_passes_its_checks(peer: str) -> None:

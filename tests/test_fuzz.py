@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FUZZ = Path(__file__).parent / "fuzz" / "run.py"
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_second_of_made_up_input_breaks_nothing() -> None:

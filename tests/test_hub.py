@@ -35,13 +35,20 @@ from schemas import NotifyRequest
 from settings import Settings
 from store import Draft, Once
 
-TestHub = HubMachine.TestCase
-TestHub.settings = settings(
-    max_examples=int(os.environ.get("HUB_EXAMPLES", "200")),
+QUICK = settings(
+    max_examples=int(os.environ.get("HUB_EXAMPLES", "50")),
     stateful_step_count=int(os.environ.get("HUB_STEPS", "50")),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     deadline=None,
 )
+
+TestHub = HubMachine.TestCase
+TestHub.settings = QUICK
+
+
+@pytest.mark.slow
+class TestHubForLonger(HubMachine.TestCase):  # type: ignore[misc]
+    settings = settings(QUICK, max_examples=300)
 
 
 AUDIENCES = [None, None, Audience(frozenset(["a", "b"]), frozenset()), Audience(frozenset(), frozenset(["red"]))]

@@ -4,7 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SOAK = Path(__file__).parent / "soak" / "run.py"
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_short_soak_loses_and_leaves_nothing() -> None:
