@@ -9,7 +9,7 @@ ARGS ?=
 
 help:
 	@echo "make run [PORT=8000] [ARGS=...]  serve      make test [ARGS='-k health']  run the tests"
-	@echo "make test-all                  also what takes minutes: faults, chaos, many processes, and each store"
+	@echo "make test-all                  also what takes minutes: faults, chaos, other programs, and each store"
 	@echo "make check                     lint, types  make bench, make bench-quick  measure beside the peers"
 	@echo "make fuzz                      feed it made-up input for FUZZ_SECONDS (300)"
 	@echo "make soak                      2,000 clients for SOAK_SECONDS (600)"
@@ -22,7 +22,7 @@ test test-slow test-stores: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/dev
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-# What takes many processes and seconds: faults, chaos, workers, hosts.
+# What takes many processes, many seconds or other programs: faults, chaos, workers, Redis, nginx, browsers, bench.
 test-slow: $(VENV)/dev
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 

@@ -21,6 +21,8 @@ from wheels import build, install
 
 from settings import Settings, from_environ
 
+pytestmark = pytest.mark.slow
+
 DEPLOY = ROOT / "deploy"
 DOCKERFILE, UNIT = (DEPLOY / "Dockerfile").read_text(), (DEPLOY / "notifyd.service").read_text()
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())

@@ -30,6 +30,8 @@ from websockets.sync.client import connect
 from websockets.sync.server import ServerConnection, serve
 from ws_clients import PATIENCE
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = ROOT / "examples"
 NO_PROXY = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 

@@ -28,6 +28,8 @@ from guard import HANDSHAKES, REQUESTS
 from settings import Settings
 from store import Rate
 
+pytestmark = pytest.mark.slow
+
 CONF = (ROOT / "deploy" / "nginx.conf").read_text()
 SECRET = "sesame-open"
 ADDRESSES = itertools.count(1)

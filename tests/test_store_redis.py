@@ -20,6 +20,8 @@ from settings import Settings, SettingsError
 from store import Appended, Draft, Once, Report
 from store_redis import RedisStore
 
+pytestmark = pytest.mark.slow
+
 StartRedis = Callable[..., RedisServer]
 
 
