@@ -69,8 +69,8 @@ class Endpoint:
             # The client left before its request was complete, so nobody reads an answer.
             return
         except ReceiveError as error:
-            # The host's own exception, for the host to answer.
-            raise error.cause from None
+            # The host's own exception as it was, for the host to answer.
+            raise error.cause from error.cause.__cause__
         except NotifydError as error:
             response = error_response(error)
         except Exception as error:
