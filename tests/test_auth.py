@@ -129,8 +129,8 @@ def test_another_scheme_is_not_ours(keyed: Server) -> None:
     assert keyed.connect(additional_headers={"Authorization": "Basic Y2k6eA=="}).receive()["type"] == "welcome"
 
 
-def test_who_is_not_known_sends_no_body(keyed: Server) -> None:
-    """The answer comes before any of it."""
+def test_an_unknown_sender_is_refused_before_its_body(keyed: Server) -> None:
+    """The 401 comes before any of the body has been sent."""
     head = b"POST /notify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
     assert keyed.response_to(head)[0] == 401
 
@@ -197,8 +197,8 @@ def test_a_header_counts_before_a_subprotocol_and_that_before_the_query(signed: 
     assert signed.connect(**shown).receive() == welcome("bob")
 
 
-def test_who_shows_nothing_may_not_listen(signed: Server) -> None:
-    """Where there are tokens: neither on a WebSocket nor on a stream."""
+def test_a_client_without_credentials_may_not_listen(signed: Server) -> None:
+    """With tokens in the settings, a WebSocket and a stream without credentials are refused."""
     assert signed.connect().closed() == (1008, NEEDED)
     assert signed.connect(query="token=").closed() == (1008, NEEDED)
     assert signed.connect(subprotocols=["bearer"]).closed() == (1008, NEEDED)
@@ -277,8 +277,8 @@ def publish(server: Server, body: object, **claims: Any) -> Any:
 
 
 @pytest.mark.parametrize("body", [{"message": "hi"}, [{"message": "hi", "clients": ["alice"]}]])
-def test_who_may_publish_may_publish_everything(signed: Server, body: object) -> None:
-    """With `publish` true, and not without."""
+def test_the_right_to_publish_is_for_everything(signed: Server, body: object) -> None:
+    """A token publishes to anyone with `publish` true, and nothing without."""
     assert publish(signed, body, publish=True) == 200
     for claims in ({}, {"publish": False}, {"publish": []}, {"admin": True}):
         assert publish(signed, body, **claims) == (403, "Not allowed: to publish")

@@ -139,7 +139,7 @@ def test_errors_are_json(server: Server, path: str) -> None:
         b"PRI * HTTP/2.0",
     ],
 )
-def test_what_is_not_http_gets_a_400_or_nothing(server: Server, request_line: bytes) -> None:
+def test_bytes_that_are_not_http_get_a_400_or_nothing(server: Server, request_line: bytes) -> None:
     """Garbage is refused without a traceback."""
     connection = server.raw(request_line + b"\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     answer = connection.recv(65_536)

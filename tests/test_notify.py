@@ -97,7 +97,7 @@ def test_nobody_connected_is_no_error(server: Server) -> None:
     assert server.notify("anyone?")["recipients"] == 0
 
 
-def test_who_has_left_is_no_recipient(server: Server) -> None:
+def test_a_client_that_has_left_is_no_recipient(server: Server) -> None:
     """Recipients doesn't count a client that is gone."""
     server.join()
     server.join().leave()
@@ -223,7 +223,7 @@ def test_a_type_of_1_to_64_characters_is_accepted(server: Server, kind: str) -> 
         None,
     ],
 )
-def test_what_clients_call_json_is_accepted(server: Server, content_type: str | None) -> None:
+def test_common_content_types_of_json_are_accepted(server: Server, content_type: str | None) -> None:
     """JSON, text, curl's form default and no content type at all are all read as JSON."""
     headers = {} if content_type is None else {"Content-Type": content_type}
     assert server.post(b'{"message": "hi"}', headers=headers).status_code == 200
@@ -342,19 +342,19 @@ def test_the_protocols_own_types_are_refused(server: Server, kind: str) -> None:
         b'\xef\xbb\xbf{"message": "\xc3\x28"}',
     ],
 )
-def test_what_is_not_json_is_refused(server: Server, body: bytes) -> None:
+def test_a_body_that_is_not_json_is_refused(server: Server, body: bytes) -> None:
     """Empty, cut off, single-quoted, not UTF-8, not a number: each is a validation error."""
     assert refusal(server, body) == invalid()
 
 
 @pytest.mark.parametrize("body", [b"[]", b"null", b"42", b'"hi"', b"true"])
-def test_what_is_no_object_is_refused(server: Server, body: bytes) -> None:
+def test_json_that_is_no_object_is_refused(server: Server, body: bytes) -> None:
     """The body must be a JSON object."""
     assert refusal(server, body) == invalid("object")
 
 
 @pytest.mark.parametrize("levels", [300, 1000, 5000])
-def test_what_could_not_be_written_back_is_refused(server: Server, levels: int) -> None:
+def test_data_that_cannot_be_encoded_is_refused(server: Server, levels: int) -> None:
     """Data that is nested deeper than can be sent is a validation error."""
     assert refusal(server, b'{"message": "hi", "data": ' + b'{"a":' * levels + b"0" + b"}" * (levels + 1)) == invalid()
 

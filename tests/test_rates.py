@@ -152,7 +152,7 @@ def test_a_refusal_has_the_documented_body_and_headers(limited: Server) -> None:
 
 
 def test_a_client_that_waits_for_retry_after_gets_in(limited: Server) -> None:
-    """Retry-After is true."""
+    """After the seconds in Retry-After the next request is let in."""
     time.sleep(int(exhaust(limited).headers["retry-after"]))
     assert limited.get("/status").status_code == 200
 
@@ -346,7 +346,7 @@ def test_an_address_has_so_many_clients_and_no_more(crowded: Server) -> None:
 
 
 def test_a_client_that_leaves_makes_room(crowded: Server) -> None:
-    """However it ends."""
+    """The address may connect again after each pair of clients has left."""
     for _ in range(5):
         gone = [crowded.join(additional_headers=ALICE) for _ in range(2)]
         assert knock(crowded, **ALICE).status_code == 429

@@ -341,8 +341,8 @@ def test_too_low_a_hard_limit_is_warned_about(limited: Callable[..., Server]) ->
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-def test_who_is_there_is_served_when_there_are_no_descriptors(limited: Callable[..., Server], loop: str) -> None:
-    """That is told in a line or two, and over when some have left."""
+def test_connected_clients_are_served_without_free_descriptors(limited: Callable[..., Server], loop: str) -> None:
+    """The lack of descriptors is logged in a few lines, and ends when some connections have left."""
     server = limited("ulimit -n 40", "--loop", loop)
     client, line = server.join(), len(server.stderr)
     crowd = [server.raw(b"") for _ in range(80)]

@@ -115,8 +115,8 @@ def test_other_servers_count_clients_as_well(carrier: str) -> None:
         server.kill()
 
 
-def test_who_is_refused_is_logged_once(start_server: StartServer) -> None:
-    """By the address that the proxy names; a flood does not flood the log."""
+def test_a_refused_address_is_logged_once(start_server: StartServer) -> None:
+    """The log names the address that the proxy reports, once: a flood of requests does not flood the log."""
     server = start_server("--rate-limit", "--trusted-proxies", "127.0.0.1")
     for _ in range(60):
         server.get("/status", headers={"X-Forwarded-For": "203.0.113.9"})
