@@ -264,8 +264,9 @@ def test_a_stream_that_is_not_read_is_told_where_to_resume(start_server: StartSe
 
 
 @needs_proc
-def test_a_stream_that_takes_no_goodbye_is_aborted(server: Server) -> None:
+def test_a_stream_that_takes_no_goodbye_is_aborted(start_server: StartServer) -> None:
     """After a deadline nothing is left of it, though it reads nothing."""
+    server = start_server(constants={"connection.CLOSE_DEADLINE_SECONDS": 1})
     stalled = join(server, "client_id=ann")
     line = len(server.stderr)
     server.publish(*["large"] * 250, data={"pad": "x" * 60_000})

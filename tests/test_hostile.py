@@ -22,6 +22,8 @@ from processes import QUIET, Server, eventually, needs_proc
 from websockets.frames import Opcode
 from ws_clients import BareClient
 
+# For servers that give a peer less time to answer a close.
+HURRIED = {"connection.CLOSE_DEADLINE_SECONDS": 1}
 PUBLISH = b"POST /notify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
@@ -324,24 +326,25 @@ def test_deep_json_from_a_client_is_just_no_json(server: Server) -> None:
 @needs_proc
 def test_a_peer_that_ignores_its_close_is_aborted(start_server: StartServer) -> None:
     """After a deadline neither a slot nor a descriptor is left of a client that doesn't answer the close."""
-    server = start_server("--on-duplicate", "replace")
+    server = start_server("--on-duplicate", "replace", constants=HURRIED)
     client = stalled(server, "bob")
     for _ in range(100):
         server.notify("large", data={"pad": "x" * 60_000})
     assert server.holds(client.socket)
     server.join("bob").leave()
-    eventually(lambda: not server.holds(client.socket), 12)
+    eventually(lambda: not server.holds(client.socket))
     assert client.closed()[0] in (1006, 1008)
 
 
 @needs_proc
-def test_a_peer_that_ends_its_side_and_reads_nothing_is_aborted(server: Server) -> None:
+def test_a_peer_that_ends_its_side_and_reads_nothing_is_aborted(start_server: StartServer) -> None:
     """Bytes that it never takes keep the connection only for a while."""
+    server = start_server(constants=HURRIED)
     client = stalled(server)
     for _ in range(100):
         server.notify("large", data={"pad": "x" * 60_000})
     client.socket.shutdown(socket.SHUT_WR)
-    eventually(lambda: not server.holds(client.socket), 15)
+    eventually(lambda: not server.holds(client.socket))
 
 
 @needs_proc
