@@ -277,7 +277,7 @@ def test_an_example_decodes(example: str) -> None:
 def test_every_struct_has_an_example() -> None:
     """No message, request or answer is left out."""
     shown = [each for parameter in EXAMPLES for each in objects_in(parse(parameter.values[0]))]
-    # Messages from clients are shown, and tried, in a table; tokens are tried in test_auth.py.
+    # Messages from clients are shown, and tried, in a table; tokens are tried in test_guard_auth.py.
     expected = set(STRUCTS) - set(get_args(schemas.ClientMessage))
     assert {struct for struct in expected if any(is_example_of(each, struct) for each in shown)} == expected
 
