@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 def test_a_second_of_made_up_input_breaks_nothing() -> None:
     command = [sys.executable, str(FUZZ), "--seconds", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     tried = dict(re.findall(r"^(\w+): ([\d,]+) inputs", done.stdout, re.MULTILINE))
     assert set(tried) == {"frames", "decode", "handshake", "tokens", "http", "websocket"}
