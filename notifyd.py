@@ -13,7 +13,7 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    # Ctrl+C while the modules load, and until the server takes signals. Status 130 is what shells give for SIGINT.
+    # Ctrl+C while the modules load, and until the server takes signals. Shells use status 130 for SIGINT.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import asyncio
@@ -81,7 +81,7 @@ class App(Router):
 
     @property
     def hub(self) -> Hub:
-        """The Hub, which publishes: `await app.hub.notify(...)`."""
+        """The Hub, for publishing: `await app.hub.notify(...)`."""
         hub: Hub = self.state.hub
         return hub
 
@@ -192,7 +192,7 @@ def main() -> int:
 
 
 def __getattr__(name: str) -> Any:
-    """Import WireProtocol when it is asked for: it needs uvicorn, which a host may lack."""
+    """Import WireProtocol on demand: it needs uvicorn, and a host may lack that."""
     if name == "WireProtocol":
         from wire import WireProtocol  # noqa: PLC0415
 

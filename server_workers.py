@@ -3,13 +3,13 @@
 Owns the processes, the orders between them, and the temporary log that they share when no store is named. Knows
 neither Hub nor uvicorn.
 
-1. The parent binds the ports and never listens, so nobody else gets them. Each worker inherits a socket of its own on
-   each port and listens when it is ready; the kernel deals newcomers out to those who listen.
-2. Orders go over a socket pair, a byte each. Its end tells either side that the other is dead, whatever killed it.
-3. A worker that has drained serves on until all have: when its socket closes, newcomers that the kernel has dealt out
-   to it are lost, and they are to be told of the shutdown.
-4. Only the parent hears Ctrl+C, which the terminal sends to the whole group, and a SIGHUP that means to reload. A
-   worker that gets a SIGTERM of its own drains, and is replaced.
+1. The parent binds the ports and never listens, so no other program gets them. Each worker inherits a socket of its own
+   on each port and listens when it is ready; the kernel spreads newcomers over the listening workers.
+2. Orders go over a socket pair, a byte each. Its end tells either side that the other is dead, for any reason.
+3. A worker that has drained serves on until all have: if its socket closed earlier, newcomers that the kernel has
+   assigned to it would be lost instead of being told of the shutdown.
+4. Only the parent acts on Ctrl+C, sent by the terminal to the whole group, and on a SIGHUP to reload. A worker that
+   gets a SIGTERM of its own drains, and is replaced.
 """
 
 from __future__ import annotations
@@ -41,29 +41,28 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("notifyd")
 
-# Not one of the settings' variables: nobody but the parent sets it.
+# No variable of a setting: only the parent sets it.
 VARIABLE = "_NOTIFYD_WORKER"
 DIRECTORY_PREFIX, LOCK = "notifyd-workers-", "lock"
 READY, ALIVE, DRAINED = b"r", b"a", b"e"
 DRAIN, NOW, END, RELOAD = b"d", b"n", b"x", b"h"
-# Where workers accept from one socket, whoever wakes first takes all that wait: 362 of 400 that came at once to four.
-# Linux deals newcomers out to the sockets that share a port. Elsewhere the workers do accept from one.
+# Linux spreads newcomers over the sockets that share a port. On other systems the workers share one socket, and the
+# first worker to wake accepts almost everything: 362 of 400 simultaneous connections, with four workers.
 DEALS_OUT = sys.platform == "linux"
 # A worker that dies sooner is not replaced at once: the next one is likely to die as well.
 STABLE_SECONDS = 2.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.25, 10.0
-# A worker says so often that it is alive. One that says nothing for twice SILENCE_SECONDS hangs: the kernel goes on
-# dealing newcomers out to it, and nobody answers them.
+# The interval at which a worker says that it is alive. A worker that is silent for twice SILENCE_SECONDS hangs: the
+# kernel would go on assigning newcomers to it, and they would get no answer.
 ALIVE_SECONDS, SILENCE_SECONDS = 1.0, 10.0
-# More than a worker needs to close all its connections and end, beside what it gives the store: whoever takes longer
-# hangs.
+# Longer than a worker needs to close all its connections, leave the store and end: a worker that takes longer hangs.
 KILL_SECONDS = 15.0
-# What a worker without a parent has for its goodbyes.
+# The time that a worker without a parent has for its closes.
 ORPHAN_SECONDS = 1.0
 
 
 class WorkerStart(Struct):
-    """What a worker is started with: the descriptors of the listeners and of the link to its parent, and settings.
+    """The start data of a worker: the descriptors of the listeners and of the link to its parent, and settings.
 
     `host` is the same for all workers of one parent.
     """
@@ -75,7 +74,7 @@ class WorkerStart(Struct):
 
 
 def read_start(environ: Mapping[str, str]) -> WorkerStart | None:
-    """Return what the parent says where this process is a worker."""
+    """Return the start data from the parent, if this process is a worker."""
     return msgspec.json.decode(environ[VARIABLE], type=WorkerStart) if VARIABLE in environ else None
 
 
@@ -104,7 +103,7 @@ class ParentLink(asyncio.Protocol):
             asyncio.get_running_loop().call_later(ALIVE_SECONDS, self._say_alive)
 
     async def drained(self) -> None:
-        """Report that the server has drained. Where all do, return when all have."""
+        """Report that the server has drained. If all workers drain, return when all have."""
         if self.stops and not self._transport.is_closing():
             self._transport.write(DRAINED)
             await self._all_have_drained.wait()
@@ -122,7 +121,7 @@ class ParentLink(asyncio.Protocol):
 
     def connection_lost(self, *_: object) -> None:
         logger.error("The parent process is gone: closing everyone")
-        # First of all, so that the next start finds the port free.
+        # First of all: the next start must find the port free.
         self._server.stop_listening()
         self._server.close_now()
         self._all_have_drained.set()
@@ -135,7 +134,7 @@ def supervise(settings: Settings, ports: Sequence[socket.socket], announce: Call
     Announces when all of them serve.
     """
     for port in ports if DEALS_OUT else ():
-        # Only now that it is bound: nobody else's socket got it, and nobody else's can.
+        # Only now that it is bound: no socket of another user can share the port.
         port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     with contextlib.ExitStack() as stack:
@@ -153,7 +152,7 @@ def supervise(settings: Settings, ports: Sequence[socket.socket], announce: Call
 
 
 def check_store(settings: Settings) -> None:
-    """Raise SettingsError where the workers would have no store in common."""
+    """Raise SettingsError if the workers would not share a store."""
     if settings.workers > 1 and settings.store == "memory":
         raise SettingsError(f"--store: memory is for one process, and --workers is {settings.workers}")
 
@@ -183,13 +182,13 @@ class _Worker:
                 listener.close()
 
     async def _hear(self) -> bytes:
-        """Return what it says next, nothing where it has ended."""
+        """Return the next byte from the worker, nothing after its end."""
         with contextlib.suppress(ConnectionError):
             return await asyncio.get_running_loop().sock_recv(self._link, 1)
         return b""
 
     async def ready(self) -> bool:
-        """Wait until it serves, or has ended without."""
+        """Wait until it serves, or has ended before that."""
         return await self._hear() == READY
 
     def order(self, order: bytes) -> None:
@@ -197,7 +196,7 @@ class _Worker:
             self._link.send(order)
 
     async def ended(self, drained: Callable[[], None]) -> int:
-        """Wait for its end, which is near where it hangs, and return the exit status, as a shell has it.
+        """Wait for its end, killing it if it hangs, and return the exit status as shells do.
 
         Calls `drained` when it has drained.
         """
@@ -211,12 +210,12 @@ class _Worker:
                     self.has_drained = True
                     drained()
             except TimeoutError:
-                # The first may be this process's own: it was stopped, and the worker with it.
+                # The first silence may be this process's own: it was stopped, and the worker with it.
                 silences += 1
                 if silences == 2:
                     logger.error("Worker %d hangs and is killed", self.process.pid)
                     self.process.kill()
-        # A matter of milliseconds, for which a blocked event loop would be too long all the same.
+        # It takes milliseconds, but even these must not block the event loop.
         while (status := self.process.poll()) is None:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         self._link.close()
@@ -252,7 +251,7 @@ class _Supervisor:
 
     async def run(self) -> int:
         with signals_to(self._signalled, self._reload if self._settings.ssl_certfile else None):
-            # The others wait for the first: what is wrong with all of them is said once.
+            # The others wait for the first, so that an error of all of them is logged once.
             first = asyncio.create_task(self._keep())
             await self._one_is_ready.wait()
             await asyncio.gather(first, *(self._keep() for _ in range(self._settings.workers - 1)))
@@ -269,7 +268,7 @@ class _Supervisor:
             elif self._ready < self._settings.workers:
                 self._status = status or 1
                 if status > 128:
-                    # Otherwise it has said itself why.
+                    # Otherwise the worker has logged the reason.
                     logger.error("A worker ended with status %d before all were ready", status)
                 self._stop(NOW)
             else:
@@ -298,7 +297,7 @@ class _Supervisor:
         return status
 
     def _let_end(self) -> None:
-        """Let the workers end when all that are left have drained."""
+        """Let the workers end when all remaining ones have drained."""
         if all(worker.has_drained for worker in self._workers):
             for worker in self._workers:
                 worker.order(END)
@@ -326,7 +325,7 @@ class _Supervisor:
 
     def _kill(self) -> None:
         for worker in self._workers:
-            # Who has drained waits for the others.
+            # A worker that has drained waits for the others.
             if not worker.has_drained:
                 logger.error("Worker %d does not end and is killed", worker.process.pid)
                 worker.process.kill()
@@ -347,7 +346,7 @@ def signals_to(act: Callable[[], None], reload: Callable[[], None] | None = None
     if reload is not None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     yield
-    # What is left of the process takes milliseconds; an impatient signal must not spoil its exit status.
+    # The rest of the process takes milliseconds; an impatient signal must not spoil its exit status.
     for number in actions:
         signal.signal(number, signal.SIG_IGN)
 
@@ -364,10 +363,10 @@ def _temporary_directory() -> Iterator[Path]:
     # Workers do not inherit the descriptor, and so not the lock.
     with (path / "new").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # Only now, because an unlocked one is taken for a dead process's.
+        # Only now, because an unlocked directory counts as a dead process's.
         (path / "new").rename(path / LOCK)
         yield path
-        # Somebody may have removed it already.
+        # A cleaner may have removed it already.
         shutil.rmtree(path, ignore_errors=True)
 
 

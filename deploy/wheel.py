@@ -1,7 +1,7 @@
 """The build hook of the wheel: the flat modules of the repository become the package `notifyd`.
 
-Owns what is installed. Only import statements change, each on its own line, so a traceback shows the lines of the
-repository. Nothing else is installed, because a module called `settings` or `hub` would shadow one of a host.
+Owns the contents of the package. Only import statements change, each on its own line, so a traceback shows the lines
+of the repository. Nothing else is installed, because a module called `settings` or `hub` would shadow one of a host.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAIN = f"from {PACKAGE} import main\nraise SystemExit(main())\n"
 
 
 class Wheel(BuildHookInterface[Any]):
-    """Writes the package into a temporary directory, from which the wheel is packed."""
+    """Writes the package into a temporary directory, the source of the wheel."""
 
     PLUGIN_NAME = "custom"
 
