@@ -15,7 +15,7 @@
 --   node:NODE      hash    its counters;  folded:STARTED:NODE  the same, as they were added to the sums
 --   members:NODE   set     its clients
 --   posts:NODE     stream  messages to it
---   clients        hash    the node of each client;  topics  its topics, packed;  addresses  its address, if limited
+--   clients        hash    the node of each client, with its address if limited;  topics  its topics, packed
 --   topic:NODE:NAME    set  its clients with this topic
 --   address:NODE:NAME  set  its clients of this address
 --   dead           set     nodes with clients to remove; these count for nothing, and their ids are free
@@ -45,7 +45,7 @@ local function number_arg() return tonumber(arg()) end
 
 local call = redis.call
 local META, LOG, NODES, TAILS = P..'meta', P..'log', P..'nodes', P..'tails'
-local CLIENTS, TOPICS, ADDRESSES, DEAD = P..'clients', P..'topics', P..'addresses', P..'dead'
+local CLIENTS, TOPICS, DEAD = P..'clients', P..'topics', P..'dead'
 local OFFERS, OFFERED = P..'offers', P..'offered'
 local NODE, MEMBERS, POSTS = P..'node:', P..'members:', P..'posts:'
 local TOPIC, ADDRESS, BUCKET, ONCE = P..'topic:', P..'address:', P..'bucket:', P..'once:'
@@ -151,35 +151,36 @@ local function set_topics(id, owner, packed)
   end
 end
 
-local function set_address(id, owner, address)
-  if MAX_PER_ADDRESS == 0 then address = '' end
-  local old = call('HGET', ADDRESSES, id)
-  if old then call('SREM', ADDRESS..owner..':'..old, id) end
-  if address ~= '' then
-    call('HSET', ADDRESSES, id, address)
-    call('SADD', ADDRESS..owner..':'..address, id)
-  elseif old then
-    call('HDEL', ADDRESSES, id)
-  end
-end
-
-local function remove(id, owner)
-  call('SREM', MEMBERS..owner, id)
-  if call('HGET', CLIENTS, id) == owner then
-    call('HDEL', CLIENTS, id)
-    set_topics(id, owner, '')
-    set_address(id, owner, '')
-  end
+-- The value of a client is its node and, directly behind, its address: all node ids are of one length.
+local function owner_of(id)
+  local value = call('HGET', CLIENTS, id)
+  if not value then return nil, '' end
+  return value:sub(1, #node), value:sub(#node + 1)
 end
 
 local function is_taken(owner) return owner and owner ~= node and is_alive(owner) end
 
-local function enter(id, owner, topics, address)
-  if owner and owner ~= node then remove(id, owner) end
-  call('HSET', CLIENTS, id, node)
+local function remove(id, owner)
+  call('SREM', MEMBERS..owner, id)
+  local current, address = owner_of(id)
+  if current == owner then
+    call('HDEL', CLIENTS, id)
+    set_topics(id, owner, '')
+    if address ~= '' then call('SREM', ADDRESS..owner..':'..address, id) end
+  end
+end
+
+local function enter(id, owner, old_address, topics, address)
+  if MAX_PER_ADDRESS == 0 then address = '' end
+  if owner and owner ~= node then
+    remove(id, owner)
+  elseif old_address ~= '' then
+    call('SREM', ADDRESS..node..':'..old_address, id)
+  end
+  call('HSET', CLIENTS, id, node..address)
   call('SADD', MEMBERS..node, id)
   set_topics(id, node, topics)
-  set_address(id, node, address)
+  if address ~= '' then call('SADD', ADDRESS..node..':'..address, id) end
 end
 
 local function active()
@@ -219,7 +220,7 @@ local function recipients(audience)
   for _, name in ipairs(topics) do wanted[name] = true end
   for _, one in ipairs(#topics > 0 and living() or {}) do count = count + subscribers(one, topics) end
   for _, id in ipairs(clients) do
-    local owner = call('HGET', CLIENTS, id)
+    local owner = owner_of(id)
     if owner and is_alive(owner) then
       local counted, packed = false, #topics > 0 and call('HGET', TOPICS, id)
       for _, name in ipairs(packed and cmsgpack.unpack(packed) or {}) do counted = counted or wanted[name] end
@@ -418,7 +419,7 @@ end
 
 function ops.admit()
   local id, topics, address = arg(), arg(), arg()
-  local owner = call('HGET', CLIENTS, id)
+  local owner, old_address = owner_of(id)
   if is_taken(owner) then return {'taken', owner} end
   if MAX_PER_ADDRESS > 0 and address ~= '' then
     local held = clients_of(address) - call('SISMEMBER', ADDRESS..node..':'..address, id)
@@ -428,14 +429,14 @@ function ops.admit()
     local count = active()
     if count >= MAX then return {'full', count} end
   end
-  enter(id, owner, topics, address)
+  enter(id, owner, old_address, topics, address)
   call('HINCRBY', META, 'total', 1)
   return newest
 end
 
 function ops.subscribe()
   local id, topics = arg(), arg()
-  if call('HGET', CLIENTS, id) == node then set_topics(id, node, topics) end
+  if owner_of(id) == node then set_topics(id, node, topics) end
   return newest
 end
 
@@ -443,11 +444,11 @@ function ops.register()
   local taken = {}
   for _ = 1, number_arg() do
     local id, topics, address = arg(), arg(), arg()
-    local owner = call('HGET', CLIENTS, id)
+    local owner, old_address = owner_of(id)
     if is_taken(owner) then
       taken[#taken + 1] = id
     else
-      enter(id, owner, topics, address)
+      enter(id, owner, old_address, topics, address)
     end
   end
   return taken
