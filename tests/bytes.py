@@ -56,6 +56,15 @@ def read_until(connection: socket.socket, wanted: bytes) -> bytes:
     return received
 
 
+def rest(connection: socket.socket) -> bytes:
+    """Return all that comes until the peer ends its side, or resets the connection."""
+    received = b""
+    with suppress(ConnectionResetError):
+        while data := connection.recv(1 << 18):
+            received += data
+    return received
+
+
 def read_to_end(connection: socket.socket) -> bytes:
     """Return all that comes until the peer ends its side. A reset instead is an error."""
     received = b""

@@ -30,6 +30,7 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 import pytest
+from bytes import rest
 from expected import parse
 from websockets.sync.client import connect
 from ws_clients import PATIENCE, BareClient, Client
@@ -320,11 +321,7 @@ class Server:
 
     def answer_to(self, data: bytes) -> bytes:
         """Send these bytes over a connection of their own and return all that comes back until it ends."""
-        connection, answer = self.raw(data), b""
-        with suppress(ConnectionResetError):
-            while received := connection.recv(65_536):
-                answer += received
-        return answer
+        return rest(self.raw(data))
 
     # WebSocket.
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from urllib.parse import quote
 
 import pytest
-from bytes import HANDSHAKE, MEGABYTE, handshake, masked, push
+from bytes import HANDSHAKE, MEGABYTE, handshake, masked, push, read_until
 from conftest import StartServer
 from event_stream import Stream
 from expected import PONG, Like, http_error, naming, parse, ws_error
@@ -421,20 +421,13 @@ def test_a_flood_of_handshakes_at_the_limit_shuts_nobody_out_for_long(start_serv
     refused = [server.raw(HANDSHAKE) for _ in range(500)]
     assert first.ask({"type": "ping"}) == PONG
     for connection in refused:
-        assert b"Connection limit exceeded: 2/2" in read_to_close(connection)
+        read_until(connection, b"Connection limit exceeded: 2/2")
     second.leave()
     eventually(lambda: server.active() == 1)
     server.join()
     for connection in refused:
         connection.close()
     eventually(lambda: server.descriptors() <= before)
-
-
-def read_to_close(connection: socket.socket) -> bytes:
-    received = b""
-    while b"limit" not in received and (data := connection.recv(65_536)):
-        received += data
-    return received
 
 
 @needs_proc

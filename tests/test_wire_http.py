@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
-from bytes import HANDSHAKE, handshake, masked, read_until
+from bytes import HANDSHAKE, handshake, masked, read_until, rest
 from processes import QUIET, Server, eventually, needs_proc
 from websockets.frames import Opcode
 from ws_clients import PATIENCE
@@ -26,15 +26,6 @@ def impatient() -> Iterator[Server]:
     server = Server.notifyd(*QUIET, constants={"wire_http.REQUEST_SECONDS": 0.5, "wire_http.STALLED_SECONDS": 0.5})
     yield server
     server.stop()
-
-
-def rest(connection: socket.socket) -> bytes:
-    """Read to the end."""
-    received = b""
-    with suppress(ConnectionResetError):
-        while data := connection.recv(65_536):
-            received += data
-    return received
 
 
 # One request after the other.
