@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from processes import Server, free_port
 
-QUIET = {"NOTIFYD_NOTIFICATION_INTERVAL": "0", "NOTIFYD_MAX_CONNECTIONS": "4"}
+QUIET = {"NOTIFYD_NOTIFICATION_INTERVAL": "0", "NOTIFYD_PING_INTERVAL": "0", "NOTIFYD_MAX_CONNECTIONS": "4"}
 
 
 def uvicorn(app: str, port: int, *flags: str) -> list[str]:
