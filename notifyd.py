@@ -194,7 +194,8 @@ def main() -> int:
 def __getattr__(name: str) -> Any:
     """Import WireProtocol on demand: it needs uvicorn, and a host may lack that."""
     if name == "WireProtocol":
-        from wire import WireProtocol  # noqa: PLC0415
+        with extra("server", name):
+            from wire import WireProtocol  # noqa: PLC0415 - needs uvicorn and websockets
 
         return WireProtocol
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

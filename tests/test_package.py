@@ -326,6 +326,7 @@ def test_a_missing_server_is_one_line_that_says_what_to_install(bare: Path, word
 
 
 MISSING = {
+    "jwks_url='https://example.com'": "tokens: needs jwt; pip install 'notifyd-server[jwt]'",
     "store='redis://localhost'": "store: needs hiredis; pip install 'notifyd-server[redis]'",
     "jwt_secret='s' * 32": "tokens: needs jwt; pip install 'notifyd-server[jwt]'",
 }
@@ -340,6 +341,13 @@ def test_a_missing_extra_is_an_error_of_the_settings_in_a_host(bare: Path, setti
         "except SettingsError as error: print(error)"
     )
     assert command(bare / "python", "-c", host) == f"{MISSING[setting]}\n"
+
+
+def test_the_fast_wire_without_a_server_is_such_an_error(bare: Path) -> None:
+    """The other names need no extra."""
+    host = "import notifyd\ntry: notifyd.WireProtocol\nexcept notifyd.SettingsError as error: print(error)"
+    line = "WireProtocol: needs uvicorn; pip install 'notifyd-server[server]'\n"
+    assert command(bare / "python", "-c", host) == line
 
 
 def test_a_missing_extra_is_one_line_on_the_command_line(environments: Callable[..., Path]) -> None:
