@@ -371,7 +371,8 @@ def encode(message: Struct) -> bytes:
     try:
         return orjson.dumps(message, default=_fields)
     except orjson.JSONEncodeError as error:
-        raise InvalidRequest(f"data: {_unencodable(error)}") from None
+        text = str(error)
+        raise InvalidRequest(f"data: {'nested deeper than 254 levels' if 'ecursion' in text else text}") from None
 
 
 def to_plain(value: Any) -> Any:
@@ -387,11 +388,6 @@ def _fields(value: object) -> dict[str, Any]:
         if fields[name] is UNSET:
             del fields[name]
     return fields
-
-
-def _unencodable(error: orjson.JSONEncodeError) -> str:
-    text = str(error)
-    return "nested deeper than 254 levels" if "ecursion" in text else text
 
 
 def error_body(message: str, category: str, error_id: str | None = None) -> ErrorResponse:
