@@ -327,7 +327,7 @@ def test_a_missing_server_is_one_line_that_says_what_to_install(bare: Path, word
 
 MISSING = {
     "jwks_url='https://example.com'": "tokens: needs jwt; pip install 'notifyd-server[jwt]'",
-    "store='redis://localhost'": "store: needs hiredis; pip install 'notifyd-server[redis]'",
+    "store='redis://localhost'": "store: needs redis; pip install 'notifyd-server[redis]'",
     "jwt_secret='s' * 32": "tokens: needs jwt; pip install 'notifyd-server[jwt]'",
 }
 
@@ -361,5 +361,5 @@ def test_a_missing_extra_is_one_line_on_the_command_line(environments: Callable[
             text=True,
             check=False,
         )
-        line = "notifyd: store: needs hiredis; pip install 'notifyd-server[redis]'\n"
+        line = "notifyd: store: needs redis; pip install 'notifyd-server[redis]'\n"
         assert (ended.returncode, ended.stderr) == (2, line)
