@@ -242,7 +242,8 @@ def test_impatience_does_no_harm(start_server: StartServer) -> None:
 
 def test_clients_that_do_not_read_do_not_delay_the_end(start_server: StartServer) -> None:
     """A client with a full buffer cannot take its close frame, and is aborted after a deadline."""
-    server = start_server("--shutdown-timeout", "0", "--history-size", "10000")
+    hurried = {"connection.CLOSE_DEADLINE_SECONDS": 1}
+    server = start_server("--shutdown-timeout", "0", "--history-size", "10000", constants=hurried)
     server.join_bare(receive_buffer=4096)
     for _ in range(150):
         server.notify("large", data={"pad": "x" * 60_000})
