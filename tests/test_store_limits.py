@@ -44,6 +44,10 @@ async def is_free(member: Member) -> bool:
     return True
 
 
+async def is_full(member: Member) -> bool:
+    return not await is_free(member)
+
+
 # Buckets.
 
 
@@ -243,11 +247,7 @@ async def test_a_process_that_was_taken_for_dead_takes_its_places_again(
         process.stop()
         await one.eventually(lambda: is_free(one))
         process.go_on()
-
-        async def is_full() -> bool:
-            return not await is_free(one)
-
-        await one.eventually(is_full)
+        await one.eventually(lambda: is_full(one))
 
 
 @pytest.mark.usefixtures("_short_leases")
@@ -275,7 +275,7 @@ async def test_a_change_of_topics_while_the_lease_ends_keeps_the_address(
                 process.result()
         if shared.startswith("sqlite"):
             await one.eventually(have_subscribed)
-        assert not await is_free(one)
+        await one.eventually(lambda: is_full(one))
 
 
 @on_loop
