@@ -14,7 +14,10 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from conftest import StartServer
+from expected import PONG
 from members import SHORT_LEASE, Member, Process, audience, members, on_loop, threads_left
+from processes import eventually
 from ws_clients import PATIENCE
 
 import store_sqlite_file
@@ -355,6 +358,21 @@ async def test_a_file_that_was_replaced_makes_the_store_away(path: Path, swap: C
     if path.exists():
         async with members(f"sqlite:{path}") as [late]:
             assert late.opening.records == one.records
+
+
+def test_a_server_states_that_its_file_was_replaced(path: Path, start_server: StartServer) -> None:
+    """The operator reads it in /health; /notify refuses, and the connected client stays."""
+    server = start_server("--store", f"sqlite:{path}")
+    client = server.join()
+    replace_by_a_copy(path)
+    eventually(lambda: server.get("/health").status_code == 503)
+    assert server.get("/health").json()["message"] == "The store is away: the file was replaced; restart"
+    refusal = server.request("POST", "/notify", json={"message": "hello"})
+    assert (refusal.status_code, refusal.json()["error"]["message"]) == (
+        503,
+        "The store is away: the file was replaced; restart",
+    )
+    assert client.ask({"type": "ping"}) == PONG
 
 
 @on_loop
