@@ -73,7 +73,7 @@ def test_the_answer_has_the_documented_fields_in_their_order(server: Server) -> 
 
 
 def test_clients_receive_them_in_order(server: Server) -> None:
-    """With the ids of the answer."""
+    """A client gets the notifications in the order of the batch, with the ids of the answer."""
     client = server.join()
     answer = accepted(server, "one", "two", "three")
     received = client.receive_many(3)
@@ -82,7 +82,7 @@ def test_clients_receive_them_in_order(server: Server) -> None:
 
 
 def test_each_request_is_as_on_notify(server: Server) -> None:
-    """With a type, data and targets of its own."""
+    """Each request of a batch has a type, data and targets of its own."""
     client = server.join(query="client_id=ann&topics=red")
     batch(
         server,
@@ -103,7 +103,7 @@ def test_one_is_enough(server: Server) -> None:
 
 
 def test_a_thousand_are_accepted(server: Server) -> None:
-    """And all of them arrive in order."""
+    """A batch of a thousand is accepted, and all of them arrive in order."""
     client = server.join()
     messages = [str(number) for number in range(1000)]
     assert accepted(server, *messages)["count"] == 1000
@@ -111,7 +111,7 @@ def test_a_thousand_are_accepted(server: Server) -> None:
 
 
 def test_a_batch_is_not_mixed_with_others(server: Server) -> None:
-    """Of eight that are sent at the same time, each arrives in one piece."""
+    """Eight batches that are sent at the same time each arrive in one piece."""
     client = server.join()
     with ThreadPoolExecutor(8) as publishers:
         list(publishers.map(lambda name: accepted(server, *[name] * 50), "abcdefgh"))
@@ -142,7 +142,7 @@ def test_a_mebibyte_is_accepted(server: Server) -> None:
     ],
 )
 def test_what_is_no_array_of_1_to_1000_is_refused(server: Server, body: object, words: list[str]) -> None:
-    """With the documented body, and nothing is sent."""
+    """The refusal has the documented body, and nothing is sent."""
     client = server.join()
     assert refusal(server, body) == invalid(*words)
     assert next_after(server, client) == "marker"
@@ -192,13 +192,13 @@ def test_more_than_a_mebibyte_is_refused(server: Server) -> None:
 
 
 def test_another_content_type_is_refused(server: Server) -> None:
-    """As on /notify."""
+    """The batch refuses the content types that /notify refuses."""
     response = server.request("POST", "/notify/batch", content=b"[]", headers={"Content-Type": "image/png"})
     assert (response.status_code, parse(response.content)) == (415, http_error("validation", naming("image/png")))
 
 
 def test_other_methods_are_not_allowed(server: Server) -> None:
-    """With the documented body, and those that are."""
+    """The answer is the documented body and names the methods that are allowed."""
     response = server.get("/notify/batch")
     assert (response.status_code, response.headers["Allow"]) == (405, "POST, OPTIONS")
 

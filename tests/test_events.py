@@ -36,7 +36,7 @@ def is_told_when_to_retry(response: httpx.Response) -> bool:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_curl_shows_each_notification(server: Server) -> None:
-    """As soon as it arrives, in the documented lines."""
+    """curl shows each notification as soon as it arrives, in the documented lines."""
     command = ["curl", "--silent", "--no-buffer", "--max-time", "10", "--noproxy", "*", f"{server.url}/events"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as curl:
         assert curl.stdout is not None
@@ -64,7 +64,7 @@ def test_first_comes_the_welcome(server: Server) -> None:
 
 
 def test_the_browser_is_told_when_to_come_back(server: Server) -> None:
-    """Some seconds, in milliseconds, before the first event."""
+    """The first event comes after a `retry` of some seconds, in milliseconds."""
     assert 100 <= (join(server).retry or 0) <= 60_000
 
 
@@ -83,7 +83,7 @@ def test_everything_arrives_in_order(server: Server) -> None:
 
 
 def test_test_notifications_arrive(start_server: StartServer) -> None:
-    """With an id, like every notification."""
+    """Test notifications have an id, like every notification."""
     event = join(start_server("--notification-interval", "0.1")).event()
     assert (event.name, event.data["type"], event.id) == ("message", "test_notification", event.data["id"])
 
@@ -116,7 +116,7 @@ def test_after_the_welcome_come_the_resume_and_the_missed_notifications(server: 
 
 
 def test_last_event_id_resumes(server: Server) -> None:
-    """As a browser does by itself."""
+    """The stream resumes from the header that a browser sends by itself."""
     first, _ = server.publish("one", "two")
     stream = join(server, headers={"Last-Event-ID": first})
     assert stream.event().name == "resume"
@@ -147,13 +147,13 @@ def test_what_may_be_missing_is_told(server: Server) -> None:
 
 
 def test_an_empty_since_tells_the_position(server: Server) -> None:
-    """And starts from now."""
+    """An empty since starts from now, and the position is told."""
     [last] = server.publish("one")
     assert join(server, "since=").event().data["data"] == {"position": last, "replayed": 0, "complete": True}
 
 
 def test_a_stream_gets_only_notifications_addressed_to_it(server: Server) -> None:
-    """By its client_id, its topics, or to everyone."""
+    """A stream gets notifications for its client_id, its topics and everyone."""
     stream = join(server, "client_id=ann&topics=red,blue")
     recipients = [
         server.notify("own", clients=["ann"])["recipients"],
@@ -170,7 +170,7 @@ def test_a_stream_gets_only_notifications_addressed_to_it(server: Server) -> Non
 
 
 def test_it_is_in_the_status(server: Server) -> None:
-    """With its client_id and user agent."""
+    """/status lists a stream with its client_id and user agent."""
     join(server, "client_id=ann", {"User-Agent": "a browser"})
     [details] = server.read("/status")["connections"]["details"]
     assert (details["client_id"], details["user_agent"]) == ("ann", "a browser")
@@ -178,7 +178,7 @@ def test_it_is_in_the_status(server: Server) -> None:
 
 
 def test_its_notifications_are_counted(start_server: StartServer) -> None:
-    """As messages sent, like that of everyone else."""
+    """Notifications to a stream count as messages sent, like those to a WebSocket."""
     server = start_server()
     stream = join(server)
     server.publish("one", "two")
@@ -192,7 +192,7 @@ def test_its_notifications_are_counted(start_server: StartServer) -> None:
 
 
 def test_who_leaves_is_gone(server: Server) -> None:
-    """As soon as its connection ends."""
+    """A stream is gone as soon as its connection ends."""
     join(server).leave()
     eventually(lambda: server.active() == 0)
 
@@ -340,7 +340,7 @@ def test_a_bad_parameter_is_refused(server: Server, query: str, message: object)
 
 
 def test_a_bad_last_event_id_is_refused(server: Server) -> None:
-    """By the same words as a bad since."""
+    """A bad Last-Event-ID is refused in the same words as a bad since."""
     assert refusal(server, **{"Last-Event-ID": "x"}) == (400, http_error("validation", naming("since")))
 
 
@@ -354,6 +354,6 @@ def test_head_admits_nobody(server: Server) -> None:
 
 
 def test_other_methods_are_not_allowed(server: Server) -> None:
-    """With the documented body, and those that are."""
+    """The answer is the documented body and names the methods that are allowed."""
     response = server.request("POST", "/events")
     assert (response.status_code, response.headers["Allow"]) == (405, "GET, HEAD, OPTIONS")

@@ -272,7 +272,7 @@ def test_gives_up_when_the_real_server_refuses_its_id(start_server: StartServer,
 
 @pytest.mark.parametrize("example", ["client.py", "listen.js"])
 def test_shows_a_token(start_server: StartServer, request: pytest.FixtureRequest, example: str) -> None:
-    """In the header, and in JavaScript as a subprotocol; without it, it is refused for good."""
+    """A token goes in the header, in JavaScript as a subprotocol. Without a token the refusal is final."""
     secret = "a secret of 32 characters or more"
     server = start_server("--jwt-secret", secret, "--api-key", "ci:a-key")
     command = [sys.executable] if example == "client.py" else request.getfixturevalue("node")

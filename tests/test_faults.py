@@ -163,7 +163,7 @@ def test_redis_is_emptied(two: list[Server], redis: RedisServer) -> None:
 @on_redis
 @pytest.mark.parametrize("refuse", [RedisServer.refuse_writes, RedisServer.follow_nobody], ids=["full", "read-only"])
 def test_redis_refuses_to_write(two: list[Server], redis: RedisServer, refuse: Callable[..., None]) -> None:
-    """For want of memory, or because it is a replica for a while."""
+    """Redis refuses for want of memory, or because it is a replica for a while."""
     with Traffic(*two) as traffic:
         refuse(redis)
         traffic.says_unhealthy()
@@ -292,7 +292,7 @@ def put_clock_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
 
 @on_both
 def test_the_clock_is_put_back_by_an_hour(put_clock_back: Callable[[], None], two: list[Server]) -> None:
-    """For the servers and for Redis alike: ids go on increasing, and nobody is taken for dead or for new."""
+    """While the clocks go back, ids go on increasing, and nobody is taken for dead or for new."""
     with Traffic(*two) as traffic:
         put_clock_back()
         assert two[0].read("/health")["timestamp"] < two[0].read("/status")["server"]["start_time"]

@@ -132,7 +132,7 @@ def test_a_refused_address_is_logged_once(start_server: StartServer) -> None:
 
 @pytest.mark.parametrize("value", ["10.0.0.0/33", "proxy.example", "10.0.0.1/8", ""])
 def test_a_proxy_is_an_address_or_a_network(value: str) -> None:
-    """And nothing else: a name could be anybody's tomorrow."""
+    """A proxy is an address or a network. A name is refused, since it could be anybody's tomorrow."""
     with pytest.raises(SettingsError, match="trusted_proxies: expected addresses, networks"):
         Settings(trusted_proxies=(value,))
 

@@ -88,7 +88,7 @@ def test_a_key_is_needed_for_history_and_figures(keyed: Server, path: str) -> No
 @pytest.mark.parametrize(("path", "body"), [("/notify", {"message": "hi"}), ("/notify/batch", [{"message": "hi"}])])
 @pytest.mark.parametrize("headers", [{"X-API-Key": KEY}, bearer(KEY), {"authorization": f"bearer  {OTHER_KEY}"}])
 def test_a_key_is_needed_to_publish(keyed: Server, path: str, body: object, headers: dict[str, str]) -> None:
-    """In either header, from either place."""
+    """A key from the command line or from the file publishes, in either header."""
     client = keyed.join()
     assert keyed.request("POST", path, json=body).status_code == 401
     assert keyed.request("POST", path, json=body, headers=headers).status_code == 200
@@ -107,7 +107,7 @@ def test_a_wrong_key_is_refused(keyed: Server, shown: str, path: str) -> None:
 
 
 def test_with_keys_alone_everybody_may_listen(keyed: Server) -> None:
-    """With any client_id and any topic, and any message but a wrong key."""
+    """Without tokens a client may listen with any client_id and any topic, and send any message but a wrong key."""
     assert keyed.join("alice", query="client_id=alice&topics=builds").ask({"type": "ping"})["type"] == "pong"
     with keyed.http.stream("GET", "/events?topics=builds") as stream:
         assert stream.status_code == 200
@@ -165,7 +165,7 @@ WAYS: dict[str, Callable[[str], dict[str, Any]]] = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shown", ["token", "key"])
 def test_a_client_shows_a_token_or_a_key(signed: Server, way: str, shown: str) -> None:
-    """In any of the three places; the answer to the subprotocols is bearer."""
+    """Credentials may be in any of the three places; the answer to the subprotocols is bearer."""
     client = signed.connect(**WAYS[way](token(sub="alice") if shown == "token" else KEY))
     assert client.receive()["type"] == "welcome"
     assert client.connection.subprotocol == ("bearer" if way.startswith("subprotocol") else None)
@@ -181,7 +181,7 @@ def test_a_refused_client_is_accepted_and_closed(signed: Server, way: str) -> No
 
 @pytest.mark.parametrize("path", ["/status", "/events"])
 def test_the_first_place_counts(signed: Server, path: str) -> None:
-    """Of several credentials those in the first of the documented places, also where the others are good."""
+    """The credentials in the first of the documented places count, even if others are good."""
     key, header, query = {"X-API-Key": "wrong"}, bearer("wrong"), {"token": KEY}
     assert signed.get(path, headers=key | bearer(KEY), params=query).status_code == 401
     assert signed.get(path, headers=header, params=query).status_code == 401
@@ -190,7 +190,7 @@ def test_the_first_place_counts(signed: Server, path: str) -> None:
 
 
 def test_a_header_counts_before_a_subprotocol_and_that_before_the_query(signed: Server) -> None:
-    """On a WebSocket, too."""
+    """A WebSocket's credentials count in the order header, subprotocol, query."""
     alice, bob, carol = (token(sub=name) for name in ("alice", "bob", "carol"))
     shown = {"subprotocols": ["bearer", bob], "query": f"token={carol}"}
     assert signed.connect(**shown, additional_headers=bearer(alice)).receive() == welcome("alice")
@@ -243,7 +243,7 @@ def test_topics_are_those_of_the_token(signed: Server) -> None:
 
 
 def test_topics_of_the_address_are_checked_too(signed: Server) -> None:
-    """On a WebSocket and on a stream."""
+    """A topic in the URL needs a right, on a WebSocket and on a stream."""
     shown = token(sub="alice", topics=["builds"])
     assert signed.connect(query="topics=builds", additional_headers=bearer(shown)).receive()["type"] == "welcome"
     assert refusal(signed, token(topics=["builds"]), topics="builds,ops") == "Not allowed: topic ops"
@@ -252,12 +252,12 @@ def test_topics_of_the_address_are_checked_too(signed: Server) -> None:
 
 
 def test_a_star_is_every_topic(signed: Server) -> None:
-    """And a name with a star in it is still a name."""
+    """A lone star allows every topic, and a topic named * is a topic."""
     assert listener(signed, topics=["*"]).ask({"type": "subscribe", "topics": ["any", "*"]})["topics"] == ["*", "any"]
 
 
 def test_without_topics_broadcasts_still_come(signed: Server) -> None:
-    """And nothing else."""
+    """A token without topics receives broadcasts and nothing else."""
     client = listener(signed, sub="alice")
     assert client.ask({"type": "subscribe", "topics": ["builds"]}) == ws_error("Not allowed: topic builds")
     signed.post({"message": "by topic", "topics": ["builds"]}, headers=bearer(KEY))
@@ -285,7 +285,7 @@ def test_the_right_to_publish_is_for_everything(signed: Server, body: object) ->
 
 
 def test_a_right_to_publish_by_topic_reaches_only_its_subscribers(signed: Server) -> None:
-    """Neither clients nor everyone, nor a topic that is not named, also not in a batch."""
+    """A publisher by topic reaches neither clients nor everyone, nor another topic, also not in a batch."""
     allowed = {"message": "hi", "topics": ["builds", "team.a"]}
     assert publish(signed, allowed, publish=["builds", "team.*"]) == 200
     for fields in ({}, {"clients": ["alice"]}, {"clients": ["alice"], "topics": ["builds"]}):
@@ -328,7 +328,7 @@ def test_a_stream_ends_with_its_token(signed: Server) -> None:
 
 
 def test_a_new_token_goes_on_where_the_last_one_ended(signed: Server) -> None:
-    """With the rights of the new one."""
+    """A renewed client has the rights of the new token, and ends with it."""
     first, last = time.time() + 1.5, int(time.time()) + 5
     client = listener(signed, sub="alice", exp=first)
     until = Like(time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(last)))
@@ -391,7 +391,7 @@ def test_a_token_may_have_no_end(signed: Server) -> None:
 
 
 def test_an_issuers_clock_may_be_a_little_ahead(signed: Server) -> None:
-    """By 10 seconds, not by a minute."""
+    """A token whose nbf or iat is 5 seconds ahead is good, and a minute ahead is bad."""
     soon, later = int(time.time()) + 5, int(time.time()) + 60
     assert listener(signed, nbf=soon, iat=soon)
     assert refusal(signed, token(nbf=later)) == INVALID
@@ -459,7 +459,7 @@ def test_a_huge_token_is_not_even_read(signed: Server) -> None:
 
 
 def test_no_log_shows_a_token(signed: Server) -> None:
-    """Not at level DEBUG, whichever way it came, good or bad."""
+    """The log shows no token at level DEBUG, whichever way it came, good or bad."""
     shown = [token(sub="alice", admin=True), "wrong-but-a-secret", KEY]
     for one in shown:
         for way in WAYS.values():
@@ -478,7 +478,7 @@ def test_no_log_shows_a_token(signed: Server) -> None:
 
 @pytest.mark.parametrize("bad", ["wrong-but-a-secret", unsigned({"alg": "none"}, {"sub": "wrong-but-a-secret"})])
 def test_no_answer_shows_a_token(signed: Server, bad: str) -> None:
-    """Neither a body nor a header."""
+    """No body and no header of an answer shows a token."""
     refused = signed.get(f"/status?token={bad}", headers=bearer(bad))
     assert bad not in refused.text + str(refused.headers)
 
@@ -523,7 +523,7 @@ def test_a_host_refuses_in_the_documented_way(guarded: Server) -> None:
 
 
 def test_a_hosts_subprotocol_is_answered(guarded: Server) -> None:
-    """Also by servers that are not ours, and for a refusal."""
+    """Every server answers the subprotocol, for a refusal too."""
     for shown, closes in (("alice", False), ("mallory", True)):
         client = guarded.connect(subprotocols=["bearer", shown])
         assert client.connection.subprotocol == "bearer"
@@ -607,7 +607,7 @@ def test_help_shows_no_secret() -> None:
 
 @pytest.mark.parametrize(("content", "complaint"), [("ci\n", "line 1"), ("# x\n\nci:a b\n", "line 3")])
 def test_a_bad_line_in_the_file_is_named(tmp_path: Path, content: str, complaint: str) -> None:
-    """And not shown."""
+    """The line names the file and the number of the bad line, and does not show its content."""
     path = tmp_path / "keys"
     path.write_text(content)
     said = f"notifyd: --api-key-file: {path}, {complaint}: expected NAME:SECRET\n"
@@ -623,7 +623,7 @@ def holders(settings: Settings, *secrets: str) -> list[str | None]:
 
 @pytest.mark.parametrize("text", ["#\r\n\r\nci:one\r\n", "\ufeffci:one\n", "\ufeff# é\nci:one", "\tci:one \n\f\n"])
 def test_a_file_may_come_from_any_editor(tmp_path: Path, text: str) -> None:
-    """With the line ends of Windows, with a byte order mark, or without an end of the last line."""
+    """A key file may have Windows line ends, a byte order mark, or no end of the last line."""
     path = tmp_path / "keys"
     path.write_bytes(text.encode())
     assert holders(Settings(api_key_file=str(path)), "one") == ["ci"]
@@ -643,7 +643,7 @@ def test_a_secret_may_have_a_colon() -> None:
 
 
 def test_two_keys_of_one_name_are_a_mistake(tmp_path: Path) -> None:
-    """Also where one is in the file."""
+    """Two keys with one name are a mistake, even if one is in the file."""
     path = tmp_path / "keys"
     path.write_text("ci:one\n")
     said = f"notifyd: --api-key-file: {path}, line 1: there are two keys called ci\n"
@@ -654,7 +654,7 @@ def test_two_keys_of_one_name_are_a_mistake(tmp_path: Path) -> None:
 def test_a_file_that_others_can_read_is_warned_about(
     start_server: StartServer, tmp_path: Path, mode: int, warnings: int
 ) -> None:
-    """Once; it is used all the same."""
+    """A file that others can read is warned about once, and used."""
     path = tmp_path / "keys"
     path.write_text("  ci:secret  \n#ops:other\n")
     path.chmod(mode)
@@ -674,7 +674,7 @@ def test_a_file_that_others_can_read_is_warned_about(
     ],
 )
 def test_a_server_that_is_open_to_all_says_so(start_server: StartServer, flags: tuple[str, ...], warnings: int) -> None:
-    """In one warning, where more than this machine reaches it."""
+    """A server that other machines reach without authentication logs one warning."""
     server = start_server(*flags)
     assert ["no authentication" in line for line in server.stderr if "WARNING" in line] == [True] * warnings
 
@@ -686,7 +686,7 @@ def test_an_internal_port_that_is_open_to_all_says_so(start_server: StartServer)
 
 
 def test_the_internal_port_asks_for_credentials_too(start_server: StartServer) -> None:
-    """As the public one would; but for the probes."""
+    """The internal port asks for credentials as the public one does, except on the probes."""
     port = free_port()
     server = start_server("--internal-port", str(port), "--api-key", f"ci:{KEY}")
     for path in ADMIN_PATHS[:3]:
@@ -721,7 +721,7 @@ def test_every_route_needs_a_right_or_is_open_on_purpose() -> None:
 
 
 def test_every_key_is_compared_even_after_a_match(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In constant time, so that an answer's time tells nothing about any of them."""
+    """All keys are compared in constant time, so that the time of an answer tells nothing about any of them."""
     compared = []
     original = hmac.compare_digest
     monkeypatch.setattr(hmac, "compare_digest", lambda *pair: compared.append(pair) or original(*pair))

@@ -65,7 +65,7 @@ def status(server: Server, shown: str) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_public_key_proves_tokens_of_its_kind(start_server: StartServer, tmp_path: Path, kind: str) -> None:
-    """In every algorithm of the kind, and none of another; the key itself is no secret (algorithm confusion)."""
+    """A public key proves tokens in every algorithm of its kind and in no other; as an HMAC secret it proves none."""
     key, algorithms = KINDS[kind]
     path = tmp_path / "public.pem"
     path.write_text(pem(key))
@@ -200,7 +200,7 @@ def test_keys_come_from_a_url(start_server: StartServer, issuer: Issuer) -> None
 
 
 def test_algorithms_of_fetched_keys_can_be_pinned(start_server: StartServer, issuer: Issuer) -> None:
-    """As those of a file; a key that is left without one is none."""
+    """Algorithms of fetched keys are pinned as those of a file; a key without an algorithm left proves nothing."""
     issuer.publish(jwk("r1"), jwk("e1", "P-256"))
     server = start_server("--jwks-url", issuer.url, "--jwt-algorithms", "RS512")
     assert status(server, from_issuer("r1", algorithm="RS512")) == 200
@@ -272,7 +272,7 @@ def test_keys_are_kept_for_minutes() -> None:
 
 
 def test_a_new_key_is_fetched_when_it_is_used() -> None:
-    """But for unknown keys nobody is asked more often than every few seconds."""
+    """An unknown key sets off a fetch, at most every few seconds."""
     source = Source("old")
     assert source.finds("old") is True
     source.kids = ["old", "new"]

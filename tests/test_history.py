@@ -32,7 +32,7 @@ def now(server: Server) -> str:
 
 
 def test_the_notifications_are_those_that_a_client_receives(server: Server) -> None:
-    """To the letter, oldest first, with topics where they were sent by topic."""
+    """History has the notifications to the letter, oldest first, with topics where they were sent by topic."""
     client = server.join(query="client_id=ann&topics=red")
     start = now(server)
     server.notify("one", type="alert", data={"priority": "high"})
@@ -59,7 +59,7 @@ def test_an_empty_since_asks_where_the_log_stands(server: Server) -> None:
 
 
 def test_without_since_it_is_the_whole_history(start_server: StartServer) -> None:
-    """From the beginning of the log."""
+    """Without since the answer starts at the beginning of the log."""
     server = start_server()
     *_, last = server.publish("one", "two")
     answer = history(server)
@@ -90,7 +90,7 @@ def test_an_empty_log_has_a_position_too(start_server: StartServer) -> None:
 def test_it_holds_the_notifications_for_such_a_client(
     server: Server, parameters: dict[str, str], expected: list[str]
 ) -> None:
-    """By its client_id, its topics, or to everyone; nothing else."""
+    """The filter keeps notifications for the client_id, for the topics and for everyone, and nothing else."""
     start = now(server)
     server.publish("ann", clients=["ann"])
     server.publish("red", topics=["red"])
@@ -112,7 +112,7 @@ def test_the_answer_and_a_resume_agree(server: Server) -> None:
 
 
 def test_test_notifications_are_not_in_it(start_server: StartServer) -> None:
-    """But the position may be one of theirs."""
+    """Test notifications are not in the history, but the position may be one of theirs."""
     server = start_server("--notification-interval", "0.05")
     client = server.join()
     server.publish("one")
@@ -135,7 +135,7 @@ def test_a_hundred_unless_told(server: Server) -> None:
 
 
 def test_a_thousand_at_most(start_server: StartServer) -> None:
-    """As many as are asked for."""
+    """The answer has as many as are asked for, a thousand at most."""
     server = start_server("--history-size", "2000")
     server.request("POST", "/notify/batch", json=[{"message": str(number)} for number in range(1000)])
     server.publish("1000")
@@ -194,7 +194,7 @@ def test_an_id_that_was_never_given_proves_nothing(start_server: StartServer, si
 
 
 def test_an_expired_notification_is_not_in_it(start_server: StartServer) -> None:
-    """Also when nothing has been published since."""
+    """An expired notification is gone even if nothing has been published since."""
     server = start_server("--history-ttl", "0.2")
     [last] = server.publish("one")
     eventually(lambda: history(server)["notifications"] == [])
@@ -230,12 +230,12 @@ def test_a_bad_parameter_is_refused(server: Server, parameters: dict[str, str], 
 
 
 def test_head_answers_without_a_body(server: Server) -> None:
-    """As everywhere where there is a GET."""
+    """HEAD answers as GET does, without a body."""
     response = server.request("HEAD", "/notifications")
     assert (response.status_code, response.content) == (200, b"")
 
 
 def test_other_methods_are_not_allowed(server: Server) -> None:
-    """With the documented body, and those that are."""
+    """The answer is the documented body and names the methods that are allowed."""
     response = server.request("DELETE", "/notifications")
     assert (response.status_code, response.headers["Allow"]) == (405, "GET, HEAD, OPTIONS")

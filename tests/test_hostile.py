@@ -398,7 +398,7 @@ def test_a_query_with_a_flood_of_parameters_is_refused(server: Server, path: str
 
 @pytest.mark.usefixtures("bystander")
 def test_a_handshake_with_a_flood_of_parameters_is_closed(server: Server) -> None:
-    """With the reason; a hundred of them are still read."""
+    """A handshake with more than a hundred parameters is closed with the reason; a hundred are read."""
     assert server.connect(query="a&" * 100).closed() == (1008, "Query: more than 100 parameters")
     assert server.join(query="a&" * 98 + "client_id=bob").ask({"type": "ping"}) == PONG
 
@@ -406,7 +406,7 @@ def test_a_handshake_with_a_flood_of_parameters_is_closed(server: Server) -> Non
 @needs_proc
 @pytest.mark.parametrize("headers", [b"X: " + b"x" * 9000, b"X: y\r\n" * 200 + b"Z: z"], ids=["long", "many"])
 def test_a_handshake_with_much_to_read_is_answered(server: Server, headers: bytes) -> None:
-    """As long as the head keeps to its limit."""
+    """A handshake whose head keeps to its limit is answered."""
     connection = server.raw(HANDSHAKE[:-2] + headers + b"\r\n\r\n")
     assert connection.recv(65_536).startswith(b"HTTP/1.1 101 ")
 
@@ -605,7 +605,7 @@ def test_line_ends_in_a_notification_end_no_line_of_a_stream(server: Server) -> 
 @pytest.mark.usefixtures("bystander")
 @pytest.mark.parametrize("character", ["\r", "\n", "\0", "\x1b", "\x7f"], ids=repr)
 def test_no_name_has_a_control_character(server: Server, character: str) -> None:
-    """Neither a client_id nor a topic, wherever it is given; no reason or answer repeats it."""
+    """A client_id or topic with a control character is refused everywhere, and no reason or answer repeats it."""
     name = f"x{character}y"
     code, reason = server.connect(name).closed()
     assert (code, reason) == (1008, "Invalid client_id")

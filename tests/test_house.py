@@ -56,7 +56,7 @@ def test_every_module_has_a_place() -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_point_down(name: str) -> None:
-    """So no two modules import each other, and each can be read with those below it alone."""
+    """No two modules import each other, and each can be read with those below it alone."""
     known = set(imports(MODULES[name])) & set(MODULES)
     above = set(ORDER[: ORDER.index(name)])
     assert not known & above
@@ -121,7 +121,7 @@ def test_no_module_imports_a_test_module(name: str) -> None:
 
 @pytest.mark.slow
 def test_the_tests_of_ctrl_c_hold_where_the_run_ignores_it() -> None:
-    """As in `make test &` of a shell without job control: children would inherit the ignored signals."""
+    """The tests of Ctrl+C pass in `make test &` of a shell without job control, which ignores SIGINT."""
     start = (
         "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
     )

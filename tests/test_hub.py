@@ -206,7 +206,7 @@ def test_clients_that_are_owed_different_things_do_not_make_publishing_dear(loop
 
 
 def test_each_client_gets_its_part_of_a_batch_for_many_topics(loop: VirtualLoop) -> None:
-    """By topic, by name and by both; each once and in order, behind all it was owed before."""
+    """A client gets its part by topic, by name and by both, each once and in order, behind all it was owed before."""
     hub = hub_on(loop)
     ann, bob = join(loop, hub, "ann", "red"), join(loop, hub, "bob", "red,blue")
     for connection in (ann, bob):

@@ -24,7 +24,7 @@ def published(keys: IdempotencyKeys, key: str, now: float = 0.0, count: int = 1)
 
 
 def test_a_repeat_gets_the_first_answer() -> None:
-    """And is told that it is one, however often it comes."""
+    """A repeat gets the first answer, marked as a repetition, however often it comes."""
     keys, once = IdempotencyKeys(9, 60), Once("key", REQUEST)
     assert keys.find(once, 0) is None
     keys.keep(once, appended(), 0)
@@ -54,7 +54,7 @@ def test_a_key_is_forgotten_when_it_is_too_old() -> None:
 
 
 def test_the_oldest_keys_make_room() -> None:
-    """As many receipts are kept as notifications are."""
+    """Keys are kept for as many notifications as the history has, and the oldest go first."""
     keys = IdempotencyKeys(3, 60)
     assert all(published(keys, name) for name in ("one", "two", "three"))
     assert not published(keys, "one")

@@ -97,7 +97,7 @@ def test_it_listens_on_internal_host(start_server: StartServer) -> None:
 
 
 def test_an_internal_port_that_is_taken_is_one_line(inside: Inside) -> None:
-    """As for the public port: it names the address, with status 1."""
+    """One line names the address, with status 1, as for the public port."""
     port = inside.url.rpartition(":")[2]
     said = f"notifyd: cannot listen on 127.0.0.1:{port}: Address already in use\n"
     assert run("--port", "0", "--internal-port", port) == (1, "", said)

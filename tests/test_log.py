@@ -94,12 +94,12 @@ def test_a_backlog_starts_with_the_older_of_broadcast_and_entry(
 
 
 def test_a_batch_has_all_frames_from_the_cursor_on() -> None:
-    """In order, with the cursor that comes next."""
+    """A batch has all frames from the cursor on in order, with the cursor that comes next."""
     assert batch(log_of(4), 1) == (b"<2><3><4>", 3, 4, None)
 
 
 def test_at_the_next_turn_there_is_no_batch() -> None:
-    """In an empty log neither."""
+    """At the next turn there is no batch, in an empty log either."""
     assert log_of(4).batch(4, None) is None
     assert log_of().batch(0, None) is None
 
@@ -173,7 +173,7 @@ def test_a_batch_with_pending_entries_ends_at_its_limit_too() -> None:
 
 
 def test_clients_with_the_same_pending_list_share_batch_and_rest() -> None:
-    """Until something is appended."""
+    """Clients with the same pending list share a batch until something is appended."""
     log = log_of(3)
     pending = add(log, [4, 5], audience=RED)
     with mock.patch.object(log_module, "BATCH_BYTES", 13):
@@ -343,7 +343,7 @@ def test_a_replay_is_not_complete_unless_the_log_proves_it() -> None:
 
 
 def test_expired_entries_are_not_replayed() -> None:
-    """Also where they have not been trimmed yet: the position of the last expired entry is complete, none before is."""
+    """Expired entries are not replayed, even before they are trimmed. Only their last position is complete."""
     log = log_of(9, max_age=3)
     assert replayed(log, "id-05", now=9) == (["id-06", "id-07", "id-08", "id-09"], True)
     assert replayed(log, "id-04", now=9) == (["id-06", "id-07", "id-08", "id-09"], False)
@@ -381,7 +381,7 @@ def test_a_position_that_proves_nothing_is_not_found(position: str) -> None:
 
 
 def test_a_client_resumes_with_an_entry_from_the_position_before_it() -> None:
-    """In the log, at its front, and before the first entry."""
+    """A client resumes in the log, at its front, and before the first entry."""
     log = log_of(3)
     assert [log.position_before(sequence) for sequence in range(4)] == [FIRST, "id-01", "id-02", "id-03"]
     log.trim(2)
@@ -389,7 +389,7 @@ def test_a_client_resumes_with_an_entry_from_the_position_before_it() -> None:
 
 
 def test_ids_increase_also_when_the_clock_goes_backwards() -> None:
-    """And in one millisecond, and after another process's id."""
+    """Ids increase in one millisecond, after another process's id, and when the clock goes backwards."""
     positions = Positions()
     ids = [positions.next() for _ in range(1000)]
     with mock.patch.object(time, "time_ns", return_value=0):

@@ -312,7 +312,7 @@ def test_deliveries_are_counted_when_they_are_read(many: Many) -> None:
 
 
 def test_recipients_are_counted_over_all(many: Many) -> None:
-    """At once after a client has been welcomed, has subscribed or unsubscribed, wherever it is."""
+    """Recipients are right at once after a welcome, a subscribe or an unsubscribe on any process."""
     for here, there in permutations(many.places, 2):
         here.join("a", query="client_id=a&topics=x")
         client = there.join("b")
@@ -329,7 +329,7 @@ def test_recipients_are_counted_over_all(many: Many) -> None:
 
 
 def test_status_lists_the_clients_of_all(many: Many) -> None:
-    """In the order of their admission, the same everywhere, as many as are asked for."""
+    """Every process lists the clients of all in the order of their admission, as many as are asked for."""
     names = [f"client-{n:02}" for n in range(LIMIT)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(Place.join, many.one_by_one(LIMIT), names))

@@ -144,7 +144,7 @@ def limits(headers: Any) -> tuple[int, int, int]:
 
 
 def test_nginx_takes_the_file(nginx: Nginx) -> None:
-    """Without a warning, also where a process may open no more files than systems usually let it."""
+    """nginx takes the file without a warning, even with the usual limit of open files."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     command = ["sh", "-c", f'ulimit -Sn {min(1024, most)}; exec "$@"', "sh", *nginx.command, "-t"]
     tested = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -220,7 +220,7 @@ def test_each_address_has_buckets_of_its_own(nginx: Nginx) -> None:
 
 @pytest.mark.parametrize("path", ["/health", "/health/live"])
 def test_health_is_exempt(nginx: Nginx, path: str) -> None:
-    """Also where the address may ask no more."""
+    """/health is answered for an address that has used up its requests."""
     statuses = [nginx.http.get(path).status_code for _ in range(50)]
     assert set(statuses) == {200}
 

@@ -189,7 +189,7 @@ def test_an_integer_of_more_than_64_bits_is_refused(server: Server, place: str, 
     ids=["text", "integers", "floats"],
 )
 def test_other_long_runs_of_digits_are_accepted(server: Server, data: dict[str, Any]) -> None:
-    """In texts and names, as large integers and as floats."""
+    """Long runs of digits are accepted in texts and names, as large integers and as floats."""
     client = server.join()
     server.notify("12345678901234567890123", data=data)
     assert client.receive()["data"] == {"message": "12345678901234567890123"} | data

@@ -177,7 +177,7 @@ def test_an_allowed_origin_is_let_in(open_to_two: Server, origin: str) -> None:
 
 @pytest.mark.parametrize("origin", [APP, "https://APP.example:443"])
 def test_case_and_the_schemes_own_port_do_not_count(start_server: StartServer, origin: str) -> None:
-    """In the setting and in the header, for the check and for the headers of the answer."""
+    """Case and the scheme's own port do not count in the setting and the header, for the check and the answer."""
     server = start_server("--allow-origin", "HTTPS://App.Example:443")
     assert met(server, origin) == welcome("bob")
     assert server.get("/health", headers={"Origin": origin}).headers["access-control-allow-origin"] == origin

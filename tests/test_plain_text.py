@@ -56,13 +56,13 @@ def test_a_plain_text_is_the_message_to_the_letter(server: Server, content_type:
     [(b"", ["message"]), (b"\xff\xfe", ["message", "UTF-8"]), (b"x" * 8193, ["message", "8192"])],
 )
 def test_a_text_that_is_no_message_is_refused(server: Server, body: bytes, words: list[str]) -> None:
-    """By the same limits as a message in JSON."""
+    """A text is refused by the same limits as a message in JSON."""
     response = post(server, body, "text/plain")
     assert (response.status_code, parse(response.content)) == (400, http_error("validation", naming(*words)))
 
 
 def test_the_size_limit_comes_first(server: Server) -> None:
-    """As for JSON."""
+    """The size limit comes first, as for JSON."""
     assert post(server, b"x" * 65_537, "text/plain").status_code == 413
 
 
@@ -79,7 +79,7 @@ def test_json_that_curl_labels_as_a_form_is_read_as_json(server: Server) -> None
 
 @pytest.mark.parametrize("content_type", [FORM, f"{FORM}; charset=utf-8", "application/json", None])
 def test_json_is_read_as_json(server: Server, content_type: str | None) -> None:
-    """With curl's label, with its own, and with none."""
+    """JSON is read as JSON with curl's label, with its own, and with none."""
     answer = parse(post(server, b'{"message": "hi"}', content_type).content)
     assert answer["notification"]["message"] == "hi"
 

@@ -43,7 +43,7 @@ def fresh(start_server: StartServer) -> Server:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_repeat_gets_the_first_answer_again(fresh: Server, path: str) -> None:
-    """To the byte, its timestamp, recipients and Notification-Id included, and marked as a repetition."""
+    """A repeat gets the first answer to the byte, with its timestamp and Notification-Id, marked as a repetition."""
     first = send(fresh, "key", PATHS[path], path)
     fresh.join()
     second = send(fresh, "key", PATHS[path], path)
@@ -151,7 +151,7 @@ def test_a_repeat_while_the_first_is_under_way_gets_its_answer(fresh: Server) ->
 
 @pytest.mark.parametrize("key", ["k", "k" * 255, "a b", "!#$%&'*+-.^_`|~,;=\""])
 def test_a_key_has_1_to_255_characters(fresh: Server, key: str) -> None:
-    """Of any kind that a header can have."""
+    """A key has 1 to 255 characters of any kind that a header can have."""
     assert [is_replayed(send(fresh, key)) for _ in range(2)] == [False, True]
 
 

@@ -77,7 +77,7 @@ def exhaust(server: Server, path: str = "/status?limit=0", method: str = "GET", 
 
 
 def test_a_full_bucket_holds_its_burst() -> None:
-    """So many at once, and not one more."""
+    """A full bucket allows its burst at once, and not one more."""
     full_at, allowed = 0, []
     for _ in range(25):
         drawn = draw(full_at, 1000, RATE)
@@ -122,7 +122,7 @@ def test_full_buckets_are_forgotten() -> None:
 
 
 def test_without_the_switch_nothing_is_limited(server: Server) -> None:
-    """Neither refused nor told, as a proxy in front may do both."""
+    """Without the switch no request is refused and no header tells a limit."""
     answers = [server.get("/notifications") for _ in range(50)]
     assert {answer.status_code for answer in answers} == {200}
     assert not [name for name in answers[0].headers if name.startswith("x-ratelimit")]
@@ -237,7 +237,7 @@ def test_as_many_handshakes_as_the_bucket_holds(limited: Server) -> None:
 
 
 def test_a_handshake_is_refused_before_the_upgrade(limited: Server) -> None:
-    """With the documented body and the headers."""
+    """A handshake is refused before the upgrade, with the documented body and the headers."""
     while (refusal := knock(limited)).status_code == 101:
         pass
     assert refusal.status_code == 429

@@ -123,7 +123,7 @@ def test_the_last_id_may_be_of_a_notification_for_another_client(server: Server)
 
 
 def test_only_what_is_addressed_to_the_client_is_replayed(server: Server) -> None:
-    """By its client_id, its topics, or to everyone."""
+    """The replay has notifications for the client_id, its topics and everyone."""
     [start] = server.publish("start")
     server.publish("for ann", clients=["ann"])
     server.publish("for bob", clients=["bob"])

@@ -169,7 +169,7 @@ def test_a_host_that_is_not_ours_stops_the_start_with_one_line(host: str) -> Non
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("store", ["sqlite:/nonexistent/log.db", "sqlite:/", "redis://:secret@host:port"])
 def test_a_store_that_cannot_be_used_stops_the_start_with_one_line(store: str, workers: str) -> None:
-    """Without a warning before it, and without the password; the exit status is 2."""
+    """A store that cannot be used is one line without the password, and the exit status is 2."""
     ended = run("--store", store, "--workers", workers, "--port", "0")
     assert ended.in_one_line == (2, 1)
     assert "store" in ended.stderr and "secret" not in ended.stderr

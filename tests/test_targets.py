@@ -134,7 +134,7 @@ def test_a_notification_for_an_absent_client_is_kept_for_resume(server: Server, 
 
 
 def test_a_private_notification_is_replayed_to_nobody_else(server: Server) -> None:
-    """Neither to another client_id, nor to one without, nor to a topic of that name."""
+    """A private notification is replayed neither to another client_id nor to a topic of that name."""
     position = server.read("/notifications?since=")["position"]
     server.notify("private", clients=["ann"])
     for query in ("client_id=bob&topics=ann", "client_id=Ann", ""):
@@ -145,7 +145,7 @@ def test_a_private_notification_is_replayed_to_nobody_else(server: Server) -> No
 
 
 def test_a_notification_by_topic_carries_all_its_topics_beside_data(server: Server) -> None:
-    """Also those that the client doesn't have, in the documented place."""
+    """A notification carries its topics beside data, even those that the client does not follow."""
     client = listening(server, "ann", "red")
     server.notify("colours", type="alert", topics=["red", "blue", "red"])
     assert client.receive() == {
@@ -291,7 +291,7 @@ def test_bad_topics_in_the_url_are_refused(server: Server, topics: str) -> None:
 
 
 def test_a_client_may_have_a_hundred_topics(server: Server) -> None:
-    """In the URL or by message."""
+    """A client may have a hundred topics, in the URL or by message."""
     assert server.join().ask({"type": "subscribe", "topics": HUNDRED}) == subscribed(*HUNDRED)
     listening(server, "ann", ",".join(HUNDRED))
     assert server.notify("x", topics=["topic99"])["recipients"] == 2
@@ -311,7 +311,7 @@ def test_a_repeated_topic_counts_once(server: Server) -> None:
 
 
 def test_a_hundred_and_one_in_the_url_are_refused(server: Server) -> None:
-    """With the limit in the reason."""
+    """A hundred and one topics in the URL are refused with the limit in the reason."""
     code, reason = server.connect(query=f"topics={','.join([*HUNDRED, 'more'])}").closed()
     assert (code, reason) == (1008, naming("Invalid topics: ", "100"))
 

@@ -143,7 +143,7 @@ def test_nothing_is_told_before_it_is_complete(name: str) -> None:
 @pytest.mark.parametrize("name", INVALID)
 @pytest.mark.parametrize("cut", [lambda stream: [stream], byte_by_byte], ids=["whole", "byte by byte"])
 def test_an_invalid_stream_is_refused(name: str, cut: Callable[[bytes], Iterator[bytes]]) -> None:
-    """With the code that section 7.4.1 has for it, and a reason that fits into a close frame."""
+    """An invalid stream is refused with the code of section 7.4.1 and a reason that fits into a close frame."""
     stream, code, _ = INVALID[name]
     _, refused, reason = read(*cut(stream))
     assert refused == code and 0 < len(reason) <= 123
@@ -159,7 +159,7 @@ def test_an_invalid_stream_is_refused_as_early_as_it_can_be(name: str) -> None:
 
 @pytest.mark.parametrize("name", INVALID)
 def test_what_came_before_an_invalid_frame_is_read(name: str) -> None:
-    """In the same piece or not."""
+    """Events before an invalid frame are read, in the same piece or not."""
     stream, code, _ = INVALID[name]
     events, refused, _ = read(masked(0x81, b"before") + stream)
     assert (events[0], refused) == ((TEXT, "before"), code)
@@ -356,7 +356,7 @@ def test_ours_reads_the_same_as_the_reference(stream: bytes) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.one_of(streams, mutated()), st.lists(st.integers(1, 30), min_size=1, max_size=8))
 def test_it_does_not_matter_how_a_stream_is_cut(stream: bytes, sizes: list[int]) -> None:
-    """In pieces of any sizes it is read as in one."""
+    """A stream in pieces of any sizes is read as in one."""
     pieces, position = [], 0
     while position < len(stream):
         size = sizes[len(pieces) % len(sizes)]

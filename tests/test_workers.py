@@ -118,7 +118,7 @@ def test_a_store_for_one_process_is_refused() -> None:
 
 
 def test_no_place_for_a_temporary_log_is_one_line() -> None:
-    """As on a full disk: nothing can be written anywhere."""
+    """A start on a full disk, where nothing can be written, ends with one line."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
     try:
@@ -289,7 +289,7 @@ def test_who_has_drained_tells_newcomers_until_all_have(server: Server) -> None:
 
 
 def test_a_second_signal_closes_everyone_now(server: Server) -> None:
-    """On every worker, and the status is still 0."""
+    """A second signal closes the clients of every worker, and the status is still 0."""
     clients = join_each_worker(server)
     server.signal()
     assert [client.receive_many(2) for client in clients] == [[SYSTEM, SHUTDOWN]] * len(clients)
@@ -322,7 +322,7 @@ def test_a_worker_that_hangs_is_replaced(start_server: StartServer, tmp_path: Pa
 
 
 def test_a_pause_of_all_is_no_reason_to_replace_anybody(start_server: StartServer, tmp_path: Path) -> None:
-    """As when a container is frozen for a while."""
+    """No worker is replaced after a pause of all, as when a container is frozen for a while."""
     server = start_server("--workers", "2", constants={"server_workers.SILENCE_SECONDS": 1.5})
     before = workers(server)
     os.killpg(server.pid, SIGSTOP)
