@@ -29,7 +29,7 @@ PROBE_SECONDS = 2.0
 PROBE_STEP_SECONDS = 0.02
 # At most this many newcomers wait for the result of a probe.
 MAX_WAITING = 1000
-# Clients are pinged in portions of this size, between which other tasks run.
+# Clients are pinged in portions of this size; other tasks run in between.
 SLICE_CLIENTS = 250
 
 
@@ -69,7 +69,7 @@ class Heartbeat:
                     await asyncio.sleep(0)
 
     def _notice_pause(self, overslept: float) -> None:
-        """After a pause of this process, in which no client could be heard, give all clients the full timeout again.
+        """After a pause of this process give all clients the full timeout again: none could be heard meanwhile.
 
         A live client is heard at least every half of the timeout, so a pause of less than a quarter is harmless.
         """

@@ -21,7 +21,7 @@ CACHE = ROOT / ".cache"
 EXTRAS = ("server", "redis", "jwt")
 LOWEST = (3, 11)
 TESTS = ("auth", "batch", "drain", "events", "health", "http_errors", "notify", "publish_once", "resume", "wire_http")
-# Of these a few start hosts, whose packages the environments lack.
+# A few of these start hosts; the environments lack their packages.
 SELECTED = "not host and not backend"
 
 

@@ -1,4 +1,4 @@
-"""The servers and stores that the tests talk to, and what must hold for servers after every test."""
+"""The servers and stores of the tests, and the checks of servers after every test."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Two workers a core for the whole suite, as most tests only wait; none for a few, which they would only delay."""
+    """Two workers a core for the whole suite, because most tests only wait; none for a few tests, which end sooner."""
     is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
     return min(2 * (os.cpu_count() or 1), 8) if is_whole else 0
 
@@ -105,7 +105,7 @@ def server(_shared_server: Server) -> Server:
 def start_server() -> Iterator[StartServer]:
     """Start servers with flags and variables of their own; they are asked to stop when the test has ended.
 
-    That takes a moment for which nobody waits: what is wrong with it is told by a later test, with the name of this.
+    The check takes a moment, and no test waits for it: a later test reports the fault, with the name of this one.
     """
     servers: list[Server] = []
 

@@ -1,4 +1,4 @@
-"""Processes for the tests: a server on a free port, spoken to over loopback and ended by its pid, and what /proc says.
+"""Processes for the tests: a server on a free port, used over loopback and ended by its pid, and the facts of /proc.
 
 Clocks are shortened in a server, too: `Server.notifyd(constants={"store.LEASE_SECONDS": 1})`.
 """
@@ -166,7 +166,7 @@ class Server:
         return port
 
     def wait_for_line(self, pattern: str, patience: float = PATIENCE, *, after: int = 0) -> str:
-        """Return the first line of the log, from line `after` on, in which the pattern is found."""
+        """Return the first line of the log, from line `after` on, with a match of the pattern."""
         deadline = time.monotonic() + patience
         with self._line:
             while True:
@@ -200,7 +200,7 @@ class Server:
             self.signal()
 
     def complaints(self) -> Iterator[str]:
-        """Let all clients go, print what is new in the log, and tell what is wrong with it or with the process."""
+        """Let all clients go, print the new lines of the log, and return the faults of log and process."""
         self.forget_clients()
         if self.process.poll() is not None:
             self._reader.join(PATIENCE)
@@ -230,7 +230,7 @@ class Server:
         if self._killed:
             return
         self._killed = True
-        with suppress(ProcessLookupError):  # Its workers too: a group of which the process was the first.
+        with suppress(ProcessLookupError):  # Its workers too: the process leads their group.
             os.killpg(self.pid, SIGKILL)
         self.process.wait()
         self._reader.join(PATIENCE)
@@ -240,7 +240,7 @@ class Server:
             self.http.close()
 
     def new_log(self) -> str:
-        """Return what was logged since the last time."""
+        """Return the lines logged since the last call."""
         with self._line:
             lines, self._shown = self.stderr[self._shown :], len(self.stderr)
         return "\n".join(lines)
@@ -265,7 +265,7 @@ class Server:
         for line in Path("/proc/net/tcp").read_text().splitlines():
             _, ours, theirs, *fields = line.split()
             if [ours[-5:], theirs[-5:]] == ends:
-                return fields[6] != "0"  # The inode, which a socket has no longer when only the kernel knows it.
+                return fields[6] != "0"  # The inode: 0 for a socket that only the kernel still knows.
         return False
 
     # HTTP.
@@ -290,13 +290,13 @@ class Server:
         return self.http.post("/notify", json=body, **options)
 
     def notify(self, message: str, **fields: Any) -> Any:
-        """Publish a notification, which must be accepted; return the parsed answer."""
+        """Publish a notification and return the parsed answer; it must be accepted."""
         response = self.post({"message": message} | fields)
         assert response.status_code == 200, response.text
         return parse(response.content)
 
     def publish(self, *messages: str, **fields: Any) -> list[str]:
-        """Publish these messages, which must be accepted; return their ids."""
+        """Publish these messages and return their ids; they must be accepted."""
         responses = [self.post({"message": message} | fields) for message in messages]
         assert {response.status_code for response in responses} <= {200}, [response.text for response in responses]
         return [response.headers["Notification-Id"] for response in responses]
@@ -396,7 +396,7 @@ def workers(server: Server) -> set[int]:
 
 
 def sockets(pid: int) -> set[str]:
-    """Return what identifies the open sockets of a process."""
+    """Return the identities of the open sockets of a process."""
     names = set()
     with suppress(FileNotFoundError):
         for descriptor in Path(f"/proc/{pid}/fd").iterdir():
@@ -454,7 +454,7 @@ def program(*names: str) -> str:
 
 
 class Ended(NamedTuple):
-    """How a command line ended that did not serve, and what it said."""
+    """The end of a command line that did not serve: its status and output."""
 
     status: int
     stdout: str
@@ -467,7 +467,7 @@ class Ended(NamedTuple):
 
 
 def run(*flags: str, variables: Mapping[str, str] | None = None) -> Ended:
-    """Run notifyd in a process, which must end by itself."""
+    """Run notifyd in a process that must end by itself."""
     command, variables = notifyd_command(*flags), environment(variables)
     ended = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=20, check=False)
     return Ended(ended.returncode, ended.stdout, ended.stderr)

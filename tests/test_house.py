@@ -20,7 +20,7 @@ TESTS = {path.stem: ast.parse(path.read_text()) for path in sorted((ROOT / "test
 # The house map of docs/design.md: a module imports only modules that stand further down.
 ORDER = re.findall(r"^\| `(\w+)\.py` \|", (ROOT / "docs" / "design.md").read_text(), re.MULTILINE)
 PREFIXES = ("guard", "server", "store", "wire")
-# The seam to the stores, and the value that says whose client it is. notifyd.py puts the house together.
+# The seam to the stores, and the rights of a client. notifyd.py puts the house together.
 KNOWN_TO_THE_CORE = {"store", "guard_identity"}
 
 MOST_LINES, FEWEST_LINES = 500, 100
@@ -115,7 +115,7 @@ def test_the_pages_name_their_subjects() -> None:
 
 @pytest.mark.parametrize("name", TESTS)
 def test_no_module_imports_a_test_module(name: str) -> None:
-    """What several test modules need stands in a module without tests."""
+    """Helpers of several test modules stand in a module without tests."""
     assert not [other for other in imports(TESTS[name]) if other.startswith("test_")]
 
 

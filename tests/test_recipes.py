@@ -1,4 +1,4 @@
-"""The recipes of docs/embedding.md, in the hosts for which they are meant."""
+"""The recipes of docs/embedding.md, in their hosts."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def cross_origin() -> Any:
 
 
 def test_the_cors_of_the_host_and_ours_work_together(cross_origin: Any) -> None:
-    """A page of the origin may read each answer, which names the origin once."""
+    """A page of the origin may read each answer; each names the origin once."""
     answer = client_of(cross_origin).get("/notifications/health", headers={"Origin": APP})
     assert answer.status_code == 200
     assert answer.headers.get_list("access-control-allow-origin") == [APP]
@@ -214,7 +214,7 @@ def make(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_python_without_ensurepip_leaves_no_environment_behind(checkout: Path) -> None:
-    """Debian's says what to install; once it is there, the same command works."""
+    """Debian's error names the package to install; then the same command works."""
     poor = checkout / "python"
     poor.write_text(
         f'#!/bin/sh\n[ "$1" = -m ] || exec {sys.executable} "$@"\n'

@@ -1,4 +1,4 @@
-"""The soak still runs: some seconds with few clients, which get everything and leave nothing behind."""
+"""The soak still runs: some seconds with few clients; they get everything and leave nothing behind."""
 
 import subprocess
 import sys

@@ -1,6 +1,6 @@
-"""Publishers and listeners that miss nothing, for the tests of what may happen to processes and stores.
+"""Publishers and listeners that miss nothing, for the tests of faults of processes and stores.
 
-Publishers repeat what was not answered with the same Idempotency-Key, and listeners that lose their connection resume;
+Publishers repeat unanswered requests with the same Idempotency-Key, and listeners that lose their connection resume;
 both go to the next server where one is gone. Traffic.is_whole() is the verdict.
 """
 

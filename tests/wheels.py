@@ -1,4 +1,4 @@
-"""Packages built from a tree of sources, and environments in which they are installed."""
+"""Packages built from a tree of sources, and environments to install them in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from processes import environment, program
 
 
 def command(*words: str | Path, **variables: str) -> str:
-    """Run a command outside the checkout, which must succeed, and return its output."""
+    """Run a command outside the checkout and return its output; it must succeed."""
     ended = subprocess.run(
         words, cwd="/", env=environment({"PYTHONPATH": "", **variables}), capture_output=True, text=True, check=False
     )
@@ -25,7 +25,7 @@ def build(source: Path, directory: Path, *flags: str) -> None:
 
 
 def install(directory: Path, *wanted: str | Path) -> None:
-    """Make an environment with what pip would install for these words."""
+    """Make an environment with the packages that pip installs for these words."""
     uv = program("uv")
     command(uv, "venv", "--quiet", "--allow-existing", "--python", sys.executable, directory)
     command(uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", directory / "bin" / "python", *wanted)
