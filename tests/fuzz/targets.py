@@ -127,7 +127,7 @@ class App:
             ours.shutdown(socket.SHUT_WR)
             while await self.loop.sock_recv(ours, 65_536):
                 pass
-        while self.state.connections or self.state.tasks or self.app.state.hub.active_connections():
+        while self.state.connections or self.state.tasks or self.app.state.hub.clients:
             await asyncio.sleep(0)
 
 
