@@ -222,7 +222,8 @@ class Log:
 
     def _join(self, cursor: int, pending: list[int]) -> Batch:
         """Join pending entries and broadcasts in the order of their sequences."""
-        assert not pending or pending[0] >= self.first_sequence, "owed an entry that is gone"
+        assert cursor >= self._first_turn, "the broadcast at this cursor is gone"
+        assert not pending or pending[0] >= self.first_sequence, "the first pending entry is gone"
         frames: list[bytes] = []
         size = taken = 0
         while taken < len(pending) or cursor < self.next_turn:

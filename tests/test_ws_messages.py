@@ -169,6 +169,15 @@ def test_a_status_response_has_the_figures_of_health(server: Server, client: Cli
     assert (told["active_connections"], told["total_connections"]) == (health["active"], health["total"])
 
 
+def test_answers_come_in_the_order_of_the_messages(server: Server) -> None:
+    """Answers that wait for the store hold up later ones, errors among them, also when all come in one segment."""
+    client = server.join_bare()
+    messages = [b'{"type": "status_request"}', b"nonsense", PING, b'{"type": "subscribe", "topics": ["red"]}', PING]
+    client.socket.sendall(b"".join(masked(Opcode.TEXT, each) for each in messages))
+    answers = [client.receive()["type"] for _ in messages]
+    assert answers == ["status_response", "error", "pong", "subscribed", "pong"]
+
+
 def test_extra_fields_are_ignored(client: Client) -> None:
     """A newer client may say more than this server understands."""
     assert client.ask({"type": "ping", "timestamp": 1, "nonce": [None, {}]}) == PONG
