@@ -16,7 +16,8 @@ import asyncio
 import enum
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import Protocol
 
 from starlette.types import Message, Receive, Scope, Send
@@ -25,8 +26,9 @@ from log import payloads
 
 # In scope["extensions"] of a WebSocket: its Connection, ready for the Hub.
 WIRE_EXTENSION = "notifyd.wire"
-# In scope["extensions"] of a request: call it to take over the HTTP connection. No further request is read; it returns
-# the function that aborts the connection.
+# In scope["extensions"] of a request: a Stream whose response has begun calls it with itself and the part of the body
+# that it sent last. It returns a Pipe, or None where that part has not reached the wire as it was: then a middleware of
+# the host changes or delays the response.
 STREAM_EXTENSION = "notifyd.stream"
 CLOSE_DEADLINE_SECONDS = 5.0
 # A connection reads this much per loop iteration. In frames of 6 bytes these are 2 to 5 ms of work; without the limit
@@ -189,8 +191,8 @@ class SendConnection:
             self._deadline.reschedule(asyncio.get_running_loop().time() + CLOSE_DEADLINE_SECONDS)
             self._reader.cancel()
 
-    async def serve(self, receive: Receive, send: Send, abort: Callable[[], None] | None = None) -> None:
-        """Read and write until the connection has ended. `abort` cuts the peer off, where the server offers that."""
+    async def serve(self, receive: Receive, send: Send) -> None:
+        """Read and write until the connection has ended."""
         reader = self._reader = asyncio.ensure_future(self._read(receive))
         writer = asyncio.ensure_future(self._write_out(send))
         try:
@@ -205,12 +207,6 @@ class SendConnection:
         except TimeoutError:
             logger.debug("A peer did not take its goodbye and is given up on")
         finally:
-            if abort is not None and not (reader.done() and not reader.cancelled()):
-                # The server has not reported the end. A peer that was sent everything gets the time to read it.
-                if writer.done() or self.state is not ConnectionState.CLOSING:
-                    asyncio.get_running_loop().call_later(CLOSE_DEADLINE_SECONDS, abort)
-                else:
-                    abort()
             reader.cancel()
             writer.cancel()
             self._end()
@@ -298,6 +294,8 @@ _ID_START, _ID_END = len(b'{"id":"'), len(b'{"id":"') + 36
 _TYPE_START = len(b'{"type":"')
 
 
+# All streams that stand at one place are handed the same frames.
+@lru_cache(maxsize=4)
 def events(frames: bytes) -> bytes:
     """Return ready frames as they are sent on a stream; maybe nothing."""
     return b"".join(map(event, payloads(frames)))
@@ -323,7 +321,13 @@ class StreamCarrier:
 
     is_stream = True
 
-    def opening(self, subprotocol: str | None) -> Iterable[Message]:  # noqa: ARG002
+    def __init__(self) -> None:
+        self._has_begun = False
+
+    def opening(self, subprotocol: str | None = None) -> Iterable[Message]:  # noqa: ARG002
+        if self._has_begun:
+            return
+        self._has_begun = True
         yield {"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS}
         yield {"type": "http.response.body", "body": STREAM_OPENING, "more_body": True}
 
@@ -335,12 +339,100 @@ class StreamCarrier:
         return {"type": "http.response.body", "body": closing_comment(code, reason), "more_body": False}
 
 
-class EventStream:
-    """The ASGI response that carries a client's stream."""
+class Stream(Protocol):
+    """A response that has the HTTP connection to itself, as the server calls it."""
 
-    def __init__(self, connection: SendConnection) -> None:
-        self._connection = connection
+    def resumed(self) -> None:
+        """Write on: the kernel takes more."""
+
+    def lost(self) -> None:
+        """End: the connection has ended."""
+
+    def close(self, code: int, reason: str) -> None:
+        """End: the server ends."""
+
+
+class Pipe(Protocol):
+    """The rest of a response on the wire, as a stream writes it. No call blocks."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the kernel does not take everything; the pipe calls `resumed` when it does again."""
+
+    def write(self, data: bytes) -> None: ...
+    def buffered(self) -> int: ...
+
+    def finish(self, data: bytes) -> None:
+        """Write the end of the response, and end the connection."""
+
+    def abort(self) -> None: ...
+
+
+class EventStream(SendConnection):
+    """A client's stream, and the ASGI response that carries it.
+
+    Where the server has a pipe for it, it has no task: it writes when the Hub does, as a WebSocket of the fast wire.
+    """
+
+    __slots__ = ("_pipe",)
+
+    def __init__(self) -> None:
+        super().__init__(StreamCarrier())
+        self._pipe: Pipe | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        take_connection = (scope.get("extensions") or {}).get(STREAM_EXTENSION)
-        await self._connection.serve(receive, send, take_connection() if take_connection else None)
+        if (take := (scope.get("extensions") or {}).get(STREAM_EXTENSION)) is not None:
+            try:
+                for message in self._carrier.opening(None):
+                    await send(message)
+            except OSError:
+                self.lost()
+                return
+            self._pipe = take(self, STREAM_OPENING)
+        if self._pipe is None:
+            await self.serve(receive, send)
+            return
+        # From here on nothing is awaited, so the frames that the Hub has handed over go out before the next.
+        for frames in self._out:
+            self._pipe.write(events(frames))
+        self._out.clear()
+        if self._goodbye is not None:
+            self._finish(*self._goodbye)
+        elif not self._pipe.is_full:
+            self.resumed()
+
+    def write(self, frames: bytes) -> None:
+        if self._pipe is None:
+            super().write(frames)
+        elif self.state is ConnectionState.OPEN and (told := events(frames)):
+            self._pipe.write(told)
+            self.writable = not self._pipe.is_full
+            if self.writable and self._receiver is not None:
+                # A stream gives no other sign of life.
+                self._receiver.heard()
+
+    def buffered(self) -> int:
+        return super().buffered() + (0 if self._pipe is None else self._pipe.buffered())
+
+    def close(self, code: int, reason: str) -> None:
+        if self._pipe is None:
+            super().close(code, reason)
+        elif self.state < ConnectionState.CLOSING:
+            self.state = ConnectionState.CLOSING
+            self.writable = False
+            self._finish(code, reason)
+
+    def _finish(self, code: int, reason: str) -> None:
+        assert self._pipe is not None
+        asyncio.get_running_loop().call_later(CLOSE_DEADLINE_SECONDS, self._pipe.abort)
+        self._pipe.finish(closing_comment(code, reason))
+
+    def resumed(self) -> None:
+        if self.state is ConnectionState.OPEN:
+            self.writable = True
+            if self._receiver is not None:
+                self._receiver.heard()
+                self._receiver.drained()
+
+    def lost(self) -> None:
+        self._end()

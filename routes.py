@@ -22,7 +22,7 @@ import figures
 import schemas
 from admission import Newcomer
 from answers import Endpoint, ReceiveError, Socket, answer, refuse_handshake
-from connection import WIRE_EXTENSION, EventStream, SendConnection, StreamCarrier, WebSocket, WebSocketCarrier
+from connection import WIRE_EXTENSION, EventStream, SendConnection, WebSocket, WebSocketCarrier
 from errors import (
     InvalidRequest,
     NotifydError,
@@ -217,9 +217,9 @@ async def events(hub: Hub, request: Request, sender: Identity | None) -> ASGIApp
     if request.method == "HEAD":
         return Response(media_type="text/event-stream")
     newcomer = _newcomer(request.scope, sender, request.headers.get("last-event-id"))
-    stream = SendConnection(StreamCarrier())
+    stream = EventStream()
     await hub.admit(stream, newcomer)
-    return EventStream(stream)
+    return stream
 
 
 def _newcomer(scope: Scope, identity: Identity | None, since: str | None = None) -> Newcomer:

@@ -294,6 +294,7 @@ def _config(app: App, settings: Settings, certificate: Certificate | None) -> uv
         ws=WireProtocol,
         # The Hub's heartbeat pings, and knows which client has proved alive.
         ws_ping_interval=None,
+        timeout_keep_alive=settings.keep_alive_timeout,  # type: ignore[arg-type]
         timeout_graceful_shutdown=REQUESTS_GRACE_SECONDS,
         ws_per_message_deflate=False,
         ws_max_size=settings.max_message_size,

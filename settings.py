@@ -93,6 +93,14 @@ class Settings(Struct, frozen=True, kw_only=True):
     ping_timeout: Annotated[
         float, Meta(ge=1, le=31_536_000, description="seconds of silence after which a client is closed")
     ] = 60
+    keep_alive_timeout: Annotated[
+        float,
+        Meta(
+            ge=1,
+            le=31_536_000,
+            description="seconds for which an idle HTTP connection is kept; above the 60 of most load balancers",
+        ),
+    ] = 75
     shutdown_timeout: Annotated[
         Seconds, Meta(description="seconds for clients to leave during a drain; 0: close them at once")
     ] = 1800

@@ -31,7 +31,7 @@ from connection import CLOSE_DEADLINE_SECONDS, TURN_BYTES, ConnectionState, Rece
 from log import frame
 from schemas import GOING_AWAY
 from wire_frames import CLOSE, PING, PONG, FrameError, FrameParser, close_frame, read_close
-from wire_handshake import Headers
+from wire_message import Headers, Peer, RequestParser
 from wire_session import ABNORMAL_CLOSURE, Session
 
 # Once both have said goodbye, or no goodbye can be understood, the peer gets this long to end its side.
@@ -39,6 +39,16 @@ LINGER_SECONDS = 1.0
 _PING_FRAME = frame(b"", PING)
 
 CONNECTING, OPEN, CLOSING, CLOSED = ConnectionState
+
+
+def peer_of(transport: asyncio.Transport) -> Peer:
+    server, client = transport.get_extra_info("sockname"), transport.get_extra_info("peername")
+    return Peer(
+        # A Unix socket has a path, and no port; its clients have no address.
+        server[:2] if isinstance(server, tuple) else (server, None) if server else None,
+        client[:2] if isinstance(client, tuple) else None,
+        transport.get_extra_info("sslcontext") is not None,
+    )
 
 
 class WireProtocol(asyncio.Protocol):
@@ -109,8 +119,12 @@ class WireProtocol(asyncio.Protocol):
         # A TLS transport would take an empty buffer for a full one at 0.
         self._transport.set_write_buffer_limits(high=0 if plain else 1)
         self._server_state.connections.add(self)  # type: ignore[arg-type]
-        if self._session is not None:
-            self._session.take_over_from(self._transport.get_protocol())
+
+    def take_over(self, transport: asyncio.Transport, request: RequestParser, peer: Peer, key: str) -> None:
+        """Serve a connection whose handshake wire_http.py has read and checked."""
+        self.connection_made(transport)
+        assert self._session is not None
+        self._session.begin(request, peer, key)
 
     def data_received(self, data: bytes) -> None:
         if self._parser is not None:
@@ -123,7 +137,7 @@ class WireProtocol(asyncio.Protocol):
                 self._receiver.heard()
             self._read(self._parser, data)
         elif self.state is CONNECTING and self._session is not None:
-            self._session.handshake_data(data)
+            self._session.received_early(data)
 
     def eof_received(self) -> None:
         # Returning None closes the transport, but not before everything is written: a peer that half-closes and
@@ -221,6 +235,9 @@ class WireProtocol(asyncio.Protocol):
     def is_served_by(self, session: Session) -> bool:
         """Whether no receiver has taken over, and the connection has not begun to end."""
         return self._session is session and self.state in (CONNECTING, OPEN)
+
+    def peer(self) -> Peer:
+        return peer_of(self._transport)
 
     def refuse(self, response: bytes) -> None:
         """Answer the handshake over HTTP."""

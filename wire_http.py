@@ -1,184 +1,383 @@
-"""uvicorn's HTTP protocol with what it lacks: deadlines, a limit on what comes before the body, and an order.
+"""HTTP/1.1 for uvicorn's public `http=` setting: one connection, from its first byte to its last.
 
-Owns how long a request may take to arrive and how long its head may be. What an HTTP body may be is routes.py's.
+Owns the transport, the order of requests, how long each may take to arrive, and how a connection ends. The form of a
+request is wire_message.py's, the response wire_exchange.py's; what an HTTP body may be is routes.py's.
 
-1. One request is read at a time: the parser gets no byte of the next before the last is answered. So `cycle`, which
-   is uvicorn's word for a request and its response, is always the one under way, and an upgrade always has its turn.
-2. A request is answered once, by the app or here.
-3. In one turn of the event loop a connection reads TURN_BYTES at most, but for bodies of known length, which cost
+1. One request is read at a time: the parser gets no byte of the next before the last is answered.
+2. A request is answered once, by the app or here; a connection on which no byte came is closed without an answer.
+3. In one iteration of the event loop a connection reads TURN_BYTES at most, but for bodies of known length, which cost
    next to nothing: in heads and chunks each line has its price.
+4. No answer is lost: where the peer may still be sending, its data is read for a while after the last of ours. Closing
+   with unread data would reset the connection, and destroy the answer on its way.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import fcntl
 import sys
 import termios
-from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
-from httptools import HttpRequestParser, parse_url
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.config import Config
+from uvicorn.server import ServerState
 
 from connection import STREAM_EXTENSION, TURN_BYTES
-from wire_handshake import error_response
+from schemas import GOING_AWAY
+from wire import WireProtocol, peer_of
+from wire_exchange import COMPLETE, Exchange
+from wire_handshake import check_handshake
+from wire_message import BLANK_LINE, MAX_HEAD_BYTES, Headers, Peer, RequestError, RequestParser, error_response
 
-# From the first byte of a connection or request to the last byte of the request.
+# From the first byte of a request to its last.
 REQUEST_SECONDS = 10.0
 # A response of which the peer has taken nothing for so long is given up on.
 STALLED_SECONDS = 30.0
-# What is still under way of a request that was refused is read for this long, and up to this size.
+# What a peer still sends behind the last answer is read for so long, and up to this size.
 LINGER_SECONDS = 1.0
 LINGER_BYTES = 1_048_576
-# Request line and headers together; what servers usually allow.
-MAX_HEAD_BYTES = 65_536
-_BLANK_LINE = b"\r\n\r\n"
+# Behind a request that is under way, or of its body, so much waits here; the rest in the kernel, and with the peer.
+MAX_WAITING_BYTES = 65_536
 
 
-class HttpProtocol(HttpToolsProtocol):
-    """One HTTP connection, which becomes a WebSocket when it asks for that."""
+class Phase(enum.IntEnum):
+    """What of a request has arrived."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    IDLE = 0
+    HEAD = 1
+    BODY = 2
+    WHOLE = 3
+    # The response is a stream, which has taken the connection over.
+    STREAM = 4
+    # The last answer has been written.
+    ENDED = 5
+    # The connection is the WebSocket's.
+    UPGRADED = 6
+
+
+IDLE, HEAD, BODY, WHOLE, STREAM, ENDED, UPGRADED = Phase
+
+
+class HttpProtocol(asyncio.Protocol):
+    """One HTTP connection, which becomes a WebSocket when it asks for that. It writes no access log."""
+
+    __slots__ = (
+        "_app_state",
+        "_config",
+        "_deadline",
+        "_dropped",
+        "_exchange",
+        "_goes_on",
+        "_idle_since",
+        "_idle_timer",
+        "_loop",
+        "_peer",
+        "_phase",
+        "_searched",
+        "_stalled",
+        "_unread",
+        "is_full",
+        "is_paused",
+        "parser",
+        "peer_has_ended",
+        "server_state",
+        "transport",
+    )
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        if not config.loaded:
+            config.load()
+        self._config = config
+        self.server_state = server_state
+        self._app_state = app_state
+        self._loop = _loop or asyncio.get_running_loop()
+        self.transport: asyncio.Transport = None  # type: ignore[assignment]
+        self._peer: Peer = None  # type: ignore[assignment]
+        self.parser = RequestParser()
+        self._phase = IDLE
+        # The last request with its response, which may be over.
+        self._exchange: Exchange | None = None
+        # What has arrived and has not been parsed, and how much of its beginning has no blank line.
+        self._unread = b""
+        self._searched = 0
+        # Whether the parser is given more in the next iteration of the event loop.
+        self._goes_on = False
+        self.is_paused = False
+        # Whether the transport holds bytes that the kernel has not taken.
+        self.is_full = False
+        self.peer_has_ended = False
+        self._idle_since = 0.0
+        self._idle_timer: asyncio.TimerHandle | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
-        # What the parser has not been given yet.
-        self._unread = b""
-        # Whether it is given more in the next turn of the event loop.
-        self._goes_on = False
-        # Bytes of the head, or read since the last of the body: trailers may be no larger than a head.
-        self._head_bytes = 0
-        # What is to come of a body of known length.
-        self._body_left = 0
-        self._in_head = True
-        # Whether bytes of the request are still to come. So it is from the start: a silent connection must end.
-        self._incomplete = True
-        # Whether the request was answered here and not by the app. What still comes of it is dropped.
-        self._refused = False
-        self._dropped_bytes = 0
+        self._dropped = 0
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._arm()
+    # --- what the transport and uvicorn tell
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        self._peer = peer_of(self.transport)
+        # Empty or not: so it is known when the peer has been sent everything. A TLS transport would take an empty
+        # buffer for a full one at 0.
+        self.transport.set_write_buffer_limits(high=1 if self._peer.is_secure else 0)
+        self.server_state.connections.add(self)  # type: ignore[arg-type]
+        self._be_idle()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        self.server_state.connections.discard(self)
         self._let_go()
-        super().connection_lost(exc)
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.lose()
 
     def _let_go(self) -> None:
-        self._disarm()
-        self._watch_no_more()
-        if self.cycle is not None:
-            # It refers to this one. Cut, they go now and need no collector.
-            self.cycle.scope.pop("extensions", None)
+        for timer in (self._idle_timer, self._deadline, self._stalled):
+            if timer is not None:
+                timer.cancel()
+        self._idle_timer = self._deadline = self._stalled = None
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:
-            self._dropped_bytes += len(data)
-            if self._dropped_bytes > LINGER_BYTES:
-                self.transport.abort()
-        elif self._incomplete or self.cycle is None or self.cycle.keep_alive:
-            self._unread += data
-            if self._goes_on:
-                # The app has resumed the reading meanwhile.
-                self.transport.pause_reading()
-                return
-            self._read_on()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self._unread:
-            self._read_on()
-
-    def _read_on(self) -> None:
-        left = self._feed()
-        if self._refused or self.transport.is_closing():
+        if self._phase > WHOLE:
+            self._drop(data)
             return
-        if self.parser is None:
-            if self._goes_on:
-                # From now on it is the other protocol that pauses and resumes.
-                self._goes_on = False
-                self.transport.resume_reading()
-            # An eager client's frames, which uvicorn would forget.
-            if self._unread:
-                early, self._unread = self._unread, b""
-                self.transport.get_protocol().data_received(early)
-        elif not self._incomplete:
-            self._disarm()
-        elif self._deadline is None:
-            # A request that arrives in one piece, as nearly all do, costs no timer.
-            self._arm()
-        if self._goes_on:
-            return
-        if left <= 0 and self._unread and self._is_reading():
-            self._goes_on = True
-            # Not by way of `flow`, which is the app's: it would resume.
-            self.transport.pause_reading()
-            self.loop.call_soon(self._go_on)
-        elif len(self._unread) > HIGH_WATER_LIMIT:
-            # Whatever made it read on: uvicorn resumes at the end of each response.
-            self.flow.pause_reading()
-
-    def _feed(self) -> int:
-        """Give the parser what this turn allows, and return how many bytes more that would be."""
-        data, position, left = self._unread, 0, TURN_BYTES
-        while position < len(data) and left > 0 and self._is_reading():
-            is_sized = self._body_left > 0
-            start, position = position, self._end_of_piece(data, position)
-            if start == position:
-                break
-            if not is_sized:
-                left -= position - start
-            self._head_bytes += position - start
-            if not self._in_head or self._head_bytes <= MAX_HEAD_BYTES:
-                super().data_received(data[start:position])
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self._refuse(431, f"request head: larger than the limit of {MAX_HEAD_BYTES} bytes")
-                break
-        self._unread = data[position:]
-        return left
-
-    def _go_on(self) -> None:
-        if self._goes_on and not self.transport.is_closing():
-            self._goes_on = False
-            if not self.flow.read_paused:
-                self.transport.resume_reading()
+        self._unread = self._unread + data if self._unread else data
+        if not self._goes_on:
             self._read_on()
 
-    def _is_reading(self) -> bool:
-        if self._refused or self.parser is None or self.transport.is_closing():
+    def eof_received(self) -> bool:
+        self.peer_has_ended = True
+        if self._phase is not WHOLE or self._peer.is_secure:
+            # The transport closes when all is written.
             return False
-        return self._incomplete or self.cycle is None or self.cycle.response_complete
-
-    def _end_of_piece(self, data: bytes, start: int) -> int:
-        """Return how far the parser may read: where a head or a request ends, it ends there.
-
-        Every head and every body of unknown length ends with a blank line; the beginning of one waits for the rest.
-        """
-        if self._body_left:
-            end = min(len(data), start + self._body_left)
-            self._body_left -= end - start
-            return end
-        stop = min(len(data), start + TURN_BYTES)
-        if (end := data.find(_BLANK_LINE, start, stop)) >= 0:
-            return end + len(_BLANK_LINE)
-        return stop - next((size for size in (3, 2, 1) if data.endswith(_BLANK_LINE[:size], start, stop)), 0)
+        # The peer has asked, and may read on. To an app that waits for its end, this is the end.
+        assert self._exchange is not None
+        self._exchange.change()
+        return True
 
     def pause_writing(self) -> None:
-        super().pause_writing()
-        # The peer of a stream, which alone has no length, may take its time: the Hub has its rule for that.
-        if self.cycle is not None and not self.cycle.chunked_encoding:
+        self.is_full = True
+        exchange = self._exchange
+        # The peer of a stream may take its time: the Hub has its rule for that.
+        if exchange is None or exchange.stream is None:
             self._watch()
 
     def resume_writing(self) -> None:
-        self._watch_no_more()
-        super().resume_writing()
+        self.is_full = False
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+        if self._exchange is not None:
+            self._exchange.change()
+        if self._phase is ENDED:
+            self._linger()
+
+    def shutdown(self) -> None:
+        """Hear from uvicorn that the server ends."""
+        exchange = self._exchange
+        if self._phase is BODY:
+            # Its handler waits for a body that may never come, and would hold up the end.
+            self.refuse(503, "Server shutting down", "system")
+        elif self._phase is WHOLE and exchange is not None:
+            exchange.keeps_alive = False
+        elif self._phase is STREAM and exchange is not None and exchange.stream is not None:
+            exchange.stream.close(GOING_AWAY, "Server shutting down")
+        elif self._phase < WHOLE:
+            self._close()
+
+    # --- reading
+
+    def _read_on(self) -> None:
+        """Parse what has arrived, as far as this iteration allows."""
+        allowed = TURN_BYTES
+        # Taken, so that nothing is parsed twice where an app runs at once (asyncio.eager_task_factory).
+        data, self._unread = self._unread, b""
+        start = 0
+        try:
+            while start < len(data) and allowed > 0 and self._phase < WHOLE:
+                is_sized = self._phase is BODY and self.parser.body_left > 0
+                end = self._read_body(data, start) if self._phase is BODY else self._read_head(data, start)
+                if end == start:
+                    break
+                allowed -= 0 if is_sized else end - start
+                start = end
+        except RequestError as error:
+            category = "connection" if self.parser.is_upgrade else "system" if error.status == 503 else "validation"
+            self.refuse(error.status, str(error), category, error.headers)
+        if self._phase > WHOLE:
+            return
+        self._unread = data[start:]
+        if self._phase is not WHOLE or self._deadline is not None:
+            self._time_request()
+        if self.peer_has_ended and self._phase < WHOLE:
+            self._end()
+        elif allowed <= 0 and self._unread and self._phase < WHOLE:
+            self._goes_on = True
+            self._loop.call_soon(self._go_on)
+        if self._unread or self.is_paused or len(self.parser.body) > MAX_WAITING_BYTES:
+            self.pace()
+
+    def _go_on(self) -> None:
+        self._goes_on = False
+        if self._phase < WHOLE and not self.transport.is_closing():
+            self._read_on()
+
+    def _read_head(self, data: bytes, start: int) -> int:
+        """Begin the next request if its head is there, and return where it ends."""
+        if data.startswith(b"\r\n", start):
+            # An empty line between requests (RFC 9112, section 2.2).
+            self._phase = IDLE
+            return start + 2
+        self._phase = HEAD
+        end = data.find(BLANK_LINE, start + self._searched) + len(BLANK_LINE)
+        is_whole = end >= len(BLANK_LINE)
+        if (end if is_whole else len(data)) - start > MAX_HEAD_BYTES:
+            raise RequestError(f"request head: larger than the limit of {MAX_HEAD_BYTES} bytes", 431)
+        if not is_whole:
+            check_beginning(data, start)
+            self._searched = max(0, len(data) - start - len(BLANK_LINE) + 1)
+            return start
+        self._searched = 0
+        read = self.parser.read(data, start, end)
+        if self.parser.is_upgrade and self._config.ws_protocol_class is not None:
+            self._upgrade(data[start:end], data[read:])
+        else:
+            self._begin()
+        return read
+
+    def _begin(self) -> None:
+        """Have the app answer the request whose head has been read."""
+        config, tasks = self._config, self.server_state.tasks
+        limit = config.limit_concurrency
+        if limit is not None and max(len(tasks), len(self.server_state.connections)) >= limit:
+            raise RequestError("Exceeded concurrency limit", 503)
+        self._phase = WHOLE if self.parser.is_complete else BODY
+        exchange = self._exchange = Exchange(self)
+        scheme = "https" if self._peer.is_secure else "http"
+        scope = self.parser.scope("http", scheme, self._peer, config.root_path, self._app_state)
+        scope["method"] = self.parser.method.decode("ascii")
+        scope["extensions"] = {STREAM_EXTENSION: exchange.be_taken_by}
+        task = self._loop.create_task(exchange.run(config.loaded_app, scope))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    def _read_body(self, data: bytes, start: int) -> int:
+        exchange, parser = self._exchange, self.parser
+        assert exchange is not None
+        end = parser.read_body(data, start, TURN_BYTES)
+        is_over = exchange.state >= COMPLETE
+        if is_over:
+            parser.body = b""
+        if parser.is_complete:
+            self._phase = WHOLE
+            if is_over:
+                self._settle()
+        exchange.change()
+        return end
+
+    def pace(self) -> None:
+        """Pause or resume reading: what waits here must not grow while it is not taken."""
+        waits = max(len(self._unread), len(self.parser.body)) > MAX_WAITING_BYTES
+        is_paused = (self._goes_on or waits) and self._phase <= WHOLE
+        if is_paused != self.is_paused and not self.transport.is_closing():
+            self.is_paused = is_paused
+            if is_paused:
+                self.transport.pause_reading()
+            else:
+                self.transport.resume_reading()
+
+    def _upgrade(self, head: bytes, early: bytes) -> None:
+        """Hand the connection over to the WebSocket protocol, with what an eager client has sent."""
+        parser, transport, config = self.parser, self.transport, self._config
+        key = check_handshake(parser)
+        self._phase = UPGRADED
+        self._goes_on = False
+        if self.is_paused:
+            self.pace()
+        self.server_state.connections.discard(self)
+        protocol = config.ws_protocol_class(  # type: ignore[call-arg, misc]
+            config=config, server_state=self.server_state, app_state=self._app_state
+        )
+        transport.set_protocol(protocol)
+        if isinstance(protocol, WireProtocol):
+            protocol.take_over(transport, parser, self._peer, key)
+        else:
+            protocol.connection_made(transport)
+            protocol.data_received(head)
+        self._exchange = None
+        self._let_go()
+        if early:
+            protocol.data_received(early)
+
+    # --- what an exchange asks for
+
+    def answered(self) -> None:
+        """Hear that the response is complete."""
+        exchange = self._exchange
+        assert exchange is not None
+        self.server_state.total_requests += 1
+        self.parser.body = b""
+        # A peer that sends the rest of its body before it reads, as most do, may do so until the deadline.
+        if self._phase is not BODY or exchange.expects_continue:
+            self._settle()
+        if self._phase is IDLE and (self._unread or self.peer_has_ended):
+            self._read_on()
+        elif self.is_paused:
+            self.pace()
+
+    def _settle(self) -> None:
+        """Wait for the next request behind one that has been read and answered, or end."""
+        assert self._exchange is not None
+        if self._exchange.keeps_alive and self._phase is WHOLE:
+            self._be_idle()
+        else:
+            self._end()
+
+    def read_no_more(self) -> None:
+        """Read no more requests, so that the peer's end is seen whatever it has sent: a stream has taken over."""
+        self._phase = STREAM
+        self._unread = b""
+        self._time_request()
+        self.pace()
+
+    # --- time
+
+    def _be_idle(self) -> None:
+        self._phase = IDLE
+        self._idle_since = self._loop.time()
+        if self._idle_timer is None:
+            self._idle_timer = self._loop.call_later(self._config.timeout_keep_alive, self._check_idle)
+
+    def _check_idle(self) -> None:
+        """Close if it has been idle for long enough. The timer is not moved for each request, which would cost more."""
+        self._idle_timer = None
+        rest = self._idle_since + self._config.timeout_keep_alive - self._loop.time()
+        if self._phase is IDLE and rest > 0:
+            self._idle_timer = self._loop.call_later(rest, self._check_idle)
+        elif self._phase is IDLE:
+            self._close()
+
+    def _time_request(self) -> None:
+        """See to it that a request has a deadline as long as it is incomplete; one that comes whole costs no timer."""
+        is_incomplete = self._phase in (HEAD, BODY)
+        if is_incomplete and self._deadline is None:
+            self._deadline = self._loop.call_later(REQUEST_SECONDS, self._expire)
+        elif not is_incomplete and self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _expire(self) -> None:
+        self.refuse(408, f"request: not complete within {REQUEST_SECONDS:.0f} seconds")
 
     def _watch(self) -> None:
-        self._stalled = self.loop.call_later(STALLED_SECONDS, self._check_progress, self._untaken())
+        self._stalled = self._loop.call_later(STALLED_SECONDS, self._check_progress, self._untaken())
 
     def _check_progress(self, before: int) -> None:
         if self._untaken() < before:
@@ -194,122 +393,53 @@ class HttpProtocol(HttpToolsProtocol):
             size += int.from_bytes(held, sys.byteorder)
         return size
 
-    def _watch_no_more(self) -> None:
-        if self._stalled is not None:
-            self._stalled.cancel()
-            self._stalled = None
+    # --- the end
 
-    def handle_websocket_upgrade(self) -> None:
-        if self.parser.get_http_version() != "1.1":
-            # RFC 6455, section 4.2.1. The protocol that takes over would never know.
-            self._refuse(400, "A WebSocket handshake is an HTTP/1.1 request", "connection")
-            return
-        super().handle_websocket_upgrade()
-        self._let_go()
-        self.parser = None  # type: ignore[assignment]
-
-    def on_message_begin(self) -> None:
-        self._incomplete = True
-        super().on_message_begin()
-
-    def _unsupported_upgrade_warning(self) -> None:
-        if not self._ignores_upgrade():
-            # CONNECT, which needs no header to be one. We are no proxy, and what follows is not for us.
-            self.cycle.keep_alive = False
-            return
-        # The parser has stopped at the head: read it again, without what we may ignore (RFC 9110, section 7.8).
-        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
-        lines = [b"%s %s HTTP/%s" % (method, self.url, version)]
-        lines += [b"%s: %s" % (name, value) for name, value in self.headers if name != b"upgrade"]
-        self.parser = HttpRequestParser(self)
-        super().data_received(b"\r\n".join(lines) + _BLANK_LINE)
-
-    def _ignores_upgrade(self) -> bool:
-        return self.parser.should_upgrade() and not self._should_upgrade() and self.parser.get_method() != b"CONNECT"
-
-    def on_headers_complete(self) -> None:
-        if self._ignores_upgrade():
-            return
-        self._body_left = int(dict(self.headers).get(b"content-length", 0))
-        if not self.url.startswith(b"/"):
-            # RFC 9112, section 3.2.2: a target may come in absolute form.
-            target = parse_url(self.url)
-            self.url = (target.path or b"/") + (b"?" + target.query if target.query else b"")
-        super().on_headers_complete()
-        self._in_head = False
-        self._head_bytes = 0
-        if not self.parser.should_upgrade():
-            self.scope["extensions"] = {STREAM_EXTENSION: self.give_to_stream}  # type: ignore[dict-item]
-
-    def on_body(self, body: bytes) -> None:
-        self._head_bytes = 0
-        super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        if self._ignores_upgrade():
-            return
-        self._incomplete = False
-        self._in_head = True
-        self._head_bytes = self._body_left = 0
-        super().on_message_complete()
-
-    def send_400_response(self, msg: str) -> None:
-        if self._is_answered():
-            self.transport.close()
-        else:
-            super().send_400_response(msg)
-
-    def _is_answered(self) -> bool:
-        """Whether the app has begun to answer the request that is being read."""
-        return not self._in_head and self.cycle.response_started
-
-    def give_to_stream(self) -> Callable[[], None]:
-        """Read no more requests, so that the end is seen whatever has been sent; return what aborts the connection."""
-        self.cycle.keep_alive = False
-        return self._abort
-
-    def _abort(self) -> None:
-        # uvicorn would log that the response is not complete.
-        self.cycle.disconnected = True
-        self.transport.abort()
-
-    def shutdown(self) -> None:
-        if self._incomplete and not self._in_head:
-            # Its handler waits for a body that may never come, and would hold up the end.
-            self._refuse(503, "Server shutting down", "system")
-        else:
-            super().shutdown()
-        if self.transport.is_closing():
-            # A TLS transport waits for the peer's goodbye, which an idle client does not send.
-            self.loop.call_later(LINGER_SECONDS, self.transport.abort)
-
-    def _arm(self) -> None:
-        self._deadline = self.loop.call_later(REQUEST_SECONDS, self._expire)
-
-    def _disarm(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-    def _expire(self) -> None:
-        self._deadline = None
-        self._refuse(408, f"request: not complete within {REQUEST_SECONDS:.0f} seconds")
-
-    def _refuse(self, status: int, message: str, category: str = "validation") -> None:
+    def refuse(self, status: int, message: str, category: str = "validation", headers: Headers = ()) -> None:
         """Answer in the place of the app, unless it has begun to, and end the connection."""
-        self._disarm()
-        self._refused = True
-        cycle = self.cycle
-        if not self._is_answered():
-            self.transport.write(error_response(status, message, category))
-        if cycle is not None:
-            cycle.disconnected = True
-            cycle.message_event.set()
-        # Closing with unread data would reset the connection, and destroy the answer on its way: end our side only,
-        # and read on for a while.
-        self.flow.resume_reading()
+        exchange = self._exchange
+        if exchange is None or self._phase not in (BODY, WHOLE) or not exchange.has_begun:
+            self.transport.write(error_response(status, message, category, headers, self.server_state.default_headers))
+        if exchange is not None:
+            exchange.lose()
+        self._end()
+
+    def _end(self) -> None:
+        """End our side behind what has been written, and read on for a while."""
+        is_sending = self._phase is not WHOLE or bool(self._unread)
+        self._phase = ENDED
+        self._unread = b""
+        self._time_request()
+        self.pace()
         if self.transport.can_write_eof():
-            self.transport.write_eof()
-        else:
-            self.transport.close()
-        self.loop.call_later(LINGER_SECONDS, self.transport.abort)
+            # Where the peer has just reset the connection, asyncio lets the system's error through.
+            with contextlib.suppress(OSError):
+                self.transport.write_eof()
+        elif not is_sending:
+            # TLS has no half-close. A peer that has said everything sees the end at once.
+            self._close()
+            return
+        if not self.is_full:
+            self._linger()
+
+    def _linger(self) -> None:
+        self._deadline = self._loop.call_later(LINGER_SECONDS, self._close)
+
+    def _drop(self, data: bytes) -> None:
+        self._dropped += len(data)
+        if self._phase is ENDED and self._dropped > LINGER_BYTES:
+            self.transport.abort()
+
+    def _close(self) -> None:
+        self.transport.close()
+        if not self.is_full:
+            # A TLS transport waits for the peer's goodbye, which an idle client does not send.
+            self._deadline = self._loop.call_later(LINGER_SECONDS, self.transport.abort)
+
+
+def check_beginning(data: bytes, start: int) -> None:
+    """Refuse at once the beginning of a head that cannot become one. Raises RequestError."""
+    if not data[start : start + 1].isalpha() and data[start:] != b"\r":
+        raise RequestError("request line: expected a method")
+    if data.count(b"\n", start) != data.count(b"\r\n", start):
+        raise RequestError("request head: expected CRLF at the end of each line")

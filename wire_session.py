@@ -17,16 +17,24 @@ import logging
 from collections import deque
 from typing import Any, Protocol
 
-from starlette.types import Message
+from starlette.types import Message, Scope
 from uvicorn.config import Config
-from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.server import ServerState
 
 from connection import WIRE_EXTENSION, ConnectionState, Receiver
 from log import frame
 from schemas import INTERNAL_ERROR, NORMAL_CLOSURE
 from wire_frames import BINARY, FrameError
-from wire_handshake import HandshakeError, Headers, acceptance, error_response, http_response, read_request, refusal
+from wire_handshake import acceptance, check_handshake, subprotocols
+from wire_message import (
+    ClientDisconnected,
+    Headers,
+    Peer,
+    RequestError,
+    RequestParser,
+    error_response,
+    http_response,
+)
 
 logger = logging.getLogger("notifyd.wire")
 
@@ -48,6 +56,7 @@ class Wire(Protocol):
     ) -> None: ...
     def write(self, frames: bytes) -> None: ...
     def close(self, code: int, reason: str = "") -> None: ...
+    def peer(self) -> Peer: ...
     def refuse(self, response: bytes) -> None: ...
     def fail(self, error: FrameError) -> None: ...
     def pause_reading(self) -> None: ...
@@ -66,7 +75,6 @@ class Session:
         "_error",
         "_key",
         "_messages",
-        "_peer",
         "_response",
         "_server_state",
         "_subprotocol",
@@ -80,10 +88,9 @@ class Session:
         self._config = config
         self._server_state = server_state
         self._app_state = app_state
-        self._peer: tuple[Any, Any, str] = (None, None, "ws")
-        self._key = b""
+        self._key = ""
         self._subprotocol: str | None = None
-        self._early = bytearray()
+        self._early = b""
         self._messages: deque[Message] = deque()
         # What a waiting `receive` and every waiting `send` wait for.
         self._wanted: asyncio.Event | None = None
@@ -94,43 +101,30 @@ class Session:
 
     # --- the handshake
 
-    def take_over_from(self, http: Any) -> None:
-        """Take what uvicorn's HTTP protocol knows of the peer."""
-        scheme = "wss" if getattr(http, "scheme", "") == "https" else "ws"
-        self._peer = (getattr(http, "server", None), getattr(http, "client", None), scheme)
-        if getattr(http, "parser", None) is not None:
-            # The parser and its protocol refer to each other. Cut, they go now and need no collector.
-            http.parser = None
+    def begin(self, request: RequestParser, peer: Peer, key: str) -> None:
+        """Have the app answer a handshake, of which the head has been read and checked."""
+        self._key = key
+        scheme = "wss" if peer.is_secure else "ws"
+        scope = request.scope("websocket", scheme, peer, self._config.root_path, self._app_state)
+        scope["subprotocols"] = subprotocols(request.headers)
+        scope["extensions"] = {"websocket.http.response": {}, WIRE_EXTENSION: self._wire}
+        task = asyncio.get_running_loop().create_task(self._run(scope))
+        self._server_state.tasks.add(task)
+        task.add_done_callback(self._server_state.tasks.discard)
 
-    def handshake_data(self, data: bytes) -> None:
-        """Take the request, which uvicorn hands over whole, and then what an eager client sends after it."""
+    def received_early(self, data: bytes) -> None:
+        """Take what comes before the answer: the request of a host's own HTTP class, or what an eager client sends."""
         if self._key:
             # A client has to wait for the answer (RFC 6455, section 4.1). One that does not is read no further.
             self._early += data
             self._wire.pause_reading()
             return
+        request = RequestParser()
         try:
-            scope, self._key = read_request(data)
-        except HandshakeError as error:
-            self._wire.refuse(refusal(error))
-            return
-        root_path = self._config.root_path
-        server, client, scheme = self._peer
-        scope = {
-            **scope,
-            "asgi": {"version": self._config.asgi_version, "spec_version": "2.4"},
-            "scheme": scheme,
-            "server": server,
-            "client": client,
-            "root_path": root_path,
-            "path": root_path + scope["path"],
-            "raw_path": root_path.encode("latin-1") + scope["raw_path"],
-            "state": self._app_state.copy(),
-            "extensions": {"websocket.http.response": {}, WIRE_EXTENSION: self._wire},
-        }
-        task = asyncio.get_running_loop().create_task(self._run(scope))
-        self._server_state.tasks.add(task)
-        task.add_done_callback(self._server_state.tasks.discard)
+            request.read(data, 0, len(data))
+            self.begin(request, self._wire.peer(), check_handshake(request))
+        except RequestError as error:
+            self._wire.refuse(self._error_response(error.status, str(error), error.headers))
 
     def choose(self, subprotocol: str) -> None:
         self._subprotocol = subprotocol
@@ -139,11 +133,11 @@ class Session:
         return acceptance(self._key, subprotocol or self._subprotocol, [*headers, *self.headers])
 
     def early_data(self) -> bytes:
-        return bytes(self._early)
+        return self._early
 
     # --- what the app calls
 
-    async def _run(self, scope: Any) -> None:
+    async def _run(self, scope: Scope) -> None:
         self._messages.append({"type": "websocket.connect"})
         wire, code = self._wire, NORMAL_CLOSURE
         try:
@@ -157,7 +151,7 @@ class Session:
             return
         if wire.state is CONNECTING:
             logger.error("The app of a WebSocket ended without answering the handshake")
-            wire.refuse(error_response(500, "Internal server error"))
+            wire.refuse(self._error_response(500, "Internal server error"))
         elif self._error is not None:
             wire.fail(self._error)
         else:
@@ -215,8 +209,11 @@ class Session:
             raise RuntimeError(f"{kind} is out of place before the handshake is answered")
 
     def _refuse(self, status: int, body: bytes = b"", headers: Headers = ()) -> None:
-        self._wire.refuse(http_response(status, body, headers))
+        self._wire.refuse(http_response(status, body, [*headers, *self.headers], self._server_state.default_headers))
         self.disconnected(ABNORMAL_CLOSURE)
+
+    def _error_response(self, status: int, message: str, headers: Headers = ()) -> bytes:
+        return error_response(status, message, "connection", headers, self._server_state.default_headers)
 
     # --- what the wire tells
 

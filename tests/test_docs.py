@@ -32,6 +32,7 @@ import routes
 import schemas
 import settings
 import wire_http
+import wire_message
 from notifyd import create_app
 
 FILES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -188,7 +189,8 @@ def test_limits_are_the_codes_own() -> None:
         connection.CLOSE_DEADLINE_SECONDS,
         wire_http.REQUEST_SECONDS,
         wire_http.STALLED_SECONDS,
-        wire_http.MAX_HEAD_BYTES,
+        wire_message.MAX_HEAD_BYTES,
+        wire_message.MAX_HEAD_LINES,
         schemas.MAX_PARAMETERS,
         routes.STATUS_DETAILS,
     ]
@@ -212,7 +214,7 @@ def test_limits_are_the_codes_own() -> None:
         f"heard from within {heartbeat.PROBE_SECONDS:.0f} seconds",
         f"cut off after {connection.CLOSE_DEADLINE_SECONDS:.0f} seconds",
         f"did not arrive within {wire_http.REQUEST_SECONDS:.0f} seconds",
-        f"headers together are over {wire_http.MAX_HEAD_BYTES} bytes",
+        f"headers together are over {wire_message.MAX_HEAD_BYTES} bytes or {wire_message.MAX_HEAD_LINES} lines",
         f"may be {guard_tokens.CLOCK_SKEW_SECONDS} seconds ahead",
         f"more than {guard_tokens.MAX_TOKEN_BYTES} characters make",
         f"every {guard_tokens.FRESH_SECONDS / 60:.0f} minutes, and at once",
@@ -378,7 +380,10 @@ def test_every_http_error_is_documented_and_no_other() -> None:
     """Each status with its categories is that of an error class, or is answered before there is an app."""
     documented = {(int(row[0]), category) for row in rows(PROTOCOL, "Status", "Category") for category in spans(row[1])}
     there = {(each.status, each.category) for each in error_classes()}
-    there |= {(int(status), "validation") for status in re.findall(r"_refuse\((4\d\d)", MODULES["wire_http.py"])}
+    refused = re.findall(r"\brefuse\((4\d\d)", MODULES["wire_http.py"])
+    refused += re.findall(r"RequestError\(.*, (\d{3})\)", MODULES["wire_message.py"])
+    assert refused
+    there |= {(int(status), "validation") for status in refused}
     # On a handshake: a breach of RFC 6455, a foreign origin, an unknown path, another version, too many, our failure.
     there |= {(status, "connection") for status in (400, 403, 404, 426, 429, 500)}
     assert documented == there

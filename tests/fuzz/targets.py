@@ -33,7 +33,8 @@ from errors import InvalidRequest, Unauthorized
 from guard_tokens import tokens_of
 from notifyd import create_app
 from settings import Settings
-from wire_handshake import HandshakeError, read_request
+from wire_handshake import check_handshake
+from wire_message import BLANK_LINE, RequestError, RequestParser
 
 # An input that has not ended after so long is one that makes the server hang.
 PATIENCE = 10.0
@@ -165,9 +166,13 @@ def decode(data: bytes) -> None:
 
 
 def handshake(data: bytes) -> None:
-    """Read what uvicorn hands over: the head of a request, whose first line is one."""
-    with suppress(HandshakeError):
-        read_request(b"GET " + data.replace(b" ", b"").partition(b"\r\n")[0] + b" HTTP/1.1\r\n" + data + b"\r\n\r\n")
+    """Read a head, whose first line may be one: a request, and perhaps a handshake, or a RequestError."""
+    request = RequestParser()
+    with suppress(RequestError):
+        target = data.replace(b" ", b"").partition(b"\r\n")[0]
+        head = b"GET %b HTTP/1.1\r\n%b\r\n\r\n" % (target, data)
+        request.read(head, 0, head.index(BLANK_LINE) + len(BLANK_LINE))
+        check_handshake(request)
 
 
 def over_tokens() -> Callable[[bytes], None]:

@@ -1,0 +1,233 @@
+"""One request and its response, as an ASGI app has them: `receive` and `send`.
+
+Owns the response: its framing, and whether it keeps its promises. Knows the connection as HttpProtocol, whose parser
+has the body of the request, and neither sockets nor deadlines.
+
+1. The state goes forward only. Once it is COMPLETE or LOST this exchange never touches the connection again, so a
+   send that comes too late cannot get into the next response.
+2. The head waits for the first part of the body, and leaves with it (ASGI specification 2.4).
+3. `send` waits while the transport is full, and raises an OSError once the peer has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from typing import TYPE_CHECKING
+
+from starlette.types import ASGIApp, Message, Scope
+
+from connection import Pipe, Stream
+from wire_message import ClientDisconnected, Headers, response_head
+
+if TYPE_CHECKING:
+    from wire_http import HttpProtocol
+
+logger = logging.getLogger("notifyd.wire")
+
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+# A head and a body up to this size leave in one write.
+JOINED_BYTES = 65_536
+
+
+class Answer(enum.IntEnum):
+    AWAITED = 0
+    STARTED = 1
+    COMPLETE = 2
+    LOST = 3
+
+
+AWAITED, STARTED, COMPLETE, LOST = Answer
+
+
+class Exchange:
+    """A request, from its head to the end of its response."""
+
+    __slots__ = (
+        "_body_left",
+        "_changed",
+        "_has_body",
+        "_head",
+        "_http",
+        "_is_chunked",
+        "_last_part",
+        "_owes_body",
+        "expects_continue",
+        "keeps_alive",
+        "state",
+        "stream",
+    )
+
+    def __init__(self, http: HttpProtocol) -> None:
+        self._http = http
+        # Whether the client waits before it sends the body.
+        self.expects_continue = http.parser.expects_continue
+        # Whether the connection serves another request afterwards.
+        self.keeps_alive = http.parser.keeps_alive
+        # Whether the app has yet to be told the end of the request's body.
+        self._owes_body = True
+        self.state = AWAITED
+        # The head of the response until it is written.
+        self._head = b""
+        self._has_body = self._is_chunked = False
+        # What is to come of a response of known length.
+        self._body_left: int | None = None
+        self._last_part = b""
+        # What a `receive` or a `send` waits for.
+        self._changed: asyncio.Event | None = None
+        # Who has taken the connection over.
+        self.stream: Stream | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a part of the response has been written."""
+        return self.state >= STARTED and not self._head
+
+    async def run(self, app: ASGIApp, scope: Scope) -> None:
+        try:
+            await app(scope, self.receive, self.send)
+            if self._is_owed():
+                logger.error("The app of a request ended without completing its response")
+        except ClientDisconnected:
+            logger.debug("A peer left while it was answered")
+        except Exception:
+            logger.exception("Unexpected error in the app of a request")
+        finally:
+            if self._is_owed():
+                self._http.refuse(500, "Internal server error", "system")
+
+    def _is_owed(self) -> bool:
+        return self.state < COMPLETE and self.stream is None
+
+    async def receive(self) -> Message:
+        http, parser = self._http, self._http.parser
+        if self.expects_continue and self.state is AWAITED and not (parser.body or parser.is_complete):
+            http.transport.write(_CONTINUE)
+        self.expects_continue = False
+        while self.state < COMPLETE:
+            if self._owes_body and (parser.body or parser.is_complete):
+                body, parser.body = bytes(parser.body), b""
+                self._owes_body = not parser.is_complete
+                if http.is_paused:
+                    http.pace()
+                return {"type": "http.request", "body": body, "more_body": self._owes_body}
+            if http.peer_has_ended:
+                break
+            await self._change()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        while self._http.is_full and self.state < COMPLETE:
+            await self._change()
+        kind = message["type"]
+        if self.state is STARTED and kind == "http.response.body":
+            self._send_body(message.get("body", b""), message.get("more_body", False))
+        elif self.state is AWAITED and kind == "http.response.start":
+            self._start(message["status"], message.get("headers", ()))
+        elif self.state is LOST:
+            raise ClientDisconnected
+        else:
+            raise RuntimeError(f"{kind} is out of place while the response is {self.state.name.lower()}")
+
+    def _start(self, status: int, headers: Headers) -> None:
+        lines = []
+        for name, value in [*self._http.server_state.default_headers, *headers]:
+            lower = name.lower()
+            if lower == b"content-length":
+                if status == 204:
+                    continue
+                self._body_left = int(value)
+            elif lower == b"connection" and value.lower() == b"close":
+                self.keeps_alive = False
+                continue
+            elif lower == b"transfer-encoding":
+                continue
+            lines.append(b"%b: %b\r\n" % (name, value))
+        parser = self._http.parser
+        if self.expects_continue and not parser.is_complete:
+            # The client may leave the body out now, or send it: nobody knows (RFC 9110, section 10.1.1).
+            self.keeps_alive = False
+        self._has_body = not (parser.method == b"HEAD" or status in (204, 304))
+        if self._has_body and self._body_left is None and parser.version == "1.1":
+            self._is_chunked = True
+            lines.append(b"transfer-encoding: chunked\r\n")
+        if not self.keeps_alive:
+            lines.append(b"connection: close\r\n")
+        self._head = response_head(status, lines)
+        self.state = STARTED
+
+    def _send_body(self, body: bytes, more: bool) -> None:
+        self._last_part = body
+        if not self._has_body:
+            body = b""
+        elif self._is_chunked:
+            body = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
+            if not more:
+                body += b"0\r\n\r\n"
+        elif self._body_left is not None:
+            self._body_left -= len(body)
+            if self._body_left < 0 or (self._body_left and not more):
+                raise RuntimeError("The body of the response is not as long as its Content-Length")
+        head, self._head = self._head, b""
+        if head and len(body) > JOINED_BYTES:
+            self._http.transport.write(head)
+            head = b""
+        if head or body:
+            self._http.transport.write(head + body)
+        if not more:
+            self.state = COMPLETE
+            if self._changed is not None:
+                self.change()
+            self._http.answered()
+
+    async def _change(self) -> None:
+        if self._changed is None:
+            self._changed = asyncio.Event()
+        await self._changed.wait()
+
+    # --- what the connection tells
+
+    def change(self) -> None:
+        """Let `receive` and `send` look again: at the body, the room to write, or the peer."""
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
+        if self.stream is not None and not self.is_full:
+            self.stream.resumed()
+
+    def lose(self) -> None:
+        """Hear that nothing more can be sent."""
+        stream, self.stream = self.stream, None
+        if self.state < COMPLETE:
+            self.state = LOST
+            self.change()
+        if stream is not None:
+            stream.lost()
+
+    # --- for a stream, which is written to as a WebSocket is
+
+    def be_taken_by(self, stream: Stream, sent: bytes) -> Pipe | None:
+        """Let a stream write the rest of the response, if `sent` is the very part that was written last."""
+        if self.state is not STARTED or self._last_part is not sent:
+            return None
+        self.stream = stream
+        self.keeps_alive = False
+        self._http.read_no_more()
+        return self
+
+    @property
+    def is_full(self) -> bool:
+        return self._http.is_full
+
+    def write(self, data: bytes) -> None:
+        self._send_body(data, more=True)
+
+    def finish(self, data: bytes) -> None:
+        self._send_body(data, more=False)
+
+    def buffered(self) -> int:
+        return self._http.transport.get_write_buffer_size()
+
+    def abort(self) -> None:
+        self._http.transport.abort()

@@ -1,0 +1,304 @@
+"""HTTP/1.1 messages without I/O (RFC 9112): bytes of requests in, bytes of responses out.
+
+Owns the form that a request must have, and the ASGI scope that its head decides. Knows no socket and no app.
+
+1. httptools checks strictly; this module refuses the rest of the requests that two readers could take differently.
+   Either way a RequestError says why, and the parser is not fed again.
+2. The parser gets a head whole, and no byte behind the request that is under way.
+3. Trailers are read and dropped: they could repeat a header that was checked (RFC 9110, section 6.5.1).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from http import HTTPStatus
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
+
+from schemas import encode, error_body
+
+Headers = Iterable[Sequence[bytes]]  # ASGI allows any iterable of pairs.
+
+BLANK_LINE = b"\r\n\r\n"
+# Request line and headers together, and as much for trailers and chunk extensions; servers usually allow as much.
+MAX_HEAD_BYTES = 65_536
+# A head is read in one piece, and each of its lines costs about 0.5 us.
+MAX_HEAD_LINES = 1_000
+# The size of a chunk and its line ends, which count as no extension.
+_CHUNK_FRAMING_BYTES = 16
+# A host and a port (RFC 3986, section 3.2), or nothing.
+_HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
+_ABSOLUTE = re.compile(rb"https?://([^/?@]+)([^?]*)(.*)", re.IGNORECASE)
+_ASGI = {"version": "3.0", "spec_version": "2.4"}
+_STATUS_LINES = {number: b"HTTP/1.1 %d \r\n" % number for number in range(100, 1000)}
+_STATUS_LINES |= {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+_UNSAFE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+class RequestError(Exception):
+    """The request is refused, and its connection ends: where the next request would begin is unknown."""
+
+    def __init__(self, message: str, status: int = 400, headers: Headers = ()) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers
+
+
+class ClientDisconnected(OSError):
+    """An app sends to a peer that has left (ASGI specification 2.4)."""
+
+
+class Peer(NamedTuple):
+    """Both ends of a connection, as the ASGI scope names them."""
+
+    server: tuple[str, int | None] | None
+    client: tuple[str, int] | None
+    is_secure: bool
+
+
+class RequestParser:
+    """Reads the requests of a connection, one after the other: each head in one piece, its body in any."""
+
+    __slots__ = (
+        "_chunks",
+        "_framing_bytes",
+        "_library",
+        "_skips_body",
+        "body",
+        "body_left",
+        "expects_continue",
+        "fields",
+        "headers",
+        "is_complete",
+        "is_upgrade",
+        "keeps_alive",
+        "method",
+        "target",
+        "version",
+    )
+
+    def __init__(self) -> None:
+        # Without callbacks: it only says whether it can be read, and the lines are split here, which costs half.
+        self._library = HttpRequestParser(None)
+        # Whether the library has left the body out, because the head offers another protocol.
+        self._skips_body = False
+        # A body in chunks, with the bytes of its extensions and trailers so far.
+        self._chunks: _Chunks | None = None
+        self._framing_bytes = 0
+        self.method = self.target = b""
+        self.version = "1.1"
+        self.headers: list[tuple[bytes, bytes]] = []
+        # The headers by name; of several, the last.
+        self.fields: dict[bytes, bytes] = {}
+        self.keeps_alive = self.expects_continue = self.is_upgrade = False
+        # The part of the body that has arrived and has not been taken, and the length of the part to come, if known.
+        self.body: bytes | bytearray = b""
+        self.body_left = 0
+        self.is_complete = False
+
+    def read(self, data: bytes, start: int, end: int) -> int:
+        """Read a head, and the beginning of a body of known length behind it; return how far. Raises RequestError."""
+        head = data[start:end]
+        if head.count(b"\n") > MAX_HEAD_LINES:
+            raise RequestError(f"request head: more than {MAX_HEAD_LINES} lines", 431)
+        self.is_upgrade = self._skips_body = False
+        self.body = b""
+        try:
+            self._library.feed_data(head)
+        except HttpParserUpgrade:
+            self._skips_body = True
+        except HttpParserError as error:
+            raise RequestError(f"request: {error}") from None
+        line, *lines = head[: -len(BLANK_LINE)].split(b"\r\n")
+        self._read_request_line(line)
+        headers = self.headers = []
+        for line in lines:
+            name, _, value = line.partition(b":")
+            headers.append((name.lower(), value.strip(b" \t")))
+        fields = self.fields = dict(headers)
+        self.is_upgrade = self._skips_body and fields.get(b"upgrade", b"").lower() == b"websocket"
+        if len(fields) < len(headers):
+            self._check_repeated()
+        self._check_host()
+        if (coding := fields.get(b"transfer-encoding")) is not None:
+            if self.version == "1.0":
+                raise RequestError("Transfer-Encoding: not in HTTP/1.0")
+            if coding.lower() != b"chunked":
+                raise RequestError("Transfer-Encoding: expected chunked alone", 501)
+            self._chunks, self._framing_bytes = _Chunks(), 0
+        connection = fields.get(b"connection", b"").lower()
+        self.keeps_alive = self.version == "1.1" and b"close" not in map(bytes.strip, connection.split(b","))
+        self.expects_continue = self.version == "1.1" and fields.get(b"expect", b"").lower() == b"100-continue"
+        self.body_left = int(fields.get(b"content-length", 0))
+        self.is_complete = coding is None and not self.body_left
+        return self.read_body(data, end, 0) if self.body_left and end < len(data) else end
+
+    def _read_request_line(self, line: bytes) -> None:
+        # The library would also take several spaces, and other protocols of this form.
+        words = line.split(b" ")
+        if len(words) != 3:
+            raise RequestError("request line: expected method, target and version with one space between them")
+        self.method, self.target, version = words
+        if version not in (b"HTTP/1.1", b"HTTP/1.0"):
+            raise RequestError("request line: expected HTTP/1.1 or HTTP/1.0", 505)
+        self.version = "1.1" if version == b"HTTP/1.1" else "1.0"
+        if self.method == b"CONNECT":
+            raise RequestError("CONNECT: this is no proxy")
+
+    def _check_repeated(self) -> None:
+        names = [name for name, _ in self.headers]
+        for name in (b"host", b"transfer-encoding", b"content-length"):
+            if names.count(name) > 1:
+                raise RequestError(f"{name.decode().title()}: expected once, got several")
+        # Its lines are one list (RFC 9110, section 5.3).
+        self.fields[b"connection"] = b",".join([value for name, value in self.headers if name == b"connection"])
+
+    def _check_host(self) -> None:
+        if not self.target.startswith(b"/") or b"#" in self.target:
+            self._read_other_target()
+        host = self.fields.get(b"host")
+        if host is None:
+            if self.version == "1.1":
+                raise RequestError("Host: required, but missing")
+        elif not _HOST.fullmatch(host):
+            raise RequestError("Host: expected a host and a port")
+
+    def _read_other_target(self) -> None:
+        """Bring a target of another form into origin form (RFC 9112, section 3.2). Raises RequestError."""
+        if b"#" in self.target:
+            raise RequestError("request target: has a fragment")
+        if self.target == b"*" and self.method == b"OPTIONS":
+            return
+        if not (absolute := _ABSOLUTE.fullmatch(self.target)):
+            raise RequestError("request target: expected a path or an absolute URL")
+        authority, path, query = absolute.groups()
+        self.target = (path or b"/") + query
+        if b"host" in self.fields:
+            # Section 3.2.2: the header does not count then.
+            self.fields[b"host"] = authority
+            self.headers = [(name, authority if name == b"host" else value) for name, value in self.headers]
+
+    def read_body(self, data: bytes, start: int, most: int) -> int:
+        """Read on in the body, by `most` bytes where its lines cost something; return how far. Raises RequestError."""
+        if self._chunks is not None:
+            return self._read_chunks(self._chunks, data, start, min(len(data), start + most))
+        end = min(len(data), start + self.body_left)
+        piece = data[start:end]
+        if not self._skips_body:
+            # So that the library expects a head behind the body.
+            self._library.feed_data(piece)
+        self._add(piece)
+        self.body_left -= end - start
+        self.is_complete = not self.body_left
+        return end
+
+    def _read_chunks(self, chunks: _Chunks, data: bytes, start: int, stop: int) -> int:
+        end = _end_of_lines(data, start, stop)
+        for piece in chunks.read(data[start:end]):
+            self._framing_bytes -= len(piece) + _CHUNK_FRAMING_BYTES
+            self._add(piece)
+        self._framing_bytes = max(0, self._framing_bytes + end - start)
+        if self._framing_bytes > MAX_HEAD_BYTES:
+            raise RequestError(f"trailers and chunk extensions: larger than the limit of {MAX_HEAD_BYTES} bytes", 431)
+        if chunks.has_ended:
+            self.is_complete = True
+            self._chunks = None
+            # The library's parser still waits for the chunks.
+            self._library = HttpRequestParser(None)
+        return end
+
+    def _add(self, piece: bytes) -> None:
+        if not self.body:
+            self.body = piece
+            return
+        if isinstance(self.body, bytes):
+            self.body = bytearray(self.body)
+        self.body += piece
+
+    def scope(self, type: str, scheme: str, peer: Peer, root_path: str, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the part of the ASGI scope that requests and handshakes have in common."""
+        raw_path, _, query = self.target.partition(b"?")
+        path = raw_path.decode("latin-1")
+        return {
+            "type": type,
+            "asgi": _ASGI,
+            "http_version": self.version,
+            "server": peer.server,
+            "client": peer.client,
+            "scheme": scheme,
+            "root_path": root_path,
+            "path": root_path + (unquote(path) if "%" in path else path),
+            "raw_path": root_path.encode("latin-1") + raw_path,
+            "query_string": query,
+            "headers": self.headers,
+            "state": state.copy(),
+        }
+
+
+class _Chunks:
+    """Reads one body in chunks, up to its trailers, with the library."""
+
+    def __init__(self) -> None:
+        self.has_ended = False
+        self._pieces: list[bytes] = []
+        self._library: HttpRequestParser | None = HttpRequestParser(self)
+        self._library.feed_data(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+
+    def read(self, data: bytes) -> list[bytes]:
+        """Return the parts of chunks in these bytes. Raises RequestError."""
+        assert self._library is not None
+        try:
+            self._library.feed_data(data)
+        except HttpParserError as error:
+            raise RequestError(f"request body: {error}") from None
+        pieces, self._pieces = self._pieces, []
+        if self.has_ended:
+            # They refer to each other. Cut, they go now and need no collector.
+            self._library = None
+        return pieces
+
+    def on_body(self, piece: bytes) -> None:
+        self._pieces.append(piece)
+
+    def on_message_complete(self) -> None:
+        self.has_ended = True
+
+
+def _end_of_lines(data: bytes, start: int, stop: int) -> int:
+    """Return how far a body in chunks may be read: it ends with a blank line, and the beginning of one waits."""
+    if (end := data.find(BLANK_LINE, start, stop)) >= 0:
+        return end + len(BLANK_LINE)
+    return stop - next((size for size in (3, 2, 1) if data.endswith(BLANK_LINE[:size], start, stop)), 0)
+
+
+def response_head(status: int, lines: list[bytes]) -> bytes:
+    """Return the head of a response, each line of which ends with CRLF. Raises ValueError for any other line end."""
+    head = b"".join([_STATUS_LINES[status], *lines, b"\r\n"])
+    ends = head.count(b"\r\n")
+    if ends != len(lines) + 2 or head.count(b"\n") != ends or head.count(b"\r") != ends or _UNSAFE.search(head):
+        raise ValueError("A header has a control character or a line end")
+    return head
+
+
+def http_response(status: int, body: bytes = b"", headers: Headers = (), default_headers: Headers = ()) -> bytes:
+    """Return a whole response after which the connection is closed."""
+    lines = [b"%b: %b\r\n" % (name, value) for name, value in default_headers]
+    has_length = False
+    for name, value in headers:
+        if (lower := name.lower()) != b"connection":
+            lines.append(b"%b: %b\r\n" % (name, value))
+            has_length = has_length or lower == b"content-length"
+    if not has_length:
+        lines.append(b"content-length: %d\r\n" % len(body))
+    return response_head(status, [*lines, b"connection: close\r\n"]) + body
+
+
+def error_response(
+    status: int, message: str, category: str, headers: Headers = (), default_headers: Headers = ()
+) -> bytes:
+    """Return a whole response with the documented body of an HTTP error."""
+    body = encode(error_body(message, category))
+    return http_response(status, body, [(b"content-type", b"application/json"), *headers], default_headers)
