@@ -4,17 +4,17 @@ Owns the transport of one connection, from its handshake to its end. Knows frame
 
 An app that finds "notifyd.wire" in `scope["extensions"]` has the `Connection` of connection.py: it calls accept()
 or close() on it and returns, and the connection lives on without any task, queue or timer of its own. Any other
-app is served with the standard `receive` and `send`, by asgi_session.py.
+app is served with the standard `receive` and `send`, by wire_session.py.
 
 1. The state goes forward only. Only `_become` changes it, and `writable` is true only while it is OPEN.
-2. What only the handshake or an ASGI app needs is in the `Session`, and is let go as soon as the app has taken over.
-3. A close always says goodbye, and waits for the peer's: the transport goes on reading until the peer has ended
-   its side or a deadline has passed, whatever an app has left unread. Closing with unread data would reset the
-   connection, and destroy the goodbye on its way.
-4. When nothing more can be read, `_parser` is None and what still comes is dropped.
-5. Nobody waits in vain for a pong: a ping that comes while the transport is full is answered when it has drained.
-6. In one turn of the event loop a connection reads TURN_BYTES at most, and what is to come of the payload under way,
-   so that one that floods holds up nobody.
+2. State for the handshake or an ASGI app alone is in the `Session`, which is dropped when the app takes over.
+3. A close always sends a close frame and waits for the peer's: the transport goes on reading until the peer has ended
+   its side or a deadline has passed, even if an app has left messages unread. Closing with unread data would reset
+   the connection, and destroy the close frame on its way.
+4. When nothing more can be read, `_parser` is None and later bytes are dropped.
+5. Every ping gets its pong: if the transport is full, the pong follows when it has drained.
+6. Per iteration of the event loop, read at most TURN_BYTES plus the rest of the current payload, so that a flooding
+   peer cannot starve the others.
 """
 
 from __future__ import annotations
@@ -85,12 +85,12 @@ class WireProtocol(asyncio.Protocol):
         self._transport: asyncio.Transport = None  # type: ignore[assignment]
         # The last ping that came while nothing could be written. It answers for those before it (section 5.5.3).
         self._unanswered: bytes | None = None
-        # What has arrived and is read in a later turn of the event loop.
+        # Bytes that have arrived, to be read in a later iteration of the event loop.
         self._unread = b""
         self._descriptor = -1
         self.state = CONNECTING
         self.writable = False
-        # The transport's own method: a call less for each delivery. The Hub writes only to what is writable.
+        # The transport's own method: a call less for each delivery. The Hub writes only while `writable` is true.
         self.write: Callable[[bytes], None]
 
     def _become(self, state: ConnectionState) -> None:
@@ -105,7 +105,7 @@ class WireProtocol(asyncio.Protocol):
         if self._receiver is not None:
             self._receiver.descriptor = self._descriptor if writable else -1
 
-    # --- what uvicorn and the transport tell us
+    # --- called by uvicorn and the transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
@@ -113,7 +113,7 @@ class WireProtocol(asyncio.Protocol):
         # The kernel's buffer is the backlog that a client may have: the transport says that it is full as soon as
         # the kernel takes no more. Only so may the Hub write past it: while it is writable, it holds nothing.
         plain = self._transport.get_extra_info("sslcontext") is None
-        # What is left of an HTTP response before the handshake must not be overtaken.
+        # The handshake's answer must not overtake the rest of an HTTP response before it.
         past = plain and not self._transport.get_write_buffer_size()
         self._descriptor = self._transport.get_extra_info("socket").fileno() if past else -1
         # A TLS transport would take an empty buffer for a full one at 0.
@@ -121,7 +121,7 @@ class WireProtocol(asyncio.Protocol):
         self._server_state.connections.add(self)  # type: ignore[arg-type]
 
     def take_over(self, transport: asyncio.Transport, request: RequestParser, peer: Peer, key: str) -> None:
-        """Serve a connection whose handshake wire_http.py has read and checked."""
+        """Serve a connection after wire_http.py has read and checked its handshake."""
         self.connection_made(transport)
         assert self._session is not None
         self._session.begin(request, peer, key)
@@ -158,7 +158,7 @@ class WireProtocol(asyncio.Protocol):
         if self._session is not None:
             self._session.drained()
         elif self.writable and self._receiver is not None:
-            # Who takes what it was sent is alive.
+            # A peer that takes its data is alive.
             self._receiver.heard()
             self._receiver.drained()
 
@@ -230,7 +230,7 @@ class WireProtocol(asyncio.Protocol):
         if self._session is not None:
             self._session.headers = headers
 
-    # --- what its session asks for
+    # --- called by its session
 
     def is_served_by(self, session: Session) -> bool:
         """Whether no receiver has taken over, and the connection has not begun to end."""
@@ -249,7 +249,7 @@ class WireProtocol(asyncio.Protocol):
         self._transport.pause_reading()
 
     def resume_reading(self) -> None:
-        # What has arrived already comes first, and then this is asked again.
+        # Bytes that have arrived already come first; then this is called again.
         if not self._unread and not self._transport.is_closing():
             self._transport.resume_reading()
 
@@ -263,7 +263,7 @@ class WireProtocol(asyncio.Protocol):
 
     def _read_on(self) -> None:
         data, self._unread = self._unread, b""
-        # Once it has said goodbye it reads on until the peer has, whatever an app has left.
+        # After its close frame it reads on until the peer's, even if an app has left messages unread.
         if self._session is None or self.state is not OPEN or not self._session.is_full():
             self.resume_reading()
         self.data_received(data)
@@ -312,7 +312,7 @@ class WireProtocol(asyncio.Protocol):
         self._told_end(code, reason)
 
     def _broken(self, error: FrameError) -> None:
-        """Read no more; fail at once, unless an app is still busy with what came before."""
+        """Read no more; fail at once, unless an app is still busy with earlier messages."""
         self._parser = None
         if self.state is OPEN and self._session is not None and not self._session.is_waiting():
             self._session.broken(error)
@@ -334,7 +334,7 @@ class WireProtocol(asyncio.Protocol):
         self._transport.write(goodbye)
 
     def _told_end(self, code: int, reason: str = "") -> None:
-        """Tell whoever is served that the conversation is over, once."""
+        """Tell the receiver or the session once that the connection is over."""
         self._parser = None
         session, self._session = self._session, None
         receiver, self._receiver = self._receiver, None

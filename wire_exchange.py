@@ -1,7 +1,7 @@
 """One request and its response, as an ASGI app has them: `receive` and `send`.
 
-Owns the response: its framing, and whether it keeps its promises. Knows the connection as HttpProtocol, whose parser
-has the body of the request, and neither sockets nor deadlines.
+Owns the response: its framing, and whether it keeps its promises. Knows the connection as HttpProtocol, the owner of
+the parser and of the request's body; neither sockets nor deadlines.
 
 1. The state goes forward only. Once it is COMPLETE or LOST this exchange never touches the connection again, so a
    send that comes too late cannot get into the next response.
@@ -71,12 +71,12 @@ class Exchange:
         # The head of the response until it is written.
         self._head = b""
         self._has_body = self._is_chunked = False
-        # What is to come of a response of known length.
+        # The bytes to come of a response of known length.
         self._body_left: int | None = None
         self._last_part = b""
-        # What a `receive` or a `send` waits for.
+        # Awaited by a `receive` or a `send`.
         self._changed: asyncio.Event | None = None
-        # Who has taken the connection over.
+        # The stream that has taken the connection over.
         self.stream: Stream | None = None
 
     @property
@@ -186,7 +186,7 @@ class Exchange:
             self._changed = asyncio.Event()
         await self._changed.wait()
 
-    # --- what the connection tells
+    # --- called by the connection
 
     def change(self) -> None:
         """Let `receive` and `send` look again: at the body, the room to write, or the peer."""
@@ -205,7 +205,7 @@ class Exchange:
         if stream is not None:
             stream.lost()
 
-    # --- for a stream, which is written to as a WebSocket is
+    # --- for a stream, written to like a WebSocket
 
     def be_taken_by(self, stream: Stream, sent: bytes) -> Pipe | None:
         """Let a stream write the rest of the response, if `sent` is the very part that was written last."""

@@ -3,8 +3,8 @@
 Owns the wire format of frames. Knows no socket, no handshake and no client.
 
 1. A server's frames are never masked and never fragmented; a client's must be masked (section 5.1).
-2. What breaks the protocol raises FrameError with the close code that the peer must be told. After that, and
-   after a close frame, the parser is not fed again.
+2. A breach of the protocol raises FrameError with the close code for the peer. After that, and after a close frame,
+   the parser is not fed again.
 3. Text is checked as it arrives, so that a bad byte is refused before its message is whole (section 8.1).
 4. Between frames the parser holds no bytes, and memory never exceeds the limit of one message.
 """
@@ -22,12 +22,12 @@ from schemas import INVALID_DATA, MESSAGE_TOO_BIG, NO_STATUS_RECEIVED, PROTOCOL_
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 MAX_CONTROL_BYTES = 125  # section 5.5
-# What a peer may give as the code of its close frame: section 7.4.2, and 1012 to 1014 of the IANA registry.
+# The codes allowed in a peer's close frame: section 7.4.2, and 1012 to 1014 of the IANA registry.
 _CLOSE_CODES = frozenset((1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014))
 
 
 def close_frame(code: int, reason: str = "") -> bytes:
-    """Return a close frame, empty for 1005; the reason is cut to what fits (123 bytes of whole characters)."""
+    """Return a close frame, empty for 1005; the reason is cut to 123 bytes of whole characters."""
     if code == NO_STATUS_RECEIVED:
         return frame(b"", CLOSE)
     text = reason.encode()[: MAX_CONTROL_BYTES - 2].decode(errors="ignore").encode()
@@ -60,7 +60,7 @@ def _text(data: bytes) -> str:
 
 
 class FrameParser:
-    """Reads a client's frames, in whatever pieces they arrive.
+    """Reads a client's frames, in pieces of any size.
 
     feed() yields (TEXT, str) and (BINARY, bytes) for each whole message, and (CLOSE | PING | PONG, bytes) for each
     control frame. A message of more than `max_size` bytes raises FrameError 1009 before it is buffered.
@@ -70,7 +70,7 @@ class FrameParser:
 
     def __init__(self, max_size: int) -> None:
         self._max_size = max_size
-        self._rest = b""  # the beginning of a frame whose head, or control payload, is not whole yet
+        self._rest = b""  # the beginning of a frame, up to a whole head or control payload
         # The data frame under way: its mask, turned to fit the next byte (empty: none), and the bytes to come.
         self._mask = b""
         self._left = 0
@@ -87,7 +87,7 @@ class FrameParser:
         return self._left
 
     def feed(self, data: bytes) -> Iterator[tuple[int, str | bytes]]:
-        """Yield what is complete with these bytes. Raises FrameError."""
+        """Yield the events that are complete with these bytes. Raises FrameError."""
         position = 0
         if self._rest:
             data, self._rest = self._rest + data, b""

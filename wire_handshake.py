@@ -1,8 +1,8 @@
-"""The opening handshake without I/O (RFC 6455, section 4.2): what it must be, and how it is completed.
+"""The opening handshake without I/O (RFC 6455, section 4.2): its checks and its answer.
 
 Knows no socket and no client.
 
-1. What section 4.2.1 forbids raises RequestError with the status and the headers of the answer, which ends the
+1. A breach of section 4.2.1 raises RequestError with the status and the headers of the answer; that ends the
    connection.
 """
 
@@ -18,7 +18,7 @@ from wire_message import Headers, RequestError, RequestParser, response_head
 
 
 def check_handshake(request: RequestParser) -> str:
-    """Return the key of an opening handshake. Raises RequestError for what RFC 6455, section 4.2.1 forbids."""
+    """Return the key of an opening handshake. Raises RequestError for a breach of RFC 6455, section 4.2.1."""
     if request.method != b"GET":
         raise RequestError("A WebSocket handshake is a GET request", 405, ((b"allow", b"GET"),))
     if request.version != "1.1":

@@ -1,7 +1,7 @@
 """HTTP/1.1 for uvicorn's public `http=` setting: one connection, from its first byte to its last.
 
 Owns the transport, the order of requests, how long each may take to arrive, and how a connection ends. The form of a
-request is wire_message.py's, the response wire_exchange.py's; what an HTTP body may be is routes.py's.
+request is wire_message.py's, the response wire_exchange.py's, and the contents of a body routes.py's.
 
 1. One request is read at a time: the parser gets no byte of the next before the last is answered.
 2. A request is answered once, by the app or here; a connection on which no byte came is closed without an answer.
@@ -33,9 +33,9 @@ from wire_message import BLANK_LINE, MAX_HEAD_BYTES, Headers, Peer, RequestError
 
 # From the first byte of a request to its last.
 REQUEST_SECONDS = 10.0
-# A response of which the peer has taken nothing for so long is given up on.
+# A response is given up on when its peer has taken nothing for so long.
 STALLED_SECONDS = 30.0
-# What a peer still sends behind the last answer is read for so long, and up to this size.
+# Bytes behind the last answer are read for so long, and up to this size.
 LINGER_SECONDS = 1.0
 LINGER_BYTES = 1_048_576
 # Behind a request that is under way, or of its body, so much waits here; the rest in the kernel, and with the peer.
@@ -43,13 +43,13 @@ MAX_WAITING_BYTES = 65_536
 
 
 class Phase(enum.IntEnum):
-    """What of a request has arrived."""
+    """The part of a request that has arrived."""
 
     IDLE = 0
     HEAD = 1
     BODY = 2
     WHOLE = 3
-    # The response is a stream, which has taken the connection over.
+    # The response is a stream and has taken the connection over.
     STREAM = 4
     # The last answer has been written.
     ENDED = 5
@@ -61,7 +61,7 @@ IDLE, HEAD, BODY, WHOLE, STREAM, ENDED, UPGRADED = Phase
 
 
 class HttpProtocol(asyncio.Protocol):
-    """One HTTP connection, which becomes a WebSocket when it asks for that. It writes no access log."""
+    """One HTTP connection; a handshake makes it a WebSocket. It writes no access log."""
 
     __slots__ = (
         "_app_state",
@@ -103,9 +103,9 @@ class HttpProtocol(asyncio.Protocol):
         self._peer: Peer = None  # type: ignore[assignment]
         self.parser = RequestParser()
         self._phase = IDLE
-        # The last request with its response, which may be over.
+        # The last request with its response; it may be over.
         self._exchange: Exchange | None = None
-        # What has arrived and has not been parsed, and how much of its beginning has no blank line.
+        # Bytes that have arrived and are not parsed yet, and the length of their beginning without a blank line.
         self._unread = b""
         self._searched = 0
         # Whether the parser is given more in the next iteration of the event loop.
@@ -120,7 +120,7 @@ class HttpProtocol(asyncio.Protocol):
         self._stalled: asyncio.TimerHandle | None = None
         self._dropped = 0
 
-    # --- what the transport and uvicorn tell
+    # --- called by the transport and uvicorn
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
@@ -195,7 +195,7 @@ class HttpProtocol(asyncio.Protocol):
     # --- reading
 
     def _read_on(self) -> None:
-        """Parse what has arrived, as far as this iteration allows."""
+        """Parse the bytes that have arrived, as far as this iteration allows."""
         allowed = TURN_BYTES
         # Taken, so that nothing is parsed twice where an app runs at once (asyncio.eager_task_factory).
         data, self._unread = self._unread, b""
@@ -253,7 +253,7 @@ class HttpProtocol(asyncio.Protocol):
         return read
 
     def _begin(self) -> None:
-        """Have the app answer the request whose head has been read."""
+        """Have the app answer the request with the head just read."""
         config, tasks = self._config, self.server_state.tasks
         limit = config.limit_concurrency
         if limit is not None and max(len(tasks), len(self.server_state.connections)) >= limit:
@@ -283,7 +283,7 @@ class HttpProtocol(asyncio.Protocol):
         return end
 
     def pace(self) -> None:
-        """Pause or resume reading: what waits here must not grow while it is not taken."""
+        """Pause or resume reading: the bytes that wait here must not grow without bounds."""
         waits = max(len(self._unread), len(self.parser.body)) > MAX_WAITING_BYTES
         is_paused = (self._goes_on or waits) and self._phase <= WHOLE
         if is_paused != self.is_paused and not self.transport.is_closing():
@@ -294,7 +294,7 @@ class HttpProtocol(asyncio.Protocol):
                 self.transport.resume_reading()
 
     def _upgrade(self, head: bytes, early: bytes) -> None:
-        """Hand the connection over to the WebSocket protocol, with what an eager client has sent."""
+        """Hand the connection over to the WebSocket protocol, with the bytes of an eager client."""
         parser, transport, config = self.parser, self.transport, self._config
         key = check_handshake(parser)
         self._phase = UPGRADED
@@ -316,7 +316,7 @@ class HttpProtocol(asyncio.Protocol):
         if early:
             protocol.data_received(early)
 
-    # --- what an exchange asks for
+    # --- called by an exchange
 
     def answered(self) -> None:
         """Hear that the response is complete."""
@@ -341,7 +341,7 @@ class HttpProtocol(asyncio.Protocol):
             self._end()
 
     def read_no_more(self) -> None:
-        """Read no more requests, so that the peer's end is seen whatever it has sent: a stream has taken over."""
+        """Read no more requests: a stream has taken over, and the end of the peer must be seen behind any bytes."""
         self._phase = STREAM
         self._unread = b""
         self._time_request()
@@ -356,7 +356,7 @@ class HttpProtocol(asyncio.Protocol):
             self._idle_timer = self._loop.call_later(self._config.timeout_keep_alive, self._check_idle)
 
     def _check_idle(self) -> None:
-        """Close if it has been idle for long enough. The timer is not moved for each request, which would cost more."""
+        """Close if it has been idle for long enough. Moving the timer for each request would cost more."""
         self._idle_timer = None
         rest = self._idle_since + self._config.timeout_keep_alive - self._loop.time()
         if self._phase is IDLE and rest > 0:
@@ -405,7 +405,7 @@ class HttpProtocol(asyncio.Protocol):
         self._end()
 
     def _end(self) -> None:
-        """End our side behind what has been written, and read on for a while."""
+        """End our side behind the bytes written so far, and read on for a while."""
         is_sending = self._phase is not WHOLE or bool(self._unread)
         self._phase = ENDED
         self._unread = b""
@@ -433,7 +433,7 @@ class HttpProtocol(asyncio.Protocol):
     def _close(self) -> None:
         self.transport.close()
         if not self.is_full:
-            # A TLS transport waits for the peer's goodbye, which an idle client does not send.
+            # A TLS transport waits for the peer's close, and an idle client does not send it.
             self._deadline = self._loop.call_later(LINGER_SECONDS, self.transport.abort)
 
 

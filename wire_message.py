@@ -27,7 +27,7 @@ BLANK_LINE = b"\r\n\r\n"
 MAX_HEAD_BYTES = 65_536
 # A head is read in one piece, and each of its lines costs about 0.5 us.
 MAX_HEAD_LINES = 1_000
-# The size of a chunk and its line ends, which count as no extension.
+# The size of a chunk and its line ends: they do not count as an extension.
 _CHUNK_FRAMING_BYTES = 16
 # A host and a port (RFC 3986, section 3.2), or nothing.
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
@@ -81,7 +81,7 @@ class RequestParser:
     )
 
     def __init__(self) -> None:
-        # Without callbacks: it only says whether it can be read, and the lines are split here, which costs half.
+        # Without callbacks it only checks the head; the lines are split here, for half the cost.
         self._library = HttpRequestParser(None)
         # Whether the library has left the body out, because the head offers another protocol.
         self._skips_body = False
@@ -275,7 +275,7 @@ def _end_of_lines(data: bytes, start: int, stop: int) -> int:
 
 
 def response_head(status: int, lines: list[bytes]) -> bytes:
-    """Return the head of a response, each line of which ends with CRLF. Raises ValueError for any other line end."""
+    """Return the head of a response, with CRLF after each line. Raises ValueError for any other line end."""
     head = b"".join([_STATUS_LINES[status], *lines, b"\r\n"])
     ends = head.count(b"\r\n")
     if ends != len(lines) + 2 or head.count(b"\n") != ends or head.count(b"\r") != ends or _UNSAFE.search(head):
@@ -284,7 +284,7 @@ def response_head(status: int, lines: list[bytes]) -> bytes:
 
 
 def http_response(status: int, body: bytes = b"", headers: Headers = (), default_headers: Headers = ()) -> bytes:
-    """Return a whole response after which the connection is closed."""
+    """Return a whole response that ends its connection."""
     lines = [b"%b: %b\r\n" % (name, value) for name, value in default_headers]
     has_length = False
     for name, value in headers:

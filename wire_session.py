@@ -1,13 +1,13 @@
 """The standard ASGI app on a connection of wire.py: its scope, its `receive` and its `send`.
 
 Owns the handshake's state, and the queue between the wire and an app that reads and writes at its own pace. Knows
-the connection as `Wire`, and neither the transport nor the Hub. One whose app takes the connection over lets this
-go as soon as it has.
+the connection as `Wire`, and neither the transport nor the Hub. When the app takes the connection over, the session
+is dropped.
 
 1. Reading goes on while an app is slow, until MAX_QUEUED_MESSAGES wait for it; it goes on when it has taken all.
 2. `send` waits while the transport is full, and raises an OSError once the connection is closing.
-3. Whatever ends the connection is told to `receive` as websocket.disconnect.
-4. What came before a broken frame is still answered: the failure waits until the app asks for more.
+3. Every end of the connection reaches `receive` as websocket.disconnect.
+4. Messages before a broken frame are still answered: the failure waits until the app asks for more.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from wire_message import (
 logger = logging.getLogger("notifyd.wire")
 
 MAX_QUEUED_MESSAGES = 32
-# What websocket.disconnect says of a connection that ended without a close frame (RFC 6455, section 7.1.5).
+# The code in websocket.disconnect for an end without a close frame (RFC 6455, section 7.1.5).
 ABNORMAL_CLOSURE = 1006
 
 CONNECTING, OPEN = ConnectionState.CONNECTING, ConnectionState.OPEN
@@ -65,7 +65,7 @@ class Wire(Protocol):
 
 
 class Session:
-    """What one connection needs for its handshake, and to serve an app that uses the standard receive and send."""
+    """The state of one connection's handshake, and of an app that uses the standard receive and send."""
 
     __slots__ = (
         "_app_state",
@@ -92,7 +92,7 @@ class Session:
         self._subprotocol: str | None = None
         self._early = b""
         self._messages: deque[Message] = deque()
-        # What a waiting `receive` and every waiting `send` wait for.
+        # Awaited by a waiting `receive`, and by every waiting `send`.
         self._wanted: asyncio.Event | None = None
         self._drained: asyncio.Event | None = None
         self._response: Message | None = None
@@ -102,7 +102,7 @@ class Session:
     # --- the handshake
 
     def begin(self, request: RequestParser, peer: Peer, key: str) -> None:
-        """Have the app answer a handshake, of which the head has been read and checked."""
+        """Have the app answer a handshake with this head, already checked."""
         self._key = key
         scheme = "wss" if peer.is_secure else "ws"
         scope = request.scope("websocket", scheme, peer, self._config.root_path, self._app_state)
@@ -113,7 +113,7 @@ class Session:
         task.add_done_callback(self._server_state.tasks.discard)
 
     def received_early(self, data: bytes) -> None:
-        """Take what comes before the answer: the request of a host's own HTTP class, or what an eager client sends."""
+        """Take the bytes before the answer: the request from a host's own HTTP class, or those of an eager client."""
         if self._key:
             # A client has to wait for the answer (RFC 6455, section 4.1). One that does not is read no further.
             self._early += data
@@ -135,7 +135,7 @@ class Session:
     def early_data(self) -> bytes:
         return self._early
 
-    # --- what the app calls
+    # --- called by the app
 
     async def _run(self, scope: Scope) -> None:
         self._messages.append({"type": "websocket.connect"})
@@ -215,7 +215,7 @@ class Session:
     def _error_response(self, status: int, message: str, headers: Headers = ()) -> bytes:
         return error_response(status, message, "connection", headers, self._server_state.default_headers)
 
-    # --- what the wire tells
+    # --- called by the wire
 
     def is_waiting(self) -> bool:
         """Whether the app has taken all messages and waits for the next."""
