@@ -156,7 +156,9 @@ class Admission:
                 raise
             return self._join(connection, newcomer, position)
         finally:
-            del self._claims[client_id], fanout.admitting[claim]
+            del self._claims[client_id]
+            # Gone already if the Hub has left the event loop of this newcomer.
+            fanout.admitting.pop(claim, None)
             claim.set()
 
     def _join(self, connection: Connection, newcomer: Newcomer, position: str) -> Client:

@@ -107,7 +107,7 @@ class CensusTaker:
 
 
 class TestNotifications:
-    """The test notifications, which show the census. Of all processes, the leader sends them."""
+    """The test notifications: they show the census. Of all processes, the leader sends them."""
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub

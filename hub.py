@@ -1,12 +1,12 @@
 """The Hub: the verbs that connect publishers with clients, and its life from start to stop.
 
-Everything else is a part with a file of its own, which holds the Hub and calls it: admission, the clients, the
-fan-out with the log, conversations, the heartbeat, the census, the drain. Knows connections only through the seam in
-connection.py, the log of all processes only through the one in store.py, and neither Starlette nor uvicorn.
+Everything else is a part in a file of its own that holds the Hub and calls it: admission, the clients, the fan-out with
+the log, conversations, the heartbeat, the census, the drain. Knows connections only through the seam in connection.py,
+the log of all processes only through the one in store.py, and neither Starlette nor uvicorn.
 
-1. Every verb starts the Hub where it does not run yet. All calls belong to one event loop at a time.
-2. Each await is between consistent states: after it the state is checked again before anything is appended.
-3. Counters only grow, and change without await in the same stretch as what they count.
+1. Every verb starts the Hub if it does not run. All calls belong to one event loop at a time.
+2. Each await is between consistent states. A verb checks the state again after an await.
+3. Counters only grow, and change in the same stretch without await as the thing they count.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Hub:
         # Whether clients and notifications are taken.
         self.is_ready = False
         self.clients = Clients()
-        # What a store asks of its Node, and the directory knows.
+        # The Node's; the directory answers.
         self.recipients = self.clients.count
         self.fanout = FanOut(self)
         self.census = CensusTaker(self)
@@ -110,7 +110,8 @@ class Hub:
         self.heartbeat = Heartbeat(self)
         self.questions = Questions(self)
         self.expiring = ExpiringClients(self)
-        self._starting = asyncio.Lock()
+        # Held while the Hub starts or stops.
+        self._changing = asyncio.Lock()
 
     # --- life
 
@@ -129,7 +130,7 @@ class Hub:
         if self._loop is not loop:
             self._leave_loop()
             self._loop = loop
-        async with self._starting:
+        async with self._changing:
             if self._background:
                 return
             await self.store.open(self)
@@ -186,17 +187,18 @@ class Hub:
 
     async def stop(self) -> None:
         """End the background tasks, and close all clients that are still there at once."""
-        if not self._background:
-            return
-        self._become(HubState.STOPPED)
-        for client in list(self.clients):
-            self.admission.dismiss(client, GOING_AWAY, "Server shutting down")
-        tasks = [self._supervisor, *self._background]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self._background = {}
-        await self.store.close()
+        async with self._changing:
+            if not self._background:
+                return
+            self._become(HubState.STOPPED)
+            for client in list(self.clients):
+                self.admission.dismiss(client, GOING_AWAY, "Server shutting down")
+            tasks = [self._supervisor, *self._background]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._background = {}
+            await self.store.close()
 
     def _become(self, state: HubState) -> None:
         assert state in _NEXT_STATES[self.state], f"{self.state} to {state}"
@@ -205,7 +207,7 @@ class Hub:
         self.is_ready = state is HubState.READY
 
     def check_ready(self) -> None:
-        """Raise ShuttingDown while the Hub drains."""
+        """Raise ShuttingDown while the Hub drains. A request is refused so before it is read."""
         if self.state is HubState.DRAINING:
             raise ShuttingDown
 
@@ -232,7 +234,7 @@ class Hub:
         clients: list[str] | None = None,
         topics: list[str] | None = None,
     ) -> Receipt:
-        """Publish a notification: to these clients and topics, or to everyone where neither is given.
+        """Publish a notification to these clients and topics, or to everyone if neither is given.
 
         Raises InvalidRequest, naming the field and the limit, TooLarge, ShuttingDown, or StoreUnavailable.
         """
@@ -249,21 +251,21 @@ class Hub:
         *,
         numbered: bool = False,
     ) -> Appended:
-        """Publish checked requests, all of them or, where one of them is refused, none; as notify().
+        """Publish checked requests as notify() does: all of them, or none if any is refused.
 
-        With `once` a repetition publishes nothing and returns what the first did; raises KeyReused. With a `sender`,
-        raises Forbidden where its identity may not publish one of them. Errors of `numbered` requests name the place,
+        With `once` a repetition publishes nothing and returns the outcome of the first; raises KeyReused. With a
+        `sender`, raises Forbidden for a request that it may not publish. Errors of `numbered` requests name the place,
         counted from 0.
         """
         await self.start()
-        self.check_ready()
         if sender is not None:
             sender.check_publish(requests)
         if numbered:
             drafts = [self._draft(request, f"[{place}].") async for place, request in in_slices(requests)]
-            self.check_ready()
         else:
             drafts = [self._draft(request) for request in requests]
+        if not self.is_ready:
+            raise ShuttingDown
         return await self.store.append(drafts, once)
 
     def _draft(self, request: schemas.NotifyRequest, place: str = "") -> Draft:
@@ -284,7 +286,7 @@ class Hub:
     async def history(
         self, since: str | None, limit: int, topics: Collection[str], client_id: str | None
     ) -> schemas.History:
-        """Return what would be replayed to a client with these parameters, oldest first, `limit` at most."""
+        """Return the replay for a client with these parameters, oldest first, `limit` notifications at most."""
         await self.start()
         if client_id is not None and not schemas.CLIENT_ID.match(client_id):
             raise InvalidRequest("Invalid client_id")
@@ -342,7 +344,7 @@ class Hub:
         return [Registration(client.client_id, client.topics, client.address) for client in self.clients]
 
     def evicted(self, client_ids: Sequence[str]) -> None:
-        """Close clients whose ids belong to other processes by now."""
+        """Close these clients: their ids belong to other processes by now."""
         for client_id in client_ids:
             if (client := self.clients.get(client_id)) is not None:
                 self.admission.dismiss(client, POLICY_VIOLATION, "Replaced by a new connection")

@@ -15,7 +15,7 @@ from connection import ConnectionState
 from errors import ConnectionRefused, NotifydError, ShuttingDown
 from hub import Hub, HubState
 from settings import Settings
-from store import Appended, Draft, MemoryStore, Once
+from store import Appended, Draft, MemoryStore, Node, Once
 
 
 class GatedStore(MemoryStore):
@@ -242,3 +242,56 @@ def test_a_hub_that_never_started_stops(loop: VirtualLoop, hub: Hub) -> None:
     """A host whose lifespan fails before its first request stops it all the same."""
     loop.run_until_complete(hub.stop())
     assert hub.state is HubState.STARTING
+
+
+def test_a_stop_waits_for_a_start_under_way(loop: VirtualLoop, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that is cancelled while it starts leaves no Hub that runs on."""
+    opened = store_of(hub).open
+
+    async def open_slowly(node: Node) -> None:
+        await asyncio.sleep(1)
+        await opened(node)
+
+    async def scenario() -> None:
+        start = asyncio.ensure_future(hub.start())
+        await asyncio.sleep(0.5)
+        await hub.stop()
+        await start
+
+    monkeypatch.setattr(store_of(hub), "open", open_slowly)
+    loop.run_until_complete(scenario())
+    assert hub.state is HubState.STOPPED
+    assert not asyncio.all_tasks(loop)
+
+
+def test_a_publish_during_the_stop_is_refused(loop: VirtualLoop, hub: Hub) -> None:
+    """A notification that nobody could be handed is not accepted; the next publish starts the Hub anew."""
+
+    async def scenario() -> None:
+        await hub.start()
+        stop = asyncio.ensure_future(hub.stop())
+        await asyncio.sleep(0)
+        with pytest.raises(ShuttingDown):
+            await hub.notify("too late")
+        await stop
+        await hub.notify("in time again")
+        await hub.stop()
+
+    loop.run_until_complete(scenario())
+
+
+def test_a_newcomer_of_an_event_loop_that_is_gone_leaves_nothing_behind(hub: Hub) -> None:
+    """Its claim went with the loop, and the same id is admitted on the next."""
+
+    first = asyncio.new_event_loop()
+    first.run_until_complete(stand_at_the_gate(hub, FakeConnection()))
+    first.close()
+
+    async def scenario() -> int:
+        store_of(hub).gate = asyncio.Event()
+        store_of(hub).gate.set()
+        await hub.admit(FakeConnection(), Newcomer("ann"))
+        await hub.stop()
+        return len(hub.fanout.admitting)
+
+    assert asyncio.run(scenario()) == 0
