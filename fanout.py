@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from clients import Client
-from log import Audience, Entry, Log, Positions, frame, payloads
+from log import Audience, Batch, Entry, Log, Positions, frame, payloads
 from schemas import POLICY_VIOLATION, ResumeData
 from store import Record
 
@@ -247,8 +247,11 @@ class FanOut:
         start = 0
         try:
             while start < len(clients):
-                end = start + self._slice_size(clients[start])
-                behind += self._hand_over(clients[start:end])
+                # A slice holds clients that are mostly at the place of its first: their batch decides its size.
+                batch = self.log.batch(clients[start].cursor, clients[start].pending)
+                fits = SLICE_BYTES // len(batch.frames) if batch else SLICE_CLIENTS
+                end = start + max(1, min(SLICE_CLIENTS, fits))
+                behind += self._hand_over(clients[start:end], batch)
                 start = end
                 await asyncio.sleep(0)
         except BaseException:
@@ -261,13 +264,8 @@ class FanOut:
         self._passed_before, self._passed = self._passed, reached
         self.trim()
 
-    def _slice_size(self, first: Client) -> int:
-        """Return the number of clients in a slice, if each of them is owed the same as the first."""
-        batch = self.log.batch(first.cursor, first.pending)
-        return max(1, min(SLICE_CLIENTS, SLICE_BYTES // len(batch.frames))) if batch else SLICE_CLIENTS
-
-    def _hand_over(self, clients: list[Client]) -> list[Client]:
-        """Hand a slice of clients their frames, and return the clients that are still behind.
+    def _hand_over(self, clients: list[Client], batch: Batch | None) -> list[Client]:
+        """Hand a slice of clients their frames, of the first `batch`, and return the clients that are still behind.
 
         The inner body of the pass. Nearly all clients stand at one place, are brought to the end by one batch and
         have a plain socket: those cost this loop and the system call. The loop writes past the transport, because
@@ -275,7 +273,6 @@ class FanOut:
         (bench/run.py --measure fanout). The transport takes the rest that the kernel does not.
         """
         cursor, pending = clients[0].cursor, clients[0].pending
-        batch = self.log.batch(cursor, pending)
         if batch is None or batch.cursor != self.log.next_turn or batch.pending is not None:
             return [client for client in clients if not self.advance(client)]
         behind = []

@@ -263,7 +263,7 @@ class Hub:
         if numbered:
             drafts = [self._draft(request, f"[{place}].") async for place, request in in_slices(requests)]
         else:
-            drafts = [self._draft(request) for request in requests]
+            drafts = list(map(self._draft, requests))
         if not self.is_ready:
             raise ShuttingDown
         return await self.store.append(drafts, once)
