@@ -1,8 +1,8 @@
 """The seam between the Hub and the network, and the connection over any ASGI server's `send`.
 
 `Connection` is the network as the Hub sees it, `Receiver` the Hub as the network sees it. Knows neither the Hub nor a
-server. wire.py implements the fast path of WebSockets. That here serves WebSockets and streams of events: they
-differ only in the ASGI messages that carry them (`Carrier`). A stream writes to a `Pipe` where the server has one.
+server. wire.py implements the fast path of WebSockets; `SendConnection` serves WebSockets and streams of events, with
+the ASGI messages of a `Carrier`. A stream writes to a `Pipe` where the server has one.
 
 1. A connection goes forward only: connecting, open, closing, closed.
 2. While it is not open, `writable` is false and nothing is written but its close frame.
