@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import pytest
 from processes import Server, free_port
 
 QUIET = {"NOTIFYD_NOTIFICATION_INTERVAL": "0", "NOTIFYD_PING_INTERVAL": "0", "NOTIFYD_MAX_CONNECTIONS": "4"}
@@ -48,3 +50,8 @@ CARRIERS: dict[str, tuple[Callable[..., list[str]], str, tuple[str, ...], str]] 
     "hypercorn": (hypercorn, "in_starlette", (), "/notifications"),
     "granian": (granian, "in_starlette", (), "/notifications"),
 }
+
+
+def first_quick(names: Iterable[str]) -> list[Any]:
+    """Return these as parameters of a test; `make test` leaves all but the first to `make test-all`."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if number else []) for number, name in enumerate(names)]

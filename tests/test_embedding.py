@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from carriers import CARRIERS, QUIET, granian, gunicorn, host, uvicorn
+from carriers import CARRIERS, QUIET, first_quick, granian, gunicorn, host, uvicorn
 from expected import (
     CLIENT_ID,
     COUNT,
@@ -37,7 +37,7 @@ from starlette.routing import Mount
 from notifyd import create_app
 
 
-@pytest.fixture(scope="module", params=CARRIERS)
+@pytest.fixture(scope="module", params=first_quick(CARRIERS))
 def embedded(request: pytest.FixtureRequest) -> Iterator[Server]:
     """A host with notifyd inside, under one of the servers that can carry it."""
     command, app, flags, prefix = CARRIERS[request.param]

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from carriers import CARRIERS, host
+from carriers import CARRIERS, first_quick, host
 from conftest import StartServer
 from expected import http_error, naming, parse
 from processes import Server, worker_count
@@ -79,7 +79,7 @@ def test_a_peer_on_a_unix_socket_may_be_a_proxy() -> None:
     assert [answer.text for answer in answers(FakeStore(), 1, client=None, **careful)] == ["unix"]
 
 
-@pytest.mark.parametrize("carrier", ["uvicorn-websockets", "uvicorn-wsproto-h11", "hypercorn", "granian"])
+@pytest.mark.parametrize("carrier", first_quick(["uvicorn-websockets", "uvicorn-wsproto-h11", "hypercorn", "granian"]))
 def test_other_servers_limit_as_well(carrier: str) -> None:
     """Also where the app is mounted; a handshake is refused with the body where the server lets an app do that."""
     command, app, flags, prefix = CARRIERS[carrier]
@@ -100,7 +100,7 @@ def test_other_servers_limit_as_well(carrier: str) -> None:
         server.kill()
 
 
-@pytest.mark.parametrize("carrier", ["uvicorn-websockets", "hypercorn"])
+@pytest.mark.parametrize("carrier", first_quick(["uvicorn-websockets", "hypercorn"]))
 def test_other_servers_count_clients_as_well(carrier: str) -> None:
     """The limit of an address is known before the upgrade."""
     command, app, flags, prefix = CARRIERS[carrier]

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import jwt
 import pytest
-from carriers import granian, host, hypercorn, uvicorn
+from carriers import first_quick, granian, host, hypercorn, uvicorn
 from conftest import StartServer
 from credentials import SECRET, bearer, part, token, unsigned
 from expected import TIME, Like, Record, http_error, notification, parse, welcome, ws_error
@@ -493,7 +493,7 @@ HOSTS = {
 }
 
 
-@pytest.fixture(scope="module", params=HOSTS)
+@pytest.fixture(scope="module", params=first_quick(HOSTS))
 def guarded(request: pytest.FixtureRequest) -> Iterator[Server]:
     """A host with an authentication backend of its own."""
     command, flags = HOSTS[request.param]

@@ -226,6 +226,7 @@ def test_a_python_without_ensurepip_leaves_no_environment_behind(checkout: Path)
     assert not (checkout / ".venv").exists()
 
 
+@pytest.mark.slow
 def test_a_half_made_environment_is_completed(checkout: Path) -> None:
     """One that an earlier Makefile has left has a python and no pip."""
     bin = checkout / ".venv" / "bin"
