@@ -137,9 +137,9 @@ class RequestParser:
         return self.read_body(data, end, 0) if self.body_left and end < len(data) else end
 
     def _read_request_line(self, line: bytes) -> None:
-        # The library would also take several spaces, and other protocols of this form.
+        # The library would also take several spaces, line ends before the method, and other protocols of this form.
         words = line.split(b" ")
-        if len(words) != 3:
+        if len(words) != 3 or words[0] != self._library.get_method():
             raise RequestError("request line: expected method, target and version with one space between them")
         self.method, self.target, version = words
         if version not in (b"HTTP/1.1", b"HTTP/1.0"):

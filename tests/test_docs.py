@@ -521,8 +521,9 @@ def test_every_link_leads_somewhere(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_name_in_code_is_one_of_the_code(page: str) -> None:
-    """Words such as `_join` or `HubState`, and `file.py`, exist in the code: a renamed one is noticed here."""
-    code = "\n".join([*MODULES.values(), (ROOT / "Makefile").read_text()])
+    """Words such as `_join` or `HubState`, and `file.py`, exist in the code; a renamed one is noticed here."""
+    tests = re.findall(r"def (test_\w+)", "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py")))
+    code = "\n".join([*MODULES.values(), (ROOT / "Makefile").read_text(), *tests])
     for span in spans(prose(page)):
         if re.fullmatch(r"[\w/]+\.py", span):
             assert (ROOT / span).exists(), span
