@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__":
+# A script of this name is the console script of the package.
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "notifyd" or sys.orig_argv[1:3] == ["-m", "notifyd"]:
     # Ctrl+C while the modules load, and until the server takes signals. Shells use status 130 for SIGINT.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 

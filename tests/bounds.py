@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 EXTRAS = ("server", "redis", "jwt")
 LOWEST = (3, 11)
-TESTS = ("auth", "batch", "drain", "events", "health", "http_errors", "notify", "publish_once", "resume", "wire_http")
+TESTS = ("auth", "drain", "events", "health", "http_errors", "notify", "resume", "wire_http")
 # A few of these start hosts; the environments lack their packages.
 SELECTED = "not host and not backend"
 

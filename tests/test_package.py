@@ -363,3 +363,23 @@ def test_a_missing_extra_is_one_line_on_the_command_line(environments: Callable[
         )
         line = "notifyd: store: needs redis; pip install 'notifyd-server[redis]'\n"
         assert (ended.returncode, ended.stderr) == (2, line)
+
+
+INTERRUPTS_ITSELF = """
+import signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "starlette":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize("words", [["notifyd"], ["python", "-m", "notifyd"]])
+def test_ctrl_c_while_the_modules_load_is_no_traceback(full: Path, tmp_path: Path, words: list[str]) -> None:
+    """The status is 130, as of a shell's command."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTS_ITSELF)
+    variables = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    started = [full / words[0], *words[1:], "--port", "0"]
+    ended = subprocess.run(started, cwd="/", env=variables, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (130, "")
