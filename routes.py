@@ -7,8 +7,13 @@ the sender's identity.
 
 from __future__ import annotations
 
+import codecs
+import encodings.aliases
 import hashlib
-from typing import TYPE_CHECKING
+import json
+import pkgutil
+import re
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 from msgspec import Struct
@@ -76,6 +81,8 @@ STATUS_DETAILS, MAX_STATUS_DETAILS = 1000, 1_000_000
 HISTORY_LIMIT, MAX_HISTORY_LIMIT = 100, 1000
 MAX_BATCH_BYTES = 1_048_576
 MAX_KEY_LENGTH = 255
+JSON_TYPE, FORM_TYPE, TEXT_TYPE = "application/json", "application/x-www-form-urlencoded", "text/plain"
+UTF_8 = "utf-8"
 # Kept for each client.
 MAX_USER_AGENT = 256
 
@@ -86,8 +93,8 @@ MAX_USER_AGENT = 256
 async def notify(hub: Hub, request: Request, sender: Identity | None) -> Response:
     body = await _body_of(request, hub.settings.max_message_size)
     hub.check_ready()
-    media_type = _media_type(request)
-    once, wanted = _once(request, media_type, body), _notification_in(body, media_type)
+    content = _content_of(request)
+    once, wanted = _once(request, content, body), _notification_in(body, content)
     # Encoded before it is published: data without a JSON form is refused.
     understood = orjson.Fragment(encode(wanted))
     appended = await hub.publish([wanted], once, sender)
@@ -98,8 +105,9 @@ async def notify(hub: Hub, request: Request, sender: Identity | None) -> Respons
 async def notify_batch(hub: Hub, request: Request, sender: Identity | None) -> Response:
     body = await _body_of(request, MAX_BATCH_BYTES)
     hub.check_ready()
-    once, wanted = _once(request, _media_type(request), body), []
-    async for place, value in in_slices(schemas.decode(body, schemas.NotifyRequests)):
+    content = _content_of(request)
+    once, wanted = _once(request, content, body), []
+    async for place, value in in_slices(_json_in(body, content, schemas.NotifyRequests)):
         wanted.append(schemas.check(value, schemas.NotifyRequest, f"[{place}]"))
     appended = await hub.publish(wanted, once, sender, numbered=True)
     receipts = [schemas.BatchReceipt(id=receipt.id, recipients=receipt.recipients) for receipt in appended.receipts]
@@ -130,28 +138,108 @@ def _too_large(limit: int) -> TooLarge:
     return TooLarge(f"request body: larger than the limit of {limit} bytes")
 
 
-def _notification_in(body: bytes, media_type: str) -> schemas.NotifyRequest:
-    if media_type != "text/plain":
-        wanted: schemas.NotifyRequest = schemas.decode(body, schemas.NotifyRequest)
+class _Content(NamedTuple):
+    """The declared form of a body: its media type, empty where none is named, and the charset as Python calls it."""
+
+    media_type: str
+    charset: str
+
+
+def _content_of(request: Request) -> _Content:
+    """Return the declared form of a body. Raises UnsupportedMediaType."""
+    for coding in ",".join(request.headers.getlist("content-encoding")).split(","):
+        if coding.strip().lower() not in ("", "identity"):
+            # RFC 9110, section 15.5.16.
+            text = f"content-encoding: expected identity, got {coding.strip()[:MAX_SHOWN]!r}"
+            raise UnsupportedMediaType(text, {"Accept-Encoding": "identity"})
+    media_type, _, parameters = request.headers.get("content-type", "").partition(";")
+    media_type = media_type.strip().lower()
+    known = media_type in ("", JSON_TYPE, FORM_TYPE) or media_type.startswith("text/") or media_type.endswith("+json")
+    if not known:
+        text = f"content-type: expected {JSON_TYPE} or {TEXT_TYPE}, got {media_type[:MAX_SHOWN]!r}"
+        raise UnsupportedMediaType(text)
+    return _Content(media_type, _charset_in(parameters))
+
+
+_CHARSET = re.compile(r"(?:^|;)\s*charset\s*=\s*[\"']?([^\s\"';]+)", re.IGNORECASE)
+# The codecs that are no charset: between bytes and bytes, or for Python's own use.
+_NO_CHARSETS = {
+    *("base64_codec", "bz2_codec", "hex_codec", "quopri_codec", "rot_13", "uu_codec", "zlib_codec"),
+    *("aliases", "charmap", "idna", "mbcs", "oem", "punycode", "raw_unicode_escape", "undefined", "unicode_escape"),
+}
+# Python remembers every unknown name that it is asked for, so it is asked for these alone.
+_CHARSETS = {
+    name
+    for name in (*encodings.aliases.aliases, *(module.name for module in pkgutil.iter_modules(encodings.__path__)))
+    if encodings.aliases.aliases.get(name, name) not in _NO_CHARSETS
+}
+
+
+def _charset_in(parameters: str) -> str:
+    """Return Python's name of the charset in the parameters of a content type. Raises UnsupportedMediaType."""
+    if (given := _CHARSET.search(parameters)) is None:
+        return UTF_8
+    name = encodings.normalize_encoding(given[1].lower())
+    try:
+        if name in _CHARSETS:
+            return codecs.lookup(name).name
+    except LookupError:
+        # A charset of another platform.
+        pass
+    raise UnsupportedMediaType(f"content-type: unknown charset {given[1][:MAX_SHOWN]!r}")
+
+
+def _in_utf_8(body: bytes, charset: str) -> bytes:
+    """Return a body in UTF-8 without a byte order mark. Raises InvalidRequest."""
+    if charset != UTF_8:
+        try:
+            body = body.decode(charset).encode()
+        except UnicodeError:
+            raise InvalidRequest(f"request body: not valid {charset}") from None
+    return body.removeprefix(codecs.BOM_UTF8)
+
+
+def _notification_in(body: bytes, content: _Content) -> schemas.NotifyRequest:
+    if content.media_type != TEXT_TYPE:
+        wanted: schemas.NotifyRequest = _json_in(body, content, schemas.NotifyRequest)
         return wanted
     try:
-        text = body.decode()
+        text = _in_utf_8(body, content.charset).decode()
     except UnicodeDecodeError:
         raise InvalidRequest("message: not valid UTF-8") from None
+    if _is_json_of_requests(text):
+        raise InvalidRequest(f"content-type: the text is a notification in JSON; send it as {JSON_TYPE}")
     plain: schemas.NotifyRequest = schemas.check({"message": text}, schemas.NotifyRequest)
     return plain
 
 
-def _media_type(request: Request) -> str:
-    """Return the media type of the body, empty where none is named. Raises UnsupportedMediaType."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    known = media_type in ("", "application/json", "application/x-www-form-urlencoded")
-    if not known and not media_type.startswith("text/") and not media_type.endswith("+json"):
-        raise UnsupportedMediaType(f"content-type: expected application/json, got {media_type[:MAX_SHOWN]!r}")
-    return media_type
+def _is_json_of_requests(text: str) -> bool:
+    """Whether a text is a notification in JSON, or several: as a message, each would go to everyone.
+
+    A browser's fetch() labels every string as text. Python's reader refuses less than orjson.
+    """
+    if not text.lstrip().startswith(("{", "[")):
+        return False
+    try:
+        value = json.loads(text, parse_int=str)
+    except RecursionError:
+        return True
+    except ValueError:
+        return False
+    return any(isinstance(each, dict) and "message" in each for each in (value if isinstance(value, list) else [value]))
 
 
-def _once(request: Request, media_type: str, body: bytes) -> Once | None:
+def _json_in(body: bytes, content: _Content, kind: Any) -> Any:
+    try:
+        return schemas.decode(_in_utf_8(body, content.charset), kind)
+    except InvalidRequest as error:
+        if content.media_type != FORM_TYPE or not error.message.startswith("Invalid JSON"):
+            raise
+        advice = f"a form is not read; send JSON as {JSON_TYPE}, or to /notify a message as {TEXT_TYPE}"
+        raise InvalidRequest(f"{error.message} ({advice})") from None
+
+
+def _once(request: Request, content: _Content, body: bytes) -> Once | None:
     """Return the Idempotency-Key with a digest of its request; None without a key. Raises InvalidRequest."""
     keys = request.headers.getlist("idempotency-key")
     if not keys:
@@ -161,7 +249,9 @@ def _once(request: Request, media_type: str, body: bytes) -> Once | None:
     [key] = keys
     if not 1 <= len(key) <= MAX_KEY_LENGTH:
         raise InvalidRequest(f"Idempotency-Key: expected 1 to {MAX_KEY_LENGTH} characters, got {len(key)}")
-    stated = (request.scope["path"].encode(), media_type.encode(), body)
+    # The same bytes in another charset are another text.
+    form = content.media_type if content.charset == UTF_8 else ";".join(content)
+    stated = (request.scope["path"].encode(), form.encode(), body)
     return Once(key, hashlib.sha256(b"\0".join(stated)).digest())
 
 
