@@ -120,9 +120,9 @@ class Server(uvicorn.Server):
         self, app: App, settings: Settings, certificate: Certificate | None, url: str, parent: ParentLink | None
     ) -> None:
         """Serve on the URL for Ctrl+C to end, or with a link as one worker of a parent."""
-        super().__init__(_config(app, settings, certificate))
+        super().__init__(_config(app, settings))
         # The internal port speaks plain HTTP: a probe or a scraper in the same network knows no certificate.
-        self._internal = _config(app.internal(), settings, None)
+        self._internal = _config(app.internal(), settings)
         self._certificate = certificate
         self._hub = app.hub
         self._url = url
@@ -138,22 +138,23 @@ class Server(uvicorn.Server):
         # Listening is ours: uvicorn has one app for all sockets, and no deadline for a TLS handshake.
         await super().startup([])
         for listener, config in zip(sockets or (), (self.config, self._internal), strict=False):
-            await self._listen(listener, config)
+            certificate = self._certificate if config is self.config else None
+            await self._listen(listener, config, None if certificate is None else certificate.context)
         _quiet_collector()
         if self._parent is None:
             announce(self._url)
         else:
             await self._parent.follow(self)
 
-    async def _listen(self, listener: socket.socket, config: uvicorn.Config) -> None:
+    async def _listen(self, listener: socket.socket, config: uvicorn.Config, context: ssl.SSLContext | None) -> None:
         if not config.loaded:
             config.load()
         self.servers.append(
             await asyncio.get_running_loop().create_server(
                 lambda: HttpProtocol(config, self.server_state, self.lifespan.state),
                 sock=listener,
-                ssl=config.ssl,
-                ssl_handshake_timeout=REQUEST_SECONDS if config.ssl else None,
+                ssl=context,
+                ssl_handshake_timeout=REQUEST_SECONDS if context else None,
                 backlog=ACCEPTS_AT_ONCE,
             )
         )
@@ -169,12 +170,18 @@ class Server(uvicorn.Server):
             self._complains_again_at = loop.time() + 1
             logger.error("Cannot accept connections: %s", error.strerror)
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         # A parent passes a SIGHUP on to its workers.
         reload = self.reload if self._certificate is not None and self._parent is None else None
         with signals_to(self._signalled, reload):
-            yield
+            await super().serve(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def install_signal_handlers(self) -> None:
+        """Take no signal from serve(), as capture_signals() does not: this is its name before uvicorn 0.29."""
 
     def _signalled(self) -> None:
         if self._parent is None and self._drain is not None:
@@ -282,7 +289,7 @@ def _certificate_of(settings: Settings) -> Certificate | None:
     return None
 
 
-def _config(app: App, settings: Settings, certificate: Certificate | None) -> uvicorn.Config:
+def _config(app: App, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         log_config=None,
@@ -298,7 +305,6 @@ def _config(app: App, settings: Settings, certificate: Certificate | None) -> uv
         timeout_graceful_shutdown=REQUESTS_GRACE_SECONDS,
         ws_per_message_deflate=False,
         ws_max_size=settings.max_message_size,
-        ssl_context_factory=None if certificate is None else lambda *_: certificate.context,
     )
 
 
