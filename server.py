@@ -127,6 +127,7 @@ class Server(uvicorn.Server):
         self._hub = app.hub
         self._url = url
         self._parent = parent
+        self._signals = contextlib.ExitStack()
         self._drain: asyncio.Task[None] | None = None
         self._end: asyncio.Task[None] | None = None
         self._complains_again_at = 0.0
@@ -170,18 +171,16 @@ class Server(uvicorn.Server):
             self._complains_again_at = loop.time() + 1
             logger.error("Cannot accept connections: %s", error.strerror)
 
-    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
         # A parent passes a SIGHUP on to its workers.
         reload = self.reload if self._certificate is not None and self._parent is None else None
         with signals_to(self._signalled, reload):
-            await super().serve(sockets)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+            yield
 
     def install_signal_handlers(self) -> None:
-        """Take no signal from serve(), as capture_signals() does not: this is its name before uvicorn 0.29."""
+        """Take the signals until the process ends: uvicorn before 0.29 calls this, and not capture_signals()."""
+        self._signals.enter_context(self.capture_signals())
 
     def _signalled(self) -> None:
         if self._parent is None and self._drain is not None:
