@@ -7,7 +7,7 @@ Owns the documented body of errors, and the two borders at which an unexpected e
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Set
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
@@ -20,6 +20,7 @@ import schemas
 from errors import MethodNotAllowed, NotFound, NotifydError
 from guard_identity import Identity
 from hub import Hub
+from query import QUERY_KEY, Query
 from schemas import encode
 
 if TYPE_CHECKING:
@@ -48,15 +49,21 @@ class ReceiveError(Exception):
 
 
 class Endpoint:
-    """One path as an ASGI app: its methods, the right that it needs, and the documented body of every error."""
+    """One path as an ASGI app: its methods, parameters and right, and the documented body of every error."""
 
     def __init__(
-        self, hub: Hub, authenticator: Authenticator | None = None, right: Right | None = None, **handlers: Handler
+        self,
+        hub: Hub,
+        authenticator: Authenticator | None = None,
+        right: Right | None = None,
+        parameters: Set[str] | None = None,
+        **handlers: Handler,
     ) -> None:
-        """Without an authenticator the path is open to everybody."""
+        """Without an authenticator the path is open to everybody; without parameters it ignores its query."""
         self._hub = hub
         self._authenticator = authenticator
         self._right = right
+        self._parameters = known(parameters, authenticator)
         self._handlers = handlers
         if "GET" in handlers:
             handlers["HEAD"] = handlers["GET"]
@@ -83,8 +90,7 @@ class Endpoint:
             return self._options(Headers(scope=scope))
         if (handler := self._handlers.get(method)) is None:
             raise MethodNotAllowed(f"Method {method[:32]} is not allowed here", {"Allow": self._allow})
-        if query := scope["query_string"]:
-            schemas.check_query(query)
+        scope[QUERY_KEY] = Query(scope["query_string"], self._parameters)
         identity = None
         if self._authenticator is not None:
             identity = await self._authenticator.identify(scope)
@@ -100,6 +106,11 @@ class Endpoint:
             headers["Access-Control-Allow-Headers"] = asked.get("access-control-request-headers", "")
             headers["Access-Control-Max-Age"] = str(PREFLIGHT_SECONDS)
         return Response(status_code=204, headers=headers)
+
+
+def known(parameters: Set[str] | None, authenticator: Authenticator | None) -> Set[str] | None:
+    """Return the parameters of a path together with those that authentication reads."""
+    return parameters if parameters is None or authenticator is None else parameters | authenticator.parameters
 
 
 class Socket:

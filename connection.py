@@ -37,6 +37,7 @@ TURN_BYTES = 4096
 # A send that took this long has waited for the peer, so the peer is alive. A send that returned at once only shows that
 # the server took it, as it also does for a dead peer.
 WAITED_SECONDS = 1.0
+MAX_REASON_BYTES = 123
 
 logger = logging.getLogger("notifyd.connection")
 
@@ -274,7 +275,9 @@ class WebSocketCarrier:
         return ({"type": "websocket.send", "text": payload.decode()} for payload in payloads(frames))
 
     def goodbye(self, code: int, reason: str) -> Message:
-        return {"type": "websocket.close", "code": code, "reason": reason}
+        # Some servers fail with a longer reason than a close frame can hold (RFC 6455, section 5.5).
+        text = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
+        return {"type": "websocket.close", "code": code, "reason": text}
 
 
 # --- streams (https://html.spec.whatwg.org/multipage/server-sent-events.html)

@@ -42,8 +42,10 @@ Find = Callable[[HTTPConnection], Awaitable[Identity | None]]
 class Authenticator:
     """Finds the Identity of a request, a handshake or a renewed token, and refuses the ones that have expired."""
 
-    def __init__(self, find: Find, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, find: Find, parameters: Iterable[str] = (), now: Callable[[], float] = time.time) -> None:
+        """`parameters`: those that `find` reads from the query beside `token`."""
         self._find = find
+        self.parameters = frozenset(parameters)
         self._now = now
 
     async def identify(self, scope: Scope) -> Identity:
@@ -156,7 +158,7 @@ def authenticator_of(settings: Settings, backend: AuthenticationBackend | None =
     None where neither is given: the server is open. Raises SettingsError.
     """
     if backend is not None:
-        return Authenticator(adapted(backend))
+        return Authenticator(adapted(backend), getattr(backend, "query_parameters", ()))
     found = keys_and_tokens_of(settings)
     return None if found is None else Authenticator(found.find)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 from msgspec import Struct
-from starlette.datastructures import Headers, QueryParams
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import figures
 import schemas
 from admission import Newcomer
-from answers import Endpoint, ReceiveError, Socket, answer, refuse_handshake
+from answers import Endpoint, Handler, ReceiveError, Right, Socket, answer, known, refuse_handshake
 from connection import WIRE_EXTENSION, EventStream, SendConnection, WebSocket, WebSocketCarrier
 from errors import (
     InvalidRequest,
@@ -39,6 +39,7 @@ from errors import (
 )
 from guard_identity import Identity
 from hub import Hub
+from query import PARAMETERS, QUERY_KEY, Query
 from schemas import MAX_SHOWN, TRY_AGAIN_LATER, encode, timestamp
 from slices import in_slices
 from store import Appended, Once
@@ -51,12 +52,12 @@ def route_table(hub: Hub, authenticator: Authenticator | None = None) -> list[Ba
     """Return the routes of the public port, the most frequent first. Without an authenticator all are open."""
     publisher, admin = Identity.check_publisher, Identity.check_admin
     return [
-        Route("/notify", Endpoint(hub, authenticator, publisher, POST=notify)),
-        Route("/notify/batch", Endpoint(hub, authenticator, publisher, POST=notify_batch)),
+        _route("/notify", hub, authenticator, publisher, POST=notify),
+        _route("/notify/batch", hub, authenticator, publisher, POST=notify_batch),
         WebSocketRoute("/ws", Socket(hub, authenticator, connect)),
         Route("/ws", Endpoint(hub, GET=upgrade_required)),
-        Route("/events", Endpoint(hub, authenticator, GET=events)),
-        Route("/notifications", Endpoint(hub, authenticator, admin, GET=notifications)),
+        _route("/events", hub, authenticator, GET=events),
+        _route("/notifications", hub, authenticator, admin, GET=notifications),
         *(_probes(hub) if hub.settings.internal_port else internal_route_table(hub, authenticator)),
     ]
 
@@ -66,14 +67,20 @@ def internal_route_table(hub: Hub, authenticator: Authenticator | None = None) -
     admin = Identity.check_admin
     return [
         *_probes(hub),
-        Route("/metrics", Endpoint(hub, authenticator, admin, GET=metrics)),
-        Route("/metrics/prometheus", Endpoint(hub, authenticator, admin, GET=prometheus)),
-        Route("/status", Endpoint(hub, authenticator, admin, GET=status)),
+        _route("/metrics", hub, authenticator, admin, GET=metrics),
+        _route("/metrics/prometheus", hub, authenticator, admin, GET=prometheus),
+        _route("/status", hub, authenticator, admin, GET=status),
     ]
 
 
 def _probes(hub: Hub) -> list[BaseRoute]:
-    return [Route("/health", Endpoint(hub, GET=health)), Route("/health/live", Endpoint(hub, GET=live))]
+    return [_route("/health", hub, GET=health), _route("/health/live", hub, GET=live)]
+
+
+def _route(
+    path: str, hub: Hub, authenticator: Authenticator | None = None, right: Right | None = None, **handlers: Handler
+) -> Route:
+    return Route(path, Endpoint(hub, authenticator, right, PARAMETERS.get(path), **handlers))
 
 
 PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -286,9 +293,9 @@ async def _admit_or_close(hub: Hub, authenticator: Authenticator | None, connect
         # Also for a refusal: a browser hides the reason where no subprotocol of those offered is chosen.
         connection.choose(subprotocol)
     try:
-        schemas.check_query(scope["query_string"])
+        query = Query(scope["query_string"], known(PARAMETERS["/ws"], authenticator))
         identity = None if authenticator is None else await authenticator.identify(scope)
-        await hub.admit(connection, _newcomer(scope, identity))
+        await hub.admit(connection, _newcomer(scope, query, query.since(), identity))
     except TooManyConnections:
         raise
     except StoreUnavailable:
@@ -306,38 +313,33 @@ async def events(hub: Hub, request: Request, sender: Identity | None) -> ASGIApp
     """Admit a stream; the stream is the response."""
     if request.method == "HEAD":
         return Response(media_type="text/event-stream")
-    newcomer = _newcomer(request.scope, sender, request.headers.get("last-event-id"))
+    query: Query = request.scope[QUERY_KEY]
+    newcomer = _newcomer(request.scope, query, query.since(request.headers.get("last-event-id")), sender)
     stream = EventStream()
     await hub.admit(stream, newcomer)
     return stream
 
 
-def _newcomer(scope: Scope, identity: Identity | None, since: str | None = None) -> Newcomer:
-    """Read a request to become a client; a position in the headers counts before the query's."""
-    parameters, user_agent = QueryParams(scope["query_string"]), Headers(scope=scope).get("user-agent")
+def _newcomer(scope: Scope, query: Query, since: str | None, identity: Identity | None) -> Newcomer:
+    """Read a request to become a client."""
+    user_agent = Headers(scope=scope).get("user-agent")
     return Newcomer(
-        client_id=parameters.get("client_id", ""),
-        since=since or parameters.get("since"),
-        topics=_topics(parameters),
+        client_id=query.get("client_id") or "",
+        since=since,
+        topics=query.topics(),
         user_agent=user_agent and user_agent[:MAX_USER_AGENT],
         identity=identity,
         address=(scope.get("client") or ("",))[0],
     )
 
 
-def _topics(parameters: QueryParams) -> list[str]:
-    given = parameters.get("topics")
-    return given.split(",") if given else []
-
-
 # --- reading
 
 
 async def notifications(hub: Hub, request: Request, sender: Identity | None) -> Response:
-    parameters = request.query_params
-    limit = _whole_number(parameters, "limit", HISTORY_LIMIT, least=1, most=MAX_HISTORY_LIMIT)
-    since, client_id = parameters.get("since"), parameters.get("client_id") or None
-    return answer(await hub.history(since, limit, _topics(parameters), client_id))
+    query: Query = request.scope[QUERY_KEY]
+    limit = query.whole_number("limit", HISTORY_LIMIT, least=1, most=MAX_HISTORY_LIMIT)
+    return answer(await hub.history(query.since(), limit, query.topics(), query.get("client_id") or None))
 
 
 async def metrics(hub: Hub, request: Request, sender: Identity | None) -> Response:
@@ -349,7 +351,8 @@ async def prometheus(hub: Hub, request: Request, sender: Identity | None) -> Res
 
 
 async def status(hub: Hub, request: Request, sender: Identity | None) -> Response:
-    limit = _whole_number(request.query_params, "limit", STATUS_DETAILS, least=0, most=MAX_STATUS_DETAILS)
+    query: Query = request.scope[QUERY_KEY]
+    limit = query.whole_number("limit", STATUS_DETAILS, least=0, most=MAX_STATUS_DETAILS)
     return answer(await figures.status(hub, limit))
 
 
@@ -360,12 +363,3 @@ async def health(hub: Hub, request: Request, sender: Identity | None) -> Respons
 
 async def live(hub: Hub, request: Request, sender: Identity | None) -> Response:
     return answer(schemas.Live(timestamp=timestamp()))
-
-
-def _whole_number(parameters: QueryParams, name: str, default: int, *, least: int, most: int) -> int:
-    given = parameters.get(name)
-    if given is None:
-        return default
-    if not (given.isascii() and given.isdecimal() and len(given) <= 9 and least <= int(given) <= most):
-        raise InvalidRequest(f"{name}: expected a whole number from {least} to {most}, got {given[:MAX_SHOWN]!r}")
-    return int(given)

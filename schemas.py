@@ -32,8 +32,6 @@ RESERVED_TYPES = frozenset(
 MAX_TOPICS = 100  # of a client
 MAX_TARGET_CLIENTS, MAX_TARGET_TOPICS = 1000, 100  # of a notification
 MAX_BATCH = 1000  # requests
-# A URL has room for tens of thousands of parameters, and reading those would take 50 ms.
-MAX_PARAMETERS = 100
 # The characters of a bad name or value that its error repeats.
 MAX_SHOWN = 64
 
@@ -444,12 +442,6 @@ def read_message(message: str | bytes, types: Set[str]) -> ClientMessage:
 
 
 # --- URL parameters
-
-
-def check_query(query: bytes) -> None:
-    """Raise InvalidRequest for a query with too many parameters, before they are read."""
-    if query.count(b"&") >= MAX_PARAMETERS:
-        raise InvalidRequest(f"Query: more than {MAX_PARAMETERS} parameters")
 
 
 def topics_of(names: Collection[str]) -> frozenset[str]:

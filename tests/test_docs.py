@@ -28,6 +28,7 @@ import conversation
 import errors
 import guard_tokens
 import heartbeat
+import query
 import routes
 import schemas
 import settings
@@ -45,6 +46,7 @@ REASONED = (
     "guard_identity.py",
     "guard_auth.py",
     "guard_tokens.py",
+    "query.py",
     "schemas.py",
     "store.py",
 )
@@ -153,6 +155,13 @@ def test_every_route_of_http_has_a_section(server: Server) -> None:
     assert set(re.findall(r"^### ((?:GET|POST) .+)$", PROTOCOL, re.MULTILINE)) == documented - {"GET /ws"}
 
 
+def test_every_parameter_of_a_url_is_documented_and_no_other() -> None:
+    """The table has the parameters that the code checks for, each with the routes that know it."""
+    there = {(name, path) for path, names in query.PARAMETERS.items() for name in names}
+    table = rows(PROTOCOL, "Parameter", "Routes")
+    assert {(first_span(name), path) for name, paths, _ in table for path in spans(paths)} == there
+
+
 def test_every_metric_is_documented_with_its_type(server: Server) -> None:
     """The table has the metrics that Prometheus gets, in the same order."""
     there = re.findall(r"^# TYPE (\S+) (\S+)$", server.get("/metrics/prometheus").text, re.MULTILINE)
@@ -191,7 +200,7 @@ def test_limits_are_the_codes_own() -> None:
         wire_http.STALLED_SECONDS,
         wire_message.MAX_HEAD_BYTES,
         wire_message.MAX_HEAD_LINES,
-        schemas.MAX_PARAMETERS,
+        query.MAX_PARAMETERS,
         routes.STATUS_DETAILS,
     ]
 

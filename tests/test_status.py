@@ -181,7 +181,7 @@ def test_limit_does_not_change_the_count(server: Server) -> None:
     assert server.read("/status?limit=1")["connections"]["active"] == 3
 
 
-@pytest.mark.parametrize("limit", ["-1", "many", "1.5", "%ff"])
+@pytest.mark.parametrize("limit", ["-1", "many", "1.5", "%D9%A3"])
 def test_a_bad_limit_is_refused_by_name(server: Server, limit: str) -> None:
     """A limit that is no whole number from 0 on is a validation error."""
     response = server.get(f"/status?limit={limit}")

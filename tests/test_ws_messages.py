@@ -319,12 +319,6 @@ def test_requests_before_a_close_are_answered_before_it(server: Server) -> None:
 # The handshake.
 
 
-@pytest.mark.parametrize("path", ["/ws?unknown=1&client_id=ok", "/ws?&&=&client_id=ok&x"])
-def test_unknown_query_parameters_are_ignored(server: Server, path: str) -> None:
-    """Only documented parameters are read from the query."""
-    assert server.connect(query=path.partition("?")[2]).receive() == welcome("ok")
-
-
 def test_a_notification_reaches_a_client_right_after_its_welcome(server: Server) -> None:
     """The welcome is the first message even while others publish."""
     clients = []

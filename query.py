@@ -1,0 +1,78 @@
+"""The query of a URL: the parameters that each path knows, and their values.
+
+Owns the names of all parameters, once for the check and for docs/protocol.md, and the decoding. Knows no request, and
+not the meaning of a value.
+
+1. A path refuses an unknown parameter by name: a misspelt `topics` must not become a subscription to nothing.
+2. Of several values the last counts, but `topics` is the union of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from urllib.parse import parse_qsl
+
+from errors import InvalidRequest
+from schemas import MAX_SHOWN
+
+# A URL has room for tens of thousands of parameters, and reading those would take 50 ms.
+MAX_PARAMETERS = 100
+# In the scope of a request: its Query.
+QUERY_KEY = "notifyd.query"
+
+# Known also without authentication, so that a client needs no other URL for it.
+_CREDENTIALS = frozenset(("token",))
+_FOLLOWING = frozenset(("client_id", "since", "lastEventId", "topics")) | _CREDENTIALS
+# By path. Every other path ignores its query, for the sake of probes and scrapers.
+PARAMETERS: dict[str, Set[str]] = {
+    "/ws": _FOLLOWING,
+    "/events": _FOLLOWING,
+    "/notifications": _FOLLOWING | {"limit"},
+    "/status": _CREDENTIALS | {"limit"},
+    # Addressees stand in the body: in the URL they would be ignored, and the notification go to everyone.
+    "/notify": _CREDENTIALS,
+    "/notify/batch": _CREDENTIALS,
+}
+
+
+class Query:
+    """The parameters of one URL."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, encoded: bytes, known: Set[str] | None = None) -> None:
+        """Decode a query with no other than the known parameters; None is any. Raises InvalidRequest."""
+        self._values: dict[str, list[str]] = {}
+        if not encoded:
+            return
+        if encoded.count(b"&") >= MAX_PARAMETERS:
+            raise InvalidRequest(f"Query: more than {MAX_PARAMETERS} parameters")
+        try:
+            pairs = parse_qsl(encoded.decode(), keep_blank_values=True, errors="strict")
+        except UnicodeDecodeError:
+            raise InvalidRequest("Query: not valid UTF-8") from None
+        for name, value in pairs:
+            if known is not None and name not in known:
+                raise InvalidRequest(f"Unknown parameter: {name[:MAX_SHOWN] or 'without a name'}")
+            self._values.setdefault(name, []).append(value)
+
+    def get(self, name: str) -> str | None:
+        """Return the last value of the parameter, None without any."""
+        return self._values[name][-1] if name in self._values else None
+
+    def since(self, header: str | None = None) -> str | None:
+        """Return the position to resume from. An empty Last-Event-ID, in the header or the URL, counts as none."""
+        return header or self.get("lastEventId") or self.get("since")
+
+    def topics(self) -> list[str]:
+        """Return the names in all `topics`, without the spaces around them."""
+        return [name.strip(" ") for names in self._values.get("topics", ()) if names for name in names.split(",")]
+
+    def whole_number(self, name: str, default: int, *, least: int, most: int) -> int:
+        """Return the number that is the parameter's value. Raises InvalidRequest."""
+        given = self.get(name)
+        if given is None:
+            return default
+        if not (given.isascii() and given.isdecimal() and len(given) <= 9 and least <= int(given) <= most):
+            raise InvalidRequest(f"{name}: expected a whole number from {least} to {most}, got {given[:MAX_SHOWN]!r}")
+        return int(given)
