@@ -453,6 +453,14 @@ def program(*names: str) -> str:
     return found
 
 
+def node_with(package: str) -> str:
+    """Return the path of node, for a script in tests/ that uses an npm package; skip or fail where it is missing."""
+    if not (ROOT / "tests" / "node_modules" / package).exists():
+        reason = f"the npm package {package} is not installed: npm install --prefix tests"
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    return program("node")
+
+
 class Ended(NamedTuple):
     """The end of a command line that did not serve: its status and output."""
 

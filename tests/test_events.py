@@ -14,7 +14,7 @@ import pytest
 from conftest import StartServer
 from event_stream import Event, Stream, join
 from expected import CLIENT_ID, SHUTDOWN, SYSTEM, TIME, http_error, naming, parse, welcome
-from processes import Server, eventually, needs_proc
+from processes import ROOT, Server, eventually, needs_proc, node_with
 
 
 def texts(events: list[Event]) -> list[str]:
@@ -128,6 +128,51 @@ def test_last_event_id_wins_over_since(server: Server) -> None:
     first, second, _ = server.publish("one", "two", "three")
     stream = join(server, f"since={first}", {"Last-Event-ID": second})
     assert stream.event().data["data"]["replayed"] == 1
+
+
+def test_last_event_id_in_the_url_wins_over_since(server: Server) -> None:
+    """A polyfill adds it to the URL that it was given; empty, it counts as none, and the header wins over both."""
+    ids = server.publish("one", "two", "three", "four")
+    streams = [
+        join(server, f"lastEventId={ids[1]}&since={ids[0]}"),
+        join(server, f"since={ids[0]}&lastEventId={ids[1]}"),
+        join(server, f"since={ids[0]}&lastEventId="),
+        join(server, f"since={ids[0]}&lastEventId={ids[1]}", {"Last-Event-ID": ids[2]}),
+        join(server, f"since={ids[0]}&lastEventId={ids[1]}", {"Last-Event-ID": ""}),
+    ]
+    assert [stream.event().data["data"]["replayed"] for stream in streams] == [2, 2, 3, 1, 2]
+
+
+@pytest.mark.parametrize("query", ["lastEventId=x", "lastEventId=x&since=", "lastEventId=%20"])
+def test_a_bad_last_event_id_in_the_url_is_refused(server: Server, query: str) -> None:
+    """A bad position is refused in the same words under each of its names."""
+    assert refusal(server, query) == (400, http_error("validation", "Invalid since"))
+
+
+POLYFILL = """
+const { EventSourcePolyfill } = require("event-source-polyfill");
+// Its heartbeat of 45 s and its waits pass a hundred times as fast: it takes a quiet stream for dead, and comes back.
+const later = setTimeout;
+globalThis.setTimeout = (action, wait, ...rest) => later(action, wait / 100, ...rest);
+const source = new EventSourcePolyfill(process.argv[1]);
+for (const name of ["message", "resume"])
+  source.addEventListener(name, ({ data }) => console.log(JSON.stringify([name, JSON.parse(data)])));
+"""
+
+
+def test_a_polyfill_resumes_by_itself(server: Server) -> None:
+    """event-source-polyfill sets no header when it comes back; it has the position in the URL."""
+    command = [node_with("event-source-polyfill"), "-e", POLYFILL, f"{server.url}/events"]
+    with subprocess.Popen(command, cwd=ROOT / "tests", stdout=subprocess.PIPE, text=True) as polyfill:
+        try:
+            assert polyfill.stdout is not None
+            eventually(lambda: server.active() == 1)
+            [id] = server.publish("one")
+            (name, notification), (resumed, resume) = (json.loads(polyfill.stdout.readline()) for _ in range(2))
+            assert (name, notification["id"]) == ("message", id)
+            assert (resumed, resume["data"]) == ("resume", {"position": id, "replayed": 0, "complete": True})
+        finally:
+            polyfill.kill()
 
 
 def test_an_empty_last_event_id_counts_as_none(server: Server) -> None:

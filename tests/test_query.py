@@ -191,6 +191,17 @@ def test_of_other_parameters_the_last_counts(server: Server) -> None:
     assert server.read("/status?limit=5&limit=0")["connections"]["details"] == []
 
 
+def test_last_event_id_is_another_name_of_since(server: Server) -> None:
+    """On a WebSocket and for the history it counts before `since`, as on a stream."""
+    first, second, third = server.publish("one", "two", "three")
+    query = f"since={first}&lastEventId={second}"
+    assert server.join(query=query).receive()["data"]["replayed"] == 1
+    [found] = server.read(f"/notifications?{query}")["notifications"]
+    assert found["id"] == third
+    assert server.join(query=f"lastEventId=&since={first}").receive()["data"]["replayed"] == 2
+    assert refusal(server, "/ws", "lastEventId=x&since=") == "Invalid since"
+
+
 # The encoding.
 
 
