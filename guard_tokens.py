@@ -5,6 +5,8 @@ Owns the checks of a token, its claims, and the keys of --jwks-url. Knows no req
 1. A token names its algorithm, but only the kind of key decides the algorithms that are allowed (RFC 8725, 3.1).
 2. Every bad token is refused with the same words. Neither these nor a log show any part of the token.
 3. The event loop never blocks on a fetch: one thread at a time fetches, for all that wait.
+4. A key may be newer than the last fetch: a token is refused only after a fetch that began after the token came. With
+   the key id of a known key it is refused at once where it would have to wait for that fetch.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ import logging
 import math
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, suppress
 from http.client import HTTPException
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +36,7 @@ from msgspec import Meta, Struct
 
 from errors import KeysUnavailable, Unauthorized
 from guard_identity import Identity
-from settings import Settings, SettingsError
+from settings import VERSION, Settings, SettingsError
 
 logger = logging.getLogger("notifyd.auth")
 
@@ -45,6 +48,10 @@ CLOCK_SKEW_SECONDS = 10
 FRESH_SECONDS, KEPT_SECONDS, PAUSE_SECONDS = 300.0, 3600.0, 5.0
 FETCH_SECONDS = 5.0
 MAX_KEYS_BYTES = 1_048_576
+# So many keys are tried for a token at most: the largest sets have about ten, and each costs up to a millisecond.
+MAX_TRIED = 16
+# Firewalls of identity providers refuse a client without a name of its own.
+FETCH_HEADERS = [("User-Agent", f"notifyd/{VERSION}"), ("Accept", "application/json")]
 # The end of the year 9999: a later time has no timestamp.
 _LAST_SECOND = 253_402_300_799
 # PyJWT raises these for a bad token, msgspec for claims of a wrong type.
@@ -54,19 +61,23 @@ _UNREADABLE = (
     *(jwt.PyJWTError, UnsupportedAlgorithm, NotImplementedError),
     *(ValueError, TypeError, AttributeError, LookupError),
 )
+# PyJWT raises these where a token is not signed with the key at hand.
+_UNPROVEN = (jwt.InvalidSignatureError, jwt.InvalidKeyError, jwt.InvalidAlgorithmError)
 _HMAC = ("HS256", "HS384", "HS512")
 _RSA = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 _CURVES = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512", "secp256k1": "ES256K"}
 
 
 class Key(Struct, frozen=True):
-    """A key with the algorithms allowed for its signatures."""
+    """A key with the algorithms allowed for its signatures, and its id where it has one."""
 
     key: Any
     algorithms: tuple[str, ...]
+    kid: str | None = None
 
 
-Find = Callable[[str | None], Awaitable[Key]]
+# From a token's key id and algorithm to the keys that may have signed it, likely ones first. Raises KeysUnavailable.
+Find = Callable[[str | None, str], AsyncGenerator[Key]]
 
 
 class Claims(Struct):
@@ -83,7 +94,7 @@ class Tokens:
     """Reads the tokens of one issuer."""
 
     def __init__(self, find: Find, audience: str = "", issuer: str = "") -> None:
-        """`find` returns the key with a key id. It raises Unauthorized for an unknown id, or KeysUnavailable."""
+        """`find` yields keys until one proves the token."""
         self._find = find
         self._audience = audience or None
         self._issuer = issuer or None
@@ -94,8 +105,7 @@ class Tokens:
         if len(token) > MAX_TOKEN_BYTES:
             raise Unauthorized("Invalid token")
         try:
-            key = await self._find(jwt.get_unverified_header(token).get("kid"))
-            claims = self._claims(token, key)
+            claims = await self._proven(token)
         except jwt.ExpiredSignatureError:
             raise Unauthorized("Token expired") from None
         except _BROKEN as error:
@@ -109,6 +119,14 @@ class Tokens:
             admin=claims.admin,
             expires_at=claims.exp,
         )
+
+    async def _proven(self, token: str) -> Claims:
+        header = jwt.get_unverified_header(token)
+        async with aclosing(self._find(header.get("kid"), header.get("alg", ""))) as keys:
+            async for key in keys:
+                with suppress(*_UNPROVEN):
+                    return self._claims(token, key)
+        raise jwt.InvalidSignatureError
 
     def _claims(self, token: str, key: Key) -> Claims:
         payload = self._jwt.decode(
@@ -135,8 +153,8 @@ def tokens_of(settings: Settings) -> Tokens:
         if not key.algorithms:
             raise SettingsError(f"--jwt-algorithms: {', '.join(wanted)} is not for this kind of key")
 
-        async def find(_kid: str | None) -> Key:
-            return key
+        async def find(_kid: str | None, _algorithm: str) -> AsyncGenerator[Key]:
+            yield key
 
     return Tokens(find, settings.jwt_audience, settings.jwt_issuer)
 
@@ -174,7 +192,10 @@ def _both(possible: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
 
 
 class KeySet:
-    """The keys of a JSON Web Key Set (RFC 7517), fetched again when they are old or one is missing."""
+    """The keys of a JSON Web Key Set (RFC 7517), fetched again when they are old or a newer one may be missing.
+
+    The set is a list: several keys may share an id, for several algorithms, and a key or a token may have none.
+    """
 
     def __init__(
         self, fetch: Callable[[], bytes], algorithms: Sequence[str] = (), clock: Callable[[], float] = time.monotonic
@@ -183,68 +204,89 @@ class KeySet:
         self._fetch = fetch
         self._wanted = algorithms
         self._clock = clock
-        self._keys: dict[str, Key] = {}
-        self._fetched_at = self._asked_at = -math.inf
+        self._keys: list[Key] = []
+        # Also those of keys that prove nothing here.
+        self._kids: set[str] = set()
+        # When the fetch of these keys began, when the last fetch ended, and whether it failed.
+        self._keys_at = self._asked_at = -math.inf
+        self._failed = False
         self._asking: asyncio.Task[None] | None = None
 
-    async def find(self, kid: str | None) -> Key:
-        """Return the key with this id, or without an id the only key. Raises KeysUnavailable or Unauthorized."""
-        age, key = self._clock() - self._fetched_at, self._get(kid)
-        if key is None or age > FRESH_SECONDS:
-            asking = self._ask()
-            if asking is not None and (key is None or age > KEPT_SECONDS):
-                await asyncio.shield(asking)
-                age, key = self._clock() - self._fetched_at, self._get(kid)
-        if age > KEPT_SECONDS or (key is None and self._fetched_at < self._asked_at):
-            raise KeysUnavailable("The keys for tokens cannot be fetched")
-        if key is None:
-            raise Unauthorized("Invalid token")
-        return key
+    async def find(self, kid: str | None, algorithm: str) -> AsyncGenerator[Key]:
+        """Yield the keys that may have signed a token; then, if its key may be newer, those of the next fetch."""
+        if algorithm not in _both((*_RSA, *_CURVES.values(), "EdDSA"), self._wanted):
+            return
+        came_at = self._clock()
+        await self._newer_than(came_at - KEPT_SECONDS)
+        if self._keys_at < came_at - FRESH_SECONDS and not self._pause():
+            self._ask()
+        for key in self._candidates(kid, algorithm):
+            yield key
+        if self._keys_at >= came_at or (kid in self._kids and self._pause()):
+            return
+        await self._newer_than(came_at)
+        for key in self._candidates(kid, algorithm):
+            yield key
 
-    def _get(self, kid: str | None) -> Key | None:
-        if kid is None and len(self._keys) == 1:
-            return next(iter(self._keys.values()))
-        return self._keys.get(kid or "")
+    def _candidates(self, kid: str | None, algorithm: str) -> Iterator[Key]:
+        """Return the keys for such a signature: of this id first, then those without one; for a token without, all."""
+        fitting = [key for key in self._keys if algorithm in key.algorithms and (kid in (None, key.kid) or not key.kid)]
+        return islice(sorted(fitting, key=lambda key: key.kid != kid), MAX_TRIED)
 
-    def _ask(self) -> asyncio.Task[None] | None:
-        """Return the fetch in flight, or a new one; None if it is too soon for another."""
+    async def _newer_than(self, moment: float) -> None:
+        """Return once the keys are of a fetch that began then or later. Raises KeysUnavailable where it fails."""
+        while self._keys_at < moment:
+            # Right after a failure it is too soon to wait for the next.
+            if not (self._failed and self._pause()):
+                await asyncio.shield(self._ask())
+            if self._failed:
+                raise KeysUnavailable("The keys for tokens cannot be fetched")
+
+    def _pause(self) -> float:
+        """Return the seconds until another fetch may begin."""
+        return max(0.0, self._asked_at + PAUSE_SECONDS - self._clock())
+
+    def _ask(self) -> asyncio.Task[None]:
+        """Return the fetch in flight, or the next: it begins when the pause is over."""
         loop = asyncio.get_running_loop()
-        if self._asking is not None and not self._asking.done() and self._asking.get_loop() is loop:
-            return self._asking
-        if self._clock() < self._asked_at + PAUSE_SECONDS:
-            return None
-        self._asking = loop.create_task(self._refresh())
+        if self._asking is None or self._asking.done() or self._asking.get_loop() is not loop:
+            self._asking = loop.create_task(self._refresh())
         return self._asking
 
     async def _refresh(self) -> None:
+        await asyncio.sleep(self._pause())
+        began_at = self._clock()
         try:
-            keys = await asyncio.wait_for(asyncio.to_thread(self._fetch_keys), FETCH_SECONDS)
+            self._keys, self._kids = await asyncio.wait_for(asyncio.to_thread(self._fetch_keys), FETCH_SECONDS)
         except (OSError, HTTPException, ValueError, TimeoutError, RecursionError) as error:
             logger.warning("The keys for tokens cannot be fetched: %s", error or type(error).__name__)
-            self._asked_at = self._clock()
+            self._failed = True
         else:
-            self._keys = keys
-            self._fetched_at = self._asked_at = self._clock()
+            self._failed, self._keys_at = False, began_at
+        self._asked_at = self._clock()
 
-    def _fetch_keys(self) -> dict[str, Key]:
+    def _fetch_keys(self) -> tuple[list[Key], set[str]]:
         # Both in the thread: parsing a document with thousands of keys takes a second or more.
         return self._read(self._fetch())
 
-    def _read(self, document: bytes) -> dict[str, Key]:
-        """Return the keys that can prove a signature. A secret in a public document cannot."""
+    def _read(self, document: bytes) -> tuple[list[Key], set[str]]:
+        """Return the keys that can prove a signature, and the ids of all. A secret in a public document cannot."""
         given = json.loads(document)
-        keys = {}
+        keys: list[Key] = []
+        kids: set[str] = set()
         for jwk in given["keys"] if isinstance(given, dict) and isinstance(given.get("keys"), list) else ():
             with suppress(*_UNREADABLE):
+                if (kid := jwk.get("kid") or None) is not None:
+                    kids.add(kid)
                 if jwk.get("use", "sig") != "sig":
                     continue
                 key = jwt.PyJWK(jwk).key
-                stated = [jwk["alg"]] if "alg" in jwk else []
+                stated = [jwk["alg"]] if jwk.get("alg") else []
                 if algorithms := _both(_both(_algorithms(key), stated), self._wanted):
-                    keys[jwk.get("kid") or ""] = Key(key, algorithms)
+                    keys.append(Key(key, algorithms, kid))
         if not keys:
             raise ValueError("there is no key that fits")
-        return keys
+        return keys, kids
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -260,7 +302,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 def _fetch(url: str) -> bytes:
     # The timeout is for each read, so a body that trickles in would keep the thread for ever.
     give_up_at, document = time.monotonic() + FETCH_SECONDS, bytearray()
-    with urllib.request.build_opener(_Redirects).open(url, timeout=FETCH_SECONDS) as response:
+    opener = urllib.request.build_opener(_Redirects)
+    opener.addheaders = FETCH_HEADERS
+    with opener.open(url, timeout=FETCH_SECONDS) as response:
         while part := response.read1(MAX_KEYS_BYTES):
             document += part
             if len(document) > MAX_KEYS_BYTES:
