@@ -96,8 +96,9 @@ def _drop_added_slash(scope: Scope) -> None:
 def _telling(headers: Headers, scope: Scope, send: Send) -> Send:
     """Return a `send` that adds these headers to the answer."""
     if (wire := (scope.get("extensions") or {}).get(WIRE_EXTENSION)) is not None:
-        # The fast wire accepts a handshake without `send`.
+        # The fast wire accepts a handshake without `send`, and adds them to every answer itself.
         wire.tell(headers)
+        return send
 
     async def send_telling(message: Message) -> None:
         if message["type"] in _ANSWERS:

@@ -226,7 +226,7 @@ class WireProtocol(asyncio.Protocol):
                 self._end_by(CLOSE_DEADLINE_SECONDS)
 
     def tell(self, headers: Headers) -> None:
-        """Have these headers in the answer to the handshake when it is accepted."""
+        """Have these headers in the answer to the handshake."""
         if self._session is not None:
             self._session.headers = headers
 
