@@ -17,15 +17,17 @@ import functools
 import ipaddress
 import logging
 import math
+import re
 import time
 from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from answers import refuse
 from connection import WIRE_EXTENSION
 from errors import Forbidden, InvalidRequest, NotifydError, RateExceeded, StoreUnavailable
-from settings import Settings, normal_origin
+from settings import Settings, is_origin, normal_origin
 from store import SECOND, Buckets, Draw, Rate, Store
 
 logger = logging.getLogger("notifyd.guard")
@@ -34,7 +36,8 @@ HANDSHAKES, REQUESTS = Rate(5, 10), Rate(10, 20)
 EXEMPT = ("/health", "/health/live")
 # The headers of ours that a page of an allowed origin may read.
 EXPOSED = (
-    b"Notification-Id, Idempotent-Replayed, Retry-After, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset"
+    b"Accept-Encoding, Allow, Idempotent-Replayed, Notification-Id, Retry-After, Upgrade, WWW-Authenticate, "
+    b"X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset"
 )
 # A warning names a refused origin or address once in this time, and a limited number of them: anyone can invent more.
 WARN_SECONDS = 60.0
@@ -227,16 +230,29 @@ class Limiter:
 # --- the origin
 
 
+class Page(NamedTuple):
+    """A page that --allow-origin lets in: the Origin that it sent, and whether the setting names it.
+
+    A `*` for the first label counts as a name, a lone `*` and `null` do not.
+    """
+
+    origin: bytes
+    is_named: bool
+
+
+_LABEL = re.compile(r"[\w-]+\Z", re.ASCII)
+
+
 class Origins:
     """The allowed origins, beside the server's own. `allowed` has them in the form of normal_origin()."""
 
     def __init__(self, allowed: Collection[str]) -> None:
         self.allowed = frozenset(allowed)
         # A browser does not tell the page why it was refused, so the log does.
-        self._log = RefusalLog("The origin %s is refused; --allow-origin lets it in")
+        self._log = RefusalLog("The origin %s is refused%s")
 
-    def admit(self, headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
-        """Return the Origin of a request that --allow-origin lets in; None for programs and the server's own pages.
+    def admit(self, headers: Iterable[tuple[bytes, bytes]]) -> Page | None:
+        """Return the page that has sent a request; None for programs and the server's own pages.
 
         Raises Forbidden for any other page, and InvalidRequest for several hosts (RFC 9112, section 3.2). Host and port
         are compared with the Host header, the scheme is not: behind a proxy that ends TLS the server does not know it.
@@ -253,20 +269,31 @@ class Origins:
             return None
         page = normal_origin(b", ".join(origins).decode("latin-1"))
         if len(origins) == 1:
-            if not self.allowed.isdisjoint((page, "*")):
-                return origins[0]
+            is_named = self._names(page)
+            if is_named or "*" in self.allowed or (page == "null" and page in self.allowed):
+                return Page(origins[0], is_named)
             scheme = page.partition("://")[0]
             if hosts and hosts[0] and page == normal_origin(f"{scheme}://{hosts[0].decode('latin-1')}"):
                 return None
-        self._log.warn(repr(page)[:200])
+        self._log.warn(repr(page)[:200], "; --allow-origin lets it in" if is_origin(page) else "")
         raise Forbidden("Origin not allowed; --allow-origin names those that are")
 
+    def _names(self, page: str) -> bool:
+        """Whether the setting has this origin, or a * for its first label."""
+        scheme, separator, host = page.partition("://")
+        label, _, parent = host.partition(".")
+        is_known = page in self.allowed or (_LABEL.match(label) and f"{scheme}://*.{parent}" in self.allowed)
+        return bool(separator and is_known) and "*" not in page
 
-def _permit(page: bytes | None, headers: Headers) -> None:
+
+def _permit(page: Page | None, headers: Headers) -> None:
     """Add the headers of CORS: for the page of an allowed origin, and for caches, also without a page.
 
     Unlike Starlette's CORSMiddleware this covers errors, and leaves the methods of a path to the routes.
     """
     headers.append((b"vary", b"Origin"))
     if page is not None:
-        headers += [(b"access-control-allow-origin", page), (b"access-control-expose-headers", EXPOSED)]
+        headers += [(b"access-control-allow-origin", page.origin), (b"access-control-expose-headers", EXPOSED)]
+        if page.is_named:
+            # A page may send the cookies and the password that a proxy in front asks for.
+            headers.append((b"access-control-allow-credentials", b"true"))

@@ -40,8 +40,14 @@ ALGORITHMS = frozenset(f"{kind}{bits}" for kind in ("HS", "RS", "PS", "ES") for 
     "ES256K",
     "EdDSA",
 }
-# A page without an origin sends "null": a file, or a page in a sandbox.
-_ORIGIN = re.compile(r"(https?://[^/\s?#@*]+|null|\*)\Z", re.IGNORECASE)
+# The first label of a host may be a *. The scheme of a packaged app may stand without a host. A page without an origin
+# sends "null": a page in a sandbox, for example.
+_HOST = r"(?:(?:\*\.)?[\w.~%-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?"
+_ORIGIN = re.compile(
+    rf"((?:https?://{_HOST}|(?!https?:)[a-z][a-z0-9+.-]*://(?:{_HOST})?)(?=/?\Z)|(?:null|\*)\Z)",
+    re.IGNORECASE | re.ASCII,
+)
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 
 class SettingsError(Exception):
@@ -165,7 +171,10 @@ class Settings(Struct, frozen=True, kw_only=True):
     ] = "auto"
     allow_origin: Annotated[
         tuple[str, ...],
-        Meta(description="origin of pages that may connect, such as https://example.com; *: any; may be repeated"),
+        Meta(
+            description="origin of pages that may connect, such as https://example.com, https://*.example.com or "
+            "capacitor://localhost; null: pages without one; *: any; may be repeated"
+        ),
     ] = ()
 
     def __post_init__(self) -> None:
@@ -200,6 +209,11 @@ def _is_proxy(text: str) -> bool:
         return False
 
 
+def is_origin(text: str) -> bool:
+    """Whether --allow-origin takes a text."""
+    return _ORIGIN.match(text) is not None
+
+
 def is_api_key(text: str) -> bool:
     """Whether a text is NAME:SECRET."""
     return _API_KEY.match(text) is not None
@@ -222,7 +236,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
     "jwks_url": (_URL.match, "a URL without a user and a password, such as https://login.example.com/jwks.json"),
     "jwt_algorithms": (ALGORITHMS.issuperset, f"some of {', '.join(sorted(ALGORITHMS))}"),
     "trusted_proxies": (lambda texts: all(map(_is_proxy, texts)), "addresses, networks such as 10.0.0.0/8, or unix"),
-    "allow_origin": (lambda texts: all(map(_ORIGIN.match, texts)), "origins such as https://example.com, or *"),
+    "allow_origin": (
+        lambda texts: all(map(is_origin, texts)),
+        "origins such as https://example.com or https://*.example.com, null, or *",
+    ),
 }
 
 
@@ -234,17 +251,24 @@ def _checked(name: str, given: _Given) -> Any:
         text = value.upper() if name == "log_level" and isinstance(value, str) else value
         checked = msgspec.convert(text, _TYPES[name], strict=strict)
         if fits(checked):
-            return tuple(map(normal_origin, checked)) if name == "allow_origin" else checked
+            return tuple(map(_named_origin, checked)) if name == "allow_origin" else checked
     except msgspec.ValidationError as error:
         expected = _expected(name, error)
     got = "" if name in (*_SECRETS, "jwks_url") else f", got {value!r:.100}"
     raise SettingsError(f"{source}: expected {expected}{got}")
 
 
+def _named_origin(text: str) -> str:
+    """Return the origin in a text that is_origin(), without a slash at the end."""
+    found = _ORIGIN.match(text)
+    assert found
+    return normal_origin(found[1])
+
+
 def normal_origin(origin: str) -> str:
     """Return an origin as browsers write it: in lower case, without the default port of its scheme."""
-    origin = origin.lower()
-    return origin.removesuffix(":443" if origin.startswith("https:") else ":80")
+    scheme, separator, host = origin.lower().partition("://")
+    return scheme + separator + host.removesuffix(_DEFAULT_PORTS.get(scheme, ""))
 
 
 def number(seconds: float) -> int | float:

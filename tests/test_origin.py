@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ from expected import http_error, naming, parse, welcome
 from processes import Server
 from websockets.exceptions import InvalidStatus
 
+from settings import Settings, SettingsError
+
 APP = "https://app.example"
 PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
 
@@ -20,6 +23,30 @@ PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-He
 def open_to_two() -> Iterator[Server]:
     """A server that two foreign origins may use."""
     server = Server.notifyd("--allow-origin", APP, "--allow-origin", "http://localhost:3000")
+    yield server
+    server.stop()
+
+
+# Each origin in the setting, and one that it lets in.
+NAMED = {
+    "capacitor://localhost": "capacitor://localhost",
+    "ionic://localhost:8100": "ionic://localhost:8100",
+    "tauri://localhost": "tauri://localhost",
+    "chrome-extension://abcdefghijklmnopabcdefghijklmnop": "chrome-extension://abcdefghijklmnopabcdefghijklmnop",
+    "file://": "file://",
+    "app://.": "app://.",
+    "https://slash.example/": "https://slash.example",
+    "http://[2001:db8::1]:8080": "http://[2001:db8::1]:8080",
+    "https://*.wild.example": "https://a-1.wild.example",
+    "http://*.wild.example:8080/": "http://b.wild.example:8080",
+    "https://*.xn--exmple-cua.example:443": "https://a.xn--exmple-cua.example",
+}
+
+
+@pytest.fixture(scope="module")
+def open_to_named() -> Iterator[Server]:
+    """A server that these origins may use, and pages without an origin."""
+    server = Server.notifyd(*(flag for one in [*NAMED, "null"] for flag in ("--allow-origin", one)))
     yield server
     server.stop()
 
@@ -38,6 +65,12 @@ def met(server: Server, origin: str, **headers: str) -> Any:
         return server.connect("bob", additional_headers={"Origin": origin} | headers).receive()
     except InvalidStatus as refused:
         return refused.response.status_code, parse(refused.response.body or b"")
+
+
+def cors(server: Server, origin: str) -> tuple[str, str | None]:
+    """Return the origin that may read the answer, and whether it may send credentials."""
+    headers = server.get("/health", headers={"Origin": origin}).headers
+    return headers["access-control-allow-origin"], headers.get("access-control-allow-credentials")
 
 
 def foreign(server: Server) -> list[str]:
@@ -108,7 +141,7 @@ def test_a_refused_origin_is_named_in_the_log_once(start_server: StartServer) ->
     lines = [line for line in server.stderr if "WARNING" in line]
     assert [line.partition("WARNING ")[2] for line in lines] == [
         f"The origin {repr(long)[:200]} is refused; --allow-origin lets it in",
-        r"The origin 'https://evil\x85.example' is refused; --allow-origin lets it in",
+        r"The origin 'https://evil\x85.example' is refused",
         "The origin 'https://other.example' is refused; --allow-origin lets it in",
     ]
 
@@ -209,6 +242,139 @@ def test_a_star_lets_everyone_in(open_to_all: Server, origin: str) -> None:
     assert met(open_to_all, origin)["type"] == "welcome"
 
 
+@pytest.mark.parametrize("origin", NAMED.values())
+def test_any_scheme_and_a_first_label_can_be_named(open_to_named: Server, origin: str) -> None:
+    """Packaged apps have schemes of their own; a * stands for the first label."""
+    assert met(open_to_named, origin)["type"] == "welcome"
+    assert cors(open_to_named, origin) == (origin, "true")
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "capacitor://localhost:80",
+        "capacitor://other",
+        "ionic://localhost",
+        "https://localhost",
+        "file://a",
+        "file:",
+        "app://",
+        "http://slash.example",
+        "https://wild.example",
+        "https://.wild.example",
+        "https://a.b.wild.example",
+        "https://a.wild.example:8443",
+        "http://a.wild.example",
+        "https://*.wild.example",
+        "https://a.wild.example.evil.example",
+        "https://evil.example/a.wild.example",
+        "https://evil.example#.wild.example",
+        "https://user@a.wild.example",
+        "https://a\xb7.wild.example",
+    ],
+)
+def test_a_named_origin_lets_no_other_in(open_to_named: Server, origin: str) -> None:
+    """Scheme, port and every other label must be those that are named, and the * is one label."""
+    response = open_to_named.get("/health", headers={"Origin": origin.encode("latin-1")})
+    assert response.status_code == 403
+    assert "access-control-allow-origin" not in response.headers
+
+
+@pytest.mark.parametrize("path", ["/health", "/status?limit=x", "/nothing"])
+def test_only_a_named_page_may_send_credentials(open_to_named: Server, open_to_all: Server, path: str) -> None:
+    """A proxy in front may ask for them; `*` and `null` name nobody. Answer, error and preflight agree."""
+    for server, origin, allowed in (
+        (open_to_named, "capacitor://localhost", "true"),
+        (open_to_named, "https://a.wild.example", "true"),
+        (open_to_named, "null", None),
+        (open_to_all, APP, None),
+        (open_to_all, "null", None),
+    ):
+        for method in ("GET", "OPTIONS"):
+            answer = server.request(method, path, headers={"Origin": origin} | (PREFLIGHT if method != "GET" else {}))
+            assert answer.headers["access-control-allow-origin"] == origin
+            assert answer.headers.get("access-control-allow-credentials") == allowed
+
+
+def test_a_star_beside_names_names_nobody_else(start_server: StartServer) -> None:
+    """With both, the named page alone may send credentials."""
+    server = start_server("--allow-origin", "*", "--allow-origin", APP)
+    assert (cors(server, APP), cors(server, "https://b.example")) == ((APP, "true"), ("https://b.example", None))
+
+
+def test_a_page_may_read_every_header_of_ours(start_server: StartServer) -> None:
+    """Every header of an answer is exposed, but for those that any page may read, and those of HTTP itself."""
+    readable = {"cache-control", "content-length", "content-type", "connection", "date", "server", "vary"}
+    readable |= {"transfer-encoding", "x-accel-buffering"}
+    server = start_server("--rate-limit", "--allow-origin", APP, "--api-key", "ci:secret")
+    page, found = {"Origin": APP, "X-API-Key": "secret"}, set[str]()
+    for method, path, headers in (
+        *(("POST", "/notify", {"Idempotency-Key": "exposed"}),) * 2,
+        ("POST", "/notify", {"Content-Encoding": "gzip"}),
+        ("GET", "/notify", {}),
+        ("GET", "/ws", {}),
+        ("GET", "/metrics", {"X-API-Key": "wrong"}),
+        *(("GET", "/metrics", {}),) * 50,
+    ):
+        answer = server.request(method, path, content=b'{"message": "hi"}', headers=page | headers)
+        exposed = {name.strip().lower() for name in answer.headers["access-control-expose-headers"].split(",")}
+        found |= set(answer.headers)
+        assert {name for name in answer.headers if not name.startswith("access-control-")} <= exposed | readable
+    wanted = {"idempotent-replayed", "notification-id", "accept-encoding", "allow", "retry-after", "upgrade"}
+    assert wanted | {"www-authenticate", "x-ratelimit-reset"} <= found
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "https://*",
+        "https://*:8080",
+        "*.example.com",
+        "https://*.*.example.com",
+        "https://a.*.example.com",
+        "https://a*.example.com",
+        "https://*example.com",
+        "https://app.example/path",
+        "https://app.example//",
+        "https://app.example?",
+        "https://user@app.example",
+        "https://app.example:port",
+        "https://app.example:",
+        "https://a.example,https://b.example",
+        "https://größer.example",
+        "https:///",
+        "https://",
+        "https:app.example",
+        "chrome-extension://*",
+        "://app.example",
+        "app.example",
+        "null/",
+        "",
+    ],
+)
+def test_a_setting_that_is_no_origin_is_refused(origin: str) -> None:
+    """The start ends with a line that shows the form of an origin, and of a wildcard."""
+    with pytest.raises(SettingsError, match=r"allow_origin: expected origins such as .*https://\*\.example\.com"):
+        Settings(allow_origin=(origin,))
+
+
+@pytest.mark.parametrize("origin", ["capacitor://localhost", "file://", "null", "https://evil.example:8443"])
+def test_the_advice_of_the_log_can_be_followed(start_server: StartServer, origin: str) -> None:
+    """The flag takes the origin as the log shows it, and lets the page in."""
+    server = start_server()
+    assert server.get("/health", headers={"Origin": origin}).status_code == 403
+    shown = re.findall(r"origin '(.+)' is refused; --allow-origin", server.wait_for_line("WARNING"))
+    assert met(start_server("--allow-origin", *shown), origin) == welcome("bob")
+
+
+@pytest.mark.parametrize("origin", ["https://evil\x85.example", "https://user@evil.example", "nonsense", "https://"])
+def test_the_log_advises_no_flag_that_would_be_refused(start_server: StartServer, origin: str) -> None:
+    """Such a header comes from no browser."""
+    server = start_server()
+    assert server.get("/health", headers={"Origin": origin.encode("latin-1")}).status_code == 403
+    assert server.wait_for_line("WARNING").endswith(f"The origin {origin!r} is refused")
+
+
 def test_the_variable_is_a_comma_list(start_server: StartServer) -> None:
     """NOTIFYD_ALLOW_ORIGIN names several origins."""
     server = start_server(variables={"NOTIFYD_ALLOW_ORIGIN": f"http://localhost:3000, {APP}"})
@@ -285,6 +451,6 @@ def test_a_star_permits_every_page(open_to_all: Server) -> None:
 
 
 def test_credentials_are_not_permitted(open_to_all: Server) -> None:
-    """There are no cookies here, so no page needs to send any."""
+    """Where every page is let in, none is trusted with them."""
     headers = open_to_all.get("/health", headers={"Origin": APP}).headers
     assert "access-control-allow-credentials" not in headers
