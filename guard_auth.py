@@ -24,13 +24,12 @@ from starlette.types import Scope
 
 from errors import Unauthorized
 from guard_identity import ALL, Identity
+from schemas import SUBPROTOCOL
 from settings import Settings, SettingsError, extra, is_api_key
 
 if TYPE_CHECKING:
     from guard_tokens import Tokens
 
-# The subprotocol offered before the token by browsers, which can set no header on a WebSocket.
-SUBPROTOCOL = "bearer"
 KEY_HOLDER = Identity(client_id=None, topics=ALL, publishes=True, admin=True)
 # With keys alone everybody may still listen.
 LISTENER = Identity(known=False, client_id=None, topics=ALL)
@@ -62,10 +61,6 @@ class Authenticator:
         """Return the Identity of a token from a message, as if it had come in the header of a handshake."""
         headers = [(b"authorization", b"Bearer " + token.encode(errors="replace"))]
         return await self.identify({"type": "websocket", "path": "/ws", "query_string": b"", "headers": headers})
-
-    def subprotocol(self, scope: Scope) -> str | None:
-        """Return the subprotocol of ours that a handshake offers, if any."""
-        return SUBPROTOCOL if SUBPROTOCOL in (scope.get("subprotocols") or ()) else None
 
 
 class KeysAndTokens:

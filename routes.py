@@ -40,7 +40,7 @@ from errors import (
 from guard_identity import Identity
 from hub import Hub
 from query import PARAMETERS, QUERY_KEY, Query
-from schemas import MAX_SHOWN, TRY_AGAIN_LATER, encode, timestamp
+from schemas import MAX_SHOWN, SUBPROTOCOL, TRY_AGAIN_LATER, encode, timestamp
 from slices import in_slices
 from store import Appended, Once
 
@@ -289,9 +289,9 @@ async def connect(hub: Hub, authenticator: Authenticator | None, scope: Scope, r
 
 
 async def _admit_or_close(hub: Hub, authenticator: Authenticator | None, connection: WebSocket, scope: Scope) -> None:
-    if authenticator is not None and (subprotocol := authenticator.subprotocol(scope)) is not None:
-        # Also for a refusal: a browser hides the reason where no subprotocol of those offered is chosen.
-        connection.choose(subprotocol)
+    if SUBPROTOCOL in (scope.get("subprotocols") or ()):
+        # Also for a refusal, and without authentication: a browser fails where no subprotocol of its offer is chosen.
+        connection.choose(SUBPROTOCOL)
     try:
         query = Query(scope["query_string"], known(PARAMETERS["/ws"], authenticator))
         identity = None if authenticator is None else await authenticator.identify(scope)

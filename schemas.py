@@ -25,6 +25,8 @@ from settings import VERSION
 NORMAL_CLOSURE, GOING_AWAY, PROTOCOL_ERROR = 1000, 1001, 1002
 NO_STATUS_RECEIVED, INVALID_DATA, POLICY_VIOLATION, MESSAGE_TOO_BIG, INTERNAL_ERROR = 1005, 1007, 1008, 1009, 1011
 TRY_AGAIN_LATER = 1013  # IANA's registry of close codes
+# The subprotocol that browsers offer before a token, since they can set no header on a WebSocket.
+SUBPROTOCOL = "bearer"
 # Clients act on the protocol's own types, so a publisher may not use them.
 RESERVED_TYPES = frozenset(
     ("welcome", "ping", "pong", "status_response", "error", "shutdown", "resume", "subscribed", "authenticated")

@@ -271,6 +271,20 @@ def test_gives_up_when_the_real_server_refuses_its_id(start_server: StartServer,
 
 
 @pytest.mark.parametrize("example", ["client.py", "listen.js"])
+def test_a_token_does_no_harm_where_none_is_needed(
+    start_server: StartServer, request: pytest.FixtureRequest, example: str
+) -> None:
+    """The same client works on a server without authentication."""
+    server = start_server()
+    command = [sys.executable] if example == "client.py" else request.getfixturevalue("node")
+    program = Program(*command, str(EXAMPLES / example), server.ws_url, TOKEN="a-key")
+    try:
+        program.wait_until("connected")
+    finally:
+        program.stop()
+
+
+@pytest.mark.parametrize("example", ["client.py", "listen.js"])
 def test_shows_a_token(start_server: StartServer, request: pytest.FixtureRequest, example: str) -> None:
     """A token goes in the header, in JavaScript as a subprotocol. Without a token the refusal is final."""
     secret = "a secret of 32 characters or more"
@@ -286,6 +300,30 @@ def test_shows_a_token(start_server: StartServer, request: pytest.FixtureRequest
                 assert program.receive() == "custom: for alice"
         finally:
             program.stop()
+
+
+@pytest.mark.parametrize(
+    ("offered", "outcome"), [(["bearer", "a-token"], ["bearer", "welcome"]), (["json"], [1006]), ([], ["", "welcome"])]
+)
+def test_a_page_shows_a_token_where_none_is_needed(
+    start_server: StartServer, site: str, browser: Browser, offered: list[str], outcome: list[object]
+) -> None:
+    """Chromium gets the subprotocol that it offered; where it offered only others, it fails with 1006."""
+    server = start_server("--allow-origin", site)
+    page = browser.open(site)
+    script = f"""
+        window.outcome = null;
+        window.socket = new WebSocket({json.dumps(server.ws_url)}, {json.dumps(offered)});
+        socket.onmessage = ({{ data }}) => {{ window.outcome ??= [socket.protocol, JSON.parse(data).type]; }};
+        socket.onclose = ({{ code }}) => {{ window.outcome ??= [code]; }};
+    """
+    try:
+        eventually(lambda: page.evaluate("document.readyState + location.origin") == f"complete{site}")
+        page.evaluate(f"{{{script}}}")
+        eventually(lambda: page.evaluate("outcome"))
+        assert page.evaluate("outcome") == outcome
+    finally:
+        page.stop()
 
 
 @pytest.mark.parametrize("state", ["connected", "disconnected"])

@@ -19,11 +19,11 @@ from carriers import first_quick, granian, host, hypercorn, uvicorn
 from conftest import StartServer
 from credentials import SECRET, bearer, part, token, unsigned
 from expected import TIME, Like, Record, http_error, notification, parse, welcome, ws_error
-from processes import QUIET, ROOT, Server, call, environment, eventually, free_port
+from processes import QUIET, ROOT, Server, call, environment, eventually, free_port, node_with
 from starlette.authentication import AuthCredentials, AuthenticationBackend, BaseUser, SimpleUser
 from starlette.requests import HTTPConnection
 from starlette.routing import Route
-from ws_clients import Client
+from ws_clients import PATIENCE, Client
 
 from guard_auth import KeysAndTokens, keys_and_tokens_of
 from guard_tokens import MAX_TOKEN_BYTES
@@ -139,9 +139,39 @@ def test_without_authentication_nothing_has_changed(server: Server) -> None:
     """Without authentication, credentials in a request are ignored as before."""
     assert server.get("/status", headers=bearer("wrong")).status_code == 200
     client = server.connect(query="token=wrong", subprotocols=["bearer", "wrong"])
-    assert client.connection.subprotocol is None
+    assert client.connection.subprotocol == "bearer"
     assert client.receive()["type"] == "welcome"
     assert client.ask({"type": "auth", "token": "x"}) == ws_error("Unknown message type: auth")
+
+
+@pytest.mark.parametrize("offered", [["bearer"], ["chat", "bearer", "x"], ["x", "bearer"]])
+def test_the_subprotocol_is_answered_wherever_it_is_offered(server: Server, offered: list[str]) -> None:
+    """Without authentication and for a refusal too; a subprotocol of others is never answered."""
+    assert server.join(subprotocols=offered).connection.subprotocol == "bearer"
+    refused = server.connect(query="topic=a", subprotocols=offered)
+    assert (refused.connection.subprotocol, refused.closed()[0]) == ("bearer", 1008)
+    assert server.join(subprotocols=["chat", "Bearer"]).connection.subprotocol is None
+
+
+NODE_WS = """
+const WebSocket = require("ws");
+const [url, ...offered] = process.argv.slice(1);
+const socket = new WebSocket(url, offered);
+socket.on("message", (text) => { console.log(socket.protocol, JSON.parse(text).type); socket.close(); });
+socket.on("error", (error) => console.log(error.message));
+"""
+
+
+@pytest.mark.parametrize(
+    ("offered", "printed"),
+    [(["bearer", "a-token"], "bearer welcome"), (["json"], "Server sent no subprotocol"), ([], " welcome")],
+    ids=["bearer", "another", "none"],
+)
+def test_node_ws_connects_to_a_server_without_authentication(server: Server, offered: list[str], printed: str) -> None:
+    """It fails by itself where no subprotocol of its offer is answered."""
+    command = [node_with("ws"), "-e", NODE_WS, server.ws_url, *offered]
+    ended = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=PATIENCE, check=True)
+    assert ended.stdout.removesuffix("\n") == printed
 
 
 def test_all_workers_know_the_keys(start_server: StartServer) -> None:
