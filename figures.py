@@ -100,7 +100,7 @@ async def status(hub: Hub, limit: int) -> Status:
             shutdown_requested=not hub.is_ready, shutdown_timeout=number(settings.shutdown_timeout)
         ),
         configuration=StatusConfiguration(
-            host=settings.host,
+            host=", ".join(settings.host),
             port=settings.port,
             workers=settings.workers,
             debug=settings.debug,

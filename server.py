@@ -21,7 +21,7 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("notifyd")
 
 LISTEN_BACKLOG = 2048
+# Of each family the address that stands for all.
+ANY = ("0.0.0.0", "::")  # noqa: S104 - a comparison
+FREE_PORT_ATTEMPTS = 20
 # asyncio tries so often in a row to accept, also when each attempt fails for want of descriptors.
 ACCEPTS_AT_ONCE = 100
 # Descriptors that are no clients: listeners, log, HTTP requests.
@@ -51,6 +54,8 @@ LEAVE_SECONDS = 0.5
 
 # The same as `notifyd.create_app`, which is handed in: notifyd.py may be the main module and must not load twice.
 CreateApp = Callable[[Settings], "App"]
+# As the socket module has it: host, port, and for IPv6 flow and scope.
+Address = tuple[Any, ...]
 
 
 class ListenError(Exception):
@@ -138,9 +143,11 @@ class Server(uvicorn.Server):
         await self._hub.start()
         # Listening is ours: uvicorn has one app for all sockets, and no deadline for a TLS handshake.
         await super().startup([])
-        for listener, config in zip(sockets or (), (self.config, self._internal), strict=False):
-            certificate = self._certificate if config is self.config else None
-            await self._listen(listener, config, None if certificate is None else certificate.context)
+        internal_port = self._hub.settings.internal_port
+        for listener in sockets or ():
+            is_internal = listener.getsockname()[1] == internal_port
+            context = None if is_internal or self._certificate is None else self._certificate.context
+            await self._listen(listener, self._internal if is_internal else self.config, context)
         _quiet_collector()
         if self._parent is None:
             announce(self._url)
@@ -255,12 +262,13 @@ def serve(settings: Settings, create_app: CreateApp) -> int:
     except ListenError as error:
         print(f"notifyd: {error}", file=sys.stderr)
         return 1
-    host, port = listeners[0].getsockname()[:2]
-    settings = msgspec.structs.replace(settings, port=port)
-    addresses = [listener.getsockname()[0] for listener in listeners]
-    for warning in warnings_of(settings, addresses, is_open=is_open):
+    addresses = [listener.getsockname()[:2] for listener in listeners]
+    settings = msgspec.structs.replace(settings, port=addresses[0][1])
+    for warning in warnings_of(settings, [host for host, _ in addresses], is_open=is_open):
         logger.warning(warning)
-    url = f"http{'s' if certificate else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+    scheme = "https" if certificate else "http"
+    public = [address for address in addresses if address[1] == settings.port]
+    url = " and ".join(f"{scheme}://{_shown(*address)}" for address in public)
     if settings.workers > 1:
         return supervise(settings, listeners, lambda: announce(f"{url} with {settings.workers} workers"))
     Server(create_app(settings), settings, certificate, url, None).run(listeners)
@@ -314,26 +322,81 @@ def _bind_all(settings: Settings) -> list[socket.socket]:
         if settings.internal_port == settings.port:
             raise SettingsError("--internal-port: expected another port than --port")
         # First, or a port 0 could become this one.
-        internal = [bind(settings, settings.internal_host, settings.internal_port)]
-    return [bind(settings, settings.host, settings.port), *internal]
+        internal = bind(settings, settings.internal_host, settings.internal_port)
+    return [*bind(settings, settings.host, settings.port), *internal]
 
 
-def bind(settings: Settings, host: str, port: int) -> socket.socket:
-    """Bind here and not in uvicorn, so that a taken port is one clear line and port 0 has a number."""
+def bind(settings: Settings, hosts: Sequence[str], port: int) -> list[socket.socket]:
+    """Return bound sockets for all addresses of the hosts, on one port. Raises ListenError.
+
+    Bound here and not in uvicorn, so that a taken port is one clear line and port 0 has a number.
+    """
+    addresses = _addresses(hosts, port)
+    for _ in range(FREE_PORT_ATTEMPTS if port == 0 else 0):
+        # The port that the system chooses for the first address may be taken on the next.
+        with contextlib.suppress(ListenError):
+            return _bind_each(settings, addresses)
+    return _bind_each(settings, addresses)
+
+
+def _addresses(hosts: Sequence[str], port: int) -> dict[Address, str]:
+    """Return the addresses of the hosts, each with its host. Raises ListenError."""
+    found: dict[Address, str] = {}
+    for host in hosts:
+        name = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        try:
+            resolved = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        except UnicodeError:
+            raise ListenError(f"cannot listen on {_shown(host, port)}: not a host name") from None
+        except OSError as error:
+            raise ListenError(f"cannot listen on {_shown(host, port)}: {error.strerror or error}") from None
+        addresses = [address for *_, address in resolved]
+        # A machine without IPv6 may resolve localhost to ::1.
+        for address in list(filter(_is_here, addresses)) or addresses:
+            found.setdefault(address, host)
+    # `::` and 0.0.0.0 cover the other addresses of their family, which could not be bound beside them.
+    whole = {":" in address[0] for address in found if address[0] in ANY}
+    return {address: host for address, host in found.items() if address[0] in ANY or (":" in address[0]) not in whole}
+
+
+def _is_here(address: Address) -> bool:
+    """Whether this machine has the address."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, address = found[0]
-        listener = socket.socket(family)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind(address)
-        if settings.workers == 1:
-            listener.listen(LISTEN_BACKLOG)
-    except UnicodeError:
-        raise ListenError(f"cannot listen on {host}:{port}: not a host name") from None
-    except OSError as error:
-        raise ListenError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+        with _socket_for(address) as probe:
+            probe.bind((address[0], 0, *address[2:]))
+    except OSError:
+        return False
+    return True
+
+
+def _socket_for(address: Address) -> socket.socket:
+    return socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+
+
+def _bind_each(settings: Settings, addresses: Mapping[Address, str]) -> list[socket.socket]:
+    has_ipv4 = any(":" not in address[0] for address in addresses)
+    with contextlib.ExitStack() as stack:
+        listeners: list[socket.socket] = []
+        for address, host in addresses.items():
+            port = listeners[0].getsockname()[1] if listeners else address[1]
+            try:
+                listener = stack.enter_context(_socket_for(address))
+                _bind(listener, (address[0], port, *address[2:]), settings, only_ipv6=has_ipv4)
+            except OSError as error:
+                where = _shown(host, port) + ("" if host.strip("[]") == address[0] else f" ({address[0]})")
+                raise ListenError(f"cannot listen on {where}: {error.strerror or error}") from None
+            listeners.append(listener)
+        stack.pop_all()
+        return listeners
+
+
+def _bind(listener: socket.socket, address: Address, settings: Settings, *, only_ipv6: bool) -> None:
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if listener.family == socket.AF_INET6:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only_ipv6)
+    listener.bind(address)
+    if settings.workers == 1:
+        listener.listen(LISTEN_BACKLOG)
     # Accepted sockets inherit these. uvloop sets TCP_NODELAY by itself, asyncio does not for a socket made here, and
     # Nagle's algorithm would delay every second small write by 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -341,7 +404,11 @@ def bind(settings: Settings, host: str, port: int) -> socket.socket:
         # The kernel drops a peer that takes no byte for so long, whichever process holds the descriptor.
         milliseconds = int((settings.ping_timeout + 5) * 1000)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(milliseconds, 2**31 - 1))
-    return listener
+
+
+def _shown(host: str, port: int) -> str:
+    """Return host and port as in a URL."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def _quiet_collector() -> None:

@@ -230,7 +230,8 @@ def _twin(port: socket.socket) -> socket.socket:
     for option in (socket.TCP_NODELAY, socket.TCP_USER_TIMEOUT):
         twin.setsockopt(socket.IPPROTO_TCP, option, port.getsockopt(socket.IPPROTO_TCP, option))
     if port.family == socket.AF_INET6:
-        twin.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        only = port.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+        twin.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
     twin.bind(port.getsockname())
     return twin
 

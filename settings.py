@@ -22,10 +22,11 @@ PREFIX = "NOTIFYD_"
 
 # A shorter interval would keep the event loop busy with nothing else.
 LEAST_SECONDS = 0.01
-_LISTS = ("allow_origin", "api_key", "jwt_algorithms", "trusted_proxies")
+_LISTS = ("allow_origin", "api_key", "host", "internal_host", "jwt_algorithms", "trusted_proxies")
 _SECRETS = ("api_key", "jwt_secret", "ssl_keyfile_password", "store")
 Seconds = Annotated[float, Meta(ge=0, le=31_536_000)]
 Positive = Annotated[int, Meta(ge=1, le=1_000_000_000)]
+Hosts = tuple[Annotated[str, Meta(min_length=1)], ...]
 
 # Kubernetes injects NOTIFYD_PORT=tcp://10.0.0.1:8000 for a service called notifyd (and siblings of these forms), and
 # NOTIFYD_INTERNAL_PORT for one called notifyd-internal.
@@ -66,7 +67,14 @@ def extra(name: str, source: str) -> Iterator[None]:
 class Settings(Struct, frozen=True, kw_only=True):
     """The settings of one server. Durations are seconds, sizes are bytes. Raises SettingsError for a bad value."""
 
-    host: Annotated[str, Meta(min_length=1, description="address to listen on")] = "127.0.0.1"
+    host: Annotated[
+        Hosts,
+        Meta(
+            min_length=1,
+            description="address or name to listen on; `::` takes IPv4 too, unless an IPv4 address is named beside it; "
+            "may be repeated",
+        ),
+    ] = ("127.0.0.1",)
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
     workers: Annotated[int, Meta(ge=1, le=256, description="processes that serve")] = 1
     store: Annotated[
@@ -146,7 +154,9 @@ class Settings(Struct, frozen=True, kw_only=True):
             "port; 0: off",
         ),
     ] = 0
-    internal_host: Annotated[str, Meta(min_length=1, description="address of internal_port")] = "127.0.0.1"
+    internal_host: Annotated[Hosts, Meta(min_length=1, description="address of internal_port; may be repeated")] = (
+        "127.0.0.1",
+    )
     ssl_certfile: Annotated[
         str, Meta(description="PEM file of the certificate and its chain: serve TLS; SIGHUP reads it again")
     ] = ""
@@ -319,6 +329,7 @@ def _split(value: str) -> list[str]:
 
 _PLAIN = {
     "`str` of length >= 1": "a text that is not empty",
+    "`array` of length >= 1": "a list that is not empty",
     "`int`": "an integer",
     "`float`": "a number",
     "`bool`": "true or false",
@@ -385,6 +396,18 @@ def add_flag(
     elif isinstance(kind, msgspec.inspect.VarTupleType):
         parser.add_argument(flag, action="append", metavar=name.rpartition("_")[2].upper(), help=text)
     elif isinstance(kind, msgspec.inspect.LiteralType):
-        parser.add_argument(flag, metavar="|".join(map(str, kind.values)), help=text)
+        parser.add_argument(flag, action=_Once, metavar="|".join(map(str, kind.values)), help=text)
     else:
-        parser.add_argument(flag, metavar="N" if not isinstance(kind, msgspec.inspect.StrType) else "TEXT", help=text)
+        metavar = "TEXT" if isinstance(kind, msgspec.inspect.StrType) else "N"
+        parser.add_argument(flag, action=_Once, metavar=metavar, help=text)
+
+
+class _Once(argparse.Action):
+    """Take one value. A second one is refused: the first would be ignored in silence."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, _: str | None = None
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{self.option_strings[0]}: expected one value, got several")
+        setattr(namespace, self.dest, values)

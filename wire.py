@@ -46,7 +46,8 @@ def peer_of(transport: asyncio.Transport) -> Peer:
     return Peer(
         # A Unix socket has a path, and no port; its clients have no address.
         server[:2] if isinstance(server, tuple) else (server, None) if server else None,
-        client[:2] if isinstance(client, tuple) else None,
+        # A socket for both families has IPv4 addresses in a form of IPv6.
+        (client[0].removeprefix("::ffff:"), client[1]) if isinstance(client, tuple) else None,
         transport.get_extra_info("sslcontext") is not None,
     )
 

@@ -35,9 +35,13 @@ from expected import parse
 from websockets.sync.client import connect
 from ws_clients import PATIENCE, BareClient, Client
 
+from settings import Settings
+
 ROOT = Path(__file__).resolve().parent.parent
 # No test notifications and no pings.
 QUIET = ("--notification-interval", "0", "--ping-interval", "0")
+# Flags that may be repeated.
+REPEATED = {name for name in Settings.__struct_fields__ if isinstance(getattr(Settings(), name), tuple)}
 ALARMING = re.compile(r"Traceback|Exception|Task exception was never retrieved|was never awaited|ResourceWarning")
 
 
@@ -127,7 +131,7 @@ class Server:
         cls, *flags: str, variables: Mapping[str, str] | None = None, constants: Mapping[str, float] | None = None
     ) -> Server:
         """Start `python notifyd.py` on a free port with these flags, and with other values for some constants."""
-        return cls(notifyd_command("--port", "0", *flags, constants=constants), variables)
+        return cls(notifyd_command(*_last_of_each(["--port", "0", *flags]), constants=constants), variables)
 
     def _collect(self) -> None:
         assert self.process.stderr is not None
@@ -371,7 +375,22 @@ def notifyd_command(*flags: str, constants: Mapping[str, float] | None = None) -
     program = [str(ROOT / "notifyd.py")]
     if constants is not None:
         program = ["-c", "; ".join([*_assignments(constants), "import sys, notifyd", "sys.exit(notifyd.main())"])]
-    return [Server.python, *program, *flags, *extra]
+    return [Server.python, *program, *(_last_of_each([*flags, *extra]) if extra else flags)]
+
+
+def _last_of_each(words: Sequence[str]) -> list[str]:
+    """Return the flags with the last of each that takes one value: notifyd refuses several."""
+    flags: dict[str, list[str]] = {}
+    for number, word in enumerate(words):
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            # As given, so that each stays.
+            key = f"{name} {number}" if name[2:].replace("-", "_") in REPEATED else name
+            flags.pop(key, None)
+            flags[key] = [word]
+        else:
+            flags[key].append(word)
+    return [word for flag in flags.values() for word in flag]
 
 
 def _assignments(constants: Mapping[str, float]) -> Iterator[str]:

@@ -116,8 +116,8 @@ def settings_table() -> str:
         meaning = meta.description
         if typing.get_origin(kind) is typing.Literal:
             meaning += f" ({', '.join(f'`{choice}`' for choice in typing.get_args(kind))})"
-        default = field.default
-        shown = "none" if default in ((), "") else f"`{str(default).lower() if isinstance(default, bool) else default}`"
+        default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
+        shown = "none" if default == "" else f"`{str(default).lower() if isinstance(default, bool) else default}`"
         lines.append(f"| `{field.name}` | {shown} | {meaning} |")
     return "\n".join(lines) + "\n"
 

@@ -116,7 +116,7 @@ def test_a_mistake_ends_the_process_with_its_status() -> None:
     [
         ("--log-level=foo", "--log-level: expected one of DEBUG, INFO, WARNING, ERROR, CRITICAL, got 'foo'"),
         ("--on-duplicate=Refuse", "--on-duplicate: expected one of refuse, replace, got 'Refuse'"),
-        ("--host=", "--host: expected a text that is not empty, got ''"),
+        ("--host=", "--host: expected a text that is not empty, got ['']"),
         ("--ping-interval=1e-6", "--ping-interval: expected 0 or a number >= 0.01, got '1e-6'"),
         ("--notification-interval=0.009", "--notification-interval: expected 0 or a number >= 0.01, got '0.009'"),
         ("--history-ttl=1e-6", "--history-ttl: expected a number >= 0.01, got '1e-6'"),
@@ -182,6 +182,8 @@ def test_a_store_that_cannot_be_used_stops_the_start_with_one_line(store: str, w
         {"port": b"8000"},
         {"debug": 1},
         {"host": None},
+        {"host": "127.0.0.1"},
+        {"host": ()},
         {"log_level": 5},
         {"ping_timeout": "60"},
         {"loop": []},
@@ -195,6 +197,16 @@ def test_a_bad_setting_of_a_program_is_named(bad: dict[str, Any]) -> None:
     """A host gets one kind of error, when it makes the settings."""
     with pytest.raises(SettingsError, match=f"^{next(iter(bad))}: expected .*, got "):
         Settings(**bad)
+
+
+ONE_VALUE = [name for name in Settings.__struct_fields__ if not isinstance(getattr(Settings(), name), bool | tuple)]
+
+
+@pytest.mark.parametrize("name", ONE_VALUE)
+def test_a_second_value_is_refused(name: str) -> None:
+    """The first would be ignored in silence; the line names the flag, and the exit status is 2."""
+    ended = call(flag(name), "1", f"{flag(name)}=1")
+    assert ended == (2, "", f"notifyd: {flag(name)}: expected one value, got several (--help shows every flag)\n")
 
 
 # Flags and variables.
@@ -300,7 +312,8 @@ def test_ipv6_is_served(start_server: StartServer) -> None:
 @pytest.mark.parametrize("ping_interval", [30, 0])
 def test_the_kernel_drops_a_peer_that_takes_nothing(ping_interval: int) -> None:
     """A little after the ping would have, and where there are no pings, too."""
-    with bind(Settings(ping_interval=ping_interval, ping_timeout=7), "127.0.0.1", 0) as listener:
+    [listener] = bind(Settings(ping_interval=ping_interval, ping_timeout=7), ["127.0.0.1"], 0)
+    with listener:
         assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 12_000
 
 
