@@ -26,6 +26,8 @@ from log import payloads
 
 # In scope["extensions"] of a WebSocket: its Connection, ready for the Hub.
 WIRE_EXTENSION = "notifyd.wire"
+# In the scope, where addresses are limited: the address or network that a request or client counts for.
+SUBSCRIBER = "notifyd.subscriber"
 # In scope["extensions"] of a request: a Stream whose response has begun calls it with itself and the part of the body
 # that it sent last. It returns a Pipe, or None where that part has not reached the wire as it was: then a middleware of
 # the host changes or delays the response.

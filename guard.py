@@ -25,7 +25,7 @@ from typing import NamedTuple
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from answers import refuse
-from connection import WIRE_EXTENSION
+from connection import SUBSCRIBER, WIRE_EXTENSION
 from errors import Forbidden, InvalidRequest, NotifydError, RateExceeded, StoreUnavailable
 from settings import Settings, is_origin, normal_origin
 from store import SECOND, Buckets, Draw, Rate, Store
@@ -47,6 +47,8 @@ UNIX = "unix"
 # No address with its port is longer. So the cache of addresses keeps no invented text of any size.
 MAX_ADDRESS_LENGTH = 64
 
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
 Headers = list[tuple[bytes, bytes]]
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _ANSWERS = ("http.response.start", "websocket.accept", "websocket.http.response.start")
@@ -59,6 +61,7 @@ class Guard:
         self._app = app
         uses_addresses = settings.rate_limit or settings.trusted_proxies or settings.max_connections_per_ip
         self._proxies = Proxies(settings.trusted_proxies) if uses_addresses else None
+        self._ipv6_prefix = settings.ipv6_prefix
         self._limiter = Limiter(store) if settings.rate_limit else None
         self._origins = Origins(settings.allow_origin)
 
@@ -69,7 +72,7 @@ class Guard:
         if scope["path"].endswith("/"):
             _drop_added_slash(scope)
         if self._proxies is not None:
-            _locate(scope, self._proxies)
+            _locate(scope, self._proxies, self._ipv6_prefix)
         headers: Headers = []
         refusal: NotifydError | None = None
         if self._limiter is not None and scope["path"].removeprefix(scope.get("root_path", "")) not in EXEMPT:
@@ -157,12 +160,27 @@ class Proxies:
         return any(address in network for network in self._networks)
 
 
-def _locate(scope: Scope, proxies: Proxies) -> None:
-    """Put the client's own address into the scope, for the limit of connections and for logs."""
+def _locate(scope: Scope, proxies: Proxies, ipv6_prefix: int) -> None:
+    """Put the client's own address into the scope, for logs, and the subscriber that its limits count for."""
     peer = (scope.get("client") or ("",))[0]
     address = proxies.address_of(peer or UNIX, scope["headers"])
     if address != peer:
         scope["client"] = (address, 0)
+    scope[SUBSCRIBER] = subscriber(address, ipv6_prefix)
+
+
+@functools.lru_cache(4096)
+def subscriber(address: str, ipv6_prefix: int) -> str:
+    """Return the text that stands for the subscriber of an address: itself, or the network that IPv6 gives to each.
+
+    On the link and on the host itself every address is a machine, and behind NAT64 (RFC 6052) an IPv4 subscriber.
+    """
+    parsed = _parsed(address)
+    if isinstance(parsed, ipaddress.IPv6Address) and parsed in _NAT64:
+        return str(ipaddress.IPv4Address(int(parsed) & 0xFFFF_FFFF))
+    if not isinstance(parsed, ipaddress.IPv6Address) or parsed.is_link_local or parsed.is_loopback:
+        return str(parsed or address)
+    return str(ipaddress.IPv6Network((parsed, ipv6_prefix), strict=False)).removesuffix("/128")
 
 
 # Called for each request: parsing an address takes about 10 us, finding it here less than 1 us.
@@ -186,7 +204,7 @@ def _parsed(text: str) -> Address | None:
 
 
 class Limiter:
-    """Two buckets for each address: one for handshakes, one for requests."""
+    """Two buckets for each subscriber: one for handshakes, one for requests."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -195,11 +213,11 @@ class Limiter:
         self._log = RefusalLog("The address %s sends too many %s and is refused")
 
     async def draw(self, scope: Scope, headers: Headers) -> RateExceeded | None:
-        """Take one request out of the bucket of the scope's address, and add the headers that tell about the bucket.
+        """Take one request out of the bucket of the scope's subscriber, and add the headers that tell about the bucket.
 
         Returns the refusal where the bucket is empty.
         """
-        kind, address = scope["type"], scope["client"][0]
+        kind, address = scope["type"], scope[SUBSCRIBER]
         rate, counted = (HANDSHAKES, "handshakes") if kind == "websocket" else (REQUESTS, "requests")
         drawn = await self._draw(f"{kind} {address}", rate)
         # Requests a second, whole requests left now, and the Unix second at which the bucket is full.

@@ -27,7 +27,7 @@ import figures
 import schemas
 from admission import Newcomer
 from answers import Endpoint, Handler, ReceiveError, Right, Socket, answer, known, refuse_handshake
-from connection import WIRE_EXTENSION, EventStream, SendConnection, WebSocket, WebSocketCarrier
+from connection import SUBSCRIBER, WIRE_EXTENSION, EventStream, SendConnection, WebSocket, WebSocketCarrier
 from errors import (
     InvalidRequest,
     NotifydError,
@@ -329,7 +329,7 @@ def _newcomer(scope: Scope, query: Query, since: str | None, identity: Identity 
         topics=query.topics(),
         user_agent=user_agent and user_agent[:MAX_USER_AGENT],
         identity=identity,
-        address=(scope.get("client") or ("",))[0],
+        address=scope.get(SUBSCRIBER, ""),
     )
 
 

@@ -132,7 +132,7 @@ def test_the_readme_has_every_setting_with_its_default() -> None:
 def test_no_page_names_a_setting_that_does_not_exist(page: str) -> None:
     """Every flag and every variable in the text is one of the settings'."""
     known = {name.replace("_", "-") for name in settings.Settings.__struct_fields__} | {"help", "version"}
-    named = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", PAGES[page])) - FOREIGN_FLAGS
+    named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]+)", PAGES[page])) - FOREIGN_FLAGS
     named |= {name.lower().replace("_", "-") for name in re.findall(r"NOTIFYD_([A-Z]\w*)", PAGES[page])}
     assert named <= known
 

@@ -37,7 +37,8 @@ ADDRESSES = itertools.count(1)
 class Nginx:
     """An nginx with deploy/nginx.conf, with other paths, ports and address only."""
 
-    def __init__(self, directory: Path, upstream: int) -> None:
+    def __init__(self, directory: Path, upstream: int, *, more: str = "") -> None:
+        """`more`: directives for its http block."""
         self.directory = directory
         self.port, plain = free_port(), free_port()
         self.plain_url, self.url = f"http://127.0.0.1:{plain}", f"https://127.0.0.1:{self.port}"
@@ -57,6 +58,7 @@ class Nginx:
         ):
             assert ours in text, ours
             text = text.replace(ours, theirs)
+        text = text.replace("http {\n", f"http {{\n{more}\n", 1)
         text, listeners = re.subn(r"\n *listen \[::\].*", "", text)
         assert listeners == 2  # Not every machine has IPv6.
         (directory / "nginx.conf").write_text(text)
@@ -182,6 +184,21 @@ def test_the_limits_are_the_servers() -> None:
     found = {zone: (int(rates[zone]), int(bursts[zone]) + 1) for zone in rates}
     stated = {"handshakes": HANDSHAKES, "requests": REQUESTS}
     assert found == {zone: (rate.per_second, rate.burst) for zone, rate in stated.items()}
+
+
+def test_an_ipv6_network_is_one_subscriber(start_server: StartServer, tmp_path: Path) -> None:
+    """Its addresses share a bucket, and another network has its own. A header stands for real addresses here."""
+    proxy = Nginx(tmp_path, start_server().port, more="set_real_ip_from 127.0.0.1; real_ip_header X-Real;")
+
+    def status(address: str) -> int:
+        return proxy.http.get("/metrics", headers={"X-Real": address}).status_code
+
+    try:
+        assert any(status(f"2001:db8:a:a0a:{number:x}::{number:x}") == 429 for number in range(1, 400))
+        assert status("2001:db8:a:b0a::1") == status("192.0.2.1") == 200
+        assert {status(f"192.0.2.{number}") for number in range(2, 40)} == {200}
+    finally:
+        proxy.close()
 
 
 @pytest.mark.parametrize("ask", ["get", "knock"])

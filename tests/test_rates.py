@@ -11,10 +11,11 @@ import httpx
 import pytest
 from conftest import StartServer
 from expected import http_error, parse
-from processes import QUIET, Server, eventually
+from processes import QUIET, Server, eventually, worker_count
 from websockets.exceptions import InvalidStatus
 
-from guard import Proxies
+from guard import Proxies, subscriber
+from settings import Settings, SettingsError
 from store import SECOND, Buckets, Rate, draw
 
 HANDSHAKES, REQUESTS = (5, 10), (10, 20)
@@ -320,6 +321,79 @@ def test_a_proxy_may_come_through_a_unix_socket() -> None:
     headers = [(b"x-forwarded-for", b"6.6.6.6, 203.0.113.1")]
     assert Proxies(["unix"]).address_of("unix", headers) == "203.0.113.1"
     assert Proxies(["unix"]).address_of("127.0.0.1", headers) == "127.0.0.1"
+
+
+# An IPv6 subscriber has a whole network.
+
+
+@pytest.mark.parametrize(
+    ("address", "prefix", "name"),
+    [
+        ("203.0.113.1", 64, "203.0.113.1"),
+        ("2001:db8:1:2:3:4:5:6", 64, "2001:db8:1:2::/64"),
+        ("2001:DB8:1:2::", 64, "2001:db8:1:2::/64"),
+        ("2001:db8:1:2ff::1", 56, "2001:db8:1:200::/56"),
+        ("2001:db8:1:2::1", 128, "2001:db8:1:2::1"),
+        ("::ffff:203.0.113.1", 64, "203.0.113.1"),
+        ("64:ff9b::203.0.113.1", 64, "203.0.113.1"),
+        ("fe80::1%eth0", 64, "fe80::1"),
+        ("::1", 64, "::1"),
+        ("unix", 64, "unix"),
+        ("testclient", 64, "testclient"),
+        ("", 64, ""),
+    ],
+)
+def test_an_ipv6_network_is_one_subscriber(address: str, prefix: int, name: str) -> None:
+    """Not on the link, where each address is a machine, nor behind NAT64, where each is an IPv4 subscriber."""
+    assert subscriber(address, prefix) == name
+
+
+def of_network(network: str, count: int) -> Iterator[dict[str, str]]:
+    """Yield the headers of requests from so many addresses of a network."""
+    for number in range(1, count + 1):
+        yield {"X-Forwarded-For": f"{network}{number:x}:{number}::{number}"}
+
+
+def test_a_network_has_one_bucket(start_server: StartServer) -> None:
+    """Another address of the network is refused, another network is not; one warning names the network."""
+    server = start_server("--rate-limit", "--trusted-proxies", "127.0.0.1")
+    addresses = of_network("2001:db8:1:2:", 400)
+    assert any(server.get("/notifications", headers=headers).status_code == 429 for headers in addresses)
+    assert any(knock(server, **headers).status_code == 429 for headers in addresses)
+    assert server.get("/status", headers={"X-Forwarded-For": "2001:db8:1:3::1"}).status_code == 200
+    server.signal()
+    server.wait_for_line("Shutting down")
+    warnings = [line.partition("WARNING ")[2] for line in server.stderr if "WARNING" in line]
+    assert set(warnings) == {"The address 2001:db8:1:2::/64 sends too many requests and is refused"}
+    assert len(warnings) <= worker_count()
+
+
+def test_a_network_has_so_many_clients_and_no_more(start_server: StartServer) -> None:
+    """WebSockets and streams of all its addresses together."""
+    server = start_server("--max-connections-per-ip", "2", "--trusted-proxies", "127.0.0.0/8")
+    one, two, three, four = of_network("2001:db8:1:2:", 4)
+    assert knock(server, **one).status_code == 101
+    with server.http.stream("GET", "/events", headers=two) as stream:
+        assert stream.status_code == 200
+        assert knock(server, **three).status_code == 429
+        assert server.get("/events", headers=four).status_code == 429
+        assert knock(server, **{"X-Forwarded-For": "2001:db8:1:3::1"}).status_code == 101
+
+
+def test_the_length_of_the_prefix_is_a_setting(start_server: StartServer) -> None:
+    """With 128 bits every address counts by itself."""
+    flags = ("--rate-limit", "--max-connections-per-ip", "1", "--trusted-proxies", "127.0.0.1", "--ipv6-prefix", "128")
+    server = start_server(*flags)
+    for headers in of_network("2001:db8:1:2:", 9):
+        assert limits(server.get("/status", headers=headers).headers)[:2] == (10, 19)
+        assert knock(server, **headers).status_code == 101
+
+
+@pytest.mark.parametrize("value", [0, 129, "64"])
+def test_a_prefix_has_1_to_128_bits(value: object) -> None:
+    """0 would make one subscriber of all."""
+    with pytest.raises(SettingsError, match="ipv6_prefix: expected an integer"):
+        Settings(ipv6_prefix=value)  # type: ignore[arg-type]
 
 
 # Connections of one address.
