@@ -9,12 +9,13 @@ host. Tokens are read by guard_tokens.py, imported only when the settings ask fo
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import ipaddress
 import stat
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,11 +69,11 @@ class KeysAndTokens:
 
     def __init__(self, keys: Iterable[tuple[str, str]], tokens: Tokens | None = None) -> None:
         """`keys`: name and secret."""
-        self._keys = [(name, _digest(secret)) for name, secret in keys]
+        self._keys = {name: (_digest(secret), _digest(f"{name}:{secret}")) for name, secret in keys}
         self._tokens = tokens
 
     async def find(self, conn: HTTPConnection) -> Identity | None:
-        if (token := _credentials(conn)) is None:
+        if (token := _credentials(conn, self._keys)) is None:
             return LISTENER if self._tokens is None else None
         if self.holder(token) is not None:
             return KEY_HOLDER
@@ -80,13 +81,14 @@ class KeysAndTokens:
             raise Unauthorized("Invalid token")
         return await self._tokens.identity(token)
 
-    def holder(self, secret: str) -> str | None:
-        """Return the name of the key with this secret."""
-        shown, holder = _digest(secret), None
+    def holder(self, shown: str) -> str | None:
+        """Return the name of the key with this SECRET or NAME:SECRET."""
+        digest, holder = _digest(shown), None
         # Compare with all of them: the time until the answer reveals no match.
-        for name, digest in self._keys:
-            if hmac.compare_digest(digest, shown):
-                holder = name
+        for name, forms in self._keys.items():
+            for form in forms:
+                if hmac.compare_digest(form, digest):
+                    holder = name
         return holder
 
 
@@ -94,17 +96,28 @@ def _digest(secret: str) -> bytes:
     return hashlib.sha256(secret.encode(errors="surrogatepass")).digest()
 
 
-def _credentials(conn: HTTPConnection) -> str | None:
-    """Return the key or token of a request; of several the first in this order."""
+def _credentials(conn: HTTPConnection, names: Container[str]) -> str | None:
+    """Return the key or token of a request; of several the first in this order. `names`: those of the keys."""
     if (key := conn.headers.get("x-api-key")) is not None:
         return key
     scheme, _, token = conn.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return token.strip()
+    # A name that no key has is for a proxy in front, which has passwords of its own.
+    if scheme.lower() == "basic" and (pair := _pair(token)).partition(":")[0] in names:
+        return pair
     offered: list[str] = conn.scope.get("subprotocols") or []
     if SUBPROTOCOL in offered[:-1]:
         return offered[offered.index(SUBPROTOCOL) + 1]
     return conn.query_params.get("token") or None
+
+
+def _pair(text: str) -> str:
+    """Return the NAME:SECRET of the scheme Basic (RFC 7617), empty for other texts."""
+    try:
+        return base64.b64decode(text.strip(), validate=True).decode()
+    except ValueError:
+        return ""
 
 
 # --- a host's own backend

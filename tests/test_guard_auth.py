@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hmac
 import re
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from carriers import first_quick, granian, host, hypercorn, uvicorn
 from conftest import StartServer
 from credentials import SECRET, bearer, part, token, unsigned
 from expected import TIME, Like, Record, http_error, notification, parse, welcome, ws_error
-from processes import QUIET, ROOT, Server, call, environment, eventually, free_port, node_with
+from processes import QUIET, ROOT, Server, call, environment, eventually, free_port, node_with, program
 from starlette.authentication import AuthCredentials, AuthenticationBackend, BaseUser, SimpleUser
 from starlette.requests import HTTPConnection
 from starlette.routing import Route
@@ -97,7 +99,10 @@ def test_a_key_is_needed_to_publish(keyed: Server, path: str, body: object, head
     assert client.receive()["type"] == "pong"
 
 
-@pytest.mark.parametrize("shown", [KEY[:-1], KEY + "x", KEY.upper(), "", "ci", f"ci:{KEY}", "é"])
+@pytest.mark.parametrize(
+    "shown",
+    [KEY[:-1], KEY + "x", KEY.upper(), "", "ci", "é", f"ops:{KEY}", f":{KEY}", f"CI:{KEY}", f"ci:{KEY}x", f"ci: {KEY}"],
+)
 @pytest.mark.parametrize("path", ["/status", "/events"])
 def test_a_wrong_key_is_refused(keyed: Server, shown: str, path: str) -> None:
     """A wrong key is refused on open routes too: its owner should notice."""
@@ -123,10 +128,59 @@ def test_health_is_always_open(request: pytest.FixtureRequest, server_name: str)
     assert server.get("/nowhere").status_code == 404
 
 
-def test_another_scheme_is_not_ours(keyed: Server) -> None:
-    """A proxy may have a password of its own."""
-    assert keyed.get("/status", headers={"Authorization": "Basic Y2k6eA=="}).status_code == 401
-    assert keyed.connect(additional_headers={"Authorization": "Basic Y2k6eA=="}).receive()["type"] == "welcome"
+def basic(pair: str) -> dict[str, str]:
+    return {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}
+
+
+@pytest.mark.parametrize("server_name", ["keyed", "signed"])
+@pytest.mark.parametrize("path", ADMIN_PATHS)
+@pytest.mark.parametrize("headers", [{"X-API-Key": f"ci:{KEY}"}, basic(f"ci:{KEY}"), bearer(f"ci:{KEY}")])
+def test_a_key_may_come_with_its_name(
+    request: pytest.FixtureRequest, server_name: str, path: str, headers: dict[str, str]
+) -> None:
+    """A key is copied from the file as it stands there, or given to a tool that knows nothing but Basic."""
+    server: Server = request.getfixturevalue(server_name)
+    assert server.get(path, headers=headers).status_code == 200
+    assert server.request("POST", "/notify", json={"message": "hi"}, headers=headers).status_code == 200
+    assert server.connect(additional_headers=headers).receive()["type"] == "welcome"
+
+
+@pytest.mark.parametrize("pair", ["ci:wrong", f"ci:{OTHER_KEY}", "ci:", "ci", f"ci:{KEY} "])
+@pytest.mark.parametrize("path", ["/status", "/events"])
+def test_a_wrong_secret_in_basic_is_refused(keyed: Server, pair: str, path: str) -> None:
+    """The name is that of a key, so the secret is meant for this server."""
+    refused = keyed.get(path, headers=basic(pair))
+    assert (refused.status_code, parse(refused.content)) == (401, http_error("application", INVALID))
+
+
+def test_the_name_must_match(keyed: Server) -> None:
+    """A secret with another key's name is wrong, with the name of no key it is nothing."""
+    for name, reason in (("ops", INVALID), ("other", NEEDED), ("", NEEDED)):
+        refused = keyed.request("POST", "/notify", json={"message": "hi"}, headers=basic(f"{name}:{KEY}"))
+        assert (refused.status_code, parse(refused.content)) == (401, http_error("application", reason))
+
+
+def test_curl_and_urllib_know_basic(keyed: Server) -> None:
+    """With -u, and with a URL that has the key."""
+    target = f"{keyed.url}/notify"
+    for arguments in (["-u", f"ci:{KEY}", target], [target.replace("//", f"//ci:{KEY}@")]):
+        command = [program("curl"), "-sS", "--noproxy", "*", "-d", '{"message": "hi"}', *arguments]
+        assert b'"success"' in subprocess.run(command, capture_output=True, check=True).stdout
+    asked = urllib.request.Request(f"{keyed.url}/status", headers=basic(f"ops:{OTHER_KEY}"))
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked) as answer:
+        assert answer.status == 200
+
+
+@pytest.mark.parametrize(
+    "shown", ["Basic cHJveHk6eA==", "Basic ???", "Basic", "Basic Y2k", 'Digest username="ci"', "x"]
+)
+def test_the_password_of_a_proxy_is_not_ours(keyed: Server, signed: Server, shown: str) -> None:
+    """It counts as none: everybody may still listen, and a token in the URL still counts."""
+    header = {"Authorization": shown}
+    assert keyed.get("/status", headers=header).status_code == 401
+    assert keyed.connect(additional_headers=header).receive()["type"] == "welcome"
+    client = signed.connect(query=f"token={token(sub='alice')}", additional_headers=header)
+    assert client.receive() == welcome("alice")
 
 
 def test_an_unknown_sender_is_refused_before_its_body(keyed: Server) -> None:
@@ -756,8 +810,8 @@ def test_every_key_is_compared_even_after_a_match(monkeypatch: pytest.MonkeyPatc
     original = hmac.compare_digest
     monkeypatch.setattr(hmac, "compare_digest", lambda *pair: compared.append(pair) or original(*pair))
     keys = KeysAndTokens([("a", "one"), ("b", "two"), ("c", "three")])
-    assert [keys.holder(shown) for shown in ("one", "three", "four")] == ["a", "c", None]
-    assert [len(one) for pair in compared for one in pair] == [32] * 18
+    assert [keys.holder(shown) for shown in ("one", "c:three", "four")] == ["a", "c", None]
+    assert [len(one) for pair in compared for one in pair] == [32] * 36
 
 
 def test_authentication_is_imported_only_where_it_is_used() -> None:
