@@ -9,8 +9,9 @@ The variable TOKEN has the API key or token, if the server asks for one. In a pr
     with Notifyd("http://localhost:8000") as notifyd:
         notifyd.notify("disk full", "alert", {"priority": "high"})
 
-It retries for about half a minute while the server is restarting, away or too busy. Each publish carries a key of its
-own (`Idempotency-Key`), so that a retry after a lost answer does not publish twice.
+It retries for about half a minute while the server or a proxy is restarting, away or too busy, and longer where the
+answer says so (`Retry-After`). Each publish carries a key of its own (`Idempotency-Key`), so that a retry after a lost
+answer does not publish twice.
 """
 
 import argparse
@@ -20,16 +21,18 @@ import random
 import time
 import uuid
 from collections.abc import Sequence
+from email.utils import parsedate_to_datetime
 from typing import Any, Self
 
 import httpx
 
 BASE_SECONDS = 0.5  # the first delay is at most this; each failure doubles it
 CAP_SECONDS = 10.0
+LONGEST_RETRY_AFTER = 120.0
 TIMEOUT = httpx.Timeout(5.0)
 ATTEMPTS = 8
-BUSY = (429, 503)
-LOST = (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError)
+BUSY = (408, 429, 502, 503, 504)
+LOST = (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError, httpx.ProxyError)
 
 
 class NotifydError(Exception):
@@ -55,9 +58,13 @@ def body_of(response: httpx.Response) -> dict[str, Any]:
 
 
 def retry_after(response: httpx.Response) -> float:
-    """Return the seconds that the server asks to wait, within reason."""
-    seconds = response.headers.get("Retry-After", "")
-    return min(float(seconds), CAP_SECONDS) if seconds.isdecimal() else 0.0
+    """Return the seconds that the answer asks to wait (RFC 9110, section 10.2.3: a number or a date), within reason."""
+    given = response.headers.get("Retry-After", "")
+    try:
+        seconds = int(given) if given.isdecimal() else parsedate_to_datetime(given).timestamp() - time.time()
+    except ValueError:
+        return 0.0
+    return float(min(max(seconds, 0), LONGEST_RETRY_AFTER))
 
 
 def backoff(failures: int, base: float = BASE_SECONDS, cap: float = CAP_SECONDS) -> float:

@@ -12,6 +12,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
@@ -660,6 +662,69 @@ def test_gives_each_publish_a_key_of_its_own(publisher: Publisher) -> None:
     assert len(set(server.keys)) == 3 and server.keys[2] == "order-1"
 
 
+@pytest.mark.parametrize("status", [408, 429, 502, 503, 504])
+def test_tries_again_after_an_answer_that_may_change(publisher: Publisher, status: int) -> None:
+    """The server's own answer, or the page of a proxy in front."""
+    notifyd, server = publisher(Reply(status, b"<h1>Later</h1>"), Reply(status, BUSY.body), SENT)
+    assert notifyd.notify("once")["recipients"] == 3
+    assert len(server.keys) == 3 and len(set(server.keys)) == 1 and server.keys[0]
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 413, 415, 422, 500, 501, 505])
+def test_does_not_try_again_after_another_answer(publisher: Publisher, status: int) -> None:
+    notifyd, server = publisher(Reply(status, b"<h1>No</h1>"), SENT)
+    with pytest.raises(publish.NotifydError, match=f"^{status} "):
+        notifyd.notify("once")
+    assert len(server.keys) == 1
+
+
+def test_tries_again_after_every_network_error(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server is not there, resets, or falls silent; the key stays the same."""
+    notifyd, server = publisher(SENT)
+    errors = [httpx.ConnectError, httpx.ReadError, httpx.WriteError, httpx.CloseError, httpx.RemoteProtocolError]
+    errors += [httpx.ConnectTimeout, httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout, httpx.ProxyError]
+    notifyd._attempts, left, original = len(errors) + 1, iter(errors), httpx.Client.request
+    keys = set()
+
+    def request(*arguments: Any, **options: Any) -> httpx.Response:
+        keys.add(options["headers"]["Idempotency-Key"])
+        if (error := next(left, None)) is not None:
+            raise error("lost")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(httpx.Client, "request", request)
+    assert notifyd.notify("once")["recipients"] == 3
+    assert keys == set(server.keys)
+
+
+def test_tries_again_where_nobody_listens(waits: list[float]) -> None:
+    with pytest.raises(httpx.ConnectError):
+        publish.Notifyd(f"http://127.0.0.1:{free_port()}", attempts=3).notify("in vain")
+    assert len(waits) == 2
+
+
+@pytest.mark.parametrize(
+    ("header", "least", "most"),
+    [
+        ("3", 3, 3),
+        ("60", 60, 60),
+        ("9" * 5000, 0, 120),
+        ("99999", 120, 120),
+        ("0", 0, 0),
+        ("soon", 0, 0),
+        ("-5", 0, 0),
+        ("3.5", 0, 0),
+        ("", 0, 0),
+        ("Fri, 31 Dec 1999 23:59:59 GMT", 0, 0),
+        ("Fri, 31 Dec 2199 23:59:59 GMT", 120, 120),
+        (format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True), 1, 100),
+    ],
+)
+def test_retry_after_is_a_number_or_a_date(header: str, least: float, most: float) -> None:
+    """Both forms count, up to two minutes."""
+    assert least <= publish.retry_after(httpx.Response(503, headers={"Retry-After": header})) <= most
+
+
 def test_waits_as_long_as_the_server_asks(publisher: Publisher, waits: list[float]) -> None:
     notifyd, _ = publisher(BUSY._replace(status=429, headers=(("Retry-After", "3"),)), SENT)
     notifyd.notify("patience")
@@ -688,7 +753,7 @@ def test_does_not_repeat_a_refused_request(publisher: Publisher) -> None:
 
 
 def test_shows_an_error_that_a_proxy_made_up(publisher: Publisher) -> None:
-    notifyd, _ = publisher(Reply(502, b"<h1>Bad Gateway</h1>"))
+    notifyd, _ = publisher(Reply(502, b"<h1>Bad Gateway</h1>"), attempts=1)
     with pytest.raises(publish.NotifydError, match="502 Bad Gateway"):
         notifyd.status()
 
