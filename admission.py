@@ -151,10 +151,10 @@ class Admission:
             position = await self._hub.store.admit(client_id, newcomer.topics, newcomer.address)
             try:
                 self._check_open(connection)
+                return self._join(connection, newcomer, position)
             except BaseException:
-                self._hub.store.leave(client_id)
+                self._withdraw(client_id)
                 raise
-            return self._join(connection, newcomer, position)
         finally:
             del self._claims[client_id]
             # Gone already if the Hub has left the event loop of this newcomer.
@@ -184,6 +184,13 @@ class Admission:
         return client
 
     # --- out
+
+    def _withdraw(self, client_id: str) -> None:
+        """Undo a registration whose newcomer is not, or only half, a client."""
+        if (client := self._hub.clients.get(client_id)) is not None:
+            self.leave(client)
+        else:
+            self._hub.store.leave(client_id)
 
     def dismiss(self, client: Client, code: int, reason: str) -> None:
         """Take a client out of the directory, then close its connection."""

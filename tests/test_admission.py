@@ -11,7 +11,7 @@ import pytest
 from virtual import FakeConnection, VirtualLoop
 
 from admission import Newcomer
-from connection import ConnectionState
+from connection import ConnectionState, Receiver
 from errors import ConnectionRefused, NotifydError, ShuttingDown
 from hub import Hub, HubState
 from settings import Settings
@@ -104,6 +104,22 @@ def test_a_drain_that_begins_while_a_newcomer_is_registered_refuses_it(loop: Vir
         assert isinstance(await outcome(admission), ShuttingDown)
         await drain
         assert (store_of(hub).registered, len(hub.clients), connection.messages) == ([], 0, [])
+
+    loop.run_until_complete(scenario())
+
+
+def test_a_newcomer_whose_connection_fails_is_unregistered(loop: VirtualLoop, hub: Hub) -> None:
+    """An unexpected error of its connection leaves nothing in the registry or the directory, and the id is free."""
+
+    class Broken(FakeConnection):
+        def accept(self, receiver: Receiver, greeting: bytes) -> None:
+            raise RuntimeError("broken")
+
+    async def scenario() -> None:
+        with pytest.raises(RuntimeError, match="broken"):
+            await hub.admit(Broken(), Newcomer("ann", topics=["red"]))
+        assert (store_of(hub).registered, len(hub.clients), hub.admission.empty.is_set()) == ([], 0, True)
+        await hub.admit(FakeConnection(), Newcomer("ann"))
 
     loop.run_until_complete(scenario())
 
