@@ -174,11 +174,15 @@ class Hub:
         """Announce the shutdown, wait until the clients have left or shutdown_timeout is over, close the rest.
 
         Only this process's clients; processes of one `host` that drain together announce it once. Cancelled, it closes
-        the clients at once. Returns when the closes are sent: wait_closed() waits for the peers' answers.
+        the clients at once. Returns when the closes are sent: wait_closed() waits for the peers' answers. A call while
+        the Hub drains or stops only waits for that end.
         """
         await self.start()
-        self._become(HubState.DRAINING)
-        await Drain(self).run(host)
+        if self.is_ready:
+            self._become(HubState.DRAINING)
+            await Drain(self).run(host)
+        else:
+            await self.admission.empty.wait()
 
     async def wait_closed(self) -> None:
         """Wait until the connections of all dismissed clients have ended, for as long as a close takes at most."""

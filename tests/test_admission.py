@@ -217,6 +217,25 @@ def test_a_drain_that_is_cancelled_while_the_store_is_slow_closes_every_client(l
     assert loop.run_until_complete(scenario()).goodbye == (1001, "Server shutting down")
 
 
+def test_a_second_drain_waits_for_the_first(loop: VirtualLoop, hub: Hub) -> None:
+    """A host that drains by itself may do so beside a signal; the clients are told once and closed at one deadline."""
+
+    async def scenario() -> FakeConnection:
+        connection, began = FakeConnection(), loop.time()
+        await hub.admit(connection, Newcomer("ann"))
+        first = asyncio.ensure_future(hub.drain())
+        await asyncio.sleep(1)
+        await hub.drain()
+        assert connection.goodbye is not None and loop.time() - began == pytest.approx(10, abs=0.5)
+        await first
+        await hub.drain()
+        await asyncio.gather(hub.stop(), hub.drain())
+        return connection
+
+    types = [message["type"] for message in loop.run_until_complete(scenario()).messages]
+    assert types == ["welcome", "system", "shutdown"]
+
+
 def test_background_work_that_fails_is_started_again(
     loop: VirtualLoop, hub: Hub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
