@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from census import ANSWER_SECONDS
 from clients import Client
 from connection import Connection, ConnectionState
 from errors import ConnectionRefused, DuplicateClient, InvalidRequest, ShuttingDown
-from guard_identity import Identity
+from guard_identity import Identity, origin_of
 from heartbeat import PROBE_SECONDS
 from log import frame
 from schemas import INTERNAL_ERROR, POLICY_VIOLATION, encode, timestamp
@@ -35,6 +36,8 @@ from store import ClientIdTaken
 
 if TYPE_CHECKING:
     from hub import Hub
+
+logger = logging.getLogger("notifyd")
 
 
 class Newcomer(Struct, frozen=True):
@@ -48,7 +51,9 @@ class Newcomer(Struct, frozen=True):
     user_agent: str | None = None
     # None without authentication.
     identity: Identity | None = None
+    # The subscriber whose limit it counts for, empty without limits, and the peer's own address.
     address: str = ""
+    peer: str = ""
 
     def checked(self) -> Newcomer:
         """Return the request with a client_id, and every value in the form that is kept.
@@ -65,7 +70,7 @@ class Newcomer(Struct, frozen=True):
         topics = schemas.topics_of(self.topics)
         if identity is not None:
             identity.check_topics(topics)
-        return Newcomer(client_id, since, topics, self.user_agent, identity, self.address)
+        return Newcomer(client_id, since, topics, self.user_agent, identity, self.address, self.peer)
 
 
 class Admission:
@@ -175,6 +180,9 @@ class Admission:
         welcome = schemas.Welcome(
             client_id=client.client_id, server_time=timestamp(), notification_interval=self._notification_interval
         )
+        if logger.isEnabledFor(logging.DEBUG):
+            source = origin_of(newcomer.peer, newcomer.identity)
+            logger.debug("Client %s has connected from %s", client.client_id, source)
         greeting = frame(encode(welcome))
         if newcomer.since is not None:
             greeting += frame(encode(schemas.Resume(timestamp=timestamp(), data=resume)))

@@ -46,6 +46,7 @@ class Client:
         "heard_at",
         "identity",
         "owns_pending",
+        "peer",
         "pending",
         "phase",
         "speaks",
@@ -59,6 +60,8 @@ class Client:
         self.client_id = newcomer.client_id
         self.user_agent = newcomer.user_agent
         self.address = newcomer.address
+        # For the log, where the client may renew a token.
+        self.peer = newcomer.peer if hub.renew is not None else ""
         # None without authentication.
         self.identity = newcomer.identity
         self.cursor = 0

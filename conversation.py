@@ -34,8 +34,8 @@ logger = logging.getLogger("notifyd.conversation")
 # The answers that a client may leave unread; with more it is closed. A client that reads never comes near.
 UNREAD_BYTES = 1_048_576
 
-# From a token to its rights. Raises a NotifydError.
-Renew = Callable[[str], Awaitable[Identity]]
+# From a token, and the address that has sent it, to its rights. Raises a NotifydError.
+Renew = Callable[[str, str], Awaitable[Identity]]
 # Finds an answer that has to wait for the store. May raise a NotifydError.
 Work = Callable[[], Awaitable[Struct]]
 
@@ -152,7 +152,7 @@ class Conversation:
 
     async def _authenticate(self, client: Client, token: str) -> schemas.Authenticated:
         assert self._hub.renew is not None, "auth is an unknown type then"
-        identity = await self._hub.renew(token)
+        identity = await self._hub.renew(token, client.peer)
         if client in self._clients:
             self._hub.expiring.renew(client, identity)
         until = None if identity.expires_at is None else timestamp(identity.expires_at)

@@ -13,9 +13,7 @@ Owns the trusted proxies, the rates, the allowed origins, and the headers that r
 
 from __future__ import annotations
 
-import functools
 import ipaddress
-import logging
 import math
 import re
 import time
@@ -27,10 +25,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from answers import refuse
 from connection import SUBSCRIBER, WIRE_EXTENSION
 from errors import Forbidden, InvalidRequest, NotifydError, RateExceeded, StoreUnavailable
+from guard_peers import MAX_ADDRESS_LENGTH, UNIX, Address, RefusalLog, parsed, subscriber
 from settings import Settings, is_origin, normal_origin
 from store import SECOND, Buckets, Draw, Rate, Store
-
-logger = logging.getLogger("notifyd.guard")
 
 HANDSHAKES, REQUESTS = Rate(5, 10), Rate(10, 20)
 EXEMPT = ("/health", "/health/live")
@@ -39,18 +36,9 @@ EXPOSED = (
     b"Accept-Encoding, Allow, Idempotent-Replayed, Notification-Id, Retry-After, Upgrade, WWW-Authenticate, "
     b"X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset"
 )
-# A warning names a refused origin or address once in this time, and a limited number of them: anyone can invent more.
-WARN_SECONDS = 60.0
-MAX_WARNED = 100
-# The address of a peer on a Unix socket; ASGI has no address for it.
-UNIX = "unix"
-# No address with its port is longer. So the cache of addresses keeps no invented text of any size.
-MAX_ADDRESS_LENGTH = 64
 
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 Headers = list[tuple[bytes, bytes]]
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _ANSWERS = ("http.response.start", "websocket.accept", "websocket.http.response.start")
 
 
@@ -114,22 +102,6 @@ def _telling(headers: Headers, scope: Scope, send: Send) -> Send:
     return send_telling
 
 
-class RefusalLog:
-    """A warning for each refused name: once a minute, and for MAX_WARNED names in a minute at most."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        # When each name was logged.
-        self._logged: dict[str, float] = {}
-
-    def warn(self, name: str, *arguments: str) -> None:
-        now = time.monotonic()
-        self._logged = {known: at for known, at in self._logged.items() if now - at < WARN_SECONDS}
-        if name not in self._logged and len(self._logged) < MAX_WARNED:
-            self._logged[name] = now
-            logger.warning(self._text, name, *arguments)
-
-
 # --- the address
 
 
@@ -145,12 +117,12 @@ class Proxies:
 
         X-Forwarded-For is read from the right, past trusted proxies: a client may have invented all to the left.
         """
-        address = _parsed(peer)
+        address = parsed(peer)
         if not (self._trusts(address) if address else peer == UNIX and self._trusts_unix):
             return str(address or peer)
         hops = b",".join(value for name, value in headers if name == b"x-forwarded-for").decode("latin-1").split(",")
         # Behind a proxy that names no address (RFC 7239 calls this obfuscated), the proxy is the last known address.
-        while hops and (hop := _parsed(hops.pop().strip()[:MAX_ADDRESS_LENGTH])) is not None:
+        while hops and (hop := parsed(hops.pop().strip()[:MAX_ADDRESS_LENGTH])) is not None:
             address = hop
             if not self._trusts(hop):
                 break
@@ -167,37 +139,6 @@ def _locate(scope: Scope, proxies: Proxies, ipv6_prefix: int) -> None:
     if address != peer:
         scope["client"] = (address, 0)
     scope[SUBSCRIBER] = subscriber(address, ipv6_prefix)
-
-
-@functools.lru_cache(4096)
-def subscriber(address: str, ipv6_prefix: int) -> str:
-    """Return the text that stands for the subscriber of an address: itself, or the network that IPv6 gives to each.
-
-    On the link and on the host itself every address is a machine, and behind NAT64 (RFC 6052) an IPv4 subscriber.
-    """
-    parsed = _parsed(address)
-    if isinstance(parsed, ipaddress.IPv6Address) and parsed in _NAT64:
-        return str(ipaddress.IPv4Address(int(parsed) & 0xFFFF_FFFF))
-    if not isinstance(parsed, ipaddress.IPv6Address) or parsed.is_link_local or parsed.is_loopback:
-        return str(parsed or address)
-    return str(ipaddress.IPv6Network((parsed, ipv6_prefix), strict=False)).removesuffix("/128")
-
-
-# Called for each request: parsing an address takes about 10 us, finding it here less than 1 us.
-@functools.lru_cache(4096)
-def _parsed(text: str) -> Address | None:
-    """Return the address in a text, without its port; None where there is none."""
-    if text.startswith("["):
-        text = text[1:].partition("]")[0]
-    elif text.count(":") == 1:
-        text = text.partition(":")[0]
-    try:
-        # The zone names an interface of this host, and is no part of the address for anybody else.
-        address = ipaddress.ip_address(text.partition("%")[0])
-    except ValueError:
-        return None
-    # A socket for both families reports an IPv4 address in this form.
-    return getattr(address, "ipv4_mapped", None) or address
 
 
 # --- the rate
@@ -228,7 +169,8 @@ class Limiter:
         ]
         if drawn.allowed:
             return None
-        self._log.warn(repr(address)[1:-1], counted)
+        name = repr(address)[1:-1]
+        self._log.warn(name, name, counted)
         wait = math.ceil((drawn.until_full + rate.cost - rate.depth) / SECOND)
         text = f"Rate limit exceeded: {rate.per_second} {counted} a second, {rate.burst} at once"
         return RateExceeded(text, {"Retry-After": str(wait)})
@@ -293,7 +235,8 @@ class Origins:
             scheme = page.partition("://")[0]
             if hosts and hosts[0] and page == normal_origin(f"{scheme}://{hosts[0].decode('latin-1')}"):
                 return None
-        self._log.warn(repr(page)[:200], "; --allow-origin lets it in" if is_origin(page) else "")
+        shown = repr(page)[:200]
+        self._log.warn(shown, shown, "; --allow-origin lets it in" if is_origin(page) else "")
         raise Forbidden("Origin not allowed; --allow-origin names those that are")
 
     def _names(self, page: str) -> bool:

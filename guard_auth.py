@@ -3,7 +3,7 @@
 Owns the API keys, the places where credentials are looked for, and the adapter for the authentication backend of a
 host. Tokens are read by guard_tokens.py, imported only when the settings ask for it. Authorisation is the Identity's.
 
-1. Secrets are compared in constant time, and appear in no error and no log.
+1. Secrets are compared in constant time, and appear in no error and no log. A log has the name of a key.
 2. Wrong credentials are refused, also on a path that needs none.
 """
 
@@ -19,12 +19,14 @@ from collections.abc import Awaitable, Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec import structs
 from starlette.authentication import AuthCredentials, AuthenticationBackend, AuthenticationError, BaseUser
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from errors import Unauthorized
-from guard_identity import ALL, Identity
+from guard_identity import ALL, Identity, shown_address
+from guard_peers import RefusalLog, subscriber
 from schemas import SUBPROTOCOL
 from settings import Settings, SettingsError, extra, is_api_key
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from guard_tokens import Tokens
 
 KEY_HOLDER = Identity(client_id=None, topics=ALL, publishes=True, admin=True)
+# More addresses than of anything that one peer can invent: each of these takes a connection.
+MAX_WARNED = 1000
 # With keys alone everybody may still listen.
 LISTENER = Identity(known=False, client_id=None, topics=ALL)
 
@@ -42,26 +46,34 @@ Find = Callable[[HTTPConnection], Awaitable[Identity | None]]
 class Authenticator:
     """Finds the Identity of a request, a handshake or a renewed token, and refuses the ones that have expired."""
 
-    def __init__(self, find: Find, parameters: Iterable[str] = (), now: Callable[[], float] = time.time) -> None:
+    def __init__(self, find: Find, settings: Settings, parameters: Iterable[str] = ()) -> None:
         """`parameters`: those that `find` reads from the query beside `token`."""
         self._find = find
         self.parameters = frozenset(parameters)
-        self._now = now
+        self._ipv6_prefix = settings.ipv6_prefix
+        # deploy/fail2ban.conf reads this.
+        self._log = RefusalLog("Credentials from %s are refused: %s", MAX_WARNED)
 
     async def identify(self, scope: Scope) -> Identity:
         """Return the Identity. Raises Unauthorized, KeysUnavailable, or any error of a host's backend."""
-        identity = await self._find(HTTPConnection(scope))
+        try:
+            identity = await self._find(HTTPConnection(scope))
+            # To the second, even where the backend allows for clocks: a client must not be admitted and closed at once.
+            if identity is not None and identity.expires_at is not None and identity.expires_at <= time.time():
+                raise Unauthorized("Token expired")
+        except Unauthorized as refusal:
+            address = shown_address((scope.get("client") or ("",))[0])
+            self._log.warn(subscriber(address, self._ipv6_prefix), address, refusal.message)
+            raise
         if identity is None:
             raise Unauthorized("Authentication required")
-        # To the second, even where the backend allows for clocks: a client must not be admitted and closed at once.
-        if identity.expires_at is not None and identity.expires_at <= self._now():
-            raise Unauthorized("Token expired")
         return identity
 
-    async def renew(self, token: str) -> Identity:
-        """Return the Identity of a token from a message, as if it had come in the header of a handshake."""
+    async def renew(self, token: str, address: str) -> Identity:
+        """Return the Identity of a token from a client's message, as if it had come in the header of a handshake."""
         headers = [(b"authorization", b"Bearer " + token.encode(errors="replace"))]
-        return await self.identify({"type": "websocket", "path": "/ws", "query_string": b"", "headers": headers})
+        scope = {"type": "websocket", "path": "/ws", "query_string": b"", "headers": headers, "client": (address, 0)}
+        return await self.identify(scope)
 
 
 class KeysAndTokens:
@@ -70,13 +82,14 @@ class KeysAndTokens:
     def __init__(self, keys: Iterable[tuple[str, str]], tokens: Tokens | None = None) -> None:
         """`keys`: name and secret."""
         self._keys = {name: (_digest(secret), _digest(f"{name}:{secret}")) for name, secret in keys}
+        self._holders = {name: structs.replace(KEY_HOLDER, name=name) for name in self._keys}
         self._tokens = tokens
 
     async def find(self, conn: HTTPConnection) -> Identity | None:
         if (token := _credentials(conn, self._keys)) is None:
             return LISTENER if self._tokens is None else None
-        if self.holder(token) is not None:
-            return KEY_HOLDER
+        if (name := self.holder(token)) is not None:
+            return self._holders[name]
         if self._tokens is None:
             raise Unauthorized("Invalid token")
         return await self._tokens.identity(token)
@@ -148,6 +161,7 @@ def _identity(credentials: AuthCredentials, user: BaseUser) -> Identity | None:
     anybody = None if subscribes else ""
     return Identity(
         known=user.is_authenticated,
+        name=str(user.identity) if user.is_authenticated else "",
         client_id=str(user.identity) if user.is_authenticated else anybody,
         topics=ALL if subscribes else named("subscribe:"),
         publishes="publish" in scopes,
@@ -166,9 +180,9 @@ def authenticator_of(settings: Settings, backend: AuthenticationBackend | None =
     None where neither is given: the server is open. Raises SettingsError.
     """
     if backend is not None:
-        return Authenticator(adapted(backend), getattr(backend, "query_parameters", ()))
+        return Authenticator(adapted(backend), settings, getattr(backend, "query_parameters", ()))
     found = keys_and_tokens_of(settings)
-    return None if found is None else Authenticator(found.find)
+    return None if found is None else Authenticator(found.find, settings)
 
 
 def keys_and_tokens_of(settings: Settings) -> KeysAndTokens | None:

@@ -35,6 +35,8 @@ class Identity(Struct, frozen=True, kw_only=True):
     """The rights of a key or token; with `known` False, of requests without credentials."""
 
     known: bool = True
+    # For logs: the name of the key, or the subject of the token.
+    name: str = ""
     # The client_id of its client; empty: the server makes an id; None: any.
     client_id: str | None = ""
     topics: Patterns = ()
@@ -82,6 +84,17 @@ class Identity(Struct, frozen=True, kw_only=True):
 
     def _refusal(self, message: str) -> NotifydError:
         return Forbidden(message) if self.known else Unauthorized("Authentication required")
+
+
+def shown_address(address: str) -> str:
+    """Return an address as logs have it: IPv4 as such on a socket for both families, and no text of any other size."""
+    return repr(address.removeprefix("::ffff:") or "unix")[1:-1][:64]
+
+
+def origin_of(address: str, identity: Identity | None) -> str:
+    """Return, for a log, the address that a publish or a connection comes from, and the name that it has shown."""
+    named = f" as {identity.name[:64]!r}" if identity is not None and identity.name else ""
+    return shown_address(address) + named
 
 
 def _matches(topic: str, patterns: Patterns) -> bool:

@@ -112,6 +112,7 @@ class Tokens:
             logger.debug("A token is refused: %s", type(error).__name__)
             raise Unauthorized("Invalid token") from None
         return Identity(
+            name=claims.sub,
             client_id=claims.sub,
             topics=tuple(claims.topics),
             publishes=claims.publish is True,

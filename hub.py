@@ -31,7 +31,7 @@ from conversation import Conversation, Renew
 from drain import Drain
 from errors import InvalidRequest, ShuttingDown, StoreUnavailable, TooLarge
 from fanout import FanOut
-from guard_identity import ExpiringClients, Identity
+from guard_identity import ExpiringClients, Identity, origin_of
 from heartbeat import Heartbeat
 from log import Audience, payloads
 from schemas import GOING_AWAY, POLICY_VIOLATION, TRY_AGAIN_LATER
@@ -253,13 +253,14 @@ class Hub:
         once: Once | None = None,
         sender: Identity | None = None,
         *,
+        address: str | None = None,
         numbered: bool = False,
     ) -> Appended:
         """Publish checked requests as notify() does: all of them, or none if any is refused.
 
         With `once` a repetition publishes nothing and returns the outcome of the first; raises KeyReused. With a
-        `sender`, raises Forbidden for a request that it may not publish. Errors of `numbered` requests name the place,
-        counted from 0.
+        `sender`, raises Forbidden for a request that it may not publish. The log names its `address`, None for this
+        process. Errors of `numbered` requests name the place, counted from 0.
         """
         await self.start()
         if sender is not None:
@@ -270,7 +271,12 @@ class Hub:
             drafts = list(map(self._draft, requests))
         if not self.is_ready:
             raise ShuttingDown
-        return await self.store.append(drafts, once)
+        appended = await self.store.append(drafts, once)
+        if logger.isEnabledFor(logging.DEBUG):
+            done = "Repeated" if appended.repeated else "Published"
+            source = "this process" if address is None else origin_of(address, sender)
+            logger.debug("%s %s (%d) from %s", done, appended.receipts[-1].id, len(appended.receipts), source)
+        return appended
 
     def _draft(self, request: schemas.NotifyRequest, place: str = "") -> Draft:
         data = {"message": request.message, **request.data}

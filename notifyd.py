@@ -22,6 +22,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import AsyncIterator
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from starlette.authentication import AuthenticationBackend
@@ -163,10 +164,18 @@ def _shared_store(settings: Settings) -> Store | None:
     return RedisStore(settings, settings.store)
 
 
+class _LogFormat(logging.Formatter):
+    """Times as in RFC 3339, with their offset: a reader in another zone knows the moment."""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802, ARG002
+        return datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+
+
 def _configure_logging(settings: Settings) -> None:
     process = " [%(process)d]" if settings.workers > 1 else ""
-    format = f"%(asctime)s{process} %(levelname)s %(message)s"
-    logging.basicConfig(level=settings.log_level, format=format, stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_LogFormat(f"%(asctime)s{process} %(levelname)s %(message)s"))
+    logging.basicConfig(level=settings.log_level, handlers=[handler])
     # uvicorn logs a WebSocket's URL with its query at INFO, and the websockets library whole handshakes at DEBUG: both
     # may hold secrets.
     for name in ("uvicorn", "websockets", "asyncio"):

@@ -104,7 +104,7 @@ async def notify(hub: Hub, request: Request, sender: Identity | None) -> Respons
     once, wanted = _once(request, content, body), _notification_in(body, content)
     # Encoded before it is published: data without a JSON form is refused.
     understood = orjson.Fragment(encode(wanted))
-    appended = await hub.publish([wanted], once, sender)
+    appended = await hub.publish([wanted], once, sender, address=_address(request.scope))
     recipients, at = appended.receipts[0].recipients, timestamp(appended.at)
     return _published(schemas.NotifyResponse(recipients=recipients, notification=understood, timestamp=at), appended)
 
@@ -116,7 +116,7 @@ async def notify_batch(hub: Hub, request: Request, sender: Identity | None) -> R
     once, wanted = _once(request, content, body), []
     async for place, value in in_slices(_json_in(body, content, schemas.NotifyRequests)):
         wanted.append(schemas.check(value, schemas.NotifyRequest, f"[{place}]"))
-    appended = await hub.publish(wanted, once, sender, numbered=True)
+    appended = await hub.publish(wanted, once, sender, address=_address(request.scope), numbered=True)
     receipts = [schemas.BatchReceipt(id=receipt.id, recipients=receipt.recipients) for receipt in appended.receipts]
     count, at = len(receipts), timestamp(appended.at)
     return _published(schemas.BatchResponse(count=count, notifications=receipts, timestamp=at), appended)
@@ -330,7 +330,13 @@ def _newcomer(scope: Scope, query: Query, since: str | None, identity: Identity 
         user_agent=user_agent and user_agent[:MAX_USER_AGENT],
         identity=identity,
         address=scope.get(SUBSCRIBER, ""),
+        peer=_address(scope),
     )
+
+
+def _address(scope: Scope) -> str:
+    address: str = (scope.get("client") or ("",))[0]
+    return address
 
 
 # --- reading
