@@ -186,7 +186,8 @@ class Admission:
         greeting = frame(encode(welcome))
         if newcomer.since is not None:
             greeting += frame(encode(schemas.Resume(timestamp=timestamp(), data=resume)))
-        connection.accept(client, greeting)
+        # With a replay, the position that precedes it: the stream may be cut before its first notification.
+        connection.accept(client, greeting, newcomer.since or resume.position)
         if client.pending is not None:
             hub.fanout.advance(client)
         return client

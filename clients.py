@@ -28,6 +28,8 @@ HEARTBEAT_PHASES = 20
 # The addressees of this many audiences are remembered: each audience is asked for twice, to count and to deliver, and
 # the next notification often has the same.
 AUDIENCES_REMEMBERED = 8
+# Before every sequence, and before the position of an empty log.
+UNTOLD = -2
 
 
 class Client:
@@ -50,6 +52,8 @@ class Client:
         "pending",
         "phase",
         "speaks",
+        "takes_positions",
+        "told",
         "topics",
         "user_agent",
     )
@@ -71,6 +75,11 @@ class Client:
         # those of its replay. Only the fan-out changes the list, and only one that the client owns.
         self.pending: list[int] | None = None
         self.owns_pending = False
+        # Whether it resumes by itself, and so is told its position while it receives nothing.
+        self.takes_positions = newcomer.since is not None or connection.is_stream
+        # The newest sequence of which the client knows the position, or will when it has been handed its pending
+        # entries; it knows those of broadcasts as well.
+        self.told = UNTOLD
         self.topics: frozenset[str] = frozenset()
         self.connected_at = self.heard_at = self._tokens_at = hub.clock()
         self.phase = phase % HEARTBEAT_PHASES

@@ -15,6 +15,8 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import re
+import secrets
 from collections import deque
 from collections.abc import Iterable
 from functools import lru_cache
@@ -23,6 +25,7 @@ from typing import Protocol
 from starlette.types import Message, Receive, Scope, Send
 
 from log import payloads
+from schemas import Closed, encode
 
 # In scope["extensions"] of a WebSocket: its Connection, ready for the Hub.
 WIRE_EXTENSION = "notifyd.wire"
@@ -83,8 +86,11 @@ class Connection(Protocol):
     # Whether it carries nothing from the client.
     is_stream: bool
 
-    def accept(self, receiver: Receiver, greeting: bytes) -> None:
-        """Complete the handshake and send the first frames; from now on call `receiver`."""
+    def accept(self, receiver: Receiver, greeting: bytes, position: str) -> None:
+        """Complete the handshake and send the first frames; from now on call `receiver`.
+
+        A stream names the position with them: a client that has received no notification yet resumes there.
+        """
 
     def write(self, frames: bytes) -> None:
         """Send ready frames. Only while it is OPEN. Also taken while it is not writable, so check that first."""
@@ -114,7 +120,7 @@ class Carrier(Protocol):
 
     is_stream: bool
 
-    def opening(self, subprotocol: str | None) -> Iterable[Message]: ...
+    def opening(self, subprotocol: str | None, position: str) -> Iterable[Message]: ...
     def batch(self, frames: bytes) -> Iterable[Message]: ...
     def goodbye(self, code: int, reason: str) -> Message: ...
 
@@ -130,6 +136,7 @@ class SendConnection:
         "_deadline",
         "_goodbye",
         "_out",
+        "_position",
         "_reader",
         "_receiver",
         "_subprotocol",
@@ -144,6 +151,7 @@ class SendConnection:
     def __init__(self, carrier: Carrier) -> None:
         self._carrier = carrier
         self._subprotocol: str | None = None
+        self._position = ""
         self._receiver: Receiver | None = None
         self._out: deque[bytes] = deque()
         self._goodbye: tuple[int, str] | None = None
@@ -159,8 +167,9 @@ class SendConnection:
     def choose(self, subprotocol: str) -> None:
         self._subprotocol = subprotocol
 
-    def accept(self, receiver: Receiver, greeting: bytes) -> None:
+    def accept(self, receiver: Receiver, greeting: bytes, position: str) -> None:
         self._receiver = receiver
+        self._position = position
         self.state = ConnectionState.OPEN
         self.write(greeting)
 
@@ -234,7 +243,7 @@ class SendConnection:
     async def _write_out(self, send: Send) -> None:
         try:
             await self._wake.wait()
-            for message in self._carrier.opening(self._subprotocol):
+            for message in self._carrier.opening(self._subprotocol, self._position):
                 await send(message)
             clock = asyncio.get_running_loop().time
             while True:
@@ -270,7 +279,7 @@ class WebSocketCarrier:
 
     is_stream = False
 
-    def opening(self, subprotocol: str | None) -> Iterable[Message]:
+    def opening(self, subprotocol: str | None, position: str) -> Iterable[Message]:  # noqa: ARG002
         yield {"type": "websocket.accept"} | ({} if subprotocol is None else {"subprotocol": subprotocol})
 
     def batch(self, frames: bytes) -> Iterable[Message]:
@@ -284,19 +293,24 @@ class WebSocketCarrier:
 
 # --- streams (https://html.spec.whatwg.org/multipage/server-sent-events.html)
 
-# A browser waits this long before it reconnects.
+# A browser waits this long before it reconnects, and up to as long again: a fleet must not return in one wave.
 RETRY_MILLISECONDS = 3000
+# A stream that was replaced leaves with this id. Its browser comes back with it, and gets the status that keeps a
+# browser away (204). Otherwise two tabs with one client_id would replace each other for ever.
+REPLACED, REPLACED_ID = "Replaced by a new connection", "replaced"
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-store"),
+    # A proxy that compresses collects events until it has a block of them.
+    (b"cache-control", b"no-store, no-transform"),
     # Without it, nginx collects events until its buffer is full.
     (b"x-accel-buffering", b"no"),
 ]
-STREAM_OPENING = b"retry: %d\n\n" % RETRY_MILLISECONDS
-_NAMED = (b"welcome", b"resume", b"shutdown")
+_NAMED = (b"welcome", b"resume", b"position", b"shutdown")
 # A notification begins with its id, every other message with its type.
 _ID_START, _ID_END = len(b'{"id":"'), len(b'{"id":"') + 36
 _TYPE_START = len(b'{"type":"')
+# A message beside the notifications that takes the client to a position: a resume does if nothing is replayed.
+_POSITION = re.compile(rb'"position":"([^"]+)"(?:,"replayed":0,|,"timestamp")')
 
 
 # All streams that stand at one place are handed the same frames.
@@ -312,13 +326,26 @@ def event(payload: bytes) -> bytes:
         return b"id: %s\nevent: message\ndata: %s\n\n" % (payload[_ID_START:_ID_END], payload)
     name = payload[_TYPE_START : payload.index(b'"', _TYPE_START)]
     if name in _NAMED:
-        return b"event: %s\ndata: %s\n\n" % (name, payload)
-    return b": ping\n\n" if name == b"ping" else b""
+        at = _POSITION.search(payload)
+        return b"%sevent: %s\ndata: %s\n\n" % (b"id: %s\n" % at[1] if at else b"", name, payload)
+    # Without an empty line, for which some clients make an event without data.
+    return b": ping\n" if name == b"ping" else b""
 
 
-def closing_comment(code: int, reason: str) -> bytes:
-    """Return the end of a stream. Its reason is a comment: the format has no other place for it."""
-    return b": closed: %d %s\n\n" % (code, reason.encode())
+def first_lines(position: str) -> bytes:
+    """Return the lines in front of the welcome, of the same block: some clients take no id from an empty block."""
+    return b"retry: %d\nid: %s\n" % (_retry(), position.encode())
+
+
+def closed(code: int, reason: str, wait_seconds: int = 0) -> bytes:
+    """Return the end of a stream as an event, since pages cannot see comments."""
+    id = b"id: %s\n" % REPLACED_ID.encode() if reason == REPLACED else b""
+    data = encode(Closed(code=code, reason=reason))
+    return b"retry: %d\n%sevent: closed\ndata: %s\n\n" % (_retry(wait_seconds), id, data)
+
+
+def _retry(wait_seconds: int = 0) -> int:
+    return max(RETRY_MILLISECONDS, 1000 * wait_seconds) + secrets.randbelow(RETRY_MILLISECONDS + 1)
 
 
 class StreamCarrier:
@@ -327,21 +354,22 @@ class StreamCarrier:
     is_stream = True
 
     def __init__(self) -> None:
-        self._has_begun = False
+        # The first part of the body, once it is sent.
+        self.first = b""
 
-    def opening(self, subprotocol: str | None = None) -> Iterable[Message]:  # noqa: ARG002
-        if self._has_begun:
+    def opening(self, subprotocol: str | None, position: str) -> Iterable[Message]:  # noqa: ARG002
+        if self.first:
             return
-        self._has_begun = True
+        self.first = first_lines(position)
         yield {"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS}
-        yield {"type": "http.response.body", "body": STREAM_OPENING, "more_body": True}
+        yield {"type": "http.response.body", "body": self.first, "more_body": True}
 
     def batch(self, frames: bytes) -> Iterable[Message]:
         if body := events(frames):
             yield {"type": "http.response.body", "body": body, "more_body": True}
 
     def goodbye(self, code: int, reason: str) -> Message:
-        return {"type": "http.response.body", "body": closing_comment(code, reason), "more_body": False}
+        return {"type": "http.response.body", "body": closed(code, reason), "more_body": False}
 
 
 class Stream(Protocol):
@@ -379,21 +407,22 @@ class EventStream(SendConnection):
     Where the server has a pipe for it, it has no task: it writes when the Hub does, as a WebSocket of the fast wire.
     """
 
-    __slots__ = ("_pipe",)
+    __slots__ = ("_body", "_pipe")
 
     def __init__(self) -> None:
-        super().__init__(StreamCarrier())
+        self._body = StreamCarrier()
+        super().__init__(self._body)
         self._pipe: Pipe | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (take := (scope.get("extensions") or {}).get(STREAM_EXTENSION)) is not None:
             try:
-                for message in self._carrier.opening(None):
+                for message in self._body.opening(None, self._position):
                     await send(message)
             except OSError:
                 self.lost()
                 return
-            self._pipe = take(self, STREAM_OPENING)
+            self._pipe = take(self, self._body.first)
         if self._pipe is None:
             await self.serve(receive, send)
             return
@@ -430,7 +459,7 @@ class EventStream(SendConnection):
     def _finish(self, code: int, reason: str) -> None:
         assert self._pipe is not None
         asyncio.get_running_loop().call_later(CLOSE_DEADLINE_SECONDS, self._pipe.abort)
-        self._pipe.finish(closing_comment(code, reason))
+        self._pipe.finish(closed(code, reason))
 
     def resumed(self) -> None:
         if self.state is ConnectionState.OPEN:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from clients import Client
+from clients import UNTOLD, Client
 from log import Audience, Batch, Entry, Log, Positions, frame, payloads
 from schemas import POLICY_VIOLATION, ResumeData
 from store import Record
@@ -71,6 +71,7 @@ class PendingLists:
 
     def owe(self, client: Client, sequences: list[int]) -> None:
         """Owe the client these entries too. All are newer than its pending entries."""
+        client.told = sequences[-1]
         if client.pending is None:
             client.pending, client.owns_pending = sequences, False
         elif client.owns_pending:
@@ -198,6 +199,7 @@ class FanOut:
         """
         log = self.log
         client.cursor = log.next_turn
+        client.told = log.next_sequence - 1 if (since or position) == log.position else UNTOLD
         if since:
             missed, complete = log.replay(since, client.client_id, client.topics, self._clock())
             self._owe(client, missed)
@@ -313,6 +315,16 @@ class FanOut:
         if was_owed and client.pending is None:
             self._owed.discard(client)
         return client.cursor == self.log.next_turn and client.pending is None
+
+    def untold(self, client: Client) -> str | None:
+        """Return the log's position, if the log has gone on to it without anything for the client; count it as told."""
+        log, newest = self.log, self.log.next_sequence - 1
+        if client.cursor != log.next_turn or client.pending is not None:
+            return None
+        if max(client.told, log.newest_broadcast) >= newest:
+            return None
+        client.told = newest
+        return log.position
 
     def clients_behind(self) -> int:
         end = self.log.next_turn

@@ -1,4 +1,4 @@
-"""The heartbeat: pings, and the end of clients that have been silent for too long.
+"""The heartbeat: pings, the positions of clients that receive nothing, and the end of silent clients.
 
 Anything heard from a client proves it alive, also a protocol pong or a transport that has drained.
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from clients import HEARTBEAT_PHASES, Client
 from errors import DuplicateClient
 from log import frame
-from schemas import INTERNAL_ERROR, Ping, encode, timestamp
+from schemas import INTERNAL_ERROR, Ping, Position, encode, timestamp
 
 if TYPE_CHECKING:
     from hub import Hub
@@ -64,9 +64,18 @@ class Heartbeat:
             self._close_all_silent()
             ping = _ping_message()
             for count, client in enumerate([client for client in self._clients if client.phase == phase], 1):
-                _ping(client, ping)
+                self._beat(client, ping)
                 if not count % SLICE_CLIENTS:
                     await asyncio.sleep(0)
+
+    def _beat(self, client: Client, ping: bytes) -> None:
+        """Ping a client, and tell it its position: one that it does not know would leave the history some day."""
+        # Without await: the position that is told is the one up to which the client has been handed everything.
+        tells = client.takes_positions and client.connection.writable
+        if tells and (position := self._hub.fanout.untold(client)) is not None:
+            told = frame(encode(Position(position=position, timestamp=timestamp())))
+            ping = told if client.connection.is_stream else ping + told
+        _ping(client, ping)
 
     def _notice_pause(self, overslept: float) -> None:
         """After a pause of this process give all clients the full timeout again: none could be heard meanwhile.

@@ -147,6 +147,7 @@ class Log:
         "max_age",
         "max_bytes",
         "max_entries",
+        "newest_broadcast",
         "next_sequence",
         "next_turn",
         "position",
@@ -162,6 +163,7 @@ class Log:
         # The cursor of a client that has been handed every broadcast.
         self.next_turn = 0
         self.next_sequence = 0
+        self.newest_broadcast = -1  # its sequence
         # Bytes of the whole log.
         self.size = 0
         self._entries: list[Entry] = []
@@ -193,6 +195,7 @@ class Log:
         if audience is None:
             self._broadcasts.append(entry)
             self.next_turn += 1
+            self.newest_broadcast = entry.sequence
         self._batches.clear()
         self.size += size
         self._replayed += replayed
@@ -203,6 +206,7 @@ class Log:
         frames = notification + message
         self._broadcasts.append(Entry(self.next_sequence, self.position, frames, 0, 0.0, False, None))
         self.next_turn += 1
+        self.newest_broadcast = self.next_sequence - 1
         self._batches.clear()
 
     def batch(self, cursor: int, pending: list[int] | None) -> Batch | None:

@@ -29,7 +29,18 @@ TRY_AGAIN_LATER = 1013  # IANA's registry of close codes
 SUBPROTOCOL = "bearer"
 # Clients act on the protocol's own types, so a publisher may not use them.
 RESERVED_TYPES = frozenset(
-    ("welcome", "ping", "pong", "status_response", "error", "shutdown", "resume", "subscribed", "authenticated")
+    (
+        "welcome",
+        "ping",
+        "pong",
+        "status_response",
+        "error",
+        "shutdown",
+        "resume",
+        "position",
+        "subscribed",
+        "authenticated",
+    )
 )
 MAX_TOPICS = 100  # of a client
 MAX_TARGET_CLIENTS, MAX_TARGET_TOPICS = 1000, 100  # of a notification
@@ -175,6 +186,12 @@ class Resume(Struct, kw_only=True):
     data: ResumeData
 
 
+class Position(Struct, kw_only=True):
+    type: str = "position"
+    position: str
+    timestamp: str
+
+
 class Subscribed(Struct, kw_only=True):
     type: str = "subscribed"
     topics: list[str]
@@ -199,6 +216,13 @@ class ShutdownMessage(Struct, kw_only=True):
     type: str = "shutdown"
     message: str = "Server is shutting down"
     timestamp: str
+
+
+class Closed(Struct, kw_only=True):
+    """The end of a stream."""
+
+    code: int
+    reason: str
 
 
 # --- answers over HTTP

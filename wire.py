@@ -191,6 +191,7 @@ class WireProtocol(asyncio.Protocol):
         self,
         receiver: Receiver | None,
         greeting: bytes = b"",
+        position: str = "",  # noqa: ARG002
         subprotocol: str | None = None,
         headers: Headers = (),
     ) -> None:

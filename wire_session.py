@@ -52,7 +52,12 @@ class Wire(Protocol):
     writable: bool
 
     def accept(
-        self, receiver: Receiver | None, greeting: bytes = b"", subprotocol: str | None = None, headers: Headers = ()
+        self,
+        receiver: Receiver | None,
+        greeting: bytes = b"",
+        position: str = "",
+        subprotocol: str | None = None,
+        headers: Headers = (),
     ) -> None: ...
     def write(self, frames: bytes) -> None: ...
     def close(self, code: int, reason: str = "") -> None: ...

@@ -32,6 +32,7 @@ class Stream:
         self.response.begin()
         self.comments: list[str] = []
         self.retry: int | None = None
+        self.last_id = ""  # with which a browser would come back
 
     def next(self) -> Event | None:
         """Return the next event, or None at the end of the stream."""
@@ -39,6 +40,8 @@ class Stream:
         while line := self.response.readline():
             field, _, value = line.decode().removesuffix("\n").partition(":")
             value = value.removeprefix(" ")
+            if line == b"\n":
+                self.last_id = id or self.last_id
             if line == b"\n" and data:
                 return Event(name, parse("\n".join(data)), id)
             if line == b"\n":
@@ -70,6 +73,14 @@ class Stream:
     def leave(self) -> None:
         self.response.close()
         self.socket.close()
+
+
+def closed(code: int, reason: object, id: str | None = None) -> Event:
+    """Return the last event of a stream."""
+    return Event("closed", {"code": code, "reason": reason}, id)
+
+
+REPLACED = closed(1008, "Replaced by a new connection", "replaced")
 
 
 def join(server: Server, query: str = "", headers: dict[str, str] | None = None) -> Stream:

@@ -104,13 +104,12 @@ class Session(FakeConnection):
         # Ids, and SHUTDOWN at the end.
         self.owed: list[str] = []
         self.received: list[str] = []
-        self.position = since or ""  # the id to resume from
         self.heard_at = 0.0
         self.is_contested = False
 
-    def accept(self, receiver: Receiver, greeting: bytes) -> None:
+    def accept(self, receiver: Receiver, greeting: bytes, position: str) -> None:
         self.model.admit(self)
-        super().accept(receiver, greeting)
+        super().accept(receiver, greeting, position)
         self.model.check_greeting(self)
 
     def write(self, frames: bytes) -> None:
@@ -122,6 +121,9 @@ class Session(FakeConnection):
                 self.model.check_notification(self, message)
             elif message["type"] == SHUTDOWN:
                 self.received.append(SHUTDOWN)
+            elif message["type"] == "position":
+                self.model.check_position(self, message["position"])
+                self.position = message["position"]
         super().write(frames)
 
     def say(self, message: str | None = None) -> None:
@@ -179,7 +181,6 @@ class Model:
         if session.since is not None:
             missed, _ = self.missed(session.since, session.client_id, session.topics)
             session.owed = [one.id for one in missed]
-            session.position = session.since or self.position
         self.fault_unless(session.client_id not in self.sessions, f"{session.client_id} is there twice")
         self.sessions[session.client_id] = session
 
@@ -283,6 +284,13 @@ class Model:
         resume = session.messages[1]
         self.fault_unless(resume["type"] == "resume", f"after the welcome comes {resume}")
         self.fault_unless(resume.get("data") == promised, f"{resume} instead of {promised}")
+
+    def check_position(self, session: Session, position: str) -> None:
+        """Find fault with a position that the client knows already, or from which it would miss a notification."""
+        told = session.is_stream or session.since is not None
+        self.fault_unless(told and position == self.position, f"{session.client_id} is told {position}")
+        self.fault_unless(position != session.position, f"{session.client_id} is told {position} again")
+        self.fault_unless(not session.backlog(), f"{session.client_id} would miss {session.backlog()}")
 
     def check_notification(self, session: Session, message: Any) -> None:
         self.fault_unless(session.writable, f"{session.client_id} is written to and is not writable")

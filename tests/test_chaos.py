@@ -163,8 +163,8 @@ class StreamBytes:
         for block in blocks:
             if block.startswith(b"HTTP/"):
                 self._in_body = b" 200 " in block
-            elif block.startswith(b": closed: "):
-                self.reason = block.decode().split(" ", 3)[3]
+            elif b"event: closed\n" in block:
+                self.reason = orjson.loads(block.partition(b"data: ")[2])["reason"]
             elif self._in_body and b"data: " in block:
                 yield block.partition(b"data: ")[2]
 

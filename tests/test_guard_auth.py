@@ -406,9 +406,10 @@ def test_the_end_of_a_token_is_the_end_of_the_client(signed: Server) -> None:
 
 
 def test_a_stream_ends_with_its_token(signed: Server) -> None:
-    """It is told why, in a comment."""
+    """It is told why, in an event."""
     with signed.http.stream("GET", "/events", headers=bearer(token(exp=time.time() + 1.5))) as stream:
-        assert list(stream.iter_lines())[-2] == ": closed: 1008 Token expired"
+        *_, name, data, _ = stream.iter_lines()
+    assert (name, data) == ("event: closed", 'data: {"code":1008,"reason":"Token expired"}')
 
 
 def test_a_new_token_goes_on_where_the_last_one_ended(signed: Server) -> None:

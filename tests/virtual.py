@@ -81,9 +81,11 @@ class FakeConnection:
         self.is_alive = True
         self.receiver: Receiver | None = None
         self.messages: list[Any] = []
+        self.position = ""  # from which its client would resume
         self.goodbye: tuple[int, str] | None = None
 
-    def accept(self, receiver: Receiver, greeting: bytes) -> None:
+    def accept(self, receiver: Receiver, greeting: bytes, position: str) -> None:
+        self.position = position
         self.receiver = receiver
         self.state, self.writable = ConnectionState.OPEN, True
         self.write(greeting)
