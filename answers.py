@@ -17,11 +17,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import schemas
-from errors import MethodNotAllowed, NotFound, NotifydError
+from connection import STREAM_HEADERS, closed
+from errors import MethodNotAllowed, NotFound, NotifydError, StoreUnavailable
 from guard_identity import Identity
 from hub import Hub
 from query import QUERY_KEY, Query
-from schemas import encode
+from schemas import TRY_AGAIN_LATER, encode
 
 if TYPE_CHECKING:
     from guard_auth import Authenticator
@@ -30,6 +31,8 @@ logger = logging.getLogger("notifyd.answers")
 
 # When to try again after reaching a limit, or while the server drains.
 RETRY_AFTER_SECONDS = 5
+# The statuses of refusals that do not last. For a browser's EventSource every status but 200 is the end for good.
+TEMPORARY = frozenset((409, 429, 500, 503))
 # For so long a browser reuses the answer to a preflight.
 PREFLIGHT_SECONDS = 600
 
@@ -79,9 +82,9 @@ class Endpoint:
             # The host's own exception as it was, for the host to answer.
             raise error.cause from error.cause.__cause__
         except NotifydError as error:
-            response = error_response(error)
+            response = refusal(error, scope)
         except Exception as error:
-            response = unexpected_response(error)
+            response = unexpected_response(error, scope)
         await response(scope, receive, send)
 
     async def _respond(self, scope: Scope, receive: Receive) -> ASGIApp:
@@ -142,17 +145,44 @@ def error_response(error: NotifydError, category: str | None = None, error_id: s
     return answer(body, error.status, retry | error.headers)
 
 
-def unexpected_response(error: Exception) -> Response:
+def refusal(error: NotifydError, scope: Scope, error_id: str | None = None) -> Response:
+    """Return the answer to a request that is refused; where it asks for a stream, the end of one if that may pass."""
+    if error.status not in TEMPORARY or not _asks_for_a_stream(scope):
+        return error_response(error, error_id=error_id)
+    if isinstance(error, StoreUnavailable):
+        # The reason is for the operator, on /health.
+        end = closed(TRY_AGAIN_LATER, "Try again later")
+    else:
+        end = closed(error.close_code, error.message, int(error.headers.get("Retry-After", 0)))
+    return stream_of(end)
+
+
+def stream_of(body: bytes) -> Response:
+    """Return a stream that has ended."""
+    response = Response(body)
+    response.raw_headers += STREAM_HEADERS
+    return response
+
+
+def _asks_for_a_stream(scope: Scope) -> bool:
+    """Whether a request names the media type of streams, as a browser's EventSource does, and has the path of one."""
+    if scope["method"] != "GET" or not scope["path"].endswith("/events"):
+        return False
+    accepted = ",".join(Headers(scope=scope).getlist("accept")).lower().split(",")
+    return any(each.partition(";")[0].strip() == "text/event-stream" for each in accepted)
+
+
+def unexpected_response(error: Exception, scope: Scope) -> Response:
     """Log an unexpected error, under the id that the client gets."""
     error_id = schemas.new_error_id()
     logger.error("Unexpected error %s", error_id, exc_info=error)
-    return error_response(NotifydError("Internal server error"), error_id=error_id)
+    return refusal(NotifydError("Internal server error"), scope, error_id)
 
 
 async def refuse(error: NotifydError, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer a request, or a handshake where the server can, with an HTTP error."""
     if scope["type"] == "http":
-        await error_response(error)(scope, receive, send)
+        await refusal(error, scope)(scope, receive, send)
         return
     await receive()  # websocket.connect
     await refuse_handshake(error, scope, receive, send)

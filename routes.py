@@ -26,8 +26,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import figures
 import schemas
 from admission import Newcomer
-from answers import Endpoint, Handler, ReceiveError, Right, Socket, answer, known, refuse_handshake
-from connection import SUBSCRIBER, WIRE_EXTENSION, EventStream, SendConnection, WebSocket, WebSocketCarrier
+from answers import Endpoint, Handler, ReceiveError, Right, Socket, answer, known, refuse_handshake, stream_of
+from connection import (
+    REPLACED_ID,
+    SUBSCRIBER,
+    WIRE_EXTENSION,
+    EventStream,
+    SendConnection,
+    WebSocket,
+    WebSocketCarrier,
+)
 from errors import (
     InvalidRequest,
     NotifydError,
@@ -312,9 +320,12 @@ async def upgrade_required(hub: Hub, request: Request, sender: Identity | None) 
 async def events(hub: Hub, request: Request, sender: Identity | None) -> ASGIApp:
     """Admit a stream; the stream is the response."""
     if request.method == "HEAD":
-        return Response(media_type="text/event-stream")
+        return stream_of(b"")
     query: Query = request.scope[QUERY_KEY]
-    newcomer = _newcomer(request.scope, query, query.since(request.headers.get("last-event-id")), sender)
+    since = query.since(request.headers.get("last-event-id"))
+    if since == REPLACED_ID:
+        return Response(status_code=204)
+    newcomer = _newcomer(request.scope, query, since, sender)
     stream = EventStream()
     await hub.admit(stream, newcomer)
     return stream
