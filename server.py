@@ -186,8 +186,12 @@ class Server(uvicorn.Server):
             yield
 
     def install_signal_handlers(self) -> None:
-        """Take the signals until the process ends: uvicorn before 0.29 calls this, and not capture_signals()."""
+        """Take the signals as capture_signals() does: uvicorn before 0.29 calls this, and nothing at the end."""
         self._signals.enter_context(self.capture_signals())
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        self._signals.close()
 
     def _signalled(self) -> None:
         if self._parent is None and self._drain is not None:

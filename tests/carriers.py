@@ -15,6 +15,10 @@ def uvicorn(app: str, port: int, *flags: str) -> list[str]:
     return ["uvicorn", f"hosts:{app}", "--port", str(port), *flags]
 
 
+def fast_uvicorn(app: str, port: int, http: str) -> list[str]:
+    return ["fast_uvicorn", str(port), http]
+
+
 def hypercorn(app: str, port: int) -> list[str]:
     return ["hypercorn", f"hosts:{app}", "--bind", f"127.0.0.1:{port}", "--graceful-timeout", "1"]
 
@@ -47,6 +51,8 @@ CARRIERS: dict[str, tuple[Callable[..., list[str]], str, tuple[str, ...], str]] 
     "uvicorn-wsproto-h11": (uvicorn, "in_fastapi", ("--ws", "wsproto", "--http", "h11"), "/notifications"),
     "uvicorn-alone": (uvicorn, "alone", (), ""),
     "uvicorn-lifespan": (uvicorn, "with_lifespan", (), "/notifications"),
+    "uvicorn-fast-h11": (fast_uvicorn, "alone", ("h11",), ""),
+    "uvicorn-fast-httptools": (fast_uvicorn, "alone", ("httptools",), ""),
     "hypercorn": (hypercorn, "in_starlette", (), "/notifications"),
     "granian": (granian, "in_starlette", (), "/notifications"),
 }
