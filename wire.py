@@ -31,7 +31,8 @@ from connection import CLOSE_DEADLINE_SECONDS, TURN_BYTES, ConnectionState, Rece
 from log import frame
 from schemas import GOING_AWAY
 from wire_frames import CLOSE, PING, PONG, FrameError, FrameParser, close_frame, read_close
-from wire_message import Headers, Peer, RequestParser
+from wire_handshake import Handshake, acceptance
+from wire_message import Headers, Peer, RequestParser, peer_of
 from wire_session import ABNORMAL_CLOSURE, Session
 
 # Once both have said goodbye, or no goodbye can be understood, the peer gets this long to end its side.
@@ -41,31 +42,21 @@ _PING_FRAME = frame(b"", PING)
 CONNECTING, OPEN, CLOSING, CLOSED = ConnectionState
 
 
-def peer_of(transport: asyncio.Transport) -> Peer:
-    server, client = transport.get_extra_info("sockname"), transport.get_extra_info("peername")
-    return Peer(
-        # A Unix socket has a path, and no port; its clients have no address.
-        server[:2] if isinstance(server, tuple) else (server, None) if server else None,
-        # A socket for both families has IPv4 addresses in a form of IPv6.
-        (client[0].removeprefix("::ffff:"), client[1]) if isinstance(client, tuple) else None,
-        transport.get_extra_info("sslcontext") is not None,
-    )
-
-
 class WireProtocol(asyncio.Protocol):
     """One connection, from its handshake to its end. It is a `Connection` for the Hub."""
 
     __slots__ = (
+        "_app_state",
         "_config",
         "_deadline",
         "_descriptor",
         "_parser",
         "_receiver",
         "_server_state",
-        "_session",
         "_transport",
         "_unanswered",
         "_unread",
+        "session",
         "state",
         "writable",
         "write",
@@ -79,7 +70,9 @@ class WireProtocol(asyncio.Protocol):
     ) -> None:
         self._config = config
         self._server_state = server_state
-        self._session: Session | None = Session(self, config, server_state, app_state)
+        self._app_state = app_state
+        # Until an app has taken over, or the connection has ended.
+        self.session: Session | None = None
         self._parser: FrameParser | None = None
         self._receiver: Receiver | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -120,12 +113,13 @@ class WireProtocol(asyncio.Protocol):
         # A TLS transport would take an empty buffer for a full one at 0.
         self._transport.set_write_buffer_limits(high=0 if plain else 1)
         self._server_state.connections.add(self)  # type: ignore[arg-type]
+        self.session = Session(self, self._config, self._server_state, self._app_state)
 
-    def take_over(self, transport: asyncio.Transport, request: RequestParser, peer: Peer, key: str) -> None:
+    def take_over(self, transport: asyncio.Transport, request: RequestParser, peer: Peer, handshake: Handshake) -> None:
         """Serve a connection after wire_http.py has read and checked its handshake."""
         self.connection_made(transport)
-        assert self._session is not None
-        self._session.begin(request, peer, key)
+        assert self.session is not None
+        self.session.begin(request, peer, handshake)
 
     def data_received(self, data: bytes) -> None:
         if self._parser is not None:
@@ -137,8 +131,8 @@ class WireProtocol(asyncio.Protocol):
             if self._receiver is not None:
                 self._receiver.heard()
             self._read(self._parser, data)
-        elif self.state is CONNECTING and self._session is not None:
-            self._session.received_early(data)
+        elif self.state is CONNECTING and self.session is not None:
+            self.session.received_early(data)
 
     def eof_received(self) -> None:
         # Returning None closes the transport, but not before everything is written: a peer that half-closes and
@@ -156,8 +150,8 @@ class WireProtocol(asyncio.Protocol):
         if self.writable and self._unanswered is not None:
             self._transport.write(frame(self._unanswered, PONG))
             self._unanswered = None
-        if self._session is not None:
-            self._session.drained()
+        if self.session is not None:
+            self.session.drained()
         elif self.writable and self._receiver is not None:
             # A peer that takes its data is alive.
             self._receiver.heard()
@@ -175,7 +169,7 @@ class WireProtocol(asyncio.Protocol):
     def shutdown(self) -> None:
         """Hear from uvicorn that the server ends."""
         if self.state < CLOSING:
-            session = self._session
+            session = self.session
             self.close(GOING_AWAY, "Server shutting down")
             if session is not None:
                 session.disconnected(GOING_AWAY, "Server shutting down")
@@ -184,8 +178,8 @@ class WireProtocol(asyncio.Protocol):
     # --- the Connection that the Hub has
 
     def choose(self, subprotocol: str) -> None:
-        if self._session is not None:
-            self._session.choose(subprotocol)
+        if self.session is not None:
+            self.session.subprotocol = subprotocol
 
     def accept(
         self,
@@ -195,19 +189,19 @@ class WireProtocol(asyncio.Protocol):
         subprotocol: str | None = None,
         headers: Headers = (),
     ) -> None:
-        session = self._session
+        session = self.session
         assert session is not None and self.state is CONNECTING
-        answer = session.acceptance(subprotocol, headers)
+        answer = acceptance(session.key, subprotocol or session.subprotocol, [*headers, *session.headers])
         self._parser = FrameParser(self._config.ws_max_size)
         if receiver is not None:
             self._receiver = receiver
-            self._session = None
+            self.session = None
         self._become(OPEN)
         # Handshake and greeting in one write: that saves a system call for every newcomer.
         self._transport.write(answer + greeting)
-        if early := session.early_data():
+        if session.early:
             # It must not be told before this has returned.
-            self._put_off(early)
+            self._put_off(session.early)
 
     def buffered(self) -> int:
         return self._transport.get_write_buffer_size()
@@ -229,14 +223,10 @@ class WireProtocol(asyncio.Protocol):
 
     def tell(self, headers: Headers) -> None:
         """Have these headers in the answer to the handshake."""
-        if self._session is not None:
-            self._session.headers = headers
+        if self.session is not None:
+            self.session.headers = headers
 
     # --- called by its session
-
-    def is_served_by(self, session: Session) -> bool:
-        """Whether no receiver has taken over, and the connection has not begun to end."""
-        return self._session is session and self.state in (CONNECTING, OPEN)
 
     def peer(self) -> Peer:
         return peer_of(self._transport)
@@ -266,7 +256,7 @@ class WireProtocol(asyncio.Protocol):
     def _read_on(self) -> None:
         data, self._unread = self._unread, b""
         # After its close frame it reads on until the peer's, even if an app has left messages unread.
-        if self._session is None or self.state is not OPEN or not self._session.is_full():
+        if self.session is None or self.state is not OPEN or not self.session.is_full():
             self.resume_reading()
         self.data_received(data)
 
@@ -300,8 +290,8 @@ class WireProtocol(asyncio.Protocol):
     def _deliver(self, message: str | bytes) -> None:
         if self._receiver is not None:
             self._receiver.received(message)
-        elif self._session is not None:
-            self._session.received(message)
+        elif self.session is not None:
+            self.session.received(message)
 
     # --- the end
 
@@ -316,8 +306,8 @@ class WireProtocol(asyncio.Protocol):
     def _broken(self, error: FrameError) -> None:
         """Read no more; fail at once, unless an app is still busy with earlier messages."""
         self._parser = None
-        if self.state is OPEN and self._session is not None and not self._session.is_waiting():
-            self._session.broken(error)
+        if self.state is OPEN and self.session is not None and not self.session.is_waiting():
+            self.session.broken(error)
             self.resume_reading()
             self._set_deadline(LINGER_SECONDS, self.fail, error)
         else:
@@ -338,7 +328,7 @@ class WireProtocol(asyncio.Protocol):
     def _told_end(self, code: int, reason: str = "") -> None:
         """Tell the receiver or the session once that the connection is over."""
         self._parser = None
-        session, self._session = self._session, None
+        session, self.session = self.session, None
         receiver, self._receiver = self._receiver, None
         if session is not None:
             session.disconnected(code, reason)

@@ -14,12 +14,15 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import re
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Scope
 
 from connection import Pipe, Stream
-from wire_message import ClientDisconnected, Headers, response_head
+from schemas import encode, error_body
+from wire_message import ClientDisconnected, Headers
 
 if TYPE_CHECKING:
     from wire_http import HttpProtocol
@@ -29,6 +32,9 @@ logger = logging.getLogger("notifyd.wire")
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # A head and a body up to this size leave in one write.
 JOINED_BYTES = 65_536
+_STATUS_LINES = {number: b"HTTP/1.1 %d \r\n" % number for number in range(100, 1000)}
+_STATUS_LINES |= {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+_UNSAFE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 class Answer(enum.IntEnum):
@@ -85,20 +91,19 @@ class Exchange:
         return self.state >= STARTED and not self._head
 
     async def run(self, app: ASGIApp, scope: Scope) -> None:
+        has_returned = False
         try:
             await app(scope, self.receive, self.send)
-            if self._is_owed():
-                logger.error("The app of a request ended without completing its response")
+            has_returned = True
         except ClientDisconnected:
             logger.debug("A peer left while it was answered")
         except Exception:
             logger.exception("Unexpected error in the app of a request")
         finally:
-            if self._is_owed():
+            if self.state < COMPLETE and self.stream is None:
+                if has_returned:
+                    logger.error("The app of a request ended without completing its response")
                 self._http.refuse(500, "Internal server error", "system")
-
-    def _is_owed(self) -> bool:
-        return self.state < COMPLETE and self.stream is None
 
     async def receive(self) -> Message:
         http, parser = self._http, self._http.parser
@@ -231,3 +236,36 @@ class Exchange:
 
     def abort(self) -> None:
         self._http.transport.abort()
+
+
+# --- the bytes of a response
+
+
+def response_head(status: int, lines: list[bytes]) -> bytes:
+    """Return the head of a response, with CRLF after each line. Raises ValueError for any other line end."""
+    head = b"".join([_STATUS_LINES[status], *lines, b"\r\n"])
+    ends = head.count(b"\r\n")
+    if ends != len(lines) + 2 or head.count(b"\n") != ends or head.count(b"\r") != ends or _UNSAFE.search(head):
+        raise ValueError("A header has a control character or a line end")
+    return head
+
+
+def http_response(status: int, body: bytes = b"", headers: Headers = (), default_headers: Headers = ()) -> bytes:
+    """Return a whole response that ends its connection."""
+    lines = [b"%b: %b\r\n" % (name, value) for name, value in default_headers]
+    has_length = False
+    for name, value in headers:
+        if (lower := name.lower()) != b"connection":
+            lines.append(b"%b: %b\r\n" % (name, value))
+            has_length = has_length or lower == b"content-length"
+    if not has_length:
+        lines.append(b"content-length: %d\r\n" % len(body))
+    return response_head(status, [*lines, b"connection: close\r\n"]) + body
+
+
+def error_response(
+    status: int, message: str, category: str, headers: Headers = (), default_headers: Headers = ()
+) -> bytes:
+    """Return a whole response with the documented body of an HTTP error."""
+    body = encode(error_body(message, category))
+    return http_response(status, body, [(b"content-type", b"application/json"), *headers], default_headers)

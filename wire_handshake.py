@@ -8,27 +8,40 @@ Knows no socket and no client.
 
 from __future__ import annotations
 
-import base64
-import binascii
-from collections.abc import Iterable
+import re
+from typing import NamedTuple
 
 from websockets.utils import accept_key
 
-from wire_message import Headers, RequestError, RequestParser, response_head
+from wire_exchange import response_head
+from wire_message import Headers, RequestError, RequestParser
+
+# 16 bytes in base64.
+_KEY = re.compile(rb"[A-Za-z0-9+/]{22}==")
 
 
-def check_handshake(request: RequestParser) -> str:
-    """Return the key of an opening handshake. Raises RequestError for a breach of RFC 6455, section 4.2.1."""
+class Handshake(NamedTuple):
+    """The parts of an opening handshake that its answer depends on."""
+
+    key: str
+    # In the order of the client's preference (section 4.1).
+    subprotocols: list[str]
+
+
+def check_handshake(request: RequestParser) -> Handshake:
+    """Read an opening handshake. Raises RequestError for a breach of RFC 6455, section 4.2.1."""
     if request.method != b"GET":
         raise RequestError("A WebSocket handshake is a GET request", 405, ((b"allow", b"GET"),))
     if request.version != "1.1":
         raise RequestError("A WebSocket handshake is an HTTP/1.1 request")
-    versions, keys, has_body = [], [], False
+    versions, keys, offers, has_body = [], [], [], False
     for name, value in request.headers:
         if name == b"sec-websocket-version":
             versions.append(value)
         elif name == b"sec-websocket-key":
             keys.append(value)
+        elif name == b"sec-websocket-protocol":
+            offers += value.decode("latin-1").split(",")
         elif name == b"transfer-encoding" or (name == b"content-length" and value != b"0"):
             has_body = True
     if versions != [b"13"]:
@@ -37,22 +50,9 @@ def check_handshake(request: RequestParser) -> str:
         # It would be read as frames, or by a proxy in front as a request of its own.
         raise RequestError("A WebSocket handshake has no body")
     # Each comes once: sections 11.3.1 and 11.3.5.
-    if len(keys) != 1 or not _is_key(keys[0]):
+    if len(keys) != 1 or not _KEY.fullmatch(keys[0]):
         raise RequestError("Sec-WebSocket-Key must be 16 bytes in base64")
-    return keys[0].decode("ascii")
-
-
-def _is_key(value: bytes) -> bool:
-    try:
-        return len(base64.b64decode(value, validate=True)) == 16
-    except binascii.Error:
-        return False
-
-
-def subprotocols(headers: Iterable[tuple[bytes, bytes]]) -> list[str]:
-    """Return the subprotocols that the client offers (section 4.1), the first it likes best."""
-    offered = b",".join([value for name, value in headers if name == b"sec-websocket-protocol"]).decode("latin-1")
-    return [name.strip() for name in offered.split(",") if name.strip()]
+    return Handshake(keys[0].decode("ascii"), list(filter(None, map(str.strip, offers))))
 
 
 def acceptance(key: str, subprotocol: str | None = None, headers: Headers = ()) -> bytes:
@@ -64,5 +64,6 @@ def acceptance(key: str, subprotocol: str | None = None, headers: Headers = ()) 
     ]
     if subprotocol is not None:
         lines.append(b"Sec-WebSocket-Protocol: %b\r\n" % subprotocol.encode("latin-1"))
-    lines.extend([b"%b: %b\r\n" % (name, value) for name, value in headers])
+    for name, value in headers:
+        lines.append(b"%b: %b\r\n" % (name, value))
     return response_head(101, lines)

@@ -26,10 +26,10 @@ from uvicorn.server import ServerState
 
 from connection import STREAM_EXTENSION, TURN_BYTES
 from schemas import GOING_AWAY
-from wire import WireProtocol, peer_of
-from wire_exchange import COMPLETE, Exchange
+from wire import WireProtocol
+from wire_exchange import COMPLETE, Exchange, error_response
 from wire_handshake import check_handshake
-from wire_message import BLANK_LINE, MAX_HEAD_BYTES, Headers, Peer, RequestError, RequestParser, error_response
+from wire_message import BLANK_LINE, MAX_HEAD_BYTES, Headers, Peer, RequestError, RequestParser, peer_of
 
 # From the first byte of a request to its last.
 REQUEST_SECONDS = 10.0
@@ -101,7 +101,7 @@ class HttpProtocol(asyncio.Protocol):
         self._loop = _loop or asyncio.get_running_loop()
         self.transport: asyncio.Transport = None  # type: ignore[assignment]
         self._peer: Peer = None  # type: ignore[assignment]
-        self.parser = RequestParser()
+        self.parser: RequestParser = None  # type: ignore[assignment]
         self._phase = IDLE
         # The last request with its response; it may be over.
         self._exchange: Exchange | None = None
@@ -124,7 +124,8 @@ class HttpProtocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
-        self._peer = peer_of(self.transport)
+        self._peer = peer_of(transport)
+        self.parser = RequestParser()
         # Empty or not: so it is known when the peer has been sent everything. A TLS transport would take an empty
         # buffer for a full one at 0.
         self.transport.set_write_buffer_limits(high=1 if self._peer.is_secure else 0)
@@ -245,28 +246,27 @@ class HttpProtocol(asyncio.Protocol):
             self._searched = max(0, len(data) - start - len(BLANK_LINE) + 1)
             return start
         self._searched = 0
-        read = self.parser.read(data, start, end)
-        if self.parser.is_upgrade and self._config.ws_protocol_class is not None:
-            self._upgrade(data[start:end], data[read:])
-        else:
-            self._begin()
-        return read
+        return self._begin(data, start, end)
 
-    def _begin(self) -> None:
-        """Have the app answer the request with the head just read."""
-        config, tasks = self._config, self.server_state.tasks
+    def _begin(self, data: bytes, start: int, end: int) -> int:
+        """Read a head, and have the app answer its request; return how far it was read."""
+        config, tasks, parser = self._config, self.server_state.tasks, self.parser
+        read = parser.read(data, start, end)
+        if parser.is_upgrade and config.ws_protocol_class is not None:
+            self._upgrade(data[start:end], data[read:])
+            return read
         limit = config.limit_concurrency
         if limit is not None and max(len(tasks), len(self.server_state.connections)) >= limit:
             raise RequestError("Exceeded concurrency limit", 503)
-        self._phase = WHOLE if self.parser.is_complete else BODY
+        self._phase = WHOLE if parser.is_complete else BODY
+        scope = parser.scope("http", self._peer, config.root_path, self._app_state)
+        scope["method"] = parser.method.decode("ascii")
         exchange = self._exchange = Exchange(self)
-        scheme = "https" if self._peer.is_secure else "http"
-        scope = self.parser.scope("http", scheme, self._peer, config.root_path, self._app_state)
-        scope["method"] = self.parser.method.decode("ascii")
         scope["extensions"] = {STREAM_EXTENSION: exchange.be_taken_by}
         task = self._loop.create_task(exchange.run(config.loaded_app, scope))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
+        return read
 
     def _read_body(self, data: bytes, start: int) -> int:
         exchange, parser = self._exchange, self.parser
@@ -296,7 +296,7 @@ class HttpProtocol(asyncio.Protocol):
     def _upgrade(self, head: bytes, early: bytes) -> None:
         """Hand the connection over to the WebSocket protocol, with the bytes of an eager client."""
         parser, transport, config = self.parser, self.transport, self._config
-        key = check_handshake(parser)
+        handshake = check_handshake(parser)
         self._phase = UPGRADED
         self._goes_on = False
         if self.is_paused:
@@ -307,7 +307,7 @@ class HttpProtocol(asyncio.Protocol):
         )
         transport.set_protocol(protocol)
         if isinstance(protocol, WireProtocol):
-            protocol.take_over(transport, parser, self._peer, key)
+            protocol.take_over(transport, parser, self._peer, handshake)
         else:
             protocol.connection_made(transport)
             protocol.data_received(head)

@@ -1,6 +1,7 @@
-"""HTTP/1.1 messages without I/O (RFC 9112): bytes of requests in, bytes of responses out.
+"""HTTP/1.1 requests without I/O (RFC 9112).
 
-Owns the form that a request must have, and the ASGI scope that its head decides. Knows no socket and no app.
+Owns the form that a request must have, and the ASGI scope that its head decides. Knows no app, and of a transport
+only both ends.
 
 1. httptools checks strictly; this module refuses the rest of the requests that two readers could take differently.
    Either way a RequestError says why, and the parser is not fed again.
@@ -10,15 +11,13 @@ Owns the form that a request must have, and the ASGI scope that its head decides
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterable, Sequence
-from http import HTTPStatus
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
-
-from schemas import encode, error_body
 
 Headers = Iterable[Sequence[bytes]]  # ASGI allows any iterable of pairs.
 
@@ -33,9 +32,6 @@ _CHUNK_FRAMING_BYTES = 16
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 _ABSOLUTE = re.compile(rb"https?://([^/?@]+)([^?]*)(.*)", re.IGNORECASE)
 _ASGI = {"version": "3.0", "spec_version": "2.4"}
-_STATUS_LINES = {number: b"HTTP/1.1 %d \r\n" % number for number in range(100, 1000)}
-_STATUS_LINES |= {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
-_UNSAFE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 class RequestError(Exception):
@@ -57,6 +53,17 @@ class Peer(NamedTuple):
     server: tuple[str, int | None] | None
     client: tuple[str, int] | None
     is_secure: bool
+
+
+def peer_of(transport: asyncio.BaseTransport) -> Peer:
+    server, client = transport.get_extra_info("sockname"), transport.get_extra_info("peername")
+    return Peer(
+        # A Unix socket has a path, and no port; its clients have no address.
+        server[:2] if isinstance(server, tuple) else (server, None) if server else None,
+        # A socket for both families has IPv4 addresses in a form of IPv6.
+        (client[0].removeprefix("::ffff:"), client[1]) if isinstance(client, tuple) else None,
+        transport.get_extra_info("sslcontext") is not None,
+    )
 
 
 class RequestParser:
@@ -190,7 +197,10 @@ class RequestParser:
         if not self._skips_body:
             # So that the library expects a head behind the body.
             self._library.feed_data(piece)
-        self._add(piece)
+        if self.body:
+            self._add(piece)
+        else:
+            self.body = piece
         self.body_left -= end - start
         self.is_complete = not self.body_left
         return end
@@ -211,14 +221,11 @@ class RequestParser:
         return end
 
     def _add(self, piece: bytes) -> None:
-        if not self.body:
-            self.body = piece
-            return
         if isinstance(self.body, bytes):
             self.body = bytearray(self.body)
         self.body += piece
 
-    def scope(self, type: str, scheme: str, peer: Peer, root_path: str, state: dict[str, Any]) -> dict[str, Any]:
+    def scope(self, type: str, peer: Peer, root_path: str, state: dict[str, Any]) -> dict[str, Any]:
         """Return the part of the ASGI scope that requests and handshakes have in common."""
         raw_path, _, query = self.target.partition(b"?")
         path = raw_path.decode("latin-1")
@@ -228,7 +235,7 @@ class RequestParser:
             "http_version": self.version,
             "server": peer.server,
             "client": peer.client,
-            "scheme": scheme,
+            "scheme": ("https" if peer.is_secure else "http") if type == "http" else "wss" if peer.is_secure else "ws",
             "root_path": root_path,
             "path": root_path + (unquote(path) if "%" in path else path),
             "raw_path": root_path.encode("latin-1") + raw_path,
@@ -272,33 +279,3 @@ def _end_of_lines(data: bytes, start: int, stop: int) -> int:
     if (end := data.find(BLANK_LINE, start, stop)) >= 0:
         return end + len(BLANK_LINE)
     return stop - next((size for size in (3, 2, 1) if data.endswith(BLANK_LINE[:size], start, stop)), 0)
-
-
-def response_head(status: int, lines: list[bytes]) -> bytes:
-    """Return the head of a response, with CRLF after each line. Raises ValueError for any other line end."""
-    head = b"".join([_STATUS_LINES[status], *lines, b"\r\n"])
-    ends = head.count(b"\r\n")
-    if ends != len(lines) + 2 or head.count(b"\n") != ends or head.count(b"\r") != ends or _UNSAFE.search(head):
-        raise ValueError("A header has a control character or a line end")
-    return head
-
-
-def http_response(status: int, body: bytes = b"", headers: Headers = (), default_headers: Headers = ()) -> bytes:
-    """Return a whole response that ends its connection."""
-    lines = [b"%b: %b\r\n" % (name, value) for name, value in default_headers]
-    has_length = False
-    for name, value in headers:
-        if (lower := name.lower()) != b"connection":
-            lines.append(b"%b: %b\r\n" % (name, value))
-            has_length = has_length or lower == b"content-length"
-    if not has_length:
-        lines.append(b"content-length: %d\r\n" % len(body))
-    return response_head(status, [*lines, b"connection: close\r\n"]) + body
-
-
-def error_response(
-    status: int, message: str, category: str, headers: Headers = (), default_headers: Headers = ()
-) -> bytes:
-    """Return a whole response with the documented body of an HTTP error."""
-    body = encode(error_body(message, category))
-    return http_response(status, body, [(b"content-type", b"application/json"), *headers], default_headers)

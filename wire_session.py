@@ -24,16 +24,15 @@ from uvicorn.server import ServerState
 from connection import WIRE_EXTENSION, ConnectionState, Receiver
 from log import frame
 from schemas import INTERNAL_ERROR, NORMAL_CLOSURE
+from wire_exchange import error_response, http_response
 from wire_frames import BINARY, FrameError
-from wire_handshake import acceptance, check_handshake, subprotocols
+from wire_handshake import Handshake, check_handshake
 from wire_message import (
     ClientDisconnected,
     Headers,
     Peer,
     RequestError,
     RequestParser,
-    error_response,
-    http_response,
 )
 
 logger = logging.getLogger("notifyd.wire")
@@ -50,6 +49,7 @@ class Wire(Protocol):
 
     state: ConnectionState
     writable: bool
+    session: Session | None
 
     def accept(
         self,
@@ -66,7 +66,6 @@ class Wire(Protocol):
     def fail(self, error: FrameError) -> None: ...
     def pause_reading(self) -> None: ...
     def resume_reading(self) -> None: ...
-    def is_served_by(self, session: Session) -> bool: ...
 
 
 class Session:
@@ -76,16 +75,16 @@ class Session:
         "_app_state",
         "_config",
         "_drained",
-        "_early",
         "_error",
-        "_key",
         "_messages",
         "_response",
         "_server_state",
-        "_subprotocol",
         "_wanted",
         "_wire",
+        "early",
         "headers",
+        "key",
+        "subprotocol",
     )
 
     def __init__(self, wire: Wire, config: Config, server_state: ServerState, app_state: dict[str, Any]) -> None:
@@ -93,25 +92,26 @@ class Session:
         self._config = config
         self._server_state = server_state
         self._app_state = app_state
-        self._key = ""
-        self._subprotocol: str | None = None
-        self._early = b""
+        # The answer to the handshake: to its key, with the subprotocol and headers that were chosen meanwhile.
+        self.key = ""
+        self.subprotocol: str | None = None
+        self.headers: Headers = ()
+        # The bytes that a client has sent before it.
+        self.early = b""
         self._messages: deque[Message] = deque()
         # Awaited by a waiting `receive`, and by every waiting `send`.
         self._wanted: asyncio.Event | None = None
         self._drained: asyncio.Event | None = None
         self._response: Message | None = None
         self._error: FrameError | None = None
-        self.headers: Headers = ()
 
     # --- the handshake
 
-    def begin(self, request: RequestParser, peer: Peer, key: str) -> None:
+    def begin(self, request: RequestParser, peer: Peer, handshake: Handshake) -> None:
         """Have the app answer a handshake with this head, already checked."""
-        self._key = key
-        scheme = "wss" if peer.is_secure else "ws"
-        scope = request.scope("websocket", scheme, peer, self._config.root_path, self._app_state)
-        scope["subprotocols"] = subprotocols(request.headers)
+        self.key = handshake.key
+        scope = request.scope("websocket", peer, self._config.root_path, self._app_state)
+        scope["subprotocols"] = handshake.subprotocols
         scope["extensions"] = {"websocket.http.response": {}, WIRE_EXTENSION: self._wire}
         task = asyncio.get_running_loop().create_task(self._run(scope))
         self._server_state.tasks.add(task)
@@ -119,9 +119,9 @@ class Session:
 
     def received_early(self, data: bytes) -> None:
         """Take the bytes before the answer: the request from a host's own HTTP class, or those of an eager client."""
-        if self._key:
+        if self.key:
             # A client has to wait for the answer (RFC 6455, section 4.1). One that does not is read no further.
-            self._early += data
+            self.early += data
             self._wire.pause_reading()
             return
         request = RequestParser()
@@ -130,15 +130,6 @@ class Session:
             self.begin(request, self._wire.peer(), check_handshake(request))
         except RequestError as error:
             self._wire.refuse(self._error_response(error.status, str(error), error.headers))
-
-    def choose(self, subprotocol: str) -> None:
-        self._subprotocol = subprotocol
-
-    def acceptance(self, subprotocol: str | None, headers: Headers) -> bytes:
-        return acceptance(self._key, subprotocol or self._subprotocol, [*headers, *self.headers])
-
-    def early_data(self) -> bytes:
-        return self._early
 
     # --- called by the app
 
@@ -152,7 +143,8 @@ class Session:
         except Exception:
             logger.exception("Unexpected error in the app of a WebSocket")
             code = INTERNAL_ERROR
-        if not wire.is_served_by(self):
+        if wire.session is not self or wire.state > OPEN:
+            # A receiver has taken over, or the connection has begun to end.
             return
         if wire.state is CONNECTING:
             logger.error("The app of a WebSocket ended without answering the handshake")

@@ -17,7 +17,7 @@ from ws_clients import PATIENCE
 import server
 from server import bind
 from settings import Settings
-from wire import peer_of
+from wire_message import peer_of
 
 
 def _has_ipv6() -> bool:
