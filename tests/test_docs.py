@@ -70,6 +70,7 @@ NO_REASONS = {
 NO_REASONS |= {re.escape("Not allowed: to publish ") + end for end in ("other\\ than\\ by\\ topic", "to\\ topic\\ .+")}
 # Names in code style that are other programs' or other standards'.
 FOREIGN_NAMES = {"PYTHONPATH", "EventSource", "TestClient", "websocket_connect", "ws_per_message_deflate"}
+FOREIGN_NAMES |= {"webhook_configs", "credentials_file"}
 
 
 # Reading pages.
