@@ -11,10 +11,11 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import orjson
+from msgspec import Struct
 
 import schemas
 from errors import DuplicateClient, StoreUnavailable
@@ -32,6 +33,28 @@ ANSWER_SECONDS = 1.0
 # How often this process reports its figures to the store, and asks whether it leads.
 REPORT_SECONDS = 1.0
 _TEST_START = b',"type":"test_notification"'
+
+
+class Share(Struct):
+    """The figures that the store does not keep, of one process or of several together.
+
+    Each process has the log in memory: together they have as much as the process with the most.
+    """
+
+    clients_behind: int
+    log_notifications: int
+    log_bytes: int
+    details: list[ClientDetails]
+
+
+def _together(shares: Sequence[Share], limit: int) -> Share:
+    details = [client for share in shares for client in share.details]
+    return Share(
+        sum(share.clients_behind for share in shares),
+        max(share.log_notifications for share in shares),
+        max(share.log_bytes for share in shares),
+        sorted(details, key=lambda client: (client.connected_at, client.client_id))[:limit],
+    )
 
 
 class CensusTaker:
@@ -74,20 +97,24 @@ class CensusTaker:
             self._census = await self._hub.store.census()
         return self._census
 
-    async def take_exact(self, limit: int = 0) -> tuple[Census, list[ClientDetails]]:
-        """Return the figures of all processes as of now, and the details of the first `limit` clients.
+    async def take_exact(self, limit: int = 0) -> tuple[Census, Share]:
+        """Return the figures of all processes as of now, with the details of the first `limit` clients.
 
-        Every process is asked for its figures; the last report of a process stands if it does not answer.
+        Every process is asked for its figures. If it does not answer, its last report stands, and its share is missing.
         """
-        census, details = await self.take(), await self.details(limit)
+        census, share = await self.take(), await self.share(limit)
         if census.others:
             with contextlib.suppress(StoreUnavailable):
                 question = {"ask": "report", "limit": limit}
-                for answer in await self._hub.questions.ask_all(census.others, question, ANSWER_SECONDS):
-                    details += schemas.check(answer, list[ClientDetails])
+                answers = await self._hub.questions.ask_all(census.others, question, ANSWER_SECONDS)
+                share = _together([share, *(schemas.check(answer, Share) for answer in answers)], limit)
             census = await self.take()
-            details = sorted(details, key=lambda client: (client.connected_at, client.client_id))[:limit]
-        return census, details
+        return census, share
+
+    async def share(self, limit: int) -> Share:
+        """Return this process's share."""
+        fanout, details = self._hub.fanout, await self.details(limit)
+        return Share(fanout.clients_behind(), len(fanout.log), fanout.log.size, details)
 
     async def details(self, limit: int) -> list[ClientDetails]:
         """Return this process's first clients, in the order of their admission."""
@@ -204,4 +231,4 @@ class Questions:
                 return {"stays": True}
             return {"stays": False}
         await self._hub.census.report()
-        return schemas.to_plain(await self._hub.census.details(question["limit"]))
+        return schemas.to_plain(await self._hub.census.share(question["limit"]))

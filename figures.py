@@ -76,7 +76,7 @@ async def metrics(hub: Hub) -> Metrics:
 async def status(hub: Hub, limit: int) -> Status:
     """Return everything, with the details of the first `limit` clients."""
     await hub.start()
-    census, details = await hub.census.take_exact(limit)
+    census, share = await hub.census.take_exact(limit)
     settings = hub.settings
     return Status(
         server=StatusServer(
@@ -89,7 +89,7 @@ async def status(hub: Hub, limit: int) -> Status:
             active=census.active,
             total=census.total,
             max_allowed=settings.max_connections,
-            details=details,
+            details=share.details,
         ),
         notification_service=StatusService(
             is_running=hub.is_ready,
@@ -112,8 +112,7 @@ async def status(hub: Hub, limit: int) -> Status:
 async def prometheus(hub: Hub) -> str:
     """Return the figures in Prometheus' text format: the documented four first, to the letter."""
     await hub.start()
-    census, _ = await hub.census.take_exact()
-    log = hub.fanout.log
+    census, share = await hub.census.take_exact()
     figures: list[tuple[str, str, str, float]] = [
         (
             "websocket_active_connections",
@@ -136,9 +135,9 @@ async def prometheus(hub: Hub) -> str:
             census.notifications_sent,
         ),
         ("notifyd_slow_consumers_total", "counter", "Clients closed for being too far behind", census.slow_consumers),
-        ("notifyd_clients_behind", "gauge", "Clients of this process that have a backlog", hub.fanout.clients_behind()),
-        ("notifyd_log_notifications", "gauge", "Notifications in the log", len(log)),
-        ("notifyd_log_bytes", "gauge", "Bytes of notifications in the log", log.size),
+        ("notifyd_clients_behind", "gauge", "Clients that have a backlog", share.clients_behind),
+        ("notifyd_log_notifications", "gauge", "Notifications in the log", share.log_notifications),
+        ("notifyd_log_bytes", "gauge", "Bytes of notifications in the log", share.log_bytes),
     ]
     return "\n".join(
         f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value}\n" for name, kind, text, value in figures

@@ -328,6 +328,28 @@ def test_recipients_are_counted_over_all(many: Many) -> None:
         many.forget_clients()
 
 
+def samples(place: Place) -> dict[str, str]:
+    """Return the figures for Prometheus that a process states for all, without clocks."""
+    lines = place.request("GET", "/metrics/prometheus").body.decode().splitlines()
+    stated = dict(line.split() for line in lines if line and not line.startswith("#"))
+    return {name: value for name, value in stated.items() if "process" not in name and "uptime" not in name}
+
+
+def test_every_process_states_the_figures_of_all(start_many: StartMany) -> None:
+    """Whichever process a scraper reaches, it reads the same: among others the clients that read too slowly."""
+    many = start_many("--notification-interval", "0")
+    many.places[-1].join_dead("slow")
+    for place in many.one_by_one(200):
+        place.notify("much", data={"padding": "x" * 60_000})
+    eventually(lambda: samples(many.places[0])["notifyd_clients_behind"] == "1")
+    first, *others = map(samples, many.places)
+    assert others == [first] * len(others)
+    assert first["notifyd_log_notifications"] == "200"
+    assert int(first["notifyd_log_bytes"]) > 200 * 60_000
+    many.forget_clients()
+    assert {samples(place)["notifyd_clients_behind"] for place in many.places} == {"0"}
+
+
 def test_status_lists_the_clients_of_all(many: Many) -> None:
     """Every process lists the clients of all in the order of their admission, as many as are asked for."""
     names = [f"client-{n:02}" for n in range(LIMIT)]
