@@ -1,4 +1,4 @@
-"""The clients of this process: by client_id in the order of their admission, and by topic.
+"""The clients of this process: by client_id in the order of their admission, by topic, and those that expire.
 
 Owns a client's state between its connection and the Hub, and the two directions of every index. Knows connections
 through the seam in connection.py.
@@ -6,15 +6,20 @@ through the seam in connection.py.
 1. Only admission.py adds and removes clients; only conversation.py changes the topics of a client after that.
 2. Both directions of an index change together: a client is in the group of each of its names, and in no other.
 3. The addressees of a notification cost as much as the audience is large, however many other clients there are.
+4. A refused renewal of an identity changes nothing.
 """
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Iterable, Iterator, Set
 from typing import TYPE_CHECKING
 
 from connection import Connection
+from guard_identity import Identity
 from log import Audience
+from schemas import POLICY_VIOLATION
 
 if TYPE_CHECKING:
     from admission import Newcomer
@@ -30,6 +35,8 @@ HEARTBEAT_PHASES = 20
 AUDIENCES_REMEMBERED = 8
 # Before every sequence, and before the position of an empty log.
 UNTOLD = -2
+# How often expired clients are looked for.
+SWEEP_SECONDS = 1.0
 
 
 class Client:
@@ -183,3 +190,50 @@ class Clients:
             # A single group is not copied, so a topic of all clients costs no more than a topic of a few.
             known = self._addressed[audience] = groups[0] if len(groups) == 1 else set().union(*groups)
         return known
+
+
+class ExpiringClients:
+    """Closes clients whose identity has expired. One sweep looks for them; it runs only while any client can expire."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._clients: set[Client] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def watch(self, client: Client) -> None:
+        """Close the client when its identity, a new one or a renewed one, expires."""
+        if client.identity is None or client.identity.expires_at is None:
+            self.forget(client)
+            return
+        self._clients.add(client)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
+
+    def renew(self, client: Client, identity: Identity) -> None:
+        """Let another identity of the same client limit it. Raises Forbidden if the client could not be the identity's.
+
+        A refused renewal changes nothing.
+        """
+        held = client.identity
+        # A client with an id made by the server keeps it with another token without a client_id.
+        nameless = held is not None and held.client_id == identity.client_id == ""
+        identity.own_client_id(None if nameless else client.client_id)
+        identity.check_topics(client.topics)
+        client.identity = identity
+        self.watch(client)
+
+    def forget(self, client: Client) -> None:
+        """Let the client go: it has left, or cannot expire any more."""
+        self._clients.discard(client)
+        if not self._clients and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _sweep(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
+        # The clock on the wall: an expiry is an agreement with other machines.
+        now = time.time()
+        for client in list(self._clients):
+            identity = client.identity
+            if identity is not None and identity.expires_at is not None and identity.expires_at <= now:
+                self._hub.admission.dismiss(client, POLICY_VIOLATION, "Token expired")

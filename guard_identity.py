@@ -1,30 +1,17 @@
-"""The rights of a key or token, and the clients that expire with it.
+"""The rights of a key or token. Deny by default.
 
-An Identity is a plain value, however it was found; knows no HTTP, no token and no key. Without authentication there are
-no identities, and everything is allowed.
-
-1. Deny by default.
-2. A refused renewal changes nothing.
+An Identity is a plain value, however it was found; knows no HTTP, no token, no key and no client. Without
+authentication there are no identities, and everything is allowed.
 """
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from msgspec import UNSET, Struct
 
 from errors import Forbidden, NotifydError, Unauthorized
-from schemas import POLICY_VIOLATION, NotifyRequest
-
-if TYPE_CHECKING:
-    from clients import Client
-    from hub import Hub
-
-# How often expired clients are looked for.
-SWEEP_SECONDS = 1.0
+from schemas import NotifyRequest
 
 # Names of topics; a trailing * makes a name a prefix.
 Patterns = tuple[str, ...]
@@ -99,50 +86,3 @@ def origin_of(address: str, identity: Identity | None) -> str:
 
 def _matches(topic: str, patterns: Patterns) -> bool:
     return any(topic.startswith(one[:-1]) if one.endswith("*") else topic == one for one in patterns)
-
-
-class ExpiringClients:
-    """Closes clients whose identity has expired. One sweep looks for them; it runs only while any client can expire."""
-
-    def __init__(self, hub: Hub) -> None:
-        self._hub = hub
-        self._clients: set[Client] = set()
-        self._timer: asyncio.TimerHandle | None = None
-
-    def watch(self, client: Client) -> None:
-        """Close the client when its identity, a new one or a renewed one, expires."""
-        if client.identity is None or client.identity.expires_at is None:
-            self.forget(client)
-            return
-        self._clients.add(client)
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
-
-    def renew(self, client: Client, identity: Identity) -> None:
-        """Let another identity of the same client limit it. Raises Forbidden if the client could not be the identity's.
-
-        A refused renewal changes nothing.
-        """
-        held = client.identity
-        # A client with an id made by the server keeps it with another token without a client_id.
-        nameless = held is not None and held.client_id == identity.client_id == ""
-        identity.own_client_id(None if nameless else client.client_id)
-        identity.check_topics(client.topics)
-        client.identity = identity
-        self.watch(client)
-
-    def forget(self, client: Client) -> None:
-        """Let the client go: it has left, or cannot expire any more."""
-        self._clients.discard(client)
-        if not self._clients and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _sweep(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
-        # The clock on the wall: an expiry is an agreement with other machines.
-        now = time.time()
-        for client in list(self._clients):
-            identity = client.identity
-            if identity is not None and identity.expires_at is not None and identity.expires_at <= now:
-                self._hub.admission.dismiss(client, POLICY_VIOLATION, "Token expired")

@@ -25,13 +25,13 @@ from msgspec import UNSET
 import schemas
 from admission import Admission, Newcomer
 from census import CensusTaker, Questions, TestNotifications
-from clients import Client, Clients
+from clients import Client, Clients, ExpiringClients
 from connection import CLOSE_DEADLINE_SECONDS, Connection
 from conversation import Conversation, Renew
 from drain import Drain
 from errors import InvalidRequest, ShuttingDown, StoreUnavailable, TooLarge
 from fanout import FanOut
-from guard_identity import ExpiringClients, Identity, origin_of
+from guard_identity import Identity, origin_of
 from heartbeat import Heartbeat
 from log import Audience, payloads
 from schemas import GOING_AWAY, POLICY_VIOLATION, TRY_AGAIN_LATER

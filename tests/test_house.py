@@ -69,6 +69,12 @@ def test_the_core_imports_only_the_core(name: str) -> None:
     assert outside <= KNOWN_TO_THE_CORE
 
 
+@pytest.mark.parametrize("name", sorted(KNOWN_TO_THE_CORE))
+def test_the_seams_of_the_core_know_no_client(name: str) -> None:
+    """Not even in annotations: a store knows its Node, and the rights are a value."""
+    assert not set(imports(MODULES[name], for_types=True)) & {"hub", "admission", "clients", "connection"}
+
+
 def test_a_module_of_an_odd_size_has_a_reason() -> None:
     """A large one hides a concept, and a small one with a single reader is a page of that reader's."""
     known = {name: set(imports(tree, for_types=True)) for name, tree in MODULES.items()}
