@@ -112,7 +112,7 @@ def test_a_newcomer_whose_connection_fails_is_unregistered(loop: VirtualLoop, hu
     """An unexpected error of its connection leaves nothing in the registry or the directory, and the id is free."""
 
     class Broken(FakeConnection):
-        def accept(self, receiver: Receiver, greeting: bytes) -> None:
+        def accept(self, receiver: Receiver, greeting: bytes, position: str) -> None:
             raise RuntimeError("broken")
 
     async def scenario() -> None:
