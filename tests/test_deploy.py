@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any
 import orjson
 import pytest
 import yaml
-from processes import ROOT, Server, free_port, program
+from processes import ROOT, Server, call, free_port, program
 from redis_server import RedisServer
 from wheels import build, install
 
@@ -243,11 +244,28 @@ def test_systemd_finds_the_unit_hardened(unit: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["DynamicUser=yes", "NoNewPrivileges=yes", "ProtectSystem=strict", "KillMode=mixed", "StateDirectory=notifyd"],
+    [
+        *("DynamicUser=yes", "NoNewPrivileges=yes", "ProtectSystem=strict", "KillMode=mixed", "StateDirectory=notifyd"),
+        *("Restart=on-failure", "RestartPreventExitStatus=2", "StartLimitIntervalSec=0"),
+    ],
 )
 def test_the_unit_keeps(line: str) -> None:
-    """The unit keeps the lines that the drain and the machine's users rely on."""
+    """The unit keeps the lines that the drain, the machine's users and a restart after any failure rely on."""
     assert line in UNIT.splitlines()
+
+
+def test_a_failing_start_is_not_repeated_at_once() -> None:
+    """By default systemd tries five times within a second, and then never again."""
+    [pause] = re.findall(r"^RestartSec=(\d+)$", UNIT, re.MULTILINE)
+    assert 1 <= int(pause) <= 10
+
+
+def test_a_bad_setting_ends_with_the_status_that_is_not_restarted() -> None:
+    """A port in use is: its owner may go."""
+    [status] = re.findall(r"^RestartPreventExitStatus=(\d+)$", UNIT, re.MULTILINE)
+    assert call("--port", "nonsense").status == int(status)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert call("--port", str(taken.getsockname()[1])).status not in (0, int(status))
 
 
 def test_the_log_is_in_the_state_directory() -> None:

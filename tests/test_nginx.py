@@ -12,6 +12,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class Nginx:
             ("/etc/ssl/certs/push.example.com.pem", f"{directory}/cert.pem"),
             ("/etc/ssl/private/push.example.com.key", f"{directory}/key.pem"),
             ("listen 80;", f"listen 127.0.0.1:{plain};"),
-            ("listen 443 ssl;", f"listen 127.0.0.1:{self.port} ssl;"),
+            ("listen 443 ssl http2;", f"listen 127.0.0.1:{self.port} ssl http2;"),
             ("server 127.0.0.1:8000;", f"server 127.0.0.1:{upstream};"),
         ):
             assert ours in text, ours
@@ -332,3 +333,51 @@ def test_three_seconds_are_added_by_hand() -> None:
                     parts.append(found[1] if value.startswith("$") else value)
                     break
         assert int("".join(parts)) == seconds + 3
+
+
+# HTTP/2.
+
+
+def curl(nginx: Nginx, *arguments: str) -> list[str]:
+    """Run curl with HTTP/2 from the address of nginx's client, and return the lines of its output."""
+    command = [program("curl"), "--silent", "--http2", "--cacert", str(nginx.directory / "cert.pem")]
+    command += ["--interface", nginx.address, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+
+
+def test_more_than_six_streams_share_a_connection(nginx: Nginx, backend: Server) -> None:
+    """A browser has six HTTP/1.1 connections to an origin, and each stream fills one."""
+    nginx.http.get("/health")
+    urls = [f"{nginx.url}/events?client_id=h2-{number}" for number in range(8)]
+    outputs = [word for url in urls for word in ("--output", os.devnull, url)]
+    shown = ("--write-out", "%{http_version} %{num_connects}\n", "--parallel", "--max-time", "4")
+    with ThreadPoolExecutor() as pool:
+        lines = pool.submit(curl, nginx, *shown, *outputs)
+        eventually(lambda: backend.active() == 8)
+    assert sorted(lines.result()) == ["2 0"] * 7 + ["2 1"]
+
+
+def test_http2_events_come_at_once(nginx: Nginx, backend: Server) -> None:
+    """The first byte and every later one, as over HTTP/1.1."""
+    process = subprocess.Popen(
+        [program("curl"), "-sN", "--http2", "-k", "--interface", nginx.address, f"{nginx.url}/events"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        assert any("welcome" in line for line in process.stdout)
+        backend.notify("over HTTP/2")
+        assert any("over HTTP/2" in line for line in process.stdout)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_http2_keeps_the_host_for_the_check_of_origins(nginx: Nginx) -> None:
+    """A browser's own page is let in, another's is not."""
+    for origin, status in ((nginx.url, "200"), ("https://elsewhere.example", "403")):
+        shown = ("--output", os.devnull, "--write-out", "%{http_version} %{http_code}\n")
+        sent = ("--header", f"Origin: {origin}", "--json", '{"message": "hi"}')
+        assert curl(nginx, *shown, *sent, f"{nginx.url}/notify") == [f"2 {status}"]
