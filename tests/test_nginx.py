@@ -7,12 +7,14 @@ import itertools
 import os
 import re
 import resource
+import signal
 import socket
 import ssl
 import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -381,3 +383,45 @@ def test_http2_keeps_the_host_for_the_check_of_origins(nginx: Nginx) -> None:
         shown = ("--output", os.devnull, "--write-out", "%{http_version} %{http_code}\n")
         sent = ("--header", f"Origin: {origin}", "--json", '{"message": "hi"}')
         assert curl(nginx, *shown, *sent, f"{nginx.url}/notify") == [f"2 {status}"]
+
+
+STREAMS = """<script>
+const url = new URLSearchParams(location.search).get("url");
+for (let number = 0; number < 8; number++) new EventSource(`${url}/events?client_id=page-${number}`);
+</script>"""
+
+
+@contextmanager
+def page_of_streams(url: str, directory: Path) -> Iterator[None]:
+    """Open a page with eight streams of a server in Chromium."""
+    (directory / "page.html").write_text(STREAMS)
+    flags = "--headless --no-sandbox --no-proxy-server --no-first-run --remote-debugging-port=0 --disable-gpu"
+    flags += f" --ignore-certificate-errors --disable-background-networking --user-data-dir={directory}/profile"
+    command = [program("chromium", "chromium-browser", "google-chrome"), *flags.split()]
+    process = subprocess.Popen(
+        [*command, f"file://{directory}/page.html?url={url}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_browser_opens_more_than_six_streams_over_http2_alone(start_server: StartServer, tmp_path: Path) -> None:
+    """Over HTTP/1.1 the seventh waits for ever."""
+    server = start_server("--allow-origin", "null", "--ping-interval", "0")
+    with page_of_streams(server.url, tmp_path):
+        eventually(lambda: server.active() == 6, 4 * PATIENCE)
+        with pytest.raises(AssertionError):
+            eventually(lambda: server.active() > 6, 1)
+    eventually(lambda: server.active() == 0)
+    proxy = Nginx(tmp_path, server.port)
+    try:
+        with page_of_streams(proxy.url, tmp_path):
+            eventually(lambda: server.active() == 8, 4 * PATIENCE)
+    finally:
+        proxy.close()
