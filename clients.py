@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Set
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,8 @@ AUDIENCES_REMEMBERED = 8
 UNTOLD = -2
 # How often expired clients are looked for.
 SWEEP_SECONDS = 1.0
+# The ended subscriptions of a client that are remembered, so that a later replay does not repeat what came by them.
+ENDED_KEPT = 256
 
 
 class Client:
@@ -52,6 +55,8 @@ class Client:
         "connection",
         "cursor",
         "descriptor",
+        "followed",
+        "follows",
         "heard_at",
         "identity",
         "owns_pending",
@@ -88,6 +93,9 @@ class Client:
         # entries; it knows those of broadcasts as well.
         self.told = UNTOLD
         self.topics: frozenset[str] = frozenset()
+        # The sequence of the first entry that it was owed, and its topics since then, once they have changed.
+        self.follows = 0
+        self.followed: Followed | None = None
         self.connected_at = self.heard_at = self._tokens_at = hub.clock()
         self.phase = phase % HEARTBEAT_PHASES
         # Whether the client has ever sent a message, and so would answer a ping message.
@@ -114,9 +122,42 @@ class Client:
         self._tokens = tokens - 1
         return tokens >= 1
 
+    def subscriptions(self) -> Followed:
+        """Return the sequences of which it is handed each topic's notifications."""
+        if self.followed is None:
+            self.followed = Followed(self.topics, self.follows)
+        return self.followed
+
     def can_prove_life(self) -> bool:
         """Whether a live client would be heard. If not, its silence is no reason to close it."""
         return self.connection.hears_pongs or self.speaks
+
+
+class Followed:
+    """The sequences of which a client is handed a topic's notifications: from a subscription on, up to its end."""
+
+    __slots__ = ("_ended", "_since")
+
+    def __init__(self, topics: Iterable[str], sequence: int) -> None:
+        self._since = dict.fromkeys(topics, sequence)
+        self._ended: deque[tuple[str, int, int]] = deque(maxlen=ENDED_KEPT)
+
+    def begin(self, topics: Iterable[str], sequence: int) -> None:
+        """Note that the client is handed the notifications for these topics from this sequence on."""
+        for topic in topics:
+            self._since[topic] = min(sequence, self._since.get(topic, sequence))
+
+    def end(self, topics: Iterable[str], sequence: int) -> None:
+        """Note that the client is handed those for these topics up to this sequence."""
+        for topic in topics:
+            if (start := self._since.pop(topic, sequence)) < sequence:
+                self._ended.append((topic, start, sequence))
+
+    def includes(self, sequence: int, topics: Set[str]) -> bool:
+        """Return whether the client is handed the entry of this sequence, which is for these topics."""
+        return any(sequence >= self._since[topic] for topic in topics & self._since.keys()) or any(
+            topic in topics and start <= sequence < end for topic, start, end in self._ended
+        )
 
 
 class _Groups:

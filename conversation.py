@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
+from msgspec import UNSET, Struct
 
 import schemas
 from clients import Client
@@ -36,8 +36,10 @@ UNREAD_BYTES = 1_048_576
 
 # From a token, and the address that has sent it, to its rights. Raises a NotifydError.
 Renew = Callable[[str, str], Awaitable[Identity]]
+# The messages that answer a message.
+Answer = tuple[Struct, ...]
 # Finds an answer that has to wait for the store. May raise a NotifydError.
-Work = Callable[[], Awaitable[Struct]]
+Work = Callable[[], Awaitable[Answer]]
 
 
 class Conversation:
@@ -58,7 +60,7 @@ class Conversation:
             self._hub.admission.dismiss(client, POLICY_VIOLATION, "Message rate exceeded")
         elif (waiting := self._waiting.get(client)) is not None:
             waiting.append(message)
-        elif isinstance(answer := self._answer(client, message), Struct | None):
+        elif isinstance(answer := self._answer(client, message), tuple):
             self._reply(client, answer)
         else:
             self._waiting[client] = deque()
@@ -67,34 +69,35 @@ class Conversation:
             self._answering.add(task)
             task.add_done_callback(self._answering.discard)
 
-    def _answer(self, client: Client, message: str | bytes) -> Struct | Work | None:
+    def _answer(self, client: Client, message: str | bytes) -> Answer | Work:
         """Return the answer to a message, or the work that finds it."""
         try:
             return self._act(client, schemas.read_message(message, self._types))
         except InvalidRequest as error:
             return _error_message(error)
 
-    def _act(self, client: Client, message: schemas.ClientMessage) -> Struct | Work | None:
+    def _act(self, client: Client, message: schemas.ClientMessage) -> Answer | Work:
         match message:
             case schemas.ClientPing():
-                return schemas.Pong(timestamp=timestamp())
+                return (schemas.Pong(timestamp=timestamp()),)
             case schemas.ClientPong():
-                return None
+                return ()
             case schemas.StatusRequest():
                 return self._status
-            case schemas.Subscribe(topics=topics):
-                return partial(self._subscribe, client, frozenset(topics))
+            case schemas.Subscribe(topics=topics, since=since):
+                position = None if since is UNSET else schemas.position_of(since)
+                return partial(self._subscribe, client, frozenset(topics), position)
             case schemas.Unsubscribe(topics=topics):
                 return partial(self._unsubscribe, client, frozenset(topics))
             case schemas.Authenticate(token=token):
                 return partial(self._authenticate, client, token)
 
-    async def _answer_in_order(self, client: Client, answer: Struct | Work | None) -> None:
+    async def _answer_in_order(self, client: Client, answer: Answer | Work) -> None:
         """Answer a message that has to wait, and those that arrive meanwhile, until none is left."""
         waiting = self._waiting[client]
         try:
             while client in self._clients:
-                if not isinstance(answer, Struct | None):
+                if not isinstance(answer, tuple):
                     answer = await self._outcome(answer)
                     if client not in self._clients:
                         return
@@ -106,7 +109,7 @@ class Conversation:
         finally:
             del self._waiting[client]
 
-    async def _outcome(self, work: Work) -> Struct:
+    async def _outcome(self, work: Work) -> Answer:
         """Do the work and return the answer that it finds, or its error."""
         try:
             return await work()
@@ -114,22 +117,24 @@ class Conversation:
             return _error_message(error)
         except Exception as error:
             # A host's authentication backend may raise anything, and the client waits for an answer.
-            failure = _error_message(NotifydError("Internal server error"))
+            [failure] = _error_message(NotifydError("Internal server error"))
             logger.error("Unexpected error %s", failure.error_id, exc_info=error)
-            return failure
+            return (failure,)
 
-    async def _status(self) -> schemas.StatusMessage:
+    async def _status(self) -> Answer:
         census, now = await self._hub.census.take(), timestamp()
         data = schemas.StatusData(active_connections=census.active, total_connections=census.total, server_time=now)
-        return schemas.StatusMessage(data=data, timestamp=now)
+        return (schemas.StatusMessage(data=data, timestamp=now),)
 
-    async def _subscribe(self, client: Client, named: frozenset[str]) -> schemas.Subscribed:
+    async def _subscribe(self, client: Client, named: frozenset[str], since: str | None) -> Answer:
         if client.identity is not None:
             client.identity.check_topics(named)
-        before = client.topics
-        topics = before | named
+        topics = client.topics | named
         if len(topics) > schemas.MAX_TOPICS:
             raise InvalidRequest(f"topics: at most {schemas.MAX_TOPICS} a client, and this would make {len(topics)}")
+        if since is not None:
+            return await self._subscribe_since(client, named, since)
+        before = client.topics
         # In this process first: a notification that the store addresses to the client must find it subscribed.
         self._set_topics(client, topics)
         try:
@@ -137,35 +142,55 @@ class Conversation:
         except StoreUnavailable:
             self._set_topics(client, before)
             raise
-        return schemas.Subscribed(topics=sorted(topics), timestamp=timestamp())
+        return (schemas.Subscribed(topics=sorted(topics), timestamp=timestamp()),)
 
-    async def _unsubscribe(self, client: Client, named: frozenset[str]) -> schemas.Subscribed:
+    async def _subscribe_since(self, client: Client, named: frozenset[str], since: str) -> Answer:
+        topics = client.topics | named
+        with self._hub.fanout.keeping():
+            # In the store first: no notification for the topics may come before their replay.
+            position = await self._hub.store.subscribe(client.client_id, topics)
+            if client not in self._clients:
+                return ()
+            # Without await until the answer is written: all that has been delivered is in the replay, and all that
+            # comes later finds the client subscribed. So nothing is missing at the seam, and nothing comes twice.
+            resume = self._hub.fanout.follow_topics(client, named, since, position)
+            self._set_topics(client, topics)
+        subscribed = schemas.Subscribed(topics=sorted(topics), timestamp=timestamp())
+        return subscribed, schemas.Resume(timestamp=timestamp(), data=resume)
+
+    async def _unsubscribe(self, client: Client, named: frozenset[str]) -> Answer:
         topics = client.topics - named
         # In the store first: it has delivered everything that was addressed to the client when it answers.
         await self._hub.store.subscribe(client.client_id, topics)
         self._set_topics(client, topics)
-        return schemas.Subscribed(topics=sorted(topics), timestamp=timestamp())
+        return (schemas.Subscribed(topics=sorted(topics), timestamp=timestamp()),)
 
     def _set_topics(self, client: Client, topics: frozenset[str]) -> None:
         if client in self._clients:
+            subscriptions, sequence = client.subscriptions(), self._hub.fanout.log.next_sequence
+            subscriptions.end(client.topics - topics, sequence)
+            subscriptions.begin(topics - client.topics, sequence)
             self._clients.subscribe(client, topics)
 
-    async def _authenticate(self, client: Client, token: str) -> schemas.Authenticated:
+    async def _authenticate(self, client: Client, token: str) -> Answer:
         assert self._hub.renew is not None, "auth is an unknown type then"
         identity = await self._hub.renew(token, client.peer)
         if client in self._clients:
             self._hub.expiring.renew(client, identity)
         until = None if identity.expires_at is None else timestamp(identity.expires_at)
-        return schemas.Authenticated(expires_at=until, timestamp=timestamp())
+        return (schemas.Authenticated(expires_at=until, timestamp=timestamp()),)
 
-    def _reply(self, client: Client, answer: Struct | None) -> None:
-        if answer is None:
+    def _reply(self, client: Client, answer: Answer) -> None:
+        if not answer:
             return
         if client.connection.buffered() > UNREAD_BYTES:
             self._hub.admission.dismiss(client, POLICY_VIOLATION, "Slow consumer: answers are not read")
             return
-        client.connection.write(frame(encode(answer)))
+        client.connection.write(b"".join([frame(encode(message)) for message in answer]))
+        if client.pending is not None:
+            # The replay of a subscription, which no pass hands over.
+            self._hub.fanout.advance(client)
 
 
-def _error_message(error: NotifydError) -> schemas.ErrorMessage:
-    return schemas.ErrorMessage(error_id=schemas.new_error_id(), message=error.message, timestamp=timestamp())
+def _error_message(error: NotifydError) -> tuple[schemas.ErrorMessage]:
+    return (schemas.ErrorMessage(error_id=schemas.new_error_id(), message=error.message, timestamp=timestamp()),)

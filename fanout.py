@@ -14,6 +14,7 @@ behind. Knows neither HTTP nor the messages of clients.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -116,8 +117,8 @@ class FanOut:
         # entries nor left behind has been handed everything before `_passed`. The log is trimmed up to
         # `_passed_before` at most, so a client that cannot be written to for a moment has a whole pass to catch up.
         self._passed = self._passed_before = self.log.first_sequence
-        # The sequence at which each admission under way began. Nothing from there on is trimmed: the newcomer may be
-        # owed it, and has no place yet that would keep it.
+        # The sequence at which each admission and subscription under way began. Nothing from there on is trimmed: the
+        # client may be owed it, and has no place yet that would keep it.
         self.admitting: dict[object, int] = {}
 
     def begin(self, before: str, records: Sequence[Record]) -> None:
@@ -200,18 +201,68 @@ class FanOut:
         log = self.log
         client.cursor = log.next_turn
         client.told = log.next_sequence - 1 if (since or position) == log.position else UNTOLD
+        start, complete = self._start(since, position)
+        client.follows = start
+        owed = [one for one in log.since(start) if one.is_for(client.client_id, client.topics)]
         if since:
-            missed, complete = log.replay(since, client.client_id, client.topics, self._clock())
-            self._owe(client, missed)
-            return ResumeData(position=log.position, replayed=len(missed), complete=complete)
-        if position != log.position and (start := log.find(position)) is not None:
-            self._owe(client, [one for one in log.since(start) if one.is_for(client.client_id, client.topics)])
+            owed = [one for one in owed if one.replayed]
+        self._owe(client, owed)
+        if since:
+            return ResumeData(position=log.position, replayed=len(owed), complete=complete)
         return ResumeData(position=position, replayed=0, complete=True)
 
+    def follow_topics(self, client: Client, topics: frozenset[str], since: str, position: str) -> ResumeData:
+        """Owe a client the earlier entries for topics that it subscribes to now, and return what these are.
+
+        Only entries for these topics, and none that the client is handed for another reason: in person, by a topic
+        that it follows already, or by an earlier subscription. With an empty `since` they are those after `position`.
+        """
+        log, subscriptions = self.log, client.subscriptions()
+        start, complete = self._start(since, position)
+        if not self.advance(client):
+            # A client with a backlog must not resume behind it.
+            position = min(position, log.position_before(log.backlog_start(client.cursor, client.pending)))
+        elif since:
+            position = log.position
+        owed = []
+        for entry in log.since(start):
+            if (audience := entry.audience) is None or audience.topics.isdisjoint(topics):
+                continue
+            in_person = client.client_id in audience.clients and entry.sequence >= client.follows
+            if not in_person and not subscriptions.includes(entry.sequence, audience.topics):
+                owed.append(entry)
+        subscriptions.begin(topics, start)
+        self._owe(client, owed)
+        client.takes_positions = True
+        if position == log.position:
+            client.told = log.next_sequence - 1
+        return ResumeData(position=position, replayed=len(owed) if since else 0, complete=complete)
+
+    def _start(self, since: str | None, position: str) -> tuple[int, bool]:
+        """Return the sequence from which a client is owed entries, and whether it is provably the one after `since`."""
+        if since:
+            return self.log.reach(since, self._clock())
+        start = None if position == self.log.position else self.log.find(position)
+        return self.log.next_sequence if start is None else start, True
+
     def _owe(self, client: Client, entries: list[Entry]) -> None:
-        if entries:
-            PendingLists().owe(client, [entry.sequence for entry in entries])
+        sequences = [entry.sequence for entry in entries]
+        if client.pending is not None:
+            # These may be older than pending entries.
+            client.pending, client.owns_pending = sorted(client.pending + sequences), True
+        elif sequences:
+            PendingLists().owe(client, sequences)
             self._owed.add(client)
+
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Trim nothing that is appended meanwhile: a client that the store takes now may be owed it."""
+        key = object()
+        self.admitting[key] = self.log.next_sequence
+        try:
+            yield
+        finally:
+            self.admitting.pop(key, None)
 
     def forget(self, client: Client) -> None:
         """Owe a client that leaves nothing more. A pass that is under way may still hold it."""

@@ -273,19 +273,23 @@ class Log:
     def replay(
         self, since: str | None, client_id: str | None, topics: Collection[str], now: float
     ) -> tuple[list[Entry], bool]:
-        """Return the entries after `since` for such a client, and whether these are provably all.
+        """Return the entries after `since` for such a client, and whether these are provably all, as reach() does."""
+        start, complete = self.reach(since, now)
+        return [one for one in self.since(start) if one.replayed and one.is_for(client_id, topics)], complete
+
+    def reach(self, since: str | None, now: float) -> tuple[int, bool]:
+        """Return the sequence after `since`, or where the history begins, and whether nothing between is missing.
 
         Proven means that the log gave the id and has kept everything after it. `since` None asks for everything that
         is kept, empty for nothing.
         """
         if since == "":
-            return [], True
+            return self.next_sequence, True
         # Expired entries may be here still, until a pass trims them.
         first = self.expired(now, self.next_sequence)
         after = 0 if since is None else self.find(since)
         complete = after is not None and after >= first
-        start = after if after is not None and complete else first
-        return [one for one in self.since(start) if one.replayed and one.is_for(client_id, topics)], complete
+        return (after if after is not None and complete else first), complete
 
     def expired(self, now: float, limit: int) -> int:
         """Return the sequence up to which the bounds ask to trim, at most `limit`."""

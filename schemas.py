@@ -93,6 +93,8 @@ class StatusRequest(Struct, tag_field="type", tag="status_request"):
 
 class Subscribe(Struct, tag_field="type", tag="subscribe", kw_only=True):
     topics: Topics
+    # The position after which the topics' earlier notifications are replayed.
+    since: str | UnsetType = UNSET
 
 
 class Unsubscribe(Struct, tag_field="type", tag="unsubscribe", kw_only=True):

@@ -106,6 +106,9 @@ class Session(FakeConnection):
         self.received: list[str] = []
         self.heard_at = 0.0
         self.is_contested = False
+        # The topics and the since of a subscription that is under way.
+        self.asked: tuple[frozenset[str], str] | None = None
+        self.has_resumed = False
 
     def accept(self, receiver: Receiver, greeting: bytes, position: str) -> None:
         self.model.admit(self)
@@ -117,13 +120,16 @@ class Session(FakeConnection):
         for message in map(orjson.loads, payloads(frames)):
             if "id" in message:
                 self.received.append(message["id"])
-                self.position = message["id"]
+                self.position = max(message["id"], self.position)
                 self.model.check_notification(self, message)
             elif message["type"] == SHUTDOWN:
                 self.received.append(SHUTDOWN)
             elif message["type"] == "position":
                 self.model.check_position(self, message["position"])
                 self.position = message["position"]
+            elif message["type"] == "resume" and self.asked is not None:
+                self.model.check_replay(self, *self.asked, message["data"])
+                self.asked = None
         super().write(frames)
 
     def say(self, message: str | None = None) -> None:
@@ -287,10 +293,25 @@ class Model:
 
     def check_position(self, session: Session, position: str) -> None:
         """Find fault with a position that the client knows already, or from which it would miss a notification."""
-        told = session.is_stream or session.since is not None
+        told = session.is_stream or session.since is not None or session.has_resumed
         self.fault_unless(told and position == self.position, f"{session.client_id} is told {position}")
         self.fault_unless(position != session.position, f"{session.client_id} is told {position} again")
         self.fault_unless(not session.backlog(), f"{session.client_id} would miss {session.backlog()}")
+
+    def check_replay(self, session: Session, topics: frozenset[str], since: str, resume: Any) -> None:
+        """Owe the session what it missed of these topics, in the order of the log, and nothing that it has."""
+        missed, complete = self.missed(since, None, topics)
+        replay = [one.id for one in missed if one.audience is not None and one.id not in session.owed]
+        backlog = session.backlog()
+        ids = [self.origin, *(one.id for one in self.log)]
+        # A client with a backlog must not resume behind it.
+        position = ids[ids.index(backlog[0]) - 1] if backlog and backlog[0] in ids else self.position
+        promised = {"position": position, "replayed": len(replay), "complete": complete}
+        self.fault_unless(resume == promised, f"{resume} instead of {promised}")
+        session.position, session.has_resumed = max(position, session.position), True
+        del session.owed[len(session.received) :]
+        # SHUTDOWN comes after every id.
+        session.owed += sorted(backlog + replay)
 
     def check_notification(self, session: Session, message: Any) -> None:
         self.fault_unless(session.writable, f"{session.client_id} is written to and is not writable")
@@ -324,7 +345,8 @@ class Model:
         self.fault_unless(owed and owed[0] <= front_id, f"{session.client_id} is owed nothing that is gone")
         self.fault_unless(behind == len(owed), f"{behind} notifications behind, and owed {len(owed)}")
         self.fault_unless(owed and since < owed[0], f"resuming after {since} would skip {owed[:1]}")
-        repeated = [one for one in session.received if since < one]
+        # What came before the replay of a subscription is newer than that.
+        repeated = [one for one in session.received if since < one < owed[0]]
         self.fault_unless(not repeated, f"resuming after {since} would repeat {repeated}")
 
 
@@ -479,12 +501,17 @@ class HubMachine(RuleBasedStateMachine):
         index=someone,
         kind=st.sampled_from(["subscribe", "unsubscribe"]),
         topics=st.frozensets(st.sampled_from(TOPICS), min_size=1),
+        moment=moments,
     )
-    def change_topics(self, index: int, kind: str, topics: frozenset[str]) -> None:
+    def change_topics(self, index: int, kind: str, topics: frozenset[str], moment: int | str | None) -> None:
         session = self.session(index)
         if not session.is_stream:
-            self.loop.call(session.say, json.dumps({"type": kind, "topics": list(topics)}))
+            since = self.id_given(moment) if isinstance(moment, int) else moment
+            message = {"type": kind, "topics": list(topics)} | ({} if since is None else {"since": since})
+            session.asked = (topics, since) if kind == "subscribe" and since is not None else None
+            self.loop.call(session.say, json.dumps(message))
             self.loop.turn(1)
+            assert session.asked is None
             session.topics = session.topics | topics if kind == "subscribe" else session.topics - topics
             answers = [message["topics"] for message in session.messages if message["type"] == "subscribed"]
             assert answers[-1] == sorted(session.topics)
@@ -689,6 +716,14 @@ class LaggingStore(MemoryStore):
         await self.lag()
         assert client_id not in self.registered, "registered twice"
         self.registered[client_id] = Registration(frozenset(topics), [])
+        position = self._newest
+        await self.lag()
+        self.tell()
+        return position
+
+    async def subscribe(self, client_id: str, topics: Collection[str]) -> str:
+        # At once: the client may leave, and its client_id may come again, before the answer does.
+        self.registered[client_id] = self.registered[client_id]._replace(topics=frozenset(topics))
         position = self._newest
         await self.lag()
         self.tell()

@@ -8,6 +8,7 @@ The state machine of hub_model.py, and cases that chance would take long to find
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -99,6 +100,42 @@ def test_with_a_shared_store_each_client_gets_its_notifications(seed: int, histo
 
 
 # --- cases that chance would take long to find
+
+
+@settings(max_examples=int(os.environ.get("HUB_EXAMPLES", "100")), deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_with_a_shared_store_a_subscription_replays_all_and_nothing_twice(seed: int) -> None:
+    """However slowly the store answers: each notification for red after `since` comes, and in the order of the log."""
+    chance, loop = Random(seed), VirtualLoop()
+    quiet = Settings(notification_interval=0, ping_interval=0)
+    store = LaggingStore(quiet, loop.time, chance)
+    hub = Hub(quiet, store, loop.time)
+    connection = FakeConnection(one_at_a_time=chance.random() < 0.5)
+    red = AUDIENCES[3]
+
+    async def scenario() -> list[str]:
+        await hub.start()
+        published = [store._newest]
+        begin = chance.randrange(40)
+        for number in range(60):
+            store.add([Draft(b',"type":"custom","data":{"message":"%d"}}' % number, red)])
+            published.append(store._newest)
+            await asyncio.sleep(chance.choice([0, 0, 0.001, 0.05]))
+            if number == begin:
+                await hub.admit(connection, Newcomer("ann"))
+                since = chance.choice(published)
+                connection.say(json.dumps({"type": "subscribe", "topics": ["red"], "since": since}))
+        await asyncio.sleep(5)
+        return [id for id in published if id > since]
+
+    try:
+        expected = loop.run_until_complete(scenario())
+        types = [message["type"] for message in connection.messages]
+        assert types[:3] == ["welcome", "subscribed", "resume"]
+        assert [message["id"] for message in connection.messages[3:]] == expected
+        loop.run_until_complete(hub.stop())
+    finally:
+        loop.close()
 
 
 @pytest.fixture
