@@ -12,7 +12,7 @@
 //   client.close();
 //
 // It reconnects until it is closed, or until a refusal that every later attempt would get as well. After a reconnect it
-// resumes after the last notification it received, and drops duplicates.
+// resumes where it stopped, also before its first notification, and drops duplicates.
 
 const BASE_MS = 500; // the first delay is at most this; each failure doubles it
 const CAP_MS = 30_000;
@@ -32,6 +32,7 @@ export class NotifydClient {
   #socket;
   #timer; // of the reconnect while there is no socket, of the silence while there is one
   #failures = 0;
+  #isAnotherLog = false; // its ids may be older than `last`, and the next is no duplicate
 
   /**
    * Options, all optional: clientId; topics (names); since (the id to resume from); token (an API key or a JSON Web
@@ -46,7 +47,8 @@ export class NotifydClient {
     this.url.protocol = this.url.protocol.replace("http", "ws");
     if (options.clientId) this.url.searchParams.set("client_id", options.clientId);
     if (options.topics?.length) this.url.searchParams.set("topics", options.topics.join(","));
-    this.last = options.since; // the id of the last notification received
+    // The position to resume from: the id of the last notification, or a newer one. Empty: from now on.
+    this.last = options.since ?? this.url.searchParams.get("since") ?? "";
     this.#connect();
   }
 
@@ -57,7 +59,7 @@ export class NotifydClient {
 
   #connect() {
     const url = new URL(this.url);
-    if (this.last !== undefined) url.searchParams.set("since", this.last);
+    url.searchParams.set("since", this.last);
     const { token } = this.options;
     // A browser can set no header: the token comes as a subprotocol.
     const socket = new this.options.WebSocket(url.href, ...(token ? [["bearer", token]] : []));
@@ -84,8 +86,7 @@ export class NotifydClient {
 
   #receive(message) {
     if (message.id !== undefined) {
-      if (this.last && message.id <= this.last) return; // a duplicate: ids are ordered by time
-      this.last = message.id;
+      if (!this.#advance(message.id)) return; // a duplicate: ids are ordered by time
       return this.options.onNotification?.(message);
     }
     if (message.type === "ping") this.#send({ type: "pong" });
@@ -94,9 +95,18 @@ export class NotifydClient {
     if (message.type === "resume") {
       const { position } = message.data;
       if (!this.last) this.last = position; // nothing received yet: from here on nothing can be missed
-      else if (position < this.last) this.last = undefined; // another log with older ids: none is a duplicate
+      this.#isAnotherLog = position < this.last;
     }
+    if (message.type === "position") this.#advance(message.position); // nothing for this client came before it
     this.options.onMessage?.(message);
+  }
+
+  /** Go on to an id, and return whether it is new. */
+  #advance(id) {
+    if (id <= this.last && !this.#isAnotherLog) return false;
+    this.#isAnotherLog = false;
+    this.last = id;
+    return true;
   }
 
   #send(message) {

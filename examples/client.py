@@ -9,7 +9,7 @@ prints each notification as a line of JSON until Ctrl-C. In a program:
         print(notification["type"], notification["data"]["message"])
 
 It reconnects for ever, unless the server refuses in a way that every later attempt would get as well. After a
-reconnect it resumes after the last notification it received, and drops duplicates.
+reconnect it resumes where it stopped, also before its first notification, and drops duplicates.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def with_query(url: str, **parameters: str | None) -> str:
 
 
 class NotifydClient:
-    """An async iterable of notifications; `last` is the id of the last one, to be kept for `since` in a later run.
+    """An async iterable of notifications; `last` is the position to resume from, to be kept for `since` in a later run.
 
     A program that takes long over a notification stops the server's sending, and may be closed as a slow consumer; the
     rest then comes after a reconnect. Raises ConnectionClosed or InvalidStatus when the server refuses for good.
@@ -77,7 +77,10 @@ class NotifydClient:
     ) -> None:
         """`token`: an API key, or a JSON Web Token."""
         self.url = with_query(url, client_id=client_id, topics=",".join(topics) or None)
-        self.last = since
+        # The id of the last notification, or a newer position. Empty: from now on.
+        self.last = since or dict(parse_qsl(urlsplit(url).query)).get("since", "")
+        # The ids of another log may be older than `last`, and its next is no duplicate.
+        self._is_another_log = False
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
@@ -95,8 +98,7 @@ class NotifydClient:
                             break  # and, as after every close, come back after a while
                         if "id" not in message:
                             await self._act_on(message, websocket)
-                        elif not self.last or message["id"] > self.last:  # else a duplicate: ids are ordered by time
-                            self.last = message["id"]
+                        elif self._advance(message["id"]):  # else a duplicate: ids are ordered by time
                             yield message
                 reason = "closed"
             except (OSError, WebSocketException) as error:
@@ -109,6 +111,14 @@ class NotifydClient:
             failures += 1
             log.info("disconnected (%s), again in %.1f s", reason, delay)
             await asyncio.sleep(delay)
+
+    def _advance(self, id: str) -> bool:
+        """Go on to an id, and return whether it is new."""
+        if id <= self.last and not self._is_another_log:
+            return False
+        self._is_another_log = False
+        self.last = id
+        return True
 
     async def _act_on(self, message: dict[str, Any], websocket: ClientConnection) -> None:
         match message:
@@ -123,8 +133,9 @@ class NotifydClient:
                     log.warning("some notifications are missed: too old for the server")
                 if not self.last:
                     self.last = position  # nothing received yet: from here on nothing can be missed
-                elif position < self.last:
-                    self.last = None  # another log with older ids: none of them is a duplicate
+                self._is_another_log = position < self.last
+            case {"type": "position", "position": position}:
+                self._advance(position)  # nothing for this client came before it
 
 
 async def main() -> None:

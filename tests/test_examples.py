@@ -377,6 +377,7 @@ class Scripted:
 
     def __init__(self, *scripts: Sequence[dict[str, Any] | Close]) -> None:
         self._scripts = iter(scripts)
+        self.targets: list[str] = []
         self.queries: list[dict[str, list[str]]] = []
         self.received: queue.Queue[Any] = queue.Queue()
         self._server = serve(self._play, "127.0.0.1", 0, compression=None, ping_interval=None)
@@ -385,6 +386,7 @@ class Scripted:
 
     def _play(self, connection: ServerConnection) -> None:
         assert connection.request
+        self.targets.append(connection.request.path)
         self.queries.append(parse_qs(urlsplit(connection.request.path).query))
         for step in next(self._scripts):
             if isinstance(step, Close):
@@ -441,6 +443,53 @@ def test_resumes_from_the_log_s_position_before_anything_was_received(
     server = scripted([WELCOME, resume(7), Close(1011)], [WELCOME, notification(8)])
     assert listen(server.url).receive() == "custom: 8"
     assert [query.get("since") for query in server.queries] == [None, [identified(7)]]
+
+
+def test_begins_with_an_empty_since(scripted: Callable[..., Scripted], listen: Listen) -> None:
+    """So the server tells its position, before the first notification."""
+    server = scripted([WELCOME, notification(1)])
+    assert listen(server.url).receive() == "custom: 1"
+    assert server.targets == ["/ws?since="]
+
+
+def test_resumes_from_the_url_s_since(scripted: Callable[..., Scripted], listen: Listen) -> None:
+    server = scripted([WELCOME, notification(8)])
+    assert listen(f"{server.url}?since={identified(7)}").receive() == "custom: 8"
+    assert server.targets == [f"/ws?since={identified(7)}"]
+
+
+def test_resumes_from_a_position_that_it_was_told(scripted: Callable[..., Scripted], listen: Listen) -> None:
+    """While it receives nothing, that keeps it in the history."""
+    told = {"type": "position", "position": identified(9)}
+    server = scripted([WELCOME, resume(7), told, Close(1011)], [WELCOME, notification(10)])
+    assert listen(server.url).receive() == "custom: 10"
+    assert [query.get("since") for query in server.queries] == [None, [identified(9)]]
+
+
+def test_keeps_its_place_until_another_log_has_told_a_new_one(
+    scripted: Callable[..., Scripted], listen: Listen
+) -> None:
+    """A connection that is lost before the replay must not begin from now on."""
+    lost = [WELCOME, resume(2, complete=False), Close(1011)]
+    server = scripted([WELCOME, notification(9), Close(1011)], lost, [WELCOME, resume(2), notification(1)])
+    listener = listen(server.url)
+    assert [listener.receive() for _ in range(2)] == ["custom: 9", "custom: 1"]
+    assert [query.get("since") for query in server.queries] == [None, [identified(9)], [identified(9)]]
+
+
+def test_misses_nothing_that_comes_while_it_is_away(
+    start_server: StartServer, site: str, listen: Listen, tmp_path: Path
+) -> None:
+    """Also if it has received nothing before."""
+    flags = ("--allow-origin", site, "--store", f"sqlite:{tmp_path}/log.db")
+    first, other = start_server(*flags), start_server(*flags)
+    listener = listen(first.ws_url)
+    listener.wait_until("connected")
+    first.signal(signal.SIGKILL)
+    first.exit_status()
+    other.notify("meanwhile")
+    start_server(*flags, "--port", str(first.port))
+    assert listener.receive() == "custom: meanwhile"
 
 
 def test_takes_older_ids_from_another_log(scripted: Callable[..., Scripted], listen: Listen) -> None:
@@ -514,7 +563,7 @@ def run_node(node: list[str]) -> RunNode:
 
 
 def test_javascript_asks_for_its_id_and_topics(run_node: RunNode) -> None:
-    assert run_node(FAKES + "sockets[0].url") == "ws://server/ws?client_id=a&topics=b%2Cc"
+    assert run_node(FAKES + "sockets[0].url") == "ws://server/ws?client_id=a&topics=b%2Cc&since="
 
 
 def test_javascript_pings_a_silent_server_and_then_gives_it_up(run_node: RunNode) -> None:
