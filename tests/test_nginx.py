@@ -272,6 +272,51 @@ def test_an_event_is_not_held_back(nginx: Nginx, backend: Server) -> None:
         assert any("at once" in line for line in lines)
 
 
+BROWSER = {"Accept": "text/event-stream"}
+
+
+def end_of(answer: httpx.Response) -> tuple[int, str]:
+    """Return the retry and the data of a stream that has ended at once."""
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/event-stream")
+    assert answer.headers["cache-control"] == "no-store, no-transform"
+    found = re.fullmatch(r"retry: (\d+)\nevent: closed\ndata: (.*)\n\n", answer.text)
+    assert found, answer.text
+    return int(found[1]), found[2]
+
+
+def test_a_flood_does_not_end_a_browsers_stream_for_good(nginx: Nginx) -> None:
+    """nginx refuses it as the server does: 200, a wait that differs, and the code with the reason."""
+    for _ in range(30):
+        nginx.http.get("/metrics")
+    ends = [end_of(nginx.http.get("/events", headers=BROWSER)) for _ in range(5)]
+    text = '{"code":1008,"reason":"Rate limit exceeded: 10 requests a second, 20 at once"}'
+    assert {data for _, data in ends} == {text}
+    waits = {retry for retry, _ in ends}
+    assert 3000 <= min(waits) < max(waits) < 6000
+    assert nginx.http.get("/events").status_code == 429
+
+
+def test_a_restart_does_not_end_a_browsers_stream_for_good(tmp_path: Path) -> None:
+    """Without a server the page's EventSource comes back later; all others get the status."""
+    proxy = Nginx(tmp_path, free_port())
+    try:
+        for path in ("/events", "/events?since="):
+            for accept in ("text/event-stream", "application/json, Text/Event-Stream;q=0.9"):
+                answer = proxy.http.get(path, headers={"Accept": accept})
+                assert end_of(answer)[1] == '{"code":1013,"reason":"Try again later"}'
+            assert proxy.http.get(path).status_code == 502
+        assert proxy.http.get("/status", headers=BROWSER).status_code == 502
+    finally:
+        proxy.close()
+
+
+def test_a_browsers_stream_goes_through(nginx: Nginx, backend: Server) -> None:
+    """So do its headers: the server knows the address, and refuses in its own words."""
+    with nginx.http.stream("GET", "/events?client_id=ann", headers=BROWSER) as stream:
+        assert any("welcome" in line for line in stream.iter_lines())
+    assert nginx.http.get("/events?since=x", headers=BROWSER).status_code == 400
+
+
 def test_a_clients_own_forwarded_header_is_replaced(nginx: Nginx) -> None:
     """The server counts the address that nginx sees, with any X-Forwarded-For."""
     remaining = [
