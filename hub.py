@@ -270,8 +270,13 @@ class Hub:
         else:
             drafts = list(map(self._draft, requests))
         if not self.is_ready:
-            raise ShuttingDown
+            if once is None or self.state is not HubState.DRAINING:
+                raise ShuttingDown
+            # A repeat gets its answer also during the drain: without drafts the store only looks for the first request.
+            drafts = []
         appended = await self.store.append(drafts, once)
+        if not appended.receipts:
+            raise ShuttingDown
         if logger.isEnabledFor(logging.DEBUG):
             done = "Repeated" if appended.repeated else "Published"
             source = "this process" if address is None else origin_of(address, sender)

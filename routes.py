@@ -96,6 +96,8 @@ STATUS_DETAILS, MAX_STATUS_DETAILS = 1000, 1_000_000
 HISTORY_LIMIT, MAX_HISTORY_LIMIT = 100, 1000
 MAX_BATCH_BYTES = 1_048_576
 MAX_KEY_LENGTH = 255
+# Its request may be a repeat, so it is read also during the drain.
+KEY_HEADER = "idempotency-key"
 JSON_TYPE, FORM_TYPE, TEXT_TYPE = "application/json", "application/x-www-form-urlencoded", "text/plain"
 UTF_8 = "utf-8"
 # Kept for each client.
@@ -107,7 +109,8 @@ MAX_USER_AGENT = 256
 
 async def notify(hub: Hub, request: Request, sender: Identity | None) -> Response:
     body = await _body_of(request, hub.settings.max_message_size)
-    hub.check_ready()
+    if KEY_HEADER not in request.headers:
+        hub.check_ready()
     content = _content_of(request)
     once, wanted = _once(request, content, body), _notification_in(body, content)
     # Encoded before it is published: data without a JSON form is refused.
@@ -119,7 +122,8 @@ async def notify(hub: Hub, request: Request, sender: Identity | None) -> Respons
 
 async def notify_batch(hub: Hub, request: Request, sender: Identity | None) -> Response:
     body = await _body_of(request, MAX_BATCH_BYTES)
-    hub.check_ready()
+    if KEY_HEADER not in request.headers:
+        hub.check_ready()
     content = _content_of(request)
     once, wanted = _once(request, content, body), []
     async for place, value in in_slices(_json_in(body, content, schemas.NotifyRequests)):
@@ -256,7 +260,7 @@ def _json_in(body: bytes, content: _Content, kind: Any) -> Any:
 
 def _once(request: Request, content: _Content, body: bytes) -> Once | None:
     """Return the Idempotency-Key with a digest of its request; None without a key. Raises InvalidRequest."""
-    keys = request.headers.getlist("idempotency-key")
+    keys = request.headers.getlist(KEY_HEADER)
     if not keys:
         return None
     if len(keys) > 1:

@@ -72,7 +72,7 @@ class Store(Protocol):
         """Leave with all clients, and release everything. Earlier calls of post() and leave() are still done."""
 
     async def append(self, drafts: Sequence[Draft], once: Once | None = None, counter: int | None = None) -> Appended:
-        """Append all drafts, or none. Raises KeyReused.
+        """Append all drafts, or none. Raises KeyReused. Without drafts, only look for an earlier append with the key.
 
         With `counter` the drafts are this process's test notification of that number. They are appended only if the
         process leads and the last number was one less; otherwise there are no receipts.
@@ -250,7 +250,8 @@ class MemoryStore:
         done = self._in_flight[once.key] = asyncio.Event()
         try:
             appended = await self._append(drafts)
-            self._keys.keep(once, appended, self._clock())
+            if drafts:
+                self._keys.keep(once, appended, self._clock())
         finally:
             del self._in_flight[once.key]
             done.set()

@@ -294,7 +294,7 @@ class Transaction:
             state.replayed += record.replayed
             state.bytes += size
         state.notifications_sent += len(drafts)
-        if once is not None:
+        if once is not None and drafts:
             state.receipts += len(receipts)
             row = once.key, once.fingerprint, msgspec.json.encode(receipts), at, state.receipts
             self._run(

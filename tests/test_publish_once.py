@@ -65,6 +65,19 @@ def test_a_repeat_sends_nothing(fresh: Server, path: str) -> None:
     assert [message["data"]["message"] for message in received] == [*MESSAGES[path], "marker"]
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_a_repeat_gets_its_answer_during_the_drain(fresh: Server, path: str) -> None:
+    """A publisher that lost the answer to the signal gets it; a new request and one without a key are refused."""
+    client = fresh.join()
+    first = send(fresh, "key", PATHS[path], path)
+    fresh.drain()
+    assert send(fresh, "key", PATHS[path], path).content == first.content
+    refused = [send(fresh, "other", PATHS[path], path), fresh.request("POST", path, content=json.dumps(PATHS[path]))]
+    assert [response.status_code for response in refused] == [503, 503]
+    assert send(fresh, "key", "another body", path).status_code in (400, 422)
+    client.leave()
+
+
 def test_a_plain_text_is_sent_once_too(fresh: Server) -> None:
     """The key works with any kind of body."""
     options: dict[str, Any] = {

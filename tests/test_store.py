@@ -399,6 +399,16 @@ async def test_a_repeat_gets_the_first_receipts(any_store: str) -> None:
 
 
 @on_loop
+async def test_a_key_is_looked_for_without_drafts(any_store: str) -> None:
+    """An unknown key has no receipts and stays free; a known one has those of its first request."""
+    async with members(any_store) as [one]:
+        assert not (await one.store.append([], Once("key", b"request"))).receipts
+        first = await one.store.append([SOMETHING], Once("key", b"request"))
+        assert not first.repeated
+        assert await one.store.append([], Once("key", b"request")) == first._replace(repeated=True)
+
+
+@on_loop
 async def test_a_repeat_gets_them_on_every_process(shared: str) -> None:
     """Of repeats at the same time, one is the first; all have the same receipts."""
     async with members(shared, 2) as [one, other]:
