@@ -418,6 +418,9 @@ class EventStream(SendConnection):
         if (take := (scope.get("extensions") or {}).get(STREAM_EXTENSION)) is not None:
             try:
                 for message in self._body.opening(None, self._position):
+                    if "headers" in message:
+                        # The connection ends with the stream. A client's pool must not send another request on it.
+                        message["headers"] = [*message["headers"], (b"connection", b"close")]
                     await send(message)
             except OSError:
                 self.lost()

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from bytes import read_until
 from conftest import StartServer
 from event_stream import REPLACED, Event, Stream, closed, join
 from expected import CLIENT_ID, SHUTDOWN, SYSTEM, TIME, UUID7, http_error, naming, parse, welcome
@@ -407,3 +408,9 @@ def test_other_methods_are_not_allowed(server: Server) -> None:
     """The answer is the documented body and names the methods that are allowed."""
     response = server.request("POST", "/events")
     assert (response.status_code, response.headers["Allow"]) == (405, "GET, HEAD, OPTIONS")
+
+
+def test_a_stream_says_that_its_connection_ends_with_it(server: Server) -> None:
+    """A pool of connections would send its next request on it, and lose that."""
+    stream = server.raw(b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert b"\r\nconnection: close\r\n" in read_until(stream, b"welcome").lower()
