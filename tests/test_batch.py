@@ -141,7 +141,7 @@ def test_a_mebibyte_is_accepted(server: Server) -> None:
         (b"[" * 100_000, ["JSON"]),
     ],
 )
-def test_what_is_no_array_of_1_to_1000_is_refused(server: Server, body: object, words: list[str]) -> None:
+def test_a_body_other_than_an_array_of_1_to_1000_is_refused(server: Server, body: object, words: list[str]) -> None:
     """The refusal has the documented body, and nothing is sent."""
     client = server.join()
     assert refusal(server, body) == invalid(*words)

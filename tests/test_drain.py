@@ -127,7 +127,7 @@ def test_every_request_even_an_invalid_one_is_503(draining: tuple[Server, Client
     assert server.request("POST", path, content=b"x" * 2_000_000).status_code == 413
 
 
-def test_what_was_refused_is_not_delivered(draining: tuple[Server, Client]) -> None:
+def test_a_refused_notification_is_not_delivered(draining: tuple[Server, Client]) -> None:
     """After a 503 the next thing that a client gets is its pong."""
     server, client = draining
     server.post({"message": "too late"})
@@ -192,7 +192,7 @@ def test_the_process_ends_when_the_last_client_breaks_off(start_server: StartSer
     assert server.exit_status(3) == 0
 
 
-def test_whoever_stays_is_closed_after_the_timeout(start_server: StartServer) -> None:
+def test_clients_that_stay_are_closed_after_the_timeout(start_server: StartServer) -> None:
     """When --shutdown-timeout is over, and not before, the rest is closed with 1001, and the status is 0."""
     server = start_server("--shutdown-timeout", "0.5")
     client, began = server.join(), time.monotonic()
@@ -263,7 +263,7 @@ def test_half_a_request_does_not_hold_up_the_end(start_server: StartServer) -> N
 # Notifications accepted before.
 
 
-def test_what_was_accepted_before_the_signal_is_delivered_first(start_server: StartServer) -> None:
+def test_notifications_accepted_before_the_signal_are_delivered_first(start_server: StartServer) -> None:
     """A client that reads only after the signal gets every notification and then the two messages."""
     server = start_server()
     client = server.join_bare(receive_buffer=65_536)

@@ -93,7 +93,7 @@ def test_a_refusal_has_its_code_and_reason(embedded: Server) -> None:
     assert fifth.closed() == (1008, "Connection limit exceeded: 4/4")
 
 
-def test_who_leaves_is_gone(embedded: Server) -> None:
+def test_a_client_that_leaves_is_gone(embedded: Server) -> None:
     """A client that closes makes room, and so does one that breaks off."""
     embedded.join("alice").leave()
     embedded.join_bare("bob").reset()

@@ -188,7 +188,7 @@ def test_an_empty_last_event_id_counts_as_none(server: Server) -> None:
     assert texts(stream.events(1)) == ["three"]
 
 
-def test_what_may_be_missing_is_told(server: Server) -> None:
+def test_a_stream_is_told_that_its_replay_may_be_incomplete(server: Server) -> None:
     """An id that the log never gave is not complete."""
     stream = join(server, "since=550e8400-e29b-41d4-a716-446655440000")
     assert stream.event().data["data"]["complete"] is False
@@ -239,7 +239,7 @@ def test_its_notifications_are_counted(start_server: StartServer) -> None:
     }
 
 
-def test_who_leaves_is_gone(server: Server) -> None:
+def test_a_client_that_leaves_is_gone(server: Server) -> None:
     """A stream is gone as soon as its connection ends."""
     join(server).leave()
     eventually(lambda: server.active() == 0)

@@ -53,7 +53,7 @@ def test_after_the_welcome_comes_the_resume(server: Server) -> None:
     assert client.receive_many(2) == [welcome("ann"), resume(last, 2, True)]
 
 
-def test_what_was_missed_is_replayed_in_order(server: Server) -> None:
+def test_missed_notifications_are_replayed_in_order(server: Server) -> None:
     """Everything after the id comes, as it would have come live, and the id itself doesn't."""
     witness = server.join()
     first, *_ = server.publish("one", "two", "three", "four")
@@ -69,7 +69,7 @@ def test_live_notifications_follow_the_replay(server: Server) -> None:
     assert [*replayed, client.receive()["data"]["message"]] == ["two", "three"]
 
 
-def test_who_missed_nothing_is_told_so(server: Server) -> None:
+def test_a_client_that_missed_nothing_is_told_so(server: Server) -> None:
     """After the newest id there is nothing to replay, and that is complete."""
     [last] = server.publish("one")
     data, _, client = resumed(server, last)
@@ -122,7 +122,7 @@ def test_the_last_id_may_be_of_a_notification_for_another_client(server: Server)
     assert (data["complete"], replayed) == (True, ["two"])
 
 
-def test_only_what_is_addressed_to_the_client_is_replayed(server: Server) -> None:
+def test_only_notifications_for_the_client_are_replayed(server: Server) -> None:
     """The replay has notifications for the client_id, its topics and everyone."""
     [start] = server.publish("start")
     server.publish("for ann", clients=["ann"])
@@ -148,7 +148,7 @@ def test_an_id_in_upper_case_is_the_same_id(server: Server) -> None:
 
 
 @pytest.mark.parametrize("since", ["x", "0", "now", "%20", NEVER_GIVEN + "0", NEVER_GIVEN[:-1], "z" + NEVER_GIVEN[1:]])
-def test_what_is_no_id_is_refused(server: Server, since: str) -> None:
+def test_since_other_than_an_id_is_refused(server: Server, since: str) -> None:
     """The connection is closed with the reason, without a welcome."""
     client = server.connect(query=f"since={since}")
     assert (client.rest(), client.closed()) == ([], (1008, "Invalid since"))
@@ -280,7 +280,7 @@ def test_the_close_of_a_slow_consumer_names_the_id_to_resume_from(start_server: 
     assert (data["complete"], replayed) == (False, [str(number) for number in range(count - 20, count)])
 
 
-def test_who_has_just_been_promised_a_replay_is_no_slow_consumer(start_server: StartServer) -> None:
+def test_a_client_that_was_just_promised_a_replay_is_no_slow_consumer(start_server: StartServer) -> None:
     """However fast the history moves on, a client that reads gets all that its resume has promised."""
     server = start_server("--history-size", "5")
     ids = server.publish(*map(str, range(5)))

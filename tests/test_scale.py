@@ -49,7 +49,7 @@ def test_everything_reaches_each_of_a_thousand_clients_in_order(start_server: St
     assert received == [messages] * CLIENTS
 
 
-def test_who_comes_and_goes_misses_nothing_in_between(server: Server) -> None:
+def test_clients_that_come_and_go_miss_nothing_in_between(server: Server) -> None:
     """While others publish, forty visitors each receive twenty notifications in a row, without a gap or a double."""
 
     def visit() -> list[int]:

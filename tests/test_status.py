@@ -137,7 +137,7 @@ def test_everyone_is_listed(server: Server) -> None:
     assert sorted(entry["client_id"] for entry in details(server)) == ["alice", "bob", CLIENT_ID]
 
 
-def test_who_has_left_is_not_listed(server: Server) -> None:
+def test_a_client_that_has_left_is_not_listed(server: Server) -> None:
     """A client that leaves takes its details along."""
     server.join("alice").leave()
     eventually(lambda: details(server) == [])

@@ -141,7 +141,7 @@ def test_a_burst_reaches_every_client_whole_and_in_order(secure: Server) -> None
     talk(conversation)
 
 
-def test_what_is_no_tls_is_dropped(secure: Server) -> None:
+def test_bytes_other_than_tls_are_dropped(secure: Server) -> None:
     """Plain HTTP, garbage, and a peer that leaves in the middle: nothing is logged, and others are served."""
     for data in (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\x16\x03\x01\xff\xff" + bytes(300)):
         assert not secure.answer_to(data).startswith(b"HTTP")

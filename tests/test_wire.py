@@ -224,7 +224,7 @@ def test_only_an_app_that_forgets_to_answer_is_logged(apps: Apps) -> None:
     assert sum("without" in each for each in apps.stderr[line:]) == 1
 
 
-def test_what_an_eager_client_sends_is_read_after_the_handshake(apps: Apps) -> None:
+def test_frames_sent_with_the_handshake_are_read_after_it(apps: Apps) -> None:
     """In order, from the segment of the request on, however much it is."""
     messages = [b"%d " % number + b"x" * 1000 for number in range(1000)]
     frames = b"".join(masked(Opcode.TEXT, message) for message in messages)
@@ -238,7 +238,7 @@ def test_what_an_eager_client_sends_is_read_after_the_handshake(apps: Apps) -> N
     sender.join(PATIENCE)
 
 
-def test_what_an_eager_client_sends_may_be_half_a_frame(apps: Apps) -> None:
+def test_half_a_frame_may_come_with_the_handshake(apps: Apps) -> None:
     """The other half comes after the answer."""
     frame = masked(Opcode.TEXT, b"x" * 200)
     connection = apps.raw(handshake("/late") + frame[:3])
@@ -249,7 +249,7 @@ def test_what_an_eager_client_sends_may_be_half_a_frame(apps: Apps) -> None:
         assert read_frame(stream) == b"x" * 200
 
 
-def test_what_an_eager_client_sends_behind_another_request_stays_in_order(apps: Apps) -> None:
+def test_frames_sent_with_a_pipelined_handshake_stay_in_order(apps: Apps) -> None:
     """Also where that request is answered while it is still being read, and the handshake comes with its end."""
     messages = [b"%d " % number + b"x" * 5000 for number in range(200)]
     frames = b"".join(masked(Opcode.TEXT, message) for message in messages)
@@ -329,7 +329,7 @@ def test_a_broken_frame_is_answered_with_its_code(apps: Apps, frame: bytes, code
     assert client.closed()[0] == code
 
 
-def test_what_came_before_a_broken_frame_is_answered_before(apps: Apps) -> None:
+def test_messages_before_a_broken_frame_are_answered_before_the_close(apps: Apps) -> None:
     """Even in the same segment: Autobahn 3.2."""
     client = apps.at("echo")
     client.socket.sendall(masked(Opcode.TEXT, b'"one"') + masked(Opcode.TEXT, b'"two"') + b"\xff\xff")
@@ -442,7 +442,7 @@ def test_a_reset_is_the_end(apps: Apps, goodbye: bytes) -> None:
     eventually(lambda: apps.active() == 0 and apps.descriptors() <= before)
 
 
-def test_what_follows_a_close_does_not_destroy_the_answer(apps: Apps) -> None:
+def test_bytes_after_a_close_frame_do_not_destroy_the_answer(apps: Apps) -> None:
     """A peer that goes on after its close gets the answer and an orderly end, not a reset."""
     client = apps.at("echo")
     client.send_close()

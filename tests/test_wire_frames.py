@@ -158,7 +158,7 @@ def test_an_invalid_stream_is_refused_as_early_as_it_can_be(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", INVALID)
-def test_what_came_before_an_invalid_frame_is_read(name: str) -> None:
+def test_frames_before_an_invalid_one_are_read(name: str) -> None:
     """Events before an invalid frame are read, in the same piece or not."""
     stream, code, _ = INVALID[name]
     events, refused, _ = read(masked(0x81, b"before") + stream)

@@ -44,7 +44,7 @@ def test_a_stream_ends_with_its_socket_whatever_is_pipelined_behind_it(server: S
     eventually(lambda: server.active() == 0)
 
 
-def test_nothing_is_written_into_a_stream_for_what_is_pipelined_behind_it(impatient: Server) -> None:
+def test_nothing_is_written_into_a_stream_for_requests_pipelined_behind_it(impatient: Server) -> None:
     """Half a request has its deadline when its turn comes, and behind a stream that is never."""
     connection = impatient.raw(EVENTS + HALF_A_POST)
     read_until(connection, b"event: welcome")
@@ -65,7 +65,7 @@ def test_a_goodbye_may_come_with_the_handshake(server: Server) -> None:
     assert b'"type":"welcome"' in answer and answer.endswith(b"\x88\x02\x03\xe8")
 
 
-def test_a_handshake_waits_for_what_was_asked_before_it(server: Server) -> None:
+def test_a_handshake_waits_for_the_requests_before_it(server: Server) -> None:
     """No notification gets into the answer before it, of which the peer has yet to take megabytes."""
     for _ in range(17):
         server.notify("large", data={"pad": "x" * 60_000})

@@ -277,7 +277,7 @@ def test_a_signal_drains_all_workers(server: Server) -> None:
     assert server.exit_status() == 0
 
 
-def test_who_has_drained_tells_newcomers_until_all_have(server: Server) -> None:
+def test_a_drained_worker_refuses_newcomers_until_all_have_drained(server: Server) -> None:
     """The kernel goes on dealing them out to all workers: none of them is lost when one has no clients left."""
     client = server.join()
     server.drain()

@@ -211,7 +211,7 @@ def test_an_answer_goes_only_to_the_client_that_asked(server: Server, client: Cl
     ],
     ids=lambda text: text[:12] or "empty",
 )
-def test_what_is_not_json_is_told(client: Client, text: str) -> None:
+def test_a_message_that_is_not_json_gets_an_error(client: Client, text: str) -> None:
     """Text that cannot be parsed is answered by Invalid JSON format."""
     assert client.ask(text) == ws_error("Invalid JSON format")
 
