@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import os
+import queue
 import re
+import signal
+import subprocess
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 from bytes import handshake
 from conftest import StartServer
 from expected import http_error, naming, parse, welcome
-from processes import Server
+from processes import Server, program
 from websockets.exceptions import InvalidStatus
+from ws_clients import PATIENCE
 
 from settings import Settings, SettingsError
 
@@ -454,3 +463,70 @@ def test_credentials_are_not_permitted(open_to_all: Server) -> None:
     """Where every page is let in, none is trusted with them."""
     headers = open_to_all.get("/health", headers={"Origin": APP}).headers
     assert "access-control-allow-credentials" not in headers
+
+
+# In Chromium.
+
+PAGE = b"""<script type="module">
+const url = new URLSearchParams(location.search).get("url"), found = [];
+const body = JSON.stringify({ message: "hi", clients: ["alice"] });
+const post = (headers) => fetch(`${url}/notify`, { method: "POST", body, headers, credentials: "include" });
+const opened = (stream) => new Promise((end) => {
+    stream.onopen = () => end("open");
+    stream.onerror = () => end("no");
+});
+try {
+    found.push((await post({})).status);
+    const answer = await post({ "Content-Type": "application/json", "Idempotency-Key": "page" });
+    found.push(answer.status, answer.headers.has("Notification-Id"));
+    found.push(await opened(new EventSource(`${url}/events`, { withCredentials: true })));
+} catch { found.push("blocked"); }
+await fetch("/", { method: "POST", body: JSON.stringify(found) });
+</script>"""
+
+
+class Site(BaseHTTPRequestHandler):
+    """A page, which posts its findings to its own server."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(PAGE)
+
+    def do_POST(self) -> None:
+        self.server.found.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))  # type: ignore[attr-defined]
+        self.do_GET()
+
+
+def test_a_page_of_a_named_subdomain_may_send_credentials(start_server: StartServer, tmp_path: Path) -> None:
+    """It may read answers, headers and streams; without a name Chromium keeps them from it.
+
+    The first request has a string for its body, which Chromium labels as text.
+    """
+    flags = "--headless --no-sandbox --no-proxy-server --no-first-run --remote-debugging-port=0 --disable-gpu"
+    command = [program("chromium", "chromium-browser", "google-chrome"), *flags.split()]
+    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as site:
+        site.found = found = queue.Queue[Any]()  # type: ignore[attr-defined]
+        threading.Thread(target=site.serve_forever, args=(0.05,), daemon=True).start()
+        for allowed, expected in (
+            (f"http://*.localhost:{site.server_port}/", [400, 200, True, "open"]),
+            ("*", ["blocked"]),
+        ):
+            server = start_server("--allow-origin", allowed)
+            url = f"http://app.localhost:{site.server_port}/?url={server.url}"
+            process = subprocess.Popen(
+                [*command, f"--user-data-dir={tmp_path}/{server.port}", url],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            try:
+                assert found.get(timeout=4 * PATIENCE) == expected
+            finally:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        site.shutdown()
