@@ -29,8 +29,9 @@ MAX_HEAD_LINES = 1_000
 # The size of a chunk and its line ends: they do not count as an extension.
 _CHUNK_FRAMING_BYTES = 16
 # A host and a port (RFC 3986, section 3.2), or nothing.
-_HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
-_ABSOLUTE = re.compile(rb"https?://([^/?@]+)([^?]*)(.*)", re.IGNORECASE)
+_HOST_BYTE = rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]"
+_HOST = re.compile(_HOST_BYTE + rb"*")
+_ABSOLUTE = re.compile(rb"https?://(" + _HOST_BYTE + rb"+)(/[^?]*|)(\?.*|)", re.IGNORECASE)
 _ASGI = {"version": "3.0", "spec_version": "2.4"}
 
 
@@ -136,7 +137,8 @@ class RequestParser:
             if coding.lower() != b"chunked":
                 raise RequestError("Transfer-Encoding: expected chunked alone", 501)
             self._chunks, self._framing_bytes = _Chunks(), 0
-        connection = fields.get(b"connection", b"").lower()
+        # The library ends the connection for either.
+        connection = b",".join([fields.get(b"connection", b""), fields.get(b"proxy-connection", b"")]).lower()
         self.keeps_alive = self.version == "1.1" and b"close" not in map(bytes.strip, connection.split(b","))
         self.expects_continue = self.version == "1.1" and fields.get(b"expect", b"").lower() == b"100-continue"
         self.body_left = int(fields.get(b"content-length", 0))
@@ -164,14 +166,14 @@ class RequestParser:
         self.fields[b"connection"] = b",".join([value for name, value in self.headers if name == b"connection"])
 
     def _check_host(self) -> None:
-        if not self.target.startswith(b"/") or b"#" in self.target:
-            self._read_other_target()
         host = self.fields.get(b"host")
         if host is None:
             if self.version == "1.1":
                 raise RequestError("Host: required, but missing")
         elif not _HOST.fullmatch(host):
             raise RequestError("Host: expected a host and a port")
+        if not self.target.startswith(b"/") or b"#" in self.target:
+            self._read_other_target()
 
     def _read_other_target(self) -> None:
         """Bring a target of another form into origin form (RFC 9112, section 3.2). Raises RequestError."""

@@ -70,6 +70,11 @@ REFUSED = {
     "a space behind the version": (GET.replace(b"1.1", b"1.1 ", 1) + b"\r\n", 400),
     "a fragment": (GET.replace(b"/health", b"/health#x") + b"\r\n", 400),
     "a relative target": (GET.replace(b"/health", b"health") + b"\r\n", 400),
+    "a user in an absolute target": (GET.replace(b"/health", b"http://a@x/health") + b"\r\n", 400),
+    "an absolute target and a host with a path": (
+        GET.replace(b"/health", b"http://x/health").replace(b": x", b": x/y") + b"\r\n",
+        400,
+    ),
     "another scheme": (GET.replace(b"/health", b"ftp://x/health") + b"\r\n", 400),
     "a method in lower case": (GET.replace(b"GET", b"get") + b"\r\n", 400),
     "another protocol": (GET.replace(b"HTTP/1.1", b"RTSP/1.0") + b"\r\n", 505),
@@ -109,6 +114,7 @@ TAKEN = {
     "a body with GET": GET + b"Content-Length: 1\r\n\r\nx",
     "obs-text": GET + b"A: \xff\r\n\r\n",
     "an empty host": GET.replace(b": x", b":") + b"\r\n",
+    "a proxy's option": GET + b"Proxy-Connection: keep-alive\r\n\r\n",
     "an empty header": GET + b"A:\r\n\r\n",
 }
 refused = pytest.mark.parametrize(("request_", "status"), REFUSED.values(), ids=REFUSED)
@@ -270,7 +276,9 @@ def test_204_and_head_have_no_body(server: Server) -> None:
     assert b"content-length" not in parts[0] and b"content-length: " in parts[1]
 
 
-@pytest.mark.parametrize("option", [b"close", b"Keep-Alive, CLOSE", b"a\r\nConnection: close"])
+@pytest.mark.parametrize(
+    "option", [b"close", b"Keep-Alive, CLOSE", b"a\r\nConnection: close", b"a\r\nProxy-Connection: close"]
+)
 def test_connection_close_is_heard_and_answered(server: Server, option: bytes) -> None:
     """RFC 9112, section 9.6; nothing behind it is answered."""
     answer = server.answer_to(GET + b"Connection: " + option + BLANK_LINE + SMUGGLED)
