@@ -117,7 +117,7 @@ class Exchange:
                 if http.is_paused:
                     http.pace()
                 return {"type": "http.request", "body": body, "more_body": self._owes_body}
-            if http.peer_has_ended:
+            if http.peer_has_ended and parser.is_complete:
                 break
             await self._change()
         return {"type": "http.disconnect"}

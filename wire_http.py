@@ -217,11 +217,11 @@ class HttpProtocol(asyncio.Protocol):
         self._unread = data[start:]
         if self._phase is not WHOLE or self._deadline is not None:
             self._time_request()
-        if self.peer_has_ended and self._phase < WHOLE:
-            self._end()
-        elif allowed <= 0 and self._unread and self._phase < WHOLE:
+        if allowed <= 0 and self._unread and self._phase < WHOLE:
             self._goes_on = True
             self._loop.call_soon(self._go_on)
+        elif self.peer_has_ended and self._phase < WHOLE:
+            self._end()
         if self._unread or self.is_paused or len(self.parser.body) > MAX_WAITING_BYTES:
             self.pace()
 

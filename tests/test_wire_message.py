@@ -312,6 +312,14 @@ def test_a_client_that_ends_its_side_is_answered(server: Server) -> None:
     assert statuses(rest(connection)) == [200, 200]
 
 
+def test_a_client_that_ends_its_side_is_answered_whatever_its_last_request_costs(server: Server) -> None:
+    """Chunks are read 4 KB at a time: the end of the client must not overtake them."""
+    chunks = b"1\r\nx\r\n" * 800 + b"0\r\n\r\n"
+    connection = server.raw((GET + b"\r\n") * 9 + CHUNKED + chunks + GET + b"\r\n")
+    connection.shutdown(socket.SHUT_WR)
+    assert statuses(rest(connection)) == [200] * 11
+
+
 def test_the_host_of_an_absolute_target_counts(server: Server) -> None:
     """RFC 9112, section 3.2.2: a page of that host is no foreign one, whatever the Host header says."""
     request = LAST.replace(b"/health", b"http://a.example/health") + b""
