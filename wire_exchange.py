@@ -163,7 +163,8 @@ class Exchange:
         self.state = STARTED
 
     def _send_body(self, body: bytes, more: bool) -> None:
-        self._last_part = body
+        # Not kept behind the end: an idle connection would hold a whole page.
+        self._last_part = body if more else b""
         if not self._has_body:
             body = b""
         elif self._is_chunked:

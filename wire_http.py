@@ -235,6 +235,9 @@ class HttpProtocol(asyncio.Protocol):
         if data.startswith(b"\r\n", start):
             # An empty line between requests (RFC 9112, section 2.2).
             self._phase = IDLE
+            if self._idle_timer is None:
+                # It fired between CR and LF.
+                self._be_idle()
             return start + 2
         self._phase = HEAD
         end = data.find(BLANK_LINE, start + self._searched) + len(BLANK_LINE)
@@ -315,6 +318,10 @@ class HttpProtocol(asyncio.Protocol):
         self._let_go()
         if early:
             protocol.data_received(early)
+        if self.peer_has_ended:
+            # The transport says so once only.
+            protocol.eof_received()
+            transport.close()
 
     # --- called by an exchange
 
@@ -399,7 +406,10 @@ class HttpProtocol(asyncio.Protocol):
         """Answer in the place of the app, unless it has begun to, and end the connection."""
         exchange = self._exchange
         if exchange is None or self._phase not in (BODY, WHOLE) or not exchange.has_begun:
-            self.transport.write(error_response(status, message, category, headers, self.server_state.default_headers))
+            response = error_response(status, message, category, headers, self.server_state.default_headers)
+            if self._phase in (BODY, WHOLE) and self.parser.method == b"HEAD":
+                response = response[: response.index(BLANK_LINE) + len(BLANK_LINE)]
+            self.transport.write(response)
         if exchange is not None:
             exchange.lose()
         self._end()

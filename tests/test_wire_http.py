@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
+import sys
 import time
-from collections.abc import Iterator
+from asyncio import StreamReader
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
+from functools import partial
 
 import pytest
+import uvicorn
 from bytes import HANDSHAKE, handshake, masked, read_until, rest
 from processes import QUIET, Server, eventually, needs_proc
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.server import ServerState
 from websockets.frames import Opcode
 from ws_clients import PATIENCE
+
+from wire import WireProtocol
+from wire_http import HttpProtocol
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 LAST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -238,6 +248,17 @@ def test_an_idle_connection_is_closed_without_an_answer(impatient: Server, sent:
     eventually(lambda: not impatient.holds(connection))
 
 
+@needs_proc
+def test_half_an_empty_line_does_not_keep_a_connection(impatient: Server) -> None:
+    """CR comes before the end of keep_alive_timeout, LF behind it."""
+    connection = impatient.raw(b"")
+    time.sleep(0.8)
+    connection.sendall(b"\r")
+    time.sleep(0.35)
+    connection.sendall(b"\n")
+    eventually(lambda: not impatient.holds(connection))
+
+
 # A peer that does not read.
 
 
@@ -271,3 +292,71 @@ def test_an_answer_that_is_taken_slowly_comes_whole(impatient: Server, history: 
         if time.monotonic() < began + 1.5:
             time.sleep(0.1)
     assert received > 17_000_000
+
+
+# Any app, served in this process.
+
+
+async def asked(
+    app: ASGIApp,
+    request: bytes,
+    read: Callable[[StreamReader], Awaitable[bytes]] = StreamReader.read,
+    *,
+    ends: bool = False,
+) -> bytes:
+    """Serve the app, and return what `read` has read of its answer while the connection is still there."""
+    config = uvicorn.Config(app, ws=WireProtocol, lifespan="off", log_config=None)
+    serve = partial(HttpProtocol, config, ServerState(), {})
+    async with asyncio.timeout(PATIENCE), await asyncio.get_running_loop().create_server(serve, "127.0.0.1") as server:
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(request)
+        if ends:
+            writer.write_eof()
+        answer = await read(reader)
+        writer.close()
+    return answer
+
+
+def test_an_app_that_fails_at_head_is_answered_without_a_body() -> None:
+    """RFC 9110, section 9.3.2."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise RuntimeError("on purpose")
+
+    answer = asyncio.run(asked(app, b"HEAD / HTTP/1.1\r\nHost: x\r\n\r\n"))
+    assert answer.startswith(b"HTTP/1.1 500 ") and answer.endswith(b"\r\n\r\n") and answer.count(b"\r\n\r\n") == 1
+
+
+def test_an_idle_connection_keeps_nothing_of_its_last_answer() -> None:
+    """Else each would hold a whole page until its next request."""
+    page = b"x" * 1000
+    before, at_rest = sys.getrefcount(page), []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1000")]})
+        await send({"type": "http.response.body", "body": page})
+
+    async def read(reader: StreamReader) -> bytes:
+        await reader.readuntil(b"\r\n\r\n")
+        answer = await reader.readexactly(1000)
+        at_rest.append(sys.getrefcount(page))
+        return answer
+
+    assert asyncio.run(asked(app, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", read)) == page
+    assert at_rest == [before]
+
+
+def test_a_handshake_behind_which_the_client_has_ended_its_side_keeps_no_connection() -> None:
+    """It waits for the answer before it; the end has been told to the HTTP connection by then."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            while (await receive())["type"] == "http.request":
+                pass
+            await send({"type": "http.response.start", "status": 204})
+            await send({"type": "http.response.body"})
+            return
+        while (await receive())["type"] != "websocket.disconnect":
+            await send({"type": "websocket.accept"})
+
+    assert b"HTTP/1.1 204 " in asyncio.run(asked(app, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + HANDSHAKE, ends=True))
