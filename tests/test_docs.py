@@ -26,6 +26,7 @@ import clients
 import connection
 import conversation
 import errors
+import guard_auth
 import guard_tokens
 import heartbeat
 import query
@@ -228,6 +229,8 @@ def test_limits_are_the_codes_own() -> None:
         f"may be {guard_tokens.CLOCK_SKEW_SECONDS} seconds ahead",
         f"more than {guard_tokens.MAX_TOKEN_BYTES} characters make",
         f"every {guard_tokens.FRESH_SECONDS / 60:.0f} minutes, and at once",
+        f"could have signed it, {guard_tokens.MAX_TRIED} at most",
+        f"for {guard_auth.MAX_WARNED} addresses a minute at most",
         f"not more often than every {guard_tokens.PAUSE_SECONDS:.0f} seconds",
         f"\nretry: {connection.RETRY_MILLISECONDS}\n",
     ],
