@@ -248,7 +248,7 @@ class WireProtocol(asyncio.Protocol):
     # --- reading
 
     def _put_off(self, data: bytes) -> None:
-        """Read this in the next turn of the event loop, and nothing before it."""
+        """Read this in the next iteration of the event loop, and nothing before it."""
         self._unread = data
         self.pause_reading()
         asyncio.get_running_loop().call_soon(self._read_on)
@@ -267,19 +267,19 @@ class WireProtocol(asyncio.Protocol):
                 if opcode == PING:
                     pings.append(payload)  # type: ignore[arg-type]
                 elif opcode == CLOSE:
-                    self._answer(pings)
+                    self._send_pongs(pings)
                     self._closed_by_peer(payload)  # type: ignore[arg-type]
                     return
                 elif opcode != PONG and self.state is OPEN:
-                    self._answer(pings)
+                    self._send_pongs(pings)
                     self._deliver(payload)
         except FrameError as error:
-            self._answer(pings)
+            self._send_pongs(pings)
             self._broken(error)
         else:
-            self._answer(pings)
+            self._send_pongs(pings)
 
-    def _answer(self, pings: list[bytes]) -> None:
+    def _send_pongs(self, pings: list[bytes]) -> None:
         """Answer the pings so far in one write; while nothing can be written, only the last is kept."""
         if pings and self.writable:
             self._transport.write(b"".join([frame(ping, PONG) for ping in pings]))

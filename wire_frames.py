@@ -109,8 +109,8 @@ class FrameParser:
             self._left -= len(chunk)
             message = self._take(apply_mask(chunk, self._mask) if chunk else b"")
             if self._left:
-                turn = len(chunk) % 4
-                self._mask = self._mask[turn:] + self._mask[:turn]
+                used = len(chunk) % 4
+                self._mask = self._mask[used:] + self._mask[:used]
                 return
             self._mask = b""
             if message is not None:
