@@ -169,7 +169,7 @@ def test_an_open_http_connection_does_not_delay_the_end(start_server: StartServe
 
 
 def test_the_process_waits_for_its_clients(draining: tuple[Server, Client]) -> None:
-    """As long as one stays, so does the server."""
+    """The server stays as long as one of its clients does."""
     server, client = draining
     for _ in range(20):
         assert client.ask({"type": "ping"}) == PONG
@@ -177,7 +177,7 @@ def test_the_process_waits_for_its_clients(draining: tuple[Server, Client]) -> N
 
 
 def test_the_process_ends_when_the_last_client_leaves(draining: tuple[Server, Client]) -> None:
-    """The last one switches off the light."""
+    """The process has no reason to stay."""
     server, client = draining
     client.leave()
     assert server.exit_status(3) == 0
@@ -203,7 +203,7 @@ def test_clients_that_stay_are_closed_after_the_timeout(start_server: StartServe
 
 
 def test_a_timeout_of_0_closes_at_once_but_tells_first(start_server: StartServer) -> None:
-    """Even then everyone gets the two messages before the close."""
+    """Every client gets the two messages before the close."""
     server = start_server("--shutdown-timeout", "0")
     client = server.join()
     server.signal()

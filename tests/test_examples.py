@@ -446,7 +446,7 @@ def test_resumes_from_the_log_s_position_before_anything_was_received(
 
 
 def test_begins_with_an_empty_since(scripted: Callable[..., Scripted], listen: Listen) -> None:
-    """So the server tells its position, before the first notification."""
+    """An empty since makes the server tell its position before the first notification."""
     server = scripted([WELCOME, notification(1)])
     assert listen(server.url).receive() == "custom: 1"
     assert server.targets == ["/ws?since="]
@@ -480,7 +480,7 @@ def test_keeps_its_place_until_another_log_has_told_a_new_one(
 def test_misses_nothing_that_comes_while_it_is_away(
     start_server: StartServer, site: str, listen: Listen, tmp_path: Path
 ) -> None:
-    """Also if it has received nothing before."""
+    """A client that had received nothing before misses nothing either."""
     flags = ("--allow-origin", site, "--store", f"sqlite:{tmp_path}/log.db")
     first, other = start_server(*flags), start_server(*flags)
     listener = listen(first.ws_url)

@@ -73,7 +73,7 @@ def test_without_the_store_each_process_has_its_own_limits() -> None:
 
 
 def test_a_peer_on_a_unix_socket_may_be_a_proxy() -> None:
-    """With `unix` among the trusted proxies. The app behind the guard sees the address, with limits or without."""
+    """With `unix` among the trusted proxies the app sees the address of the header, with limits or without."""
     trusting, careful = {"trusted_proxies": ("unix",)}, {"rate_limit": True}
     assert [answer.text for answer in answers(FakeStore(), 1, client=None, **trusting)] == ["203.0.113.1"]
     assert [answer.text for answer in answers(FakeStore(), 1, client=None, **careful)] == ["unix"]
@@ -81,7 +81,7 @@ def test_a_peer_on_a_unix_socket_may_be_a_proxy() -> None:
 
 @pytest.mark.parametrize("carrier", first_quick(["uvicorn-websockets", "uvicorn-wsproto-h11", "hypercorn", "granian"]))
 def test_other_servers_limit_as_well(carrier: str) -> None:
-    """Also where the app is mounted; a handshake is refused with the body where the server lets an app do that."""
+    """A mounted app limits as well; a handshake is refused with the body where the server lets an app do that."""
     command, app, flags, prefix = CARRIERS[carrier]
     server = host(command, app, *flags, prefix=prefix, NOTIFYD_RATE_LIMIT="true", NOTIFYD_MAX_CONNECTIONS="100")
     try:

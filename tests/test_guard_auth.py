@@ -161,7 +161,7 @@ def test_the_name_must_match(keyed: Server) -> None:
 
 
 def test_curl_and_urllib_know_basic(keyed: Server) -> None:
-    """With -u, and with a URL that has the key."""
+    """curl -u and a URL with the key are both understood."""
     target = f"{keyed.url}/notify"
     for arguments in (["-u", f"ci:{KEY}", target], [target.replace("//", f"//ci:{KEY}@")]):
         command = [program("curl"), "-sS", "--noproxy", "*", "-d", '{"message": "hi"}', *arguments]

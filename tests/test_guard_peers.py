@@ -104,7 +104,7 @@ def test_at_debug_each_publish_and_connection_is_a_line(start_server: StartServe
 
 
 def test_without_authentication_a_line_has_the_address_alone(start_server: StartServer) -> None:
-    """And at INFO there is no such line."""
+    """The line has no name, and at INFO there is no such line."""
     server, quiet = start_server("--log-level", "DEBUG"), start_server()
     for one in (server, quiet):
         one.join("alice")
@@ -119,7 +119,7 @@ def test_without_authentication_a_line_has_the_address_alone(start_server: Start
     ("zone", "offset"), [("UTC", "+00:00"), ("Asia/Kolkata", "+05:30"), ("America/Caracas", "-04:00")]
 )
 def test_times_in_the_log_carry_their_offset(start_server: StartServer, zone: str, offset: str) -> None:
-    """So that a reader in another zone knows the moment (RFC 3339)."""
+    """A reader in another zone knows the moment (RFC 3339)."""
     server = start_server("--host", "0.0.0.0", variables={"TZ": zone})
     [stamp, *_] = server.wait_for_line("WARNING").split()
     assert stamp.endswith(offset)

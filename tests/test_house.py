@@ -71,7 +71,7 @@ def test_the_core_imports_only_the_core(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(KNOWN_TO_THE_CORE))
 def test_the_seams_of_the_core_know_no_client(name: str) -> None:
-    """Not even in annotations: a store knows its Node, and the rights are a value."""
+    """They import none, even for annotations: a store knows its Node, and the rights are a value."""
     assert not set(imports(MODULES[name], for_types=True)) & {"hub", "admission", "clients", "connection"}
 
 

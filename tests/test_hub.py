@@ -58,7 +58,7 @@ AUDIENCES = [None, None, Audience(frozenset(["a", "b"]), frozenset()), Audience(
 @settings(max_examples=int(os.environ.get("HUB_EXAMPLES", "100")), deadline=None)
 @given(seed=st.integers(0, 2**32), history_size=st.sampled_from([2, 1000]))
 def test_with_a_shared_store_each_client_gets_its_notifications(seed: int, history_size: int) -> None:
-    """However slowly the store answers and the log comes, and despite publishes elsewhere meanwhile."""
+    """Each gets its own, however slowly the store answers and the log comes, and despite publishes elsewhere."""
     chance, loop = Random(seed), VirtualLoop()
     quiet = Settings(notification_interval=0, ping_interval=0, history_size=history_size)
     store = LaggingStore(quiet, loop.time, chance)
@@ -273,7 +273,7 @@ def test_a_pause_of_the_process_does_not_count_as_silence(loop: VirtualLoop) -> 
 
 
 def test_a_pause_is_told_once(loop: VirtualLoop, caplog: pytest.LogCaptureFixture) -> None:
-    """However many pings it has delayed."""
+    """A pause is logged once, however many pings it has delayed."""
     hub = hub_on(loop, ping_interval=1, ping_timeout=2)
     join(loop, hub, "ann")
     loop.pause(4)
@@ -350,7 +350,7 @@ def test_many_short_pauses_do_not_count_as_silence_either(loop: VirtualLoop) -> 
 
 
 def test_a_notification_is_encoded_once_for_all(loop: VirtualLoop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many clients there are."""
+    """The encoding is shared by any number of clients."""
     hub = hub_on(loop)
     for number in range(100):
         join(loop, hub, f"c{number}")

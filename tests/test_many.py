@@ -277,7 +277,7 @@ def test_a_client_is_replaced_from_another_process(start_many: StartMany) -> Non
 
 
 def test_one_of_many_simultaneous_claims_of_a_client_id_wins(many: Many) -> None:
-    """However they are spread over the processes."""
+    """Exactly one claim wins, however the claims are spread over the processes."""
     met = claims(many.addresses(100, "client_id=a"))
     assert sorted(met) == ["Client a is already connected"] * 99 + ["welcome"]
 
@@ -366,7 +366,7 @@ def test_status_lists_the_clients_of_all(many: Many) -> None:
 
 
 def test_all_clients_receive_one_order(many: Many) -> None:
-    """However many publish on all processes at once; and every process has the same history of it."""
+    """The order is one for any number of publishers on all processes, and every process has the same history."""
     clients = [place.join() for place in many.one_by_one(6)]
     with ThreadPoolExecutor() as pool:
         recipients = list(pool.map(lambda place: place.notify("m"), many.one_by_one(60)))

@@ -244,7 +244,7 @@ async def test_topics_may_change(shared: str) -> None:
 
 @on_loop
 async def test_a_client_that_is_gone_subscribes_to_nothing(shared: str) -> None:
-    """Nor does one of another process."""
+    """A process subscribes neither a client of another process nor one of none."""
     async with members(shared, 2) as [one, other]:
         await other.admit("a")
         await one.store.subscribe("a", ["t"])
@@ -316,7 +316,7 @@ async def test_a_process_may_claim_its_own_client_ids_again(shared: str) -> None
 
 @on_loop
 async def test_a_client_that_left_may_be_admitted_elsewhere(shared: str) -> None:
-    """As soon as this process has done anything else, since it leaves in order."""
+    """Another process admits it once this one has done anything later: a process's operations keep their order."""
     async with members(shared, 2) as [one, other]:
         await one.admit("a")
         one.leave("a")
@@ -510,7 +510,7 @@ async def test_one_process_leads(shared: str) -> None:
 
 @on_loop
 async def test_a_test_notification_is_appended_once(shared: str) -> None:
-    """Neither by one that doesn't lead, nor with a number that isn't the next."""
+    """A process that does not lead appends none, and a number other than the next appends none."""
     async with members(shared, 2) as [one, other]:
         assert (await one.store.append([SOMETHING], None, 1)).receipts == []
         await one.store.lead()
@@ -621,7 +621,7 @@ async def test_the_lead_of_a_killed_process_is_taken_over(shared: str, start_pro
 async def test_a_process_that_was_taken_for_dead_joins_again(
     shared: str, start_process: Callable[..., Process]
 ) -> None:
-    """With all clients but those taken by others meanwhile; it gets its missed notifications once."""
+    """It brings all clients but those taken by others meanwhile, and gets its missed notifications once."""
     process = start_process(shared, SHORT_LEASE)
     async with members(shared) as [one]:
         for client_id in ("a", "b"):
@@ -669,7 +669,7 @@ async def test_a_process_that_was_taken_for_dead_counts_on(shared: str, start_pr
 
 @on_loop
 async def test_a_store_that_is_opened_again_counts_on(shared: str) -> None:
-    """As a Hub does that was stopped and is started again."""
+    """A Hub that was stopped and is started again continues its counters."""
     async with members(shared, 2) as [one, other]:
         await one.store.report(Report(7, 2))
         await one.store.close()
@@ -714,7 +714,7 @@ async def test_a_store_that_is_closed_while_it_counts_counts_on(shared: str) -> 
 @pytest.mark.usefixtures("_short_leases")
 @on_loop
 async def test_a_store_that_is_opened_again_has_missed_nothing(shared: str) -> None:
-    """Also where the log ends there by now, since all of it was too old."""
+    """That holds although all later notifications have left the log for their age."""
     async with members(shared, 2, history_ttl=0.1) as [one, other]:
         await one.publish()
         await one.store.close()

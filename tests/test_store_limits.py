@@ -53,7 +53,7 @@ async def is_full(member: Member) -> bool:
 
 @on_loop
 async def test_a_bucket_holds_its_burst(any_store: str) -> None:
-    """As many as it holds, and after a while one more; another address has another bucket."""
+    """A bucket gives as many as it holds, and after a while one more; another address has another bucket."""
     async with members(any_store) as [one]:
         drawn = [await one.store.draw("a", RATE) for _ in range(5)]
         assert [one.allowed for one in drawn] == [True] * 3 + [False] * 2
@@ -190,7 +190,7 @@ async def test_of_many_simultaneous_admissions_as_many_as_the_limit_succeed(shar
 
 @on_loop
 async def test_a_process_that_claims_an_id_again_takes_no_second_place(shared: str) -> None:
-    """With another address, the client counts for the new one only."""
+    """A client that comes back from another address counts for that address only."""
     async with members(shared, max_connections_per_ip=3) as [one]:
         await fill(one)
         assert await refusal(one, "a") == ""
@@ -280,7 +280,7 @@ async def test_a_change_of_topics_while_the_lease_ends_keeps_the_address(
 
 @on_loop
 async def test_nothing_of_an_address_is_left_in_redis(redis: RedisServer) -> None:
-    """Neither by a client that left nor by a process that closed."""
+    """A client that left and a process that closed leave no key."""
     async with members(redis.url, max_connections_per_ip=3) as [one]:
         await fill(one)
         assert any("address" in key for key in redis.keys(0))

@@ -204,7 +204,7 @@ async def test_it_may_come_later_with_a_log(start_redis: StartRedis, caplog: pyt
 
 @on_loop
 async def test_killed_and_started_with_its_file(start_redis: StartRedis) -> None:
-    """In the middle of publishing: acknowledged notifications are there, once, and so are the clients."""
+    """After a kill in the middle of publishing, acknowledged notifications are there once, and so are the clients."""
     redis = start_redis(append_only=True)
     async with members(redis.url, 2) as [one, other]:
         await one.admit("a", "t")
@@ -412,7 +412,7 @@ async def test_emptied_before_anybody_has_read_a_batch_with_a_key(start_redis: S
 
 @on_loop
 async def test_keys_outlive_being_emptied_as_long_as_their_records(start_redis: StartRedis) -> None:
-    """In every process, and not a moment longer."""
+    """Every process keeps a key as long as its record, and no longer."""
     redis = start_redis()
     async with members(redis.url, 2, history_ttl=3) as [one, other]:
         first = await one.store.append([SOMETHING], Once("key", b"request"))
@@ -473,7 +473,7 @@ async def test_emptied_while_everybody_publishes(start_redis: StartRedis) -> Non
 
 @on_loop
 async def test_a_long_history_is_put_back_in_parts(start_redis: StartRedis) -> None:
-    """So that no call is a long one; everybody waits for the last."""
+    """The parts keep each call short, and every process waits for the last part."""
     redis = start_redis()
     async with members(redis.url, 2, history_size=5000) as [one, other]:
         answered = [await one.publish(*[SOMETHING] * 1000) for _ in range(3)]
@@ -637,7 +637,7 @@ async def test_the_counters_of_a_process_that_came_back_count_once(
     start_process: Callable[..., Process],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also where one connects again that has last heard of the sums while the other was gone."""
+    """That holds for a process that connects again after it last read the sums while the other was gone."""
     redis = start_redis()
     async with members(redis.url) as [one]:
 

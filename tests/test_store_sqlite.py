@@ -128,7 +128,7 @@ async def test_the_files_are_for_their_owner_only(path: Path) -> None:
 
 @on_loop
 async def test_a_path_may_be_longer_than_a_sockets(tmp_path: Path) -> None:
-    """And lead over a symbolic link: it is the same store."""
+    """The path may lead over a symbolic link, and names the same store."""
     deep = tmp_path / ("d" * 100)
     deep.mkdir()
     (tmp_path / "link").symlink_to(deep)
@@ -164,7 +164,7 @@ async def test_a_killed_process_leaves_no_socket(path: Path, start_process: Call
 
 @on_loop
 async def test_the_write_ahead_log_begins_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where it never comes to rest, at the second bound."""
+    """A log that never comes to rest begins anew at the second bound."""
     monkeypatch.setattr(store_sqlite_transaction, "CHECKPOINT_PAGES", 50)
     monkeypatch.setattr(store_sqlite_file, "MAX_WAL_PAGES", 200)
     async with members(f"sqlite:{path}", 2) as both:

@@ -91,7 +91,7 @@ def test_an_empty_since_subscribes_from_now_and_tells_the_position(server: Serve
 
 
 def test_an_id_in_upper_case_is_the_same_id(server: Server) -> None:
-    """As in the URL."""
+    """An id in upper case counts in the message as it does in the URL."""
     before = in_the_gap(server)
     assert subscribe(server.join(), before.upper(), "red")["replayed"] == 2
 
@@ -120,7 +120,7 @@ def test_an_id_that_has_left_the_history_is_not_complete(start_server: StartServ
 
 
 def test_nothing_that_came_otherwise_is_replayed(server: Server) -> None:
-    """Not for a topic of the URL, not in person, and not by an earlier subscription."""
+    """Notifications for a topic of the URL, for the client itself or for an earlier subscription are not repeated."""
     before = in_the_gap(server)
     client = server.join(query=f"client_id=ann&topics=red&since={before}")
     client.receive()

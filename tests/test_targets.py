@@ -268,7 +268,7 @@ def test_subscriptions_end_with_the_connection(server: Server) -> None:
     [None, [], "red", [""], ["green", ""], [1], ["x" * 129], ["green", "a,b"], {"red": 1}, ["a\nb"]],
 )
 def test_a_bad_request_is_answered_by_an_error_and_changes_nothing(server: Server, kind: str, topics: Any) -> None:
-    """Not even the good names in it count."""
+    """The valid names of a bad request do not count either."""
     client = listening(server, "ann", "red")
     assert client.ask({"type": kind, "topics": topics}) == ws_error(naming("topics"))
     assert client.ask({"type": "unsubscribe", "topics": ["no such topic"]}) == subscribed("red")

@@ -161,7 +161,7 @@ def test_a_handshake_is_a_get(apps: Apps, method: str) -> None:
 
 
 def test_a_refused_handshake_ends_the_connection(apps: Apps) -> None:
-    """And says so before."""
+    """The answer says that the connection ends, and then it ends."""
     connection = apps.raw(handshake(Sec_WebSocket_Key=None) + b"x" * 1000)
     answer = connection.recv(65_536)
     with suppress(OSError):
@@ -209,7 +209,7 @@ def test_an_app_may_refuse_by_closing(apps: Apps) -> None:
 
 
 def test_an_app_that_fails_before_it_answers_is_500(failing: Apps) -> None:
-    """With the documented body."""
+    """The 500 has the documented body."""
     status, _, body = failing.response_to(handshake("/crash_early"))
     assert (status, parse(body)) == (500, http_error("connection", naming()))
     failing.wait_for_line("Error: on purpose")
@@ -225,7 +225,7 @@ def test_only_an_app_that_forgets_to_answer_is_logged(apps: Apps) -> None:
 
 
 def test_frames_sent_with_the_handshake_are_read_after_it(apps: Apps) -> None:
-    """In order, from the segment of the request on, however much it is."""
+    """Any number of frames are read in order, beginning in the segment of the request."""
     messages = [b"%d " % number + b"x" * 1000 for number in range(1000)]
     frames = b"".join(masked(Opcode.TEXT, message) for message in messages)
     connection = apps.raw(handshake("/late") + frames[:5000])
@@ -250,7 +250,7 @@ def test_half_a_frame_may_come_with_the_handshake(apps: Apps) -> None:
 
 
 def test_frames_sent_with_a_pipelined_handshake_stay_in_order(apps: Apps) -> None:
-    """Also where that request is answered while it is still being read, and the handshake comes with its end."""
+    """The order holds where the first request is answered before its end, and the handshake comes with that end."""
     messages = [b"%d " % number + b"x" * 5000 for number in range(200)]
     frames = b"".join(masked(Opcode.TEXT, message) for message in messages)
     head = b"POST /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -301,7 +301,7 @@ def test_messages_come_back_in_order(apps: Apps) -> None:
 
 
 def test_a_ping_is_answered_with_its_payload(apps: Apps) -> None:
-    """In the middle of a fragmented message, too."""
+    """A ping between the fragments of a message is answered as well."""
     client = apps.at("echo")
     client.send_frame(Opcode.TEXT, b'"Hel', fin=False)
     client.send_frame(Opcode.PING, b"there?")
@@ -330,7 +330,7 @@ def test_a_broken_frame_is_answered_with_its_code(apps: Apps, frame: bytes, code
 
 
 def test_messages_before_a_broken_frame_are_answered_before_the_close(apps: Apps) -> None:
-    """Even in the same segment: Autobahn 3.2."""
+    """The answers come first although all frames came in one segment (Autobahn 3.2)."""
     client = apps.at("echo")
     client.socket.sendall(masked(Opcode.TEXT, b'"one"') + masked(Opcode.TEXT, b'"two"') + b"\xff\xff")
     assert (client.rest(), client.closed()) == (["one", "two"], (1002, "Reserved bits are set"))
@@ -348,7 +348,7 @@ def test_a_broken_frame_waits_only_so_long_for_a_slow_app(apps: Apps) -> None:
 
 
 def test_a_close_is_answered_with_its_code(apps: Apps) -> None:
-    """And the app hears of it, with the reason."""
+    """The app hears the code and the reason."""
     client, line = apps.at("echo"), len(apps.stderr)
     client.send_frame(Opcode.CLOSE, b"\x0f\xa0" + "grün".encode())
     assert client.closed()[0] == 4000
@@ -687,7 +687,7 @@ def test_messages_go_over_tls(secure: Apps) -> None:
 
 @needs_openssl
 def test_the_scheme_is_wss(secure: Apps) -> None:
-    """As the scope has it."""
+    """The scope of a WebSocket over TLS has the scheme wss."""
 
     async def talk(connection: ClientConnection) -> None:
         assert json.loads(await connection.recv())["scheme"] == "wss"
@@ -708,7 +708,7 @@ def test_a_backlog_goes_over_tls(secure: Apps) -> None:
 
 @needs_openssl
 def test_a_close_over_tls_reaches_a_peer_with_unread_data(secure: Apps) -> None:
-    """As without TLS."""
+    """The close frame arrives over TLS as it does without."""
 
     async def talk(connection: ClientConnection) -> None:
         sender = asyncio.create_task(send_until_closed(connection))
@@ -729,7 +729,7 @@ async def send_until_closed(connection: ClientConnection) -> None:
 @needs_proc
 @pytest.mark.parametrize("politely", [True, False])
 def test_the_end_over_tls_leaves_nothing(secure: Apps, politely: bool) -> None:
-    """With or without a goodbye."""
+    """A client that ends with or without a close frame leaves no connection behind."""
 
     async def leave(connection: ClientConnection) -> None:
         if not politely:
@@ -744,7 +744,7 @@ def test_the_end_over_tls_leaves_nothing(secure: Apps, politely: bool) -> None:
 
 @needs_openssl
 def test_a_handshake_over_tls_is_refused_as_any_other(secure: Apps) -> None:
-    """With its body."""
+    """The refusal over TLS has its body."""
     with pytest.raises(InvalidStatus) as refused:
         over_tls(secure, "deny", closed)
     assert (refused.value.response.status_code, refused.value.response.body) == (418, b"teapot")

@@ -120,7 +120,7 @@ def test_a_valid_stream_is_read_whole(name: str) -> None:
 
 @either
 def test_a_valid_stream_is_read_byte_by_byte(name: str) -> None:
-    """However the network cuts it, it says the same."""
+    """A stream that is cut anywhere means the same."""
     stream, events = VALID[name]
     assert read(*byte_by_byte(stream)) == (events, None, "")
 

@@ -146,7 +146,7 @@ def test_a_target_may_come_in_absolute_form(server: Server, host: bytes, path: b
 
 
 def test_the_target_of_a_handshake_may_come_in_absolute_form(server: Server) -> None:
-    """With its query."""
+    """The absolute form keeps its query."""
     connection = server.raw(handshake("http://localhost/ws?client_id=bob"))
     assert b'"client_id":"bob"' in read_until(connection, b'"type":"welcome"')
 
@@ -182,7 +182,7 @@ def test_trailers_have_a_limit_too(server: Server, trailer: bytes) -> None:
 
 
 def test_a_body_in_the_segment_of_its_head_is_no_part_of_it(server: Server) -> None:
-    """However large."""
+    """A body of any size is read as a body, not as the next request."""
     body = b"x" * 70_000
     request = b"POST /notify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n" % len(body)
     connection = server.raw(request)
@@ -282,7 +282,7 @@ def test_an_answer_that_nobody_takes_is_given_up(impatient: Server, history: byt
 
 
 def test_an_answer_that_is_taken_slowly_comes_whole(impatient: Server, history: bytes) -> None:
-    """Whatever time it takes, as long as it goes on."""
+    """A slow reader gets the whole answer, as long as it goes on reading."""
     connection = impatient.raw(b"")
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 500_000)
     connection.sendall(history)
