@@ -139,7 +139,9 @@ async def drains_on_signal(hub: Hub) -> AsyncIterator[None]:
     async with hub:
         # In another thread, such as that of a test client, a process hears no signals.
         if threading.current_thread() is threading.main_thread():
-            before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            handlers = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            # A handler that was not set by Python is None, and could not be put back.
+            before = {number: handler for number, handler in handlers.items() if handler is not None}
             for number in before:
                 signal.signal(number, lambda number, _: loop.call_soon_threadsafe(signalled, number))
         try:

@@ -34,7 +34,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount
 
-from notifyd import create_app
+from notifyd import Settings, create_app, drains_on_signal
 
 
 @pytest.fixture(scope="module", params=first_quick(CARRIERS))
@@ -239,6 +239,20 @@ def test_a_second_signal_ends_the_drain_of_a_host() -> None:
     assert client.closed() == (1001, "Server shutting down")
     assert running.exit_status() in (0, -signal.SIGTERM)
     running.kill()
+
+
+def test_a_server_that_handles_signals_outside_of_python_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python could not put such a handler back, as an embedded interpreter has one; the Hub runs all the same."""
+    changed: list[int] = []
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: changed.append(number))
+
+    async def lifespan() -> bool:
+        hub = create_app(Settings(notification_interval=0)).hub
+        async with drains_on_signal(hub):
+            return hub.is_ready
+
+    assert (asyncio.run(lifespan()), changed) == (True, [])
 
 
 def test_test_notifications_come_in_a_host() -> None:
