@@ -77,6 +77,15 @@ def test_a_string_of_fetch_is_refused(server: Server) -> None:
     assert json.loads(ended.stdout) == [400, http_error("validation", naming("application/json"))]
 
 
+def test_a_batch_is_json_also_as_text(server: Server) -> None:
+    """A batch has no other form, so a string of fetch() is understood, with its addresses."""
+    client = server.join("alice")
+    body = b'[{"message": "for you", "clients": ["alice"]}, {"message": "for bob", "clients": ["bob"]}]'
+    answer = parse(post(server, body, "text/plain;charset=UTF-8", "/notify/batch").content)
+    assert [receipt["recipients"] for receipt in answer["notifications"]] == [1, 0]
+    assert client.receive() == notification({"message": "for you"})
+
+
 # Charsets.
 
 
