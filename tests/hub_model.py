@@ -504,6 +504,17 @@ class HubMachine(RuleBasedStateMachine):
         moment=moments,
     )
     def change_topics(self, index: int, kind: str, topics: frozenset[str], moment: int | str | None) -> None:
+        self.ask_for_topics(index, kind, topics, moment)
+
+    @precondition(somebody_is_there)
+    @rule(index=someone, topic=st.sampled_from(TOPICS), ago=st.integers(1, 6), padding=paddings)
+    def subscribe_after_a_publish(self, index: int, topic: str, ago: int, padding: int) -> None:
+        """Publish for a topic and another, and ask for what has lately come to the topic."""
+        if self.is_open():
+            self.loop.call(self.publish, [self.request(((), (topic, "red")), padding)])
+        self.ask_for_topics(index, "subscribe", frozenset([topic]), ago)
+
+    def ask_for_topics(self, index: int, kind: str, topics: frozenset[str], moment: int | str | None) -> None:
         session = self.session(index)
         if not session.is_stream:
             since = self.id_given(moment) if isinstance(moment, int) else moment
@@ -511,6 +522,8 @@ class HubMachine(RuleBasedStateMachine):
             session.asked = (topics, since) if kind == "subscribe" and since is not None else None
             self.loop.call(session.say, json.dumps(message))
             self.loop.turn(1)
+            if self.model.sessions.get(session.client_id) is not session:
+                return  # A slow consumer, closed before its turn.
             assert session.asked is None
             session.topics = session.topics | topics if kind == "subscribe" else session.topics - topics
             answers = [message["topics"] for message in session.messages if message["type"] == "subscribed"]
