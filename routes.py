@@ -325,11 +325,11 @@ async def events(hub: Hub, request: Request, sender: Identity | None) -> ASGIApp
     """Admit a stream; the stream is the response."""
     if request.method == "HEAD":
         return stream_of(b"")
-    query: Query = request.scope[QUERY_KEY]
-    since = query.since(request.headers.get("last-event-id"))
-    if since == REPLACED_ID:
+    last_id = request.headers.get("last-event-id")
+    if last_id == REPLACED_ID:
         return Response(status_code=204)
-    newcomer = _newcomer(request.scope, query, since, sender)
+    query: Query = request.scope[QUERY_KEY]
+    newcomer = _newcomer(request.scope, query, query.since(last_id), sender)
     stream = EventStream()
     await hub.admit(stream, newcomer)
     return stream

@@ -12,9 +12,10 @@ from signal import SIGHUP, SIGINT
 from typing import Any
 
 import pytest
+from browser import Browser
 from expected import Record, order_differs
 from members import SHORT_LEASE, Process, shorten_leases
-from processes import QUIET, Server, use_extra_flags
+from processes import QUIET, Server, program, use_extra_flags
 from redis_server import RedisServer
 
 from store import LEASE_SECONDS
@@ -117,6 +118,14 @@ def start_server() -> Iterator[StartServer]:
     yield start
     for server in servers:
         server.ask_to_stop()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A headless Chromium."""
+    browser = Browser(program("chromium", "chromium-browser", "google-chrome"), tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.stop()
 
 
 # Stores without a server, see members.py.

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import queue
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, NamedTuple, Protocol
@@ -25,10 +22,10 @@ from urllib.parse import parse_qs, quote, urlsplit
 import httpx
 import jwt
 import pytest
+from browser import Browser, Tab
 from conftest import StartServer
 from processes import ROOT, Server, environment, eventually, free_port, program
 from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import connect
 from websockets.sync.server import ServerConnection, serve
 from ws_clients import PATIENCE
 
@@ -114,68 +111,28 @@ class Program:
             reader.join()
 
 
-class Browser:
-    """A headless Chromium, driven through its DevTools protocol."""
-
-    def __init__(self, command: str, profile: Path) -> None:
-        flags = "--headless --no-sandbox --no-proxy-server --no-first-run --remote-debugging-port=0 --disable-gpu"
-        flags += " --disable-quic --disable-sync --disable-background-networking --disable-component-update"
-        self.process = subprocess.Popen(
-            [command, *flags.split(), f"--user-data-dir={profile}", "about:blank"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        port = profile / "DevToolsActivePort"
-        eventually(lambda: port.exists() and port.read_text().count("\n"), 4 * PATIENCE)
-        self.devtools = f"http://127.0.0.1:{port.read_text().split()[0]}"
-
-    def open(self, url: str) -> Page:
-        target = httpx.put(f"{self.devtools}/json/new?{quote(url, safe='')}", trust_env=False, timeout=PATIENCE).json()
-        return Page(target["webSocketDebuggerUrl"])
-
-    def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
 STATES = {"connected": "open", "disconnected": "lost", "refused": "closed"}  # as the page shows them
 
 
 class Page:
     """index.html in a tab."""
 
-    def __init__(self, devtools: str) -> None:
-        self._session = ExitStack()
-        self._devtools = self._session.enter_context(connect(devtools, compression=None, proxy=None))
-        self._calls = count(1)
+    def __init__(self, tab: Tab) -> None:
+        self._tab = tab
         self._received = 0
-
-    def _call(self, method: str, **params: Any) -> Any:
-        call = next(self._calls)
-        self._devtools.send(json.dumps({"id": call, "method": method, "params": params}))
-        while (answer := json.loads(self._devtools.recv(PATIENCE))).get("id") != call:
-            pass
-        return answer
-
-    def evaluate(self, expression: str) -> Any:
-        """Return the value of a JavaScript expression in the page, None if it throws."""
-        result = self._call("Runtime.evaluate", expression=expression, returnByValue=True).get("result", {})
-        return result.get("result", {}).get("value")
 
     def receive(self) -> str:
         self._received += 1  # The newest is on top.
         text = f'[...document.querySelectorAll("#notifications li")].at(-{self._received}).lastChild.textContent'
-        eventually(lambda: self.evaluate(text))
-        return str(self.evaluate(text)).strip()
+        eventually(lambda: self._tab.evaluate(text))
+        return str(self._tab.evaluate(text)).strip()
 
     def wait_until(self, state: str) -> None:
         shown = f'document.getElementById("state").textContent.startsWith("{STATES[state]}")'
-        eventually(lambda: self.evaluate(shown))
+        eventually(lambda: self._tab.evaluate(shown))
 
     def stop(self) -> None:
-        self._call("Page.close")
-        self._session.close()
+        self._tab.stop()
 
 
 class Site(SimpleHTTPRequestHandler):
@@ -192,13 +149,6 @@ def site() -> Iterator[str]:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    browser = Browser(program("chromium", "chromium-browser", "google-chrome"), tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.stop()
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +176,7 @@ def listen(request: pytest.FixtureRequest) -> Iterator[Listen]:
                 listeners.append(Program(*node, str(EXAMPLES / "listen.js"), url))
             case "index.html":
                 site, browser = request.getfixturevalue("site"), request.getfixturevalue("browser")
-                listeners.append(browser.open(f"{site}/?url={quote(url, safe='')}"))
+                listeners.append(Page(browser.open(f"{site}/?url={quote(url, safe='')}")))
         return listeners[-1]
 
     yield start

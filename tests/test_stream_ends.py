@@ -163,9 +163,10 @@ def test_a_browser_whose_stream_was_replaced_stays_away(server: Server) -> None:
     old = join(server, "client_id=ann")
     new = join(server, "client_id=ann")
     assert old.rest() == [REPLACED]
-    for query, headers in (("", {"Last-Event-ID": old.last_id}), (f"&lastEventId={old.last_id}", {})):
-        response = server.get(f"/events?client_id=ann{query}", headers=BROWSER | headers)
-        assert (response.status_code, response.content) == (204, b"")
+    response = server.get("/events?client_id=ann", headers=BROWSER | {"Last-Event-ID": old.last_id})
+    assert (response.status_code, response.content) == (204, b"")
+    # event-source-polyfill, which has the id in the URL, fails at an answer without a body, and tries for ever.
+    assert server.get(f"/events?client_id=ann&lastEventId={old.last_id}", headers=BROWSER).status_code == 400
     server.publish("still here")
     assert new.event().data["data"]["message"] == "still here"
 
