@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from zipfile import ZipFile
@@ -183,6 +184,15 @@ def test_the_sdist_builds_the_same_wheel_as_the_checkout(wheel: Path, tmp_path: 
     [other] = tmp_path.iterdir()
     assert other.name == wheel.name == f"notifyd_server-{VERSION}-py3-none-any.whl"
     assert contents(other) == contents(wheel)
+
+
+def test_the_sdist_holds_the_folders_that_its_pages_and_tests_need(packages: Path) -> None:
+    """The pages link to results in bench/, and the tests run it; of the folders only that of the CI stays out."""
+    [sdist] = packages.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        held = {Path(name).parts[1] for name in archive.getnames()}
+    tracked = {Path(name).parts[0] for name in command("git", "-C", ROOT, "ls-files").splitlines()}
+    assert {name for name in tracked - held if not name.startswith(".")} == set()
 
 
 def test_the_index_would_take_both(packages: Path) -> None:
