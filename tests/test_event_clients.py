@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,7 @@ def test_every_event_has_data_and_an_id(start_server: StartServer, follow: Open)
     [first] = server.publish("before")
     client = follow(server, "client_id=ann")
     assert event(client, "welcome")[2] == first
+    time.sleep(0.5)  # Some heartbeats, which must not be events.
     [for_bob] = server.publish("for bob", clients=["bob"])
     assert event(client, "position")[2] == for_bob
     [last] = server.publish("for all")
