@@ -12,6 +12,7 @@ import socket
 import ssl
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ import pytest
 from bytes import HANDSHAKE
 from conftest import StartServer
 from expected import http_error, parse
-from processes import ROOT, Server, eventually, free_port, program
+from processes import ROOT, Server, eventually, free_port, needs_proc, program
 from ws_clients import PATIENCE, Client
 
 from guard import HANDSHAKES, REQUESTS
@@ -35,6 +36,7 @@ pytestmark = pytest.mark.slow
 CONF = (ROOT / "deploy" / "nginx.conf").read_text()
 SECRET = "sesame-open"
 ADDRESSES = itertools.count(1)
+TEXT = {"Content-Type": "text/plain"}
 
 
 class Nginx:
@@ -364,6 +366,138 @@ def test_no_log_has_a_query_string(start_server: StartServer, tmp_path: Path) ->
     statuses = set(re.findall(r'" (\d{3}) ', proxy.logs()))
     assert statuses >= {"200", "101", "301", "400", "413", "429", "502"}
     assert SECRET not in proxy.logs()
+
+
+# The connections to the server.
+
+
+def upstream(server: Server) -> set[str]:
+    """Return the connections that programs of this machine have open to the server, by their own port."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return {row[1] for row in rows if row[2].endswith(f":{server.port:04X}") and row[3] == "01"}
+
+
+@needs_proc
+def test_a_pooled_connection_outlives_a_pause(start_server: StartServer, tmp_path: Path) -> None:
+    """nginx gives a POST to a kept connection only once: where the server had closed it meanwhile, that would be a 502.
+
+    uvicorn closes after five seconds.
+    """
+    server = start_server()
+    proxy = PlainNginx(tmp_path, server.port, POOL)
+    try:
+        server.http.close()
+        assert proxy.http.post("/notify", json={"message": "before"}).status_code == 200
+        before = upstream(server)
+        time.sleep(6)
+        assert proxy.http.post("/notify", json={"message": "after"}).status_code == 200
+        assert before and upstream(server) == before
+    finally:
+        proxy.close()
+
+
+def test_nginx_is_the_first_to_close_an_idle_connection() -> None:
+    """Its time is below keep_alive_timeout, with room for a request on its way."""
+    [seconds] = re.findall(r"keepalive_timeout (\d+)s;", CONF)
+    assert int(seconds) + 5 <= Settings().keep_alive_timeout
+
+
+def test_many_posts_through_the_pool_are_all_answered(start_server: StartServer, tmp_path: Path) -> None:
+    """Also while nginx opens, keeps and closes connections, with bodies of all sizes and refusals in between."""
+    server = start_server("--max-message-size", "100000")
+    proxy = PlainNginx(tmp_path, server.port, POOL)
+
+    def post(number: int) -> tuple[int, int]:
+        size = (10, 8_000, 99_000, 150_000)[number % 4]
+        return size, proxy.http.post("/notify", content=b"x" * size, headers=TEXT).status_code
+
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = Counter(pool.map(post, range(200)))
+        assert found == {(10, 200): 50, (8_000, 200): 50, (99_000, 400): 50, (150_000, 413): 50}
+    finally:
+        proxy.close()
+
+
+class PlainNginx:
+    """An nginx with the least configuration that works."""
+
+    def __init__(self, directory: Path, upstream: int, lines: str) -> None:
+        port = free_port()
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=PATIENCE)
+        # In memory: the worker may be another user, who cannot write here.
+        server = f"listen 127.0.0.1:{port}; client_max_body_size 4m; client_body_buffer_size 4m;"
+        (directory / "nginx.conf").write_text(
+            f"daemon off; worker_processes 1; pid {directory}/pid; error_log {directory}/error.log; events {{}}"
+            f"http {{ access_log off; upstream app {{ server 127.0.0.1:{upstream}; keepalive 4; }}"
+            f"server {{ {server} location / {{ proxy_pass http://app; {lines} }} }} }}"
+        )
+        self._process = subprocess.Popen([program("nginx"), "-p", str(directory), "-c", str(directory / "nginx.conf")])
+        eventually(self._serves)
+
+    def _serves(self) -> bool:
+        try:
+            return self.http.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def close(self) -> None:
+        self.http.close()
+        self._process.terminate()
+        self._process.wait(PATIENCE)
+
+
+POOL = 'proxy_http_version 1.1; proxy_set_header Connection "";'
+DEFAULTS = "proxy_http_version 1.0; proxy_set_header Connection close;"
+WITHOUT_BUFFERS = "proxy_request_buffering off; proxy_buffering off;"
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+@pytest.mark.parametrize(
+    "lines",
+    [DEFAULTS, DEFAULTS + WITHOUT_BUFFERS, POOL + WITHOUT_BUFFERS],
+    ids=["defaults", "without buffers", "pool without buffers"],
+)
+def test_a_refusal_comes_through_nginx(start_server: StartServer, tmp_path: Path, lines: str, loop: str) -> None:
+    """nginx speaks HTTP/1.0 and ends each connection by default. It makes a reset a 502."""
+    server = start_server("--api-key", "ci:sesame-open", "--loop", loop)
+    proxy = PlainNginx(tmp_path, server.port, lines)
+    refused = {
+        413: ("POST", "/notify", TEXT | {"X-API-Key": "sesame-open"}),
+        404: ("POST", "/nowhere", {}),
+        405: ("PUT", "/notify", {}),
+        401: ("POST", "/notify", {}),
+    }
+    try:
+        for status, (method, path, headers) in refused.items():
+            found = [
+                # nginx itself may end a connection after an early answer, without saying so in it.
+                proxy.http.request(method, path, content=b"x" * size, headers=headers | {"Connection": "close"})
+                for size in (100_000, 3_000_000)
+                for _ in range(10)
+            ]
+            assert [answer.status_code for answer in found] == [status] * 20
+            assert all(b'"error"' in answer.content for answer in found)
+    finally:
+        proxy.close()
+
+
+def test_nginx_with_its_defaults_passes_a_stream_on(start_server: StartServer, tmp_path: Path) -> None:
+    """To an HTTP/1.0 client a stream comes without chunks: nginx would hand on their sizes as data."""
+    server = start_server()
+    proxy = PlainNginx(tmp_path, server.port, DEFAULTS + "proxy_buffering off;")
+    try:
+        with proxy.http.stream("GET", "/events") as stream:
+            lines = stream.iter_lines()
+            fields = {next(lines).partition(":")[0] for _ in range(5)}
+            server.notify("through")
+            for line in lines:
+                fields.add(line.partition(":")[0])
+                if "through" in line:
+                    break
+        assert fields <= {"id", "event", "data", "retry", ""}
+    finally:
+        proxy.close()
 
 
 def test_three_seconds_are_added_by_hand() -> None:

@@ -259,6 +259,21 @@ def test_half_an_empty_line_does_not_keep_a_connection(impatient: Server) -> Non
     eventually(lambda: not impatient.holds(connection))
 
 
+@pytest.mark.parametrize("before", [b"", HEALTH], ids=["nothing", "a request"])
+def test_a_late_request_gets_its_own_answer(impatient: Server, before: bytes) -> None:
+    """Browsers connect in advance, and take a 408 that comes meanwhile for the answer to their first request."""
+    connection = impatient.raw(before)
+    if before:
+        read_until(connection, b"}\n")
+    connection.settimeout(0.7)  # Longer than a request may take, and shorter than keep_alive_timeout.
+    with pytest.raises(TimeoutError):
+        connection.recv(1)
+    connection.settimeout(PATIENCE)
+    connection.sendall(LAST)
+    answer = rest(connection)
+    assert answer.startswith(b"HTTP/1.1 200 ") and answer.count(b"HTTP/1.1") == 1
+
+
 # A peer that does not read.
 
 
