@@ -67,7 +67,7 @@ class Newcomer(Struct, frozen=True):
         if not schemas.CLIENT_ID.match(client_id):
             raise InvalidRequest("Invalid client_id")
         since = None if self.since is None else schemas.position_of(self.since)
-        topics = schemas.topics_of(self.topics)
+        topics = schemas.topics_of(self.topics) if self.topics else frozenset()
         if identity is not None:
             identity.check_topics(topics)
         return Newcomer(client_id, since, topics, self.user_agent, identity, self.address, self.peer)
@@ -99,7 +99,7 @@ class Admission:
         newcomer = newcomer.checked()
         client_id = newcomer.client_id
         while True:
-            while self._is_taken(client_id):
+            while client_id in self._claims or client_id in self._hub.clients.by_id:
                 await self.contest(client_id)
                 self._check_open(connection)
             try:
@@ -115,13 +115,10 @@ class Admission:
         if connection.state is not ConnectionState.CONNECTING:
             raise ConnectionRefused("The newcomer has left")
 
-    def _is_taken(self, client_id: str) -> bool:
-        return client_id in self._claims or self._hub.clients.get(client_id) is not None
-
     async def contest(self, client_id: str) -> None:
         """Return once no client or newcomer of this process has the client_id. Raises DuplicateClient if it stays."""
         while True:
-            if (incumbent := self._hub.clients.get(client_id)) is not None:
+            if (incumbent := self._hub.clients.by_id.get(client_id)) is not None:
                 await self._contest_incumbent(incumbent)
             elif (claim := self._claims.get(client_id)) is not None:
                 await claim.wait()
@@ -196,7 +193,7 @@ class Admission:
 
     def _withdraw(self, client_id: str) -> None:
         """Undo a registration whose newcomer is not, or only half, a client."""
-        if (client := self._hub.clients.get(client_id)) is not None:
+        if (client := self._hub.clients.by_id.get(client_id)) is not None:
             self.leave(client)
         else:
             self._hub.store.leave(client_id)

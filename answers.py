@@ -21,7 +21,7 @@ from connection import STREAM_HEADERS, closed
 from errors import MethodNotAllowed, NotFound, NotifydError, StoreUnavailable
 from guard_identity import Identity
 from hub import Hub
-from query import QUERY_KEY, Query
+from query import NO_PARAMETERS, QUERY_KEY, Query
 from schemas import TRY_AGAIN_LATER, encode
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ PREFLIGHT_SECONDS = 600
 
 # The identity is None where there is no authentication.
 Handler = Callable[[Hub, Request, Identity | None], Awaitable[ASGIApp]]
-SocketHandler = Callable[[Hub, "Authenticator | None", Scope, Receive, Send], Awaitable[None]]
+SocketHandler = Callable[[Hub, "Authenticator | None", Set[str], Scope, Receive, Send], Awaitable[None]]
 # The right that a path needs. Raises Forbidden or Unauthorized.
 Right = Callable[[Identity], None]
 
@@ -66,15 +66,26 @@ class Endpoint:
         self._hub = hub
         self._authenticator = authenticator
         self._right = right
-        self._parameters = known(parameters, authenticator)
+        self._parameters = None if parameters is None else known(parameters, authenticator)
         self._handlers = handlers
         if "GET" in handlers:
             handlers["HEAD"] = handlers["GET"]
         self._allow = ", ".join([*handlers, "OPTIONS"])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method, query, identity = scope["method"], scope["query_string"], None
         try:
-            response = await self._respond(scope, receive)
+            if method == "OPTIONS":
+                response: ASGIApp = self._options(Headers(scope=scope))
+            elif (handler := self._handlers.get(method)) is None:
+                raise MethodNotAllowed(f"Method {method[:32]} is not allowed here", {"Allow": self._allow})
+            else:
+                scope[QUERY_KEY] = Query(query, self._parameters) if query else NO_PARAMETERS
+                if self._authenticator is not None:
+                    identity = await self._authenticator.identify(scope)
+                    if self._right is not None:
+                        self._right(identity)
+                response = await handler(self._hub, Request(scope, receive), identity)
         except ClientDisconnect:
             # The client left before its request was complete, so nobody reads an answer.
             return
@@ -87,20 +98,6 @@ class Endpoint:
             response = unexpected_response(error, scope)
         await response(scope, receive, send)
 
-    async def _respond(self, scope: Scope, receive: Receive) -> ASGIApp:
-        method = scope["method"]
-        if method == "OPTIONS":
-            return self._options(Headers(scope=scope))
-        if (handler := self._handlers.get(method)) is None:
-            raise MethodNotAllowed(f"Method {method[:32]} is not allowed here", {"Allow": self._allow})
-        scope[QUERY_KEY] = Query(scope["query_string"], self._parameters)
-        identity = None
-        if self._authenticator is not None:
-            identity = await self._authenticator.identify(scope)
-            if self._right is not None:
-                self._right(identity)
-        return await handler(self._hub, Request(scope, receive), identity)
-
     def _options(self, asked: Headers) -> Response:
         """Return the methods; a preflight (https://fetch.spec.whatwg.org/#http-cors-protocol) may send any header."""
         headers = {"Allow": self._allow}
@@ -111,22 +108,25 @@ class Endpoint:
         return Response(status_code=204, headers=headers)
 
 
-def known(parameters: Set[str] | None, authenticator: Authenticator | None) -> Set[str] | None:
+def known(parameters: Set[str], authenticator: Authenticator | None) -> Set[str]:
     """Return the parameters of a path together with those that authentication reads."""
-    return parameters if parameters is None or authenticator is None else parameters | authenticator.parameters
+    return parameters if authenticator is None else parameters | authenticator.parameters
 
 
 class Socket:
     """The WebSocket path as an ASGI app: an unexpected error ends one connection, and is logged."""
 
-    def __init__(self, hub: Hub, authenticator: Authenticator | None, handler: SocketHandler) -> None:
+    def __init__(
+        self, hub: Hub, authenticator: Authenticator | None, parameters: Set[str], handler: SocketHandler
+    ) -> None:
         self._hub = hub
         self._authenticator = authenticator
+        self._parameters = known(parameters, authenticator)
         self._handler = handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self._handler(self._hub, self._authenticator, scope, receive, send)
+            await self._handler(self._hub, self._authenticator, self._parameters, scope, receive, send)
         except Exception as error:
             logger.error("Unexpected error %s", schemas.new_error_id(), exc_info=error)
 

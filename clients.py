@@ -160,72 +160,54 @@ class Followed:
         )
 
 
-class _Groups:
-    """Clients by names that any number of them may have, such as topics."""
-
-    __slots__ = ("_members",)
-
-    def __init__(self) -> None:
-        self._members: dict[str, set[Client]] = {}
-
-    def move(self, client: Client, before: Set[str], after: Set[str]) -> None:
-        """Take the client out of the groups that it has left, and put it into those that it has joined."""
-        for name in before - after:
-            self._members[name].discard(client)
-            if not self._members[name]:
-                del self._members[name]
-        for name in after - before:
-            self._members.setdefault(name, set()).add(client)
-
-    def of(self, names: Iterable[str]) -> list[set[Client]]:
-        """Return the groups of those names that have any."""
-        return [members for name in names if (members := self._members.get(name)) is not None]
-
-
 class Clients:
     """All clients, by client_id and by topic."""
 
     def __init__(self) -> None:
-        self._by_id: dict[str, Client] = {}
-        self._by_topic = _Groups()
+        # To be read by all, changed here alone.
+        self.by_id: dict[str, Client] = {}
+        # No topic without a client.
+        self._by_topic: dict[str, set[Client]] = {}
         self._addressed: dict[Audience, Set[Client]] = {}
 
     def __len__(self) -> int:
-        return len(self._by_id)
+        return len(self.by_id)
 
     def __iter__(self) -> Iterator[Client]:
-        return iter(self._by_id.values())
+        return iter(self.by_id.values())
 
     def __contains__(self, client: Client) -> bool:
-        return self._by_id.get(client.client_id) is client
-
-    def get(self, client_id: str) -> Client | None:
-        return self._by_id.get(client_id)
+        return self.by_id.get(client.client_id) is client
 
     def add(self, client: Client, topics: frozenset[str]) -> None:
-        self._by_id[client.client_id] = client
+        self.by_id[client.client_id] = client
         self.subscribe(client, topics)
 
     def remove(self, client: Client) -> None:
-        del self._by_id[client.client_id]
+        del self.by_id[client.client_id]
         self.subscribe(client, frozenset())
 
     def subscribe(self, client: Client, topics: frozenset[str]) -> None:
         """Set the topics of a client."""
         self._addressed.clear()
-        self._by_topic.move(client, client.topics, topics)
+        for name in client.topics - topics:
+            self._by_topic[name].discard(client)
+            if not self._by_topic[name]:
+                del self._by_topic[name]
+        for name in topics - client.topics:
+            self._by_topic.setdefault(name, set()).add(client)
         client.topics = topics
 
     def count(self, audience: Audience | None) -> int:
         """Return the number of clients in an audience; None is everyone."""
-        return len(self._by_id) if audience is None else len(self.addressed(audience))
+        return len(self.by_id) if audience is None else len(self.addressed(audience))
 
     def addressed(self, audience: Audience) -> Set[Client]:
         """Return the clients of an audience. Valid until a client comes, goes, or changes its topics."""
         if (known := self._addressed.get(audience)) is None:
-            groups = self._by_topic.of(audience.topics)
+            groups = [members for name in audience.topics if (members := self._by_topic.get(name)) is not None]
             if audience.clients:
-                groups.append({client for name in audience.clients if (client := self._by_id.get(name)) is not None})
+                groups.append({client for name in audience.clients if (client := self.by_id.get(name)) is not None})
             if len(self._addressed) >= AUDIENCES_REMEMBERED:
                 self._addressed.clear()
             # A single group is not copied, so a topic of all clients costs no more than a topic of a few.

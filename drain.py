@@ -16,9 +16,9 @@ import schemas
 from clients import Client
 from errors import StoreUnavailable
 from fanout import NOBODY, payload
-from log import Positions, frame
+from log import frame
 from schemas import GOING_AWAY, encode, timestamp
-from store import Draft, Once
+from store import Draft, Once, Positions
 
 if TYPE_CHECKING:
     from hub import Hub

@@ -22,9 +22,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from clients import UNTOLD, Client
-from log import Audience, Batch, Entry, Log, Positions, frame, payloads
+from log import Audience, Batch, Entry, Log, frame, payloads
 from schemas import POLICY_VIOLATION, ResumeData
-from store import Record
+from store import Positions, Record
 
 if TYPE_CHECKING:
     from hub import Hub
@@ -295,7 +295,7 @@ class FanOut:
         # No await up to the first slice: every client that is owed something before `reached` is among the clients.
         reached = self.log.next_sequence
         full, self._for_everyone = self._for_everyone, False
-        clients = list(self._clients if full else self._owed)
+        clients = list(self._clients.by_id.values() if full else self._owed)
         behind: list[Client] = []
         start = 0
         try:

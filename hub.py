@@ -210,11 +210,6 @@ class Hub:
         self.state = state
         self.is_ready = state is HubState.READY
 
-    def check_ready(self) -> None:
-        """Raise ShuttingDown while the Hub drains. A request is refused so before it is read."""
-        if self.state is HubState.DRAINING:
-            raise ShuttingDown
-
     # --- clients
 
     async def admit(self, connection: Connection, newcomer: Newcomer) -> Client:
@@ -361,7 +356,7 @@ class Hub:
     def evicted(self, client_ids: Sequence[str]) -> None:
         """Close these clients: their ids belong to other processes by now."""
         for client_id in client_ids:
-            if (client := self.clients.get(client_id)) is not None:
+            if (client := self.clients.by_id.get(client_id)) is not None:
                 self.admission.dismiss(client, POLICY_VIOLATION, "Replaced by a new connection")
 
 

@@ -1,6 +1,6 @@
 """The log in memory: entries in the order of their ids, each with its ready-made frame.
 
-Owns ids, the numbering of entries and the bounds of the history. Knows no client, no socket and no clock.
+Owns the numbering of entries and the bounds of the history. Knows no client, no socket and no clock.
 
 A *position* is a notification's id, as a place in the log. A *sequence* numbers all entries. A *turn* numbers the
 broadcasts alone, and a *cursor* is the turn of the next broadcast for a client:
@@ -23,9 +23,7 @@ broadcasts alone, and a *cursor* is the turn of the next broadcast for a client:
 
 from __future__ import annotations
 
-import secrets
 import struct
-import time
 from bisect import bisect_left
 from collections.abc import Collection, Iterator
 from operator import attrgetter
@@ -40,30 +38,7 @@ BATCH_BYTES = 262_144
 BATCHES_KEPT = 64
 
 
-# --- ids and frames
-
-
-class Positions:
-    """Makes ids: UUIDv7 (RFC 9562, section 5.7), strictly increasing even when the clock goes backwards.
-
-    Within one millisecond, or while the clock is behind the last id, the 74 random bits count on instead.
-    """
-
-    __slots__ = ("_last",)
-
-    def __init__(self, last: str = "") -> None:
-        """Make ids that come after `last`, an id of this process or another."""
-        digits = last.replace("-", "") or "0" * 32
-        self._last = int(digits[:12] + digits[13:16], 16) << 62 | int(digits[16:], 16) & (1 << 62) - 1
-
-    def next(self) -> str:
-        value = time.time_ns() // 1_000_000 << 74 | secrets.randbits(73)
-        if value >> 74 <= self._last >> 74:
-            value = self._last + 1 + secrets.randbits(32)
-        self._last = value
-        # 48 bits of time, version 7, 12 bits, variant 10, 62 bits.
-        digits = f"{value >> 62 + 12:012x}7{value >> 62 & 0xFFF:03x}{value & (1 << 62) - 1 | 2 << 62:016x}"
-        return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+# --- frames
 
 
 def frame(payload: bytes, opcode: int = 1) -> bytes:

@@ -35,16 +35,13 @@ PARAMETERS: dict[str, Set[str]] = {
 }
 
 
-class Query:
-    """The parameters of one URL."""
+class Query(dict[str, str]):
+    """The parameters of one URL by name: the last value of each, and of `topics` all, joined by commas."""
 
-    __slots__ = ("_values",)
+    __slots__ = ()
 
     def __init__(self, encoded: bytes, known: Set[str] | None = None) -> None:
         """Decode a query with no other than the known parameters; None is any. Raises InvalidRequest."""
-        self._values: dict[str, list[str]] = {}
-        if not encoded:
-            return
         if encoded.count(b"&") >= MAX_PARAMETERS:
             raise InvalidRequest(f"Query: more than {MAX_PARAMETERS} parameters")
         try:
@@ -54,11 +51,8 @@ class Query:
         for name, value in pairs:
             if known is not None and name not in known:
                 raise InvalidRequest(f"Unknown parameter: {name[:MAX_SHOWN] or 'without a name'}")
-            self._values.setdefault(name, []).append(value)
-
-    def get(self, name: str) -> str | None:
-        """Return the last value of the parameter, None without any."""
-        return self._values[name][-1] if name in self._values else None
+            earlier = self.get(name) if name == "topics" else None
+            self[name] = f"{earlier},{value}" if earlier and value else earlier or value
 
     def since(self, header: str | None = None) -> str | None:
         """Return the position to resume from. An empty Last-Event-ID, in the header or the URL, counts as none."""
@@ -66,7 +60,8 @@ class Query:
 
     def topics(self) -> list[str]:
         """Return the names in all `topics`, without the spaces around them."""
-        return [name.strip(" ") for names in self._values.get("topics", ()) if names for name in names.split(",")]
+        names = self.get("topics")
+        return [name.strip(" ") for name in names.split(",")] if names else []
 
     def whole_number(self, name: str, default: int, *, least: int, most: int) -> int:
         """Return the number that is the parameter's value. Raises InvalidRequest."""
@@ -76,3 +71,6 @@ class Query:
         if not (given.isascii() and given.isdecimal() and len(given) <= 9 and least <= int(given) <= most):
             raise InvalidRequest(f"{name}: expected a whole number from {least} to {most}, got {given[:MAX_SHOWN]!r}")
         return int(given)
+
+
+NO_PARAMETERS = Query(b"")

@@ -13,6 +13,7 @@ import hashlib
 import json
 import pkgutil
 import re
+from collections.abc import Set
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
@@ -26,7 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import figures
 import schemas
 from admission import Newcomer
-from answers import Endpoint, Handler, ReceiveError, Right, Socket, answer, known, refuse_handshake, stream_of
+from answers import Endpoint, Handler, ReceiveError, Right, Socket, answer, refuse_handshake, stream_of
 from connection import (
     REPLACED_ID,
     SUBSCRIBER,
@@ -39,6 +40,7 @@ from connection import (
 from errors import (
     InvalidRequest,
     NotifydError,
+    ShuttingDown,
     StoreUnavailable,
     TooLarge,
     TooManyConnections,
@@ -46,7 +48,7 @@ from errors import (
     UpgradeRequired,
 )
 from guard_identity import Identity
-from hub import Hub
+from hub import Hub, HubState
 from query import PARAMETERS, QUERY_KEY, Query
 from schemas import MAX_SHOWN, SUBPROTOCOL, TRY_AGAIN_LATER, encode, timestamp
 from slices import in_slices
@@ -62,7 +64,7 @@ def route_table(hub: Hub, authenticator: Authenticator | None = None) -> list[Ba
     return [
         _route("/notify", hub, authenticator, publisher, POST=notify),
         _route("/notify/batch", hub, authenticator, publisher, POST=notify_batch),
-        WebSocketRoute("/ws", Socket(hub, authenticator, connect)),
+        WebSocketRoute("/ws", Socket(hub, authenticator, PARAMETERS["/ws"], connect)),
         Route("/ws", Endpoint(hub, GET=upgrade_required)),
         _route("/events", hub, authenticator, GET=events),
         _route("/notifications", hub, authenticator, admin, GET=notifications),
@@ -95,9 +97,8 @@ PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STATUS_DETAILS, MAX_STATUS_DETAILS = 1000, 1_000_000
 HISTORY_LIMIT, MAX_HISTORY_LIMIT = 100, 1000
 MAX_BATCH_BYTES = 1_048_576
-MAX_KEY_LENGTH = 255
 # Its request may be a repeat, so it is read also during the drain.
-KEY_HEADER = "idempotency-key"
+KEY_HEADER, MAX_KEY_LENGTH = "idempotency-key", 255
 JSON_TYPE, FORM_TYPE, TEXT_TYPE = "application/json", "application/x-www-form-urlencoded", "text/plain"
 UTF_8 = "utf-8"
 # Kept for each client.
@@ -108,34 +109,37 @@ MAX_USER_AGENT = 256
 
 
 async def notify(hub: Hub, request: Request, sender: Identity | None) -> Response:
-    body = await _body_of(request, hub.settings.max_message_size)
-    if KEY_HEADER not in request.headers:
-        hub.check_ready()
-    content = _content_of(request)
-    once, wanted = _once(request, content, body), _notification_in(body, content)
+    body = await _body_of(hub, request, hub.settings.max_message_size)
+    content = _content_of(request, body)
+    once = _once(request, content, body) if KEY_HEADER in request.headers else None
+    wanted = _text_in(content) if content.media_type == TEXT_TYPE else _json_in(content, schemas.NotifyRequest)
     # Encoded before it is published: data without a JSON form is refused.
     understood = orjson.Fragment(encode(wanted))
-    appended = await hub.publish([wanted], once, sender, address=_address(request.scope))
+    address = request.client.host if request.client else ""
+    appended = await hub.publish([wanted], once, sender, address=address)
     recipients, at = appended.receipts[0].recipients, timestamp(appended.at)
     return _published(schemas.NotifyResponse(recipients=recipients, notification=understood, timestamp=at), appended)
 
 
 async def notify_batch(hub: Hub, request: Request, sender: Identity | None) -> Response:
-    body = await _body_of(request, MAX_BATCH_BYTES)
-    if KEY_HEADER not in request.headers:
-        hub.check_ready()
-    content = _content_of(request)
-    once, wanted = _once(request, content, body), []
-    async for place, value in in_slices(_json_in(body, content, schemas.NotifyRequests)):
+    body = await _body_of(hub, request, MAX_BATCH_BYTES)
+    content = _content_of(request, body)
+    once = _once(request, content, body) if KEY_HEADER in request.headers else None
+    wanted = []
+    async for place, value in in_slices(_json_in(content, schemas.NotifyRequests)):
         wanted.append(schemas.check(value, schemas.NotifyRequest, f"[{place}]"))
-    appended = await hub.publish(wanted, once, sender, address=_address(request.scope), numbered=True)
+    address = request.client.host if request.client else ""
+    appended = await hub.publish(wanted, once, sender, address=address, numbered=True)
     receipts = [schemas.BatchReceipt(id=receipt.id, recipients=receipt.recipients) for receipt in appended.receipts]
     count, at = len(receipts), timestamp(appended.at)
     return _published(schemas.BatchResponse(count=count, notifications=receipts, timestamp=at), appended)
 
 
-async def _body_of(request: Request, limit: int) -> bytes:
-    """Return the whole body. Raises TooLarge as soon as that is known: by Content-Length before reading any of it."""
+async def _body_of(hub: Hub, request: Request, limit: int) -> bytes:
+    """Return the whole body of a publisher's request. Raises ShuttingDown while the Hub drains, unless it has a key.
+
+    Raises TooLarge as soon as that is known: by Content-Length before reading any of it.
+    """
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
         raise _too_large(limit)
@@ -150,6 +154,8 @@ async def _body_of(request: Request, limit: int) -> bytes:
         raise
     except Exception as error:
         raise ReceiveError(error) from error
+    if hub.state is HubState.DRAINING and KEY_HEADER not in request.headers:
+        raise ShuttingDown
     return b"".join(parts)
 
 
@@ -158,14 +164,15 @@ def _too_large(limit: int) -> TooLarge:
 
 
 class _Content(NamedTuple):
-    """The declared form of a body: its media type, empty where none is named, and the charset as Python calls it."""
+    """A body in UTF-8, and its declared form: the media type, empty where none is named, and Python's charset."""
 
+    text: bytes
     media_type: str
     charset: str
 
 
-def _content_of(request: Request) -> _Content:
-    """Return the declared form of a body. Raises UnsupportedMediaType."""
+def _content_of(request: Request, body: bytes) -> _Content:
+    """Read a body as it is declared. Raises UnsupportedMediaType, or InvalidRequest for bytes of another charset."""
     for coding in ",".join(request.headers.getlist("content-encoding")).split(","):
         if coding.strip().lower() not in ("", "identity"):
             # RFC 9110, section 15.5.16.
@@ -177,7 +184,9 @@ def _content_of(request: Request) -> _Content:
     if not known:
         text = f"content-type: expected {JSON_TYPE} or {TEXT_TYPE}, got {media_type[:MAX_SHOWN]!r}"
         raise UnsupportedMediaType(text)
-    return _Content(media_type, _charset_in(parameters))
+    charset = _charset_in(parameters) if parameters else UTF_8
+    in_utf_8 = body if charset == UTF_8 else _in_utf_8(body, charset)
+    return _Content(in_utf_8.removeprefix(codecs.BOM_UTF8), media_type, charset)
 
 
 _CHARSET = re.compile(r"(?:^|;)\s*charset\s*=\s*[\"']?([^\s\"';]+)", re.IGNORECASE)
@@ -209,21 +218,15 @@ def _charset_in(parameters: str) -> str:
 
 
 def _in_utf_8(body: bytes, charset: str) -> bytes:
-    """Return a body in UTF-8 without a byte order mark. Raises InvalidRequest."""
-    if charset != UTF_8:
-        try:
-            body = body.decode(charset).encode()
-        except UnicodeError:
-            raise InvalidRequest(f"request body: not valid {charset}") from None
-    return body.removeprefix(codecs.BOM_UTF8)
-
-
-def _notification_in(body: bytes, content: _Content) -> schemas.NotifyRequest:
-    if content.media_type != TEXT_TYPE:
-        wanted: schemas.NotifyRequest = _json_in(body, content, schemas.NotifyRequest)
-        return wanted
     try:
-        text = _in_utf_8(body, content.charset).decode()
+        return body.decode(charset).encode()
+    except UnicodeError:
+        raise InvalidRequest(f"request body: not valid {charset}") from None
+
+
+def _text_in(content: _Content) -> schemas.NotifyRequest:
+    try:
+        text = content.text.decode()
     except UnicodeDecodeError:
         raise InvalidRequest("message: not valid UTF-8") from None
     if _is_json_of_requests(text):
@@ -248,9 +251,9 @@ def _is_json_of_requests(text: str) -> bool:
     return any(isinstance(each, dict) and "message" in each for each in (value if isinstance(value, list) else [value]))
 
 
-def _json_in(body: bytes, content: _Content, kind: Any) -> Any:
+def _json_in(content: _Content, kind: Any) -> Any:
     try:
-        return schemas.decode(_in_utf_8(body, content.charset), kind)
+        return schemas.decode(content.text, kind)
     except InvalidRequest as error:
         if content.media_type != FORM_TYPE or not error.message.startswith("Invalid JSON"):
             raise
@@ -258,18 +261,16 @@ def _json_in(body: bytes, content: _Content, kind: Any) -> Any:
         raise InvalidRequest(f"{error.message} ({advice})") from None
 
 
-def _once(request: Request, content: _Content, body: bytes) -> Once | None:
-    """Return the Idempotency-Key with a digest of its request; None without a key. Raises InvalidRequest."""
+def _once(request: Request, content: _Content, body: bytes) -> Once:
+    """Return the Idempotency-Key with a digest of its request. Raises InvalidRequest."""
     keys = request.headers.getlist(KEY_HEADER)
-    if not keys:
-        return None
     if len(keys) > 1:
         raise InvalidRequest("Idempotency-Key: expected one, got several")
     [key] = keys
     if not 1 <= len(key) <= MAX_KEY_LENGTH:
         raise InvalidRequest(f"Idempotency-Key: expected 1 to {MAX_KEY_LENGTH} characters, got {len(key)}")
     # The same bytes in another charset are another text.
-    form = content.media_type if content.charset == UTF_8 else ";".join(content)
+    form = content.media_type if content.charset == UTF_8 else f"{content.media_type};{content.charset}"
     stated = (request.scope["path"].encode(), form.encode(), body)
     return Once(key, hashlib.sha256(b"\0".join(stated)).digest())
 
@@ -285,14 +286,16 @@ def _published(response: Struct, appended: Appended) -> Response:
 # --- receiving
 
 
-async def connect(hub: Hub, authenticator: Authenticator | None, scope: Scope, receive: Receive, send: Send) -> None:
+async def connect(
+    hub: Hub, authenticator: Authenticator | None, known: Set[str], scope: Scope, receive: Receive, send: Send
+) -> None:
     """Serve a WebSocket: on the fast wire until it is admitted or refused, elsewhere until its end."""
     wire: WebSocket | None = (scope.get("extensions") or {}).get(WIRE_EXTENSION)
     if wire is None:
         await receive()  # websocket.connect
     connection = wire or SendConnection(WebSocketCarrier())
     try:
-        await _admit_or_close(hub, authenticator, connection, scope)
+        await _admit_or_close(hub, authenticator, known, connection, scope)
     except TooManyConnections as refusal:
         await refuse_handshake(refusal, scope, receive, send)
         return
@@ -300,12 +303,14 @@ async def connect(hub: Hub, authenticator: Authenticator | None, scope: Scope, r
         await connection.serve(receive, send)
 
 
-async def _admit_or_close(hub: Hub, authenticator: Authenticator | None, connection: WebSocket, scope: Scope) -> None:
+async def _admit_or_close(
+    hub: Hub, authenticator: Authenticator | None, known: Set[str], connection: WebSocket, scope: Scope
+) -> None:
     if SUBPROTOCOL in (scope.get("subprotocols") or ()):
         # Also for a refusal, and without authentication: a browser fails where no subprotocol of its offer is chosen.
         connection.choose(SUBPROTOCOL)
     try:
-        query = Query(scope["query_string"], known(PARAMETERS["/ws"], authenticator))
+        query = Query(scope["query_string"], known)
         identity = None if authenticator is None else await authenticator.identify(scope)
         await hub.admit(connection, _newcomer(scope, query, query.since(), identity))
     except TooManyConnections:
@@ -341,17 +346,12 @@ def _newcomer(scope: Scope, query: Query, since: str | None, identity: Identity 
     return Newcomer(
         client_id=query.get("client_id") or "",
         since=since,
-        topics=query.topics(),
+        topics=query.topics() if "topics" in query else (),
         user_agent=user_agent and user_agent[:MAX_USER_AGENT],
         identity=identity,
         address=scope.get(SUBSCRIBER, ""),
-        peer=_address(scope),
+        peer=(scope.get("client") or ("",))[0],
     )
-
-
-def _address(scope: Scope) -> str:
-    address: str = (scope.get("client") or ("",))[0]
-    return address
 
 
 # --- reading

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import msgspec
 import orjson
 from msgspec import UNSET, Meta, Struct, UnsetType, field
+from msgspec.structs import asdict
 
 from errors import InvalidRequest
 from settings import VERSION
@@ -395,7 +396,7 @@ def new_error_id() -> str:
 def encode(message: Struct) -> bytes:
     """Return the Struct as JSON. Raises InvalidRequest where its data has no JSON form."""
     try:
-        return orjson.dumps(message, default=_fields)
+        return orjson.dumps(message, default=_given if isinstance(message, Notification | NotifyRequest) else asdict)
     except orjson.JSONEncodeError as error:
         text = str(error)
         raise InvalidRequest(f"data: {'nested deeper than 254 levels' if 'ecursion' in text else text}") from None
@@ -406,12 +407,11 @@ def to_plain(value: Any) -> Any:
     return msgspec.to_builtins(value)
 
 
-def _fields(value: object) -> dict[str, Any]:
-    if not isinstance(value, Struct):
-        raise TypeError
-    fields = msgspec.structs.asdict(value)
-    for name in value.__struct_fields__:
-        if fields[name] is UNSET:
+def _given(value: Any) -> dict[str, Any]:
+    """Return the fields of a Struct without those that are unset. Raises TypeError for anything else."""
+    fields = asdict(value)
+    for name in ("clients", "topics"):
+        if fields.get(name) is UNSET:
             del fields[name]
     return fields
 

@@ -1,6 +1,6 @@
 """The seam between a Hub and its store: one log and one registry, shared by any number of processes.
 
-Owns that seam, the values that cross it, and the store in memory, for a single process. The shared stores are
+Owns that seam, the values that cross it, the ids, and the store in memory, for a single process. The shared stores are
 store_sqlite.py and store_redis.py. Knows ids, payloads and audiences; no socket and no frame.
 
 1. The store gives the ids. They increase strictly over all processes, even when a clock is put back.
@@ -16,12 +16,13 @@ store_sqlite.py and store_redis.py. Knows ids, payloads and audiences; no socket
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from errors import ConnectionRefused, KeyReused, TooManyConnections
-from log import Audience, Positions
+from log import Audience
 from settings import Settings
 from slices import SLICE_SECONDS
 
@@ -197,6 +198,29 @@ def address_is_full(held: int, limit: int) -> TooManyConnections:
     return TooManyConnections(f"Connection limit exceeded for this address: {held}/{limit}")
 
 
+class Positions:
+    """Makes ids: UUIDv7 (RFC 9562, section 5.7), strictly increasing even when the clock goes backwards.
+
+    Within one millisecond, or while the clock is behind the last id, the 74 random bits count on instead.
+    """
+
+    __slots__ = ("_last",)
+
+    def __init__(self, last: str = "") -> None:
+        """Make ids that come after `last`, an id of this process or another."""
+        digits = last.replace("-", "") or "0" * 32
+        self._last = int(digits[:12] + digits[13:16], 16) << 62 | int(digits[16:], 16) & (1 << 62) - 1
+
+    def next(self) -> str:
+        value = time.time_ns() // 1_000_000 << 74 | secrets.randbits(73)
+        if value >> 74 <= self._last >> 74:
+            value = self._last + 1 + secrets.randbits(32)
+        self._last = value
+        # 48 bits of time, version 7, 12 bits, variant 10, 62 bits.
+        digits = f"{value >> 62 + 12:012x}7{value >> 62 & 0xFFF:03x}{value & (1 << 62) - 1 | 2 << 62:016x}"
+        return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
 # --- the store in memory
 
 
@@ -263,22 +287,19 @@ class MemoryStore:
         receipts = []
         for draft in drafts:
             record = Record(self._positions.next(), *draft, now)
+            self._newest = record.id
+            self._notifications_sent += 1
             records.append(record)
             receipts.append(Receipt(record.id, node.recipients(record.audience)))
             if self._clock() > began + SLICE_SECONDS:
                 # A large batch for large audiences must not starve the other tasks.
-                self._deliver(records)
+                node.deliver(records)
                 records = []
                 await asyncio.sleep(0)
                 began = self._clock()
         if records:
-            self._deliver(records)
+            node.deliver(records)
         return Appended(receipts, now)
-
-    def _deliver(self, records: Sequence[Record]) -> None:
-        self._newest = records[-1].id
-        self._notifications_sent += len(records)
-        self._node.deliver(records)
 
     async def admit(self, client_id: str, topics: Collection[str], address: str) -> str:  # noqa: ARG002
         if self._max_per_address and (held := self._clients_of.get(address, 0)) >= self._max_per_address:

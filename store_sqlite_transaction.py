@@ -23,7 +23,7 @@ import msgspec
 from msgspec import Struct, field
 
 from errors import ConnectionRefused, StoreUnavailable
-from log import Audience, Positions
+from log import Audience
 from settings import Settings, SettingsError
 from store import (
     LEASE_SECONDS,
@@ -35,6 +35,7 @@ from store import (
     Draw,
     Once,
     Opening,
+    Positions,
     Rate,
     Receipt,
     Record,

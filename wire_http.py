@@ -280,8 +280,10 @@ class HttpProtocol(asyncio.Protocol):
             parser.body = b""
         if parser.is_complete:
             self._phase = WHOLE
-            if is_over:
-                self._settle()
+            if is_over and exchange.keeps_alive:
+                self._be_idle()
+            elif is_over:
+                self._end()
         exchange.change()
         return end
 
@@ -331,21 +333,15 @@ class HttpProtocol(asyncio.Protocol):
         assert exchange is not None
         self.server_state.total_requests += 1
         self.parser.body = b""
+        if self._phase is WHOLE and exchange.keeps_alive:
+            self._be_idle()
         # A peer that sends the rest of its body before it reads, as most do, may do so until the deadline.
-        if self._phase is not BODY or exchange.expects_continue:
-            self._settle()
+        elif self._phase is not BODY or exchange.expects_continue:
+            self._end()
         if self._phase is IDLE and (self._unread or self.peer_has_ended):
             self._read_on()
         elif self.is_paused:
             self.pace()
-
-    def _settle(self) -> None:
-        """Wait for the next request behind one that has been read and answered, or end."""
-        assert self._exchange is not None
-        if self._exchange.keeps_alive and self._phase is WHOLE:
-            self._be_idle()
-        else:
-            self._end()
 
     def read_no_more(self) -> None:
         """Read no more requests: a stream has taken over, and the end of the peer must be seen behind any bytes."""

@@ -120,17 +120,16 @@ class RequestParser:
             self._skips_body = True
         except HttpParserError as error:
             raise RequestError(f"request: {error}") from None
-        line, *lines = head[: -len(BLANK_LINE)].split(b"\r\n")
-        self._read_request_line(line)
+        request_line, *lines = head[: -len(BLANK_LINE)].split(b"\r\n")
         headers = self.headers = []
         for line in lines:
             name, _, value = line.partition(b":")
             headers.append((name.lower(), value.strip(b" \t")))
         fields = self.fields = dict(headers)
+        self._read_request_line(request_line)
         self.is_upgrade = self._skips_body and fields.get(b"upgrade", b"").lower() == b"websocket"
         if len(fields) < len(headers):
             self._check_repeated()
-        self._check_host()
         if (coding := fields.get(b"transfer-encoding")) is not None:
             if self.version == "1.0":
                 raise RequestError("Transfer-Encoding: not in HTTP/1.0")
@@ -146,6 +145,7 @@ class RequestParser:
         return self.read_body(data, end, 0) if self.body_left and end < len(data) else end
 
     def _read_request_line(self, line: bytes) -> None:
+        """Read method, target and version, and check the host beside them. Raises RequestError."""
         # The library would also take several spaces, line ends before the method, and other protocols of this form.
         words = line.split(b" ")
         if len(words) != 3 or words[0] != self._library.get_method():
@@ -156,16 +156,6 @@ class RequestParser:
         self.version = "1.1" if version == b"HTTP/1.1" else "1.0"
         if self.method == b"CONNECT":
             raise RequestError("CONNECT: this is no proxy")
-
-    def _check_repeated(self) -> None:
-        names = [name for name, _ in self.headers]
-        for name in (b"host", b"transfer-encoding", b"content-length"):
-            if names.count(name) > 1:
-                raise RequestError(f"{name.decode().title()}: expected once, got several")
-        # Its lines are one list (RFC 9110, section 5.3).
-        self.fields[b"connection"] = b",".join([value for name, value in self.headers if name == b"connection"])
-
-    def _check_host(self) -> None:
         host = self.fields.get(b"host")
         if host is None:
             if self.version == "1.1":
@@ -174,6 +164,14 @@ class RequestParser:
             raise RequestError("Host: expected a host and a port")
         if not self.target.startswith(b"/") or b"#" in self.target:
             self._read_other_target()
+
+    def _check_repeated(self) -> None:
+        names = [name for name, _ in self.headers]
+        for name in (b"host", b"transfer-encoding", b"content-length"):
+            if names.count(name) > 1:
+                raise RequestError(f"{name.decode().title()}: expected once, got several")
+        # Its lines are one list (RFC 9110, section 5.3).
+        self.fields[b"connection"] = b",".join([value for name, value in self.headers if name == b"connection"])
 
     def _read_other_target(self) -> None:
         """Bring a target of another form into origin form (RFC 9112, section 3.2). Raises RequestError."""

@@ -9,7 +9,8 @@ from unittest import mock
 import pytest
 
 import log as log_module
-from log import BATCHES_KEPT, NAME_BYTES, Audience, Batch, Log, Positions
+from log import BATCHES_KEPT, NAME_BYTES, Audience, Batch, Log
+from store import Positions
 
 FIRST = "id-00"
 ANN = Audience(frozenset({"ann"}), frozenset())
