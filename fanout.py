@@ -203,10 +203,12 @@ class FanOut:
         client.told = log.next_sequence - 1 if (since or position) == log.position else UNTOLD
         start, complete = self._start(since, position)
         client.follows = start
-        owed = [one for one in log.since(start) if one.is_for(client.client_id, client.topics)]
-        if since:
-            owed = [one for one in owed if one.replayed]
-        self._owe(client, owed)
+        owed: list[Entry] = []
+        if start < log.next_sequence:
+            owed = [one for one in log.since(start) if one.is_for(client.client_id, client.topics)]
+            if since:
+                owed = [one for one in owed if one.replayed]
+            self._owe(client, owed)
         if since:
             return ResumeData(position=log.position, replayed=len(owed), complete=complete)
         return ResumeData(position=position, replayed=0, complete=True)
