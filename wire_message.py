@@ -126,8 +126,8 @@ class RequestParser:
             name, _, value = line.partition(b":")
             headers.append((name.lower(), value.strip(b" \t")))
         fields = self.fields = dict(headers)
-        self._read_request_line(request_line)
         self.is_upgrade = self._skips_body and fields.get(b"upgrade", b"").lower() == b"websocket"
+        self._read_request_line(request_line)
         if len(fields) < len(headers):
             self._check_repeated()
         if (coding := fields.get(b"transfer-encoding")) is not None:

@@ -304,8 +304,9 @@ class Model:
         replay = [one.id for one in missed if one.audience is not None and one.id not in session.owed]
         backlog = session.backlog()
         ids = [self.origin, *(one.id for one in self.log)]
-        # A client with a backlog must not resume behind it.
-        position = ids[ids.index(backlog[0]) - 1] if backlog and backlog[0] in ids else self.position
+        # A client with a backlog must not resume behind it. The farewell alone is none: it is no entry of the log.
+        lacks_entries = backlog and backlog[0] in ids and backlog[1:] != [SHUTDOWN]
+        position = ids[ids.index(backlog[0]) - 1] if lacks_entries else self.position
         promised = {"position": position, "replayed": len(replay), "complete": complete}
         self.fault_unless(resume == promised, f"{resume} instead of {promised}")
         session.position, session.has_resumed = max(position, session.position), True
@@ -512,7 +513,9 @@ class HubMachine(RuleBasedStateMachine):
         """Publish for a topic and another, and ask for what has lately come to the topic."""
         if self.is_open():
             self.loop.call(self.publish, [self.request(((), (topic, "red")), padding)])
-        self.ask_for_topics(index, "subscribe", frozenset([topic]), ago)
+        # The publish may have closed the last client, a slow consumer.
+        if self.somebody_is_there():
+            self.ask_for_topics(index, "subscribe", frozenset([topic]), ago)
 
     def ask_for_topics(self, index: int, kind: str, topics: frozenset[str], moment: int | str | None) -> None:
         session = self.session(index)
