@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,14 @@ def test_another_process_publishes_through_a_shared_store(tmp_path: Path) -> Non
         "        print((await hub.notify('The report is ready', type='report')).recipients)\n"
         "asyncio.run(report())\n"
     )
-    app = Starlette(routes=[Mount("/n", app=create_app(Settings(store=store, **SILENT)))])
+    notifications = create_app(Settings(store=store, **SILENT))
+
+    @asynccontextmanager
+    async def lifespan(_: object) -> AsyncIterator[None]:
+        async with notifications.hub:
+            yield
+
+    app = Starlette(routes=[Mount("/n", app=notifications)], lifespan=lifespan)
     with client_of(app) as client, client.websocket_connect("/n/ws") as websocket:
         assert websocket.receive_json()["type"] == "welcome"
         ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
