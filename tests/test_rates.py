@@ -355,7 +355,7 @@ def of_network(network: str, count: int) -> Iterator[dict[str, str]]:
 
 
 def test_a_network_has_one_bucket(start_server: StartServer) -> None:
-    """Another address of the network is refused, another network is not; a warning of each process names the network."""
+    """Another address of the network is refused, another network is not; each process warns of the network."""
     server = start_server("--rate-limit", "--trusted-proxies", "127.0.0.1")
     addresses = of_network("2001:db8:1:2:", 400)
     assert any(server.get("/notifications", headers=headers).status_code == 429 for headers in addresses)
