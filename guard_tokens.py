@@ -5,8 +5,8 @@ Owns the checks of a token, its claims, and the keys of --jwks-url. Knows no req
 1. A token names its algorithm, but only the kind of key decides the algorithms that are allowed (RFC 8725, 3.1).
 2. Every bad token is refused with the same words. Neither these nor a log show any part of the token.
 3. The event loop never blocks on a fetch: one thread at a time fetches, for all that wait.
-4. A key may be newer than the last fetch: a token is refused only after a fetch that began after the token came. With
-   the key id of a known key it is refused at once where it would have to wait for that fetch.
+4. A key may be newer than the last fetch, also under a known id: a token that no key proves is refused only after a
+   fetch that began after the token came. MAX_WAITING tokens wait for it, and only its new keys are tried then.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import logging
 import math
 import time
 import urllib.request
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from http.client import HTTPException
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +49,9 @@ FETCH_SECONDS = 5.0
 MAX_KEYS_BYTES = 1_048_576
 # So many keys are tried for a token at most: the largest sets have about ten, and each costs up to a millisecond.
 MAX_TRIED = 16
+# Each token that waits for a fetch holds a connection, and may be made up. A fleet that comes back after a rotation
+# seldom has more in one pause; the rest is told to come again.
+MAX_WAITING = 1000
 # Firewalls of identity providers refuse a client without a name of its own.
 FETCH_HEADERS = [("User-Agent", f"notifyd/{VERSION}"), ("Accept", "application/json")]
 # The end of the year 9999: a later time has no timestamp.
@@ -206,12 +208,11 @@ class KeySet:
         self._wanted = algorithms
         self._clock = clock
         self._keys: list[Key] = []
-        # Also those of keys that prove nothing here.
-        self._kids: set[str] = set()
         # When the fetch of these keys began, when the last fetch ended, and whether it failed.
         self._keys_at = self._asked_at = -math.inf
         self._failed = False
         self._asking: asyncio.Task[None] | None = None
+        self._waiting = 0
 
     async def find(self, kid: str | None, algorithm: str) -> AsyncGenerator[Key]:
         """Yield the keys that may have signed a token; then, if its key may be newer, those of the next fetch."""
@@ -221,18 +222,26 @@ class KeySet:
         await self._newer_than(came_at - KEPT_SECONDS)
         if self._keys_at < came_at - FRESH_SECONDS and not self._pause():
             self._ask()
-        for key in self._candidates(kid, algorithm):
+        tried = self._candidates(kid, algorithm)
+        for key in tried:
             yield key
-        if self._keys_at >= came_at or (kid in self._kids and self._pause()):
+        if self._keys_at >= came_at:
             return
-        await self._newer_than(came_at)
+        if self._waiting == MAX_WAITING:
+            raise KeysUnavailable("Too many tokens wait for new keys")
+        self._waiting += 1
+        try:
+            await self._newer_than(came_at)
+        finally:
+            self._waiting -= 1
         for key in self._candidates(kid, algorithm):
-            yield key
+            if key not in tried:
+                yield key
 
-    def _candidates(self, kid: str | None, algorithm: str) -> Iterator[Key]:
+    def _candidates(self, kid: str | None, algorithm: str) -> list[Key]:
         """Return the keys for such a signature: of this id first, then those without one; for a token without, all."""
         fitting = [key for key in self._keys if algorithm in key.algorithms and (kid in (None, key.kid) or not key.kid)]
-        return islice(sorted(fitting, key=lambda key: key.kid != kid), MAX_TRIED)
+        return sorted(fitting, key=lambda key: key.kid != kid)[:MAX_TRIED]
 
     async def _newer_than(self, moment: float) -> None:
         """Return once the keys are of a fetch that began then or later. Raises KeysUnavailable where it fails."""
@@ -258,7 +267,7 @@ class KeySet:
         await asyncio.sleep(self._pause())
         began_at = self._clock()
         try:
-            self._keys, self._kids = await asyncio.wait_for(asyncio.to_thread(self._fetch_keys), FETCH_SECONDS)
+            self._keys = await asyncio.wait_for(asyncio.to_thread(self._fetch_keys), FETCH_SECONDS)
         except (OSError, HTTPException, ValueError, TimeoutError, RecursionError) as error:
             logger.warning("The keys for tokens cannot be fetched: %s", error or type(error).__name__)
             self._failed = True
@@ -266,28 +275,25 @@ class KeySet:
             self._failed, self._keys_at = False, began_at
         self._asked_at = self._clock()
 
-    def _fetch_keys(self) -> tuple[list[Key], set[str]]:
+    def _fetch_keys(self) -> list[Key]:
         # Both in the thread: parsing a document with thousands of keys takes a second or more.
         return self._read(self._fetch())
 
-    def _read(self, document: bytes) -> tuple[list[Key], set[str]]:
-        """Return the keys that can prove a signature, and the ids of all. A secret in a public document cannot."""
+    def _read(self, document: bytes) -> list[Key]:
+        """Return the keys that can prove a signature. A secret in a public document cannot."""
         given = json.loads(document)
         keys: list[Key] = []
-        kids: set[str] = set()
         for jwk in given["keys"] if isinstance(given, dict) and isinstance(given.get("keys"), list) else ():
             with suppress(*_UNREADABLE):
-                if (kid := jwk.get("kid") or None) is not None:
-                    kids.add(kid)
                 if jwk.get("use", "sig") != "sig":
                     continue
                 key = jwt.PyJWK(jwk).key
                 stated = [jwk["alg"]] if jwk.get("alg") else []
                 if algorithms := _both(_both(_algorithms(key), stated), self._wanted):
-                    keys.append(Key(key, algorithms, kid))
+                    keys.append(Key(key, algorithms, jwk.get("kid") or None))
         if not keys:
             raise ValueError("there is no key that fits")
-        return keys, kids
+        return keys
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):

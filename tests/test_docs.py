@@ -230,6 +230,7 @@ def test_limits_are_the_codes_own() -> None:
         f"more than {guard_tokens.MAX_TOKEN_BYTES} characters make",
         f"every {guard_tokens.FRESH_SECONDS / 60:.0f} minutes, and at once",
         f"could have signed it, {guard_tokens.MAX_TRIED} at most",
+        f"beyond {guard_tokens.MAX_WAITING} that wait",
         f"for {guard_auth.MAX_WARNED} addresses a minute at most",
         f"not more often than every {guard_tokens.PAUSE_SECONDS:.0f} seconds",
         f"\nretry: {connection.RETRY_MILLISECONDS}\n",

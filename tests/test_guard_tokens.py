@@ -196,12 +196,12 @@ def test_keys_come_from_a_url(start_server: StartServer, issuer: Issuer) -> None
         None,
     ]
     issuer.publish(jwk("r1"), jwk("e1", "P-256"), encrypting, pinned, secret, *unreadable, jwk("odd", "Ed25519"))
-    server = start_server("--jwks-url", issuer.url)
+    server = start_server("--jwks-url", issuer.url, constants={"guard_tokens.PAUSE_SECONDS": 0.05})
     good = [from_issuer("r1"), from_issuer("e1", "P-256"), from_issuer("pinned", algorithm="RS512"), from_issuer(None)]
     assert {status(server, one) for one in [*good, from_issuer("odd", "Ed25519")]} == {200}
+    assert issuer.asked == 1
     bad = [from_issuer("e1"), from_issuer("enc"), from_issuer("pinned")]
     assert {status(server, one) for one in [*bad, token(headers={"kid": "oct"}, admin=True)]} == {401}
-    assert issuer.asked == 1, "fetched once, and not again within the pause"
     assert server.connect(query=f"token={from_issuer('r1', sub='alice')}").receive()["client_id"] == "alice"
 
 
@@ -449,16 +449,40 @@ def test_a_new_key_may_have_no_id(kid: str | None, monkeypatch: pytest.MonkeyPat
     assert source.fetches == 3
 
 
-def test_a_key_may_be_replaced_under_its_id() -> None:
-    """A known key that does not prove a token is fetched again, but nobody waits for the pause to be over."""
+def test_a_key_may_be_replaced_under_its_id(start_server: StartServer, issuer: Issuer) -> None:
+    """A key id proves nothing about the age of its key, so such a token waits for the next fetch as well."""
+    issuer.publish(other_jwk("a"))
+    server = start_server("--jwks-url", issuer.url, constants={"guard_tokens.PAUSE_SECONDS": 1})
+    assert status(server, token(OTHER_RSA, "RS256", {"kid": "a"}, admin=True)) == 200
+    issuer.publish(jwk("a"))
+    with ThreadPoolExecutor() as pool:
+        stream = pool.submit(status, server, from_issuer("a"))
+        client = server.connect(query=f"token={from_issuer('a', sub='alice')}")
+        assert (client.receive()["client_id"], stream.result()) == ("alice", 200)
+    assert status(server, token(OTHER_RSA, "RS256", {"kid": "a"}, admin=True)) == 401
+    issuer.away = True
+    assert server.connect(query=f"token={from_issuer('b')}").closed()[0] == 1013
+
+
+def test_tokens_that_wait_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a fetch only new keys are tried, and so many tokens wait for it at most; the others may come again."""
+    monkeypatch.setattr(tokens, "PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(tokens, "MAX_WAITING", 3)
+    tried = []
+    decode = jwt.PyJWT.decode
+    monkeypatch.setattr(jwt.PyJWT, "decode", lambda *one, **named: tried.append(one) or decode(*one, **named))
     source = Source()
-    source.document = [other_jwk("a")]
-    assert source.proves(token(OTHER_RSA, "RS256", {"kid": "a"}, admin=True)) is True
-    source.document, source.now = [jwk("a")], 1
-    assert source.finds("a") is Unauthorized
-    source.now += PAUSE_SECONDS
-    assert source.finds("a") is True
-    assert source.fetches == 2
+    source.document = [other_jwk("a"), other_jwk(None)]
+
+    async def show_five() -> list[type[object]]:
+        await source.tokens.identity(token(OTHER_RSA, "RS256", {"kid": "a"}))
+        source.now += 0.001
+        shown = [source.tokens.identity(from_issuer("a")) for _ in range(5)]
+        return [type(found) for found in await asyncio.gather(*shown, return_exceptions=True)]
+
+    for _ in range(2):
+        assert sorted(map(str, asyncio.run(show_five()))) == [str(KeysUnavailable)] * 2 + [str(Unauthorized)] * 3
+    assert (source.fetches, len(tried)) == (3, 2 * (1 + 5 * 2))
 
 
 def test_an_algorithm_that_no_key_can_have_waits_for_no_fetch() -> None:

@@ -80,7 +80,7 @@ def test_both_send_the_key_that_the_page_shows() -> None:
     assert list(WEBHOOK["http_config"]["authorization"]) == ["credentials_file"]
 
 
-@pytest.mark.skipif(shutil.which("alertmanager") is None, reason="needs Alertmanager 0.32; no package of Debian has it")
+@pytest.mark.skipif(shutil.which("alertmanager") is None, reason="needs Alertmanager 0.32; Debian's has no payload")
 @pytest.mark.parametrize("key", ["a-long-random-secret", "ci:a-long-random-secret\n"])
 def test_alertmanager_publishes_an_alert(start_server: StartServer, tmp_path: Path, key: str) -> None:
     """The configuration of the page, with another URL, another path of the key, and without the wait for a group."""
