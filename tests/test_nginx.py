@@ -37,6 +37,8 @@ CONF = (ROOT / "deploy" / "nginx.conf").read_text()
 SECRET = "sesame-open"
 ADDRESSES = itertools.count(1)
 TEXT = {"Content-Type": "text/plain"}
+# The origin of a page that the server and nginx let in.
+PAGE = "http://localhost:18080"
 
 
 class Nginx:
@@ -60,6 +62,7 @@ class Nginx:
             ("listen 80;", f"listen 127.0.0.1:{plain};"),
             ("listen 443 ssl http2;", f"listen 127.0.0.1:{self.port} ssl http2;"),
             ("server 127.0.0.1:8000;", f"server 127.0.0.1:{upstream};"),
+            ("# https://app.example.com ", f"{PAGE} "),
         ):
             assert ours in text, ours
             text = text.replace(ours, theirs)
@@ -120,7 +123,7 @@ def backend() -> Iterator[Server]:
     """A server that counts the requests through nginx by the address that nginx names."""
     server = Server.notifyd(
         *("--notification-interval", "0", "--ping-interval", "0.2"),
-        *("--rate-limit", "--trusted-proxies", "127.0.0.1"),
+        *("--rate-limit", "--trusted-proxies", "127.0.0.1", "--allow-origin", PAGE),
     )
     yield server
     server.stop()
@@ -310,6 +313,35 @@ def test_a_restart_does_not_end_a_browsers_stream_for_good(tmp_path: Path) -> No
         assert proxy.http.get("/status", headers=BROWSER).status_code == 502
     finally:
         proxy.close()
+
+
+def page_may_read(answer: httpx.Response) -> tuple[int, list[str]]:
+    """Return the status, and the origins that may read the answer and send credentials."""
+    origins = answer.headers.get_list("access-control-allow-origin")
+    assert answer.headers.get_list("access-control-allow-credentials") == ["true"] * len(origins)
+    return answer.status_code, origins
+
+
+@pytest.mark.parametrize(("origin", "allowed"), [(PAGE, [PAGE]), ("https://evil.example", [])])
+def test_a_page_reads_the_answers_of_nginx_itself(
+    nginx: Nginx, tmp_path: Path, origin: str, allowed: list[str]
+) -> None:
+    """Without the headers of CORS a browser would hide them, and tell the page of a broken network."""
+    nginx.http.headers["Origin"] = origin
+    assert page_may_read(nginx.http.get("/health")) == ((200, [PAGE]) if allowed else (403, []))
+    assert page_may_read(nginx.http.post("/notify", content=b"x" * 3_000_000)) == (413, allowed)
+    for _ in range(30):
+        limited = nginx.http.get("/metrics")
+    assert page_may_read(limited) == (429, allowed)
+    assert ("Retry-After" in limited.headers.get("access-control-expose-headers", "")) == bool(allowed)
+    assert page_may_read(nginx.http.get("/events", headers=BROWSER)) == (200, allowed)
+    alone = Nginx(tmp_path, free_port())
+    try:
+        alone.http.headers["Origin"] = origin
+        assert page_may_read(alone.http.get("/status")) == (502, allowed)
+        assert page_may_read(alone.http.get("/events", headers=BROWSER)) == (200, allowed)
+    finally:
+        alone.close()
 
 
 def test_a_browsers_stream_goes_through(nginx: Nginx, backend: Server) -> None:
