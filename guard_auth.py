@@ -27,7 +27,7 @@ from starlette.types import Scope
 from errors import Unauthorized
 from guard_identity import ALL, Identity, shown_address
 from guard_peers import RefusalLog, subscriber
-from schemas import SUBPROTOCOL
+from schemas import SUBPROTOCOL, stripped
 from settings import Settings, SettingsError, extra, is_api_key
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _identity(credentials: AuthCredentials, user: BaseUser) -> Identity | None:
         return None
 
     def named(right: str) -> tuple[str, ...]:
-        return tuple(scope[len(right) :] for scope in scopes if scope.startswith(right))
+        return tuple(stripped([scope[len(right) :] for scope in scopes if scope.startswith(right)]))
 
     subscribes = "subscribe" in scopes
     anybody = None if subscribes else ""

@@ -35,6 +35,7 @@ from msgspec import Meta, Struct
 
 from errors import KeysUnavailable, Unauthorized
 from guard_identity import Identity
+from schemas import stripped
 from settings import VERSION, Settings, SettingsError
 
 logger = logging.getLogger("notifyd.auth")
@@ -116,9 +117,9 @@ class Tokens:
         return Identity(
             name=claims.sub,
             client_id=claims.sub,
-            topics=tuple(claims.topics),
+            topics=tuple(stripped(claims.topics)),
             publishes=claims.publish is True,
-            publish_topics=() if isinstance(claims.publish, bool) else tuple(claims.publish),
+            publish_topics=() if isinstance(claims.publish, bool) else tuple(stripped(claims.publish)),
             admin=claims.admin,
             expires_at=claims.exp,
         )

@@ -9,6 +9,7 @@ not the meaning of a value.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Set
 from urllib.parse import parse_qsl
 
@@ -17,6 +18,7 @@ from schemas import MAX_SHOWN
 
 # A URL has room for tens of thousands of parameters, and reading those would take 50 ms.
 MAX_PARAMETERS = 100
+_BROKEN = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 # In the scope of a request: its Query.
 QUERY_KEY = "notifyd.query"
 
@@ -44,6 +46,8 @@ class Query(dict[str, str]):
         """Decode a query with no other than the known parameters; None is any. Raises InvalidRequest."""
         if encoded.count(b"&") >= MAX_PARAMETERS:
             raise InvalidRequest(f"Query: more than {MAX_PARAMETERS} parameters")
+        if _BROKEN.search(encoded):
+            raise InvalidRequest("Query: a % without two hex digits; %25 is a percent sign")
         try:
             pairs = parse_qsl(encoded.decode(), keep_blank_values=True, errors="strict")
         except UnicodeDecodeError:
@@ -59,9 +63,9 @@ class Query(dict[str, str]):
         return header or self.get("lastEventId") or self.get("since")
 
     def topics(self) -> list[str]:
-        """Return the names in all `topics`, without the spaces around them."""
+        """Return the names in all `topics`."""
         names = self.get("topics")
-        return [name.strip(" ") for name in names.split(",")] if names else []
+        return names.split(",") if names else []
 
     def whole_number(self, name: str, default: int, *, least: int, most: int) -> int:
         """Return the number that is the parameter's value. Raises InvalidRequest."""

@@ -50,13 +50,18 @@ MAX_BATCH = 1000  # requests
 MAX_SHOWN = 64
 
 _CLIENT_ID = r"^[A-Za-z0-9._:@-]{1,64}\Z"
-# A comma separates names in a URL, and no name has a control character.
-_TOPIC = r"^[^,\x00-\x1f\x7f]*\Z"
+# A comma separates names in a URL, and no name has a control character. Spaces around a name do not count.
+_TOPIC = r"^ *[^ ,\x00-\x1f\x7f][^,\x00-\x1f\x7f]*\Z"
 _POSITION = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z")
 CLIENT_ID = re.compile(_CLIENT_ID)
 ClientId = Annotated[str, Meta(pattern=_CLIENT_ID)]
 Topic = Annotated[str, Meta(min_length=1, max_length=128, pattern=_TOPIC)]
 Topics = Annotated[list[Topic], Meta(min_length=1, max_length=MAX_TOPICS)]
+
+
+def stripped(topics: Collection[str]) -> list[str]:
+    """Return the names of topics, or patterns of such names, without the spaces around them."""
+    return [name.strip(" ") for name in topics]
 
 
 # --- from publishers and clients
@@ -74,6 +79,8 @@ class NotifyRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.type in RESERVED_TYPES:
             raise ValueError(f"type: {self.type!r} is one of the protocol's own types")
+        if self.topics is not UNSET:
+            self.topics = stripped(self.topics)
 
 
 # The body of POST /notify/batch: requests, each to be checked by itself.
@@ -97,9 +104,15 @@ class Subscribe(Struct, tag_field="type", tag="subscribe", kw_only=True):
     # The position after which the topics' earlier notifications are replayed.
     since: str | UnsetType = UNSET
 
+    def __post_init__(self) -> None:
+        self.topics = stripped(self.topics)
+
 
 class Unsubscribe(Struct, tag_field="type", tag="unsubscribe", kw_only=True):
     topics: Topics
+
+    def __post_init__(self) -> None:
+        self.topics = stripped(self.topics)
 
 
 class Authenticate(Struct, tag_field="type", tag="auth", kw_only=True):
@@ -477,7 +490,7 @@ def topics_of(names: Collection[str]) -> frozenset[str]:
     if not names:
         return frozenset()
     try:
-        return frozenset(check(list(names), Topics, "topics"))
+        return frozenset(stripped(check(list(names), Topics, "topics")))
     except InvalidRequest as error:
         raise InvalidRequest(f"Invalid topics: {error.message}") from None
 
@@ -494,7 +507,7 @@ def position_of(parameter: str) -> str:
 _JSON_NAMES = {"`str`": "string", "`int`": "integer", "`float`": "number", "`bool`": "boolean"}
 _RULES = {
     _CLIENT_ID: "1 to 64 of letters, digits and ._:@-",
-    _TOPIC: "1 to 128 characters without comma and control characters",
+    _TOPIC: "1 to 128 characters without comma and control characters, and not spaces alone",
 }
 
 

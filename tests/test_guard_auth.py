@@ -326,6 +326,13 @@ def test_topics_are_those_of_the_token(signed: Server) -> None:
     assert client.ask({"type": "unsubscribe", "topics": ["builds"]})["topics"] == ["team.a"]
 
 
+def test_spaces_around_the_topics_of_a_token_do_not_count(signed: Server) -> None:
+    """As everywhere; a right that matches nothing would look like one."""
+    client = listener(signed, sub="alice", topics=["builds ", " team.*"])
+    assert client.ask({"type": "subscribe", "topics": ["team.a", "builds"]})["topics"] == ["builds", "team.a"]
+    assert publish(signed, {"message": "hi", "topics": ["builds"]}, publish=[" builds"]) == 200
+
+
 def test_topics_of_the_address_are_checked_too(signed: Server) -> None:
     """A topic in the URL needs a right, on a WebSocket and on a stream."""
     shown = token(sub="alice", topics=["builds"])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from urllib.parse import quote
 
 import pytest
+from bytes import handshake
 from carriers import host, uvicorn
 from event_stream import join
 from expected import http_error, parse
@@ -155,7 +156,7 @@ def test_a_hosts_backend_adds_its_parameters() -> None:
         ("topics=a+b", {"a b"}),
         ("topics=a%2Bb", {"a+b"}),
         ("topics=a%2Cb", {"a", "b"}),
-        ("topics=100%", {"100%"}),
+        ("topics=100%25", {"100%"}),
         ("topics=a;b", {"a;b"}),
         ("&&topics=a&&", {"a"}),
         ("topics=gr%C3%B6%C3%9Fe", {"größe"}),
@@ -212,6 +213,21 @@ def test_last_event_id_is_another_name_of_since(server: Server) -> None:
 def test_broken_encoding_is_refused(server: Server, path: str, query: str) -> None:
     """With U+FFFD in the place of each bad byte, a topic would be one that nobody publishes to."""
     assert refusal(server, path, query) == "Query: not valid UTF-8"
+
+
+@pytest.mark.parametrize("path", [*READING, "/notify", "/notify/batch"])
+@pytest.mark.parametrize("query", ["topics=%zz", "topics=100%", "client_id=a%2", "%u0061=1", "token=%25%2g"])
+def test_a_percent_sign_that_encodes_nothing_is_refused(server: Server, path: str, query: str) -> None:
+    """Taken literally, it would be a topic that the page did not mean."""
+    assert refusal(server, path, query) == "Query: a % without two hex digits; %25 is a percent sign"
+
+
+@pytest.mark.parametrize("path", ["/ws", "/events"])
+def test_bytes_beyond_ascii_are_no_url(server: Server, path: str) -> None:
+    """The server refuses the request line, before any upgrade."""
+    for raw in (b"\xff", "ö".encode()):
+        with server.raw(handshake(f"{path}?topics=gr_n").replace(b"_", raw)) as connection:
+            assert connection.recv(12) == b"HTTP/1.1 400"
 
 
 def test_broken_encoding_is_refused_under_other_servers(carried: Server) -> None:

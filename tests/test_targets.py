@@ -99,9 +99,11 @@ def test_a_topic_is_no_client_and_a_client_no_topic(server: Server) -> None:
 
 
 def test_names_are_compared_to_the_letter(server: Server) -> None:
-    """Neither case nor space nor a common beginning makes one name another."""
+    """Neither case nor a space inside nor a common beginning makes one name another."""
     client = listening(server, "ann", "red")
-    recipients = [server.notify("x", topics=[name])["recipients"] for name in ("Red", "re", "redd", " red", "red ")]
+    recipients = [
+        server.notify("x", topics=[name])["recipients"] for name in ("Red", "re", "redd", "r ed", "red\u00a0")
+    ]
     recipients += [server.notify("x", clients=[name])["recipients"] for name in ("Ann", "an", "anne")]
     assert (recipients, received(server, client)) == ([0] * 8, [[]])
 
@@ -191,6 +193,7 @@ def test_the_answer_repeats_clients_and_topics(server: Server) -> None:
         ({"clients": ["x"] * 1001}, ["clients", "1000"]),
         ({"topics": ["x"] * 101}, ["topics", "100"]),
         ({"topics": [""]}, ["topics"]),
+        ({"topics": ["red", " "]}, ["topics[1]", "not spaces alone"]),
         ({"topics": ["red", "x" * 129]}, ["topics", "1", "128"]),
         ({"topic": ["red"]}, ["topic", "unknown"]),
         ({"client": ["ann"]}, ["client", "unknown"]),
@@ -210,6 +213,22 @@ def test_topics_have_1_to_128_characters_of_any_kind(server: Server, topic: str)
     client = server.join("ann")
     assert client.ask({"type": "subscribe", "topics": [topic]}) == subscribed(topic)
     assert server.notify("x", topics=[topic])["recipients"] == 1
+
+
+def test_spaces_around_a_topic_do_not_count(server: Server) -> None:
+    """They are the same name in the body of a publish, in a batch, in messages and in URLs."""
+    client = listening(server, "ann", "%20red")
+    assert client.ask({"type": "subscribe", "topics": ["a b ", "  blue", "green"]}) == subscribed(
+        "a b", "blue", "green", "red"
+    )
+    assert client.ask({"type": "unsubscribe", "topics": [" green "]}) == subscribed("a b", "blue", "red")
+    assert client.ask({"type": "subscribe", "topics": [" "]}) == ws_error(naming("topics[0]", "not spaces alone"))
+    answer = server.notify("one", topics=["red ", " blue", "red"])
+    assert (answer["recipients"], answer["notification"]["topics"]) == (1, ["red", "blue", "red"])
+    server.request("POST", "/notify/batch", json=[{"message": "two", "topics": [" a b"]}])
+    assert received(server, client) == [["one", "two"]]
+    shown = server.read("/notifications?topics=blue,%20a%20b%20&limit=1000")["notifications"]
+    assert [one["topics"] for one in shown if "topics" in one][-2:] == [["blue", "red"], ["a b"]]
 
 
 # Subscribing.
