@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import schemas
 from connection import STREAM_HEADERS, closed
 from errors import MethodNotAllowed, NotFound, NotifydError, StoreUnavailable
-from guard_identity import Identity
+from guard_identity import Identity, Right
 from hub import Hub
 from query import NO_PARAMETERS, QUERY_KEY, Query
 from schemas import TRY_AGAIN_LATER, encode
@@ -39,8 +39,6 @@ PREFLIGHT_SECONDS = 600
 # The identity is None where there is no authentication.
 Handler = Callable[[Hub, Request, Identity | None], Awaitable[ASGIApp]]
 SocketHandler = Callable[[Hub, "Authenticator | None", Set[str], Scope, Receive, Send], Awaitable[None]]
-# The right that a path needs. Raises Forbidden or Unauthorized.
-Right = Callable[[Identity], None]
 
 
 class ReceiveError(Exception):
@@ -82,9 +80,7 @@ class Endpoint:
             else:
                 scope[QUERY_KEY] = Query(query, self._parameters) if query else NO_PARAMETERS
                 if self._authenticator is not None:
-                    identity = await self._authenticator.identify(scope)
-                    if self._right is not None:
-                        self._right(identity)
+                    identity = await self._authenticator.identify(scope, self._right)
                 response = await handler(self._hub, Request(scope, receive), identity)
         except ClientDisconnect:
             # The client left before its request was complete, so nobody reads an answer.

@@ -15,6 +15,7 @@ import hmac
 import ipaddress
 import stat
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from errors import Unauthorized
-from guard_identity import ALL, Identity, shown_address
+from guard_identity import ALL, Identity, Right, shown_address
 from guard_peers import RefusalLog, subscriber
 from schemas import SUBPROTOCOL, stripped
 from settings import Settings, SettingsError, extra, is_api_key
@@ -51,23 +52,36 @@ class Authenticator:
         self._find = find
         self.parameters = frozenset(parameters)
         self._ipv6_prefix = settings.ipv6_prefix
-        # deploy/fail2ban.conf reads this.
-        self._log = RefusalLog("Credentials from %s are refused: %s", MAX_WARNED)
+        # By reason, so that none hides another. deploy/fail2ban.conf reads this.
+        self._logs = defaultdict[str, RefusalLog](lambda: RefusalLog("Credentials from %s are refused: %s", MAX_WARNED))
 
-    async def identify(self, scope: Scope) -> Identity:
-        """Return the Identity. Raises Unauthorized, KeysUnavailable, or any error of a host's backend."""
+    async def identify(self, scope: Scope, right: Right | None = None) -> Identity:
+        """Return the Identity, which has the right.
+
+        Raises Unauthorized, Forbidden, KeysUnavailable, or any error of a host's backend.
+        """
         try:
             identity = await self._find(HTTPConnection(scope))
             # To the second, even where the backend allows for clocks: a client must not be admitted and closed at once.
             if identity is not None and identity.expires_at is not None and identity.expires_at <= time.time():
                 raise Unauthorized("Token expired")
+            if identity is None:
+                raise Unauthorized("Authentication required")
+            if right is not None:
+                right(identity)
         except Unauthorized as refusal:
-            address = shown_address((scope.get("client") or ("",))[0])
-            self._log.warn(subscriber(address, self._ipv6_prefix), address, refusal.message)
+            self._warn(scope, refusal.message)
             raise
-        if identity is None:
-            raise Unauthorized("Authentication required")
         return identity
+
+    def _warn(self, scope: Scope, reason: str) -> None:
+        if reason == "Authentication required":
+            if not any(name == b"authorization" for name, _ in scope["headers"]):
+                # A request without credentials is no attack.
+                return
+            reason = "Unknown name or scheme"
+        address = shown_address((scope.get("client") or ("",))[0])
+        self._logs[reason].warn(subscriber(address, self._ipv6_prefix), address, reason)
 
     async def renew(self, token: str, address: str) -> Identity:
         """Return the Identity of a token from a client's message, as if it had come in the header of a handshake."""

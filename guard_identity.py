@@ -6,7 +6,7 @@ authentication there are no identities, and everything is allowed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from msgspec import UNSET, Struct
 
@@ -71,6 +71,10 @@ class Identity(Struct, frozen=True, kw_only=True):
 
     def _refusal(self, message: str) -> NotifydError:
         return Forbidden(message) if self.known else Unauthorized("Authentication required")
+
+
+# The right that a path needs. Raises Forbidden or Unauthorized.
+Right = Callable[[Identity], None]
 
 
 def shown_address(address: str) -> str:

@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import figures
 import schemas
 from admission import Newcomer
-from answers import Endpoint, Handler, ReceiveError, Right, Socket, answer, refuse_handshake, stream_of
+from answers import Endpoint, Handler, ReceiveError, Socket, answer, refuse_handshake, stream_of
 from connection import (
     REPLACED_ID,
     SUBSCRIBER,
@@ -47,7 +47,7 @@ from errors import (
     UnsupportedMediaType,
     UpgradeRequired,
 )
-from guard_identity import Identity
+from guard_identity import Identity, Right
 from hub import Hub, HubState
 from query import PARAMETERS, QUERY_KEY, Query
 from schemas import MAX_SHOWN, SUBPROTOCOL, TRY_AGAIN_LATER, encode, timestamp

@@ -31,11 +31,12 @@ def warnings(server: Server) -> list[str]:
 
 
 def test_refused_credentials_are_logged_by_address(start_server: StartServer) -> None:
-    """Once a minute for each address, in every place for credentials; requests without any are no attack."""
+    """Once a minute for each address and reason, in every place for credentials; requests without any are no attack."""
     server = start_server("--jwt-secret", SECRET, "--api-key", f"ci:{KEY}", "--trusted-proxies", "127.0.0.1")
     for _ in range(5):
         assert behind_proxy(server, "203.0.113.1", "wrong") == 401
     assert behind_proxy(server, "203.0.113.2", token(exp=1)) == 401
+    assert behind_proxy(server, "203.0.113.2", "wrong") == 401, "the other reason hides nothing"
     # Of one IPv6 network only the first.
     assert behind_proxy(server, "2001:db8::3", "wrong") == behind_proxy(server, "2001:db8::4", "wrong") == 401
     assert server.get("/events?token=wrong", headers={"X-Forwarded-For": "2001:db8::3"}).status_code == 401
@@ -47,10 +48,28 @@ def test_refused_credentials_are_logged_by_address(start_server: StartServer) ->
     assert client.ask({"type": "auth", "token": "wrong"}) == ws_error(INVALID)
     assert server.get("/status").status_code == 401
     addresses = ["203.0.113.1", "2001:db8::3", "203.0.113.4", "203.0.113.5", "203.0.113.9"]
-    refused = dict.fromkeys(addresses, INVALID) | {"203.0.113.2": EXPIRED}
+    refused = [(address, INVALID) for address in addresses] + [("203.0.113.2", EXPIRED), ("203.0.113.2", INVALID)]
     lines = warnings(server)
-    assert set(lines) == {f"Credentials from {address} are refused: {reason}" for address, reason in refused.items()}
+    assert set(lines) == {f"Credentials from {address} are refused: {reason}" for address, reason in refused}
     assert len(lines) == len(refused) or worker_count() > 1
+
+
+@pytest.mark.parametrize(
+    "shown",
+    ["Basic YWRtaW46YWRtaW4=", "Basic ???", "Basic /zo=", f"Token {KEY}"],
+)
+def test_an_authorization_that_counts_as_none_is_logged_where_one_is_needed(
+    start_server: StartServer, shown: str
+) -> None:
+    """A guess with a made-up name is a guess. Where everybody may listen, it is for a proxy in front."""
+    server = start_server("--api-key", f"ci:{KEY}")
+    assert server.connect(additional_headers={"Authorization": shown}).receive()["type"] == "welcome"
+    assert server.get("/status").status_code == 401
+    for _ in range(2):
+        assert server.get("/status", headers={"Authorization": shown}).status_code == 401
+    lines = warnings(server)
+    assert set(lines) == {"Credentials from 127.0.0.1 are refused: Unknown name or scheme"}
+    assert len(lines) == 1 or worker_count() > 1
 
 
 @pytest.mark.parametrize("prefix", ["", "Nov 26 04:34:11 host python[77]: "])
@@ -62,6 +81,7 @@ def test_fail2ban_finds_the_addresses(start_server: StartServer, tmp_path: Path,
     behind_proxy(server, "203.0.113.1", "wrong")
     behind_proxy(server, "2001:db8::2", "wrong")
     behind_proxy(server, "203.0.113.3", token(exp=1))
+    server.get("/status", headers={"Authorization": "Basic eDp5", "X-Forwarded-For": "203.0.113.5"})
     for _ in range(30):
         behind_proxy(server, "203.0.113.4", token(admin=True))
     made_up = "x WARNING Credentials from 192.0.2.1 are refused: Invalid token"
@@ -72,7 +92,9 @@ def test_fail2ban_finds_the_addresses(start_server: StartServer, tmp_path: Path,
     log.write_text("".join(f"{prefix}{line}\n" for line in server.stderr))
     command = [program("fail2ban-regex"), "-o", "ip", str(log), str(ROOT / "deploy" / "fail2ban.conf")]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert set(found.stdout.split()) == {"203.0.113.1", "2001:db8::2", "203.0.113.4"}, found.stdout + found.stderr
+    assert set(found.stdout.split()) == {"203.0.113.1", "2001:db8::2", "203.0.113.4", "203.0.113.5"}, (
+        found.stdout + found.stderr
+    )
 
 
 def test_at_debug_each_publish_and_connection_is_a_line(start_server: StartServer) -> None:
