@@ -20,7 +20,7 @@ import logging
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
+from msgspec import UNSET, Struct
 
 import schemas
 from census import ANSWER_SECONDS
@@ -54,15 +54,21 @@ class Newcomer(Struct, frozen=True):
     # The subscriber whose limit it counts for, empty without limits, and the peer's own address.
     address: str = ""
     peer: str = ""
+    # Empty: none, or that of the identity.
+    user: str = ""
 
     def checked(self) -> Newcomer:
         """Return the request with a client_id, and every value in the form that is kept.
 
         Raises InvalidRequest, or Forbidden where the identity does not allow the request.
         """
-        identity, client_id = self.identity, self.client_id
+        identity, client_id, user = self.identity, self.client_id, self.user
         if identity is not None:
-            client_id = identity.own_client_id(client_id) or ""
+            user = identity.own_user(user)
+            if client_id:
+                identity.check_client_id(client_id)
+        if not schemas.USER.match(user):
+            raise InvalidRequest("Invalid user")
         client_id = client_id or schemas.new_client_id()
         if not schemas.CLIENT_ID.match(client_id):
             raise InvalidRequest("Invalid client_id")
@@ -70,7 +76,7 @@ class Newcomer(Struct, frozen=True):
         topics = schemas.topics_of(self.topics) if self.topics else frozenset()
         if identity is not None:
             identity.check_topics(topics)
-        return Newcomer(client_id, since, topics, self.user_agent, identity, self.address, self.peer)
+        return Newcomer(client_id, since, topics, self.user_agent, identity, self.address, self.peer, user)
 
 
 class Admission:
@@ -175,7 +181,10 @@ class Admission:
             hub.expiring.watch(client)
         resume = hub.fanout.follow(client, newcomer.since, position)
         welcome = schemas.Welcome(
-            client_id=client.client_id, server_time=timestamp(), notification_interval=self._notification_interval
+            client_id=client.client_id,
+            server_time=timestamp(),
+            notification_interval=self._notification_interval,
+            user=client.user or UNSET,
         )
         if logger.isEnabledFor(logging.DEBUG):
             source = origin_of(newcomer.peer, newcomer.identity)

@@ -1,4 +1,4 @@
-"""The clients of this process: by client_id in the order of their admission, by topic, and those that expire.
+"""The clients of this process: by client_id in the order of their admission, by user, by topic, and as they expire.
 
 Owns a client's state between its connection and the Hub, and the two directions of every index. Knows connections
 through the seam in connection.py.
@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Set
 from typing import TYPE_CHECKING
 
 from connection import Connection
+from errors import Forbidden
 from guard_identity import Identity
 from log import Audience
 from schemas import POLICY_VIOLATION
@@ -67,6 +68,7 @@ class Client:
         "takes_positions",
         "told",
         "topics",
+        "user",
         "user_agent",
     )
 
@@ -74,6 +76,8 @@ class Client:
         self._hub = hub
         self.connection = connection
         self.client_id = newcomer.client_id
+        # Empty for none.
+        self.user = newcomer.user
         self.user_agent = newcomer.user_agent
         self.address = newcomer.address
         # For the log, where the client may renew a token.
@@ -161,13 +165,14 @@ class Followed:
 
 
 class Clients:
-    """All clients, by client_id and by topic."""
+    """All clients, by client_id, by user and by topic."""
 
     def __init__(self) -> None:
         # To be read by all, changed here alone.
         self.by_id: dict[str, Client] = {}
-        # No topic without a client.
-        self._by_topic: dict[str, set[Client]] = {}
+        # No group without a client. Read by all, too.
+        self.by_user: dict[str, set[Client]] = {}
+        self.by_topic: dict[str, set[Client]] = {}
         self._addressed: dict[Audience, Set[Client]] = {}
 
     def __len__(self) -> int:
@@ -181,21 +186,23 @@ class Clients:
 
     def add(self, client: Client, topics: frozenset[str]) -> None:
         self.by_id[client.client_id] = client
+        if client.user:
+            self.by_user.setdefault(client.user, set()).add(client)
         self.subscribe(client, topics)
 
     def remove(self, client: Client) -> None:
         del self.by_id[client.client_id]
+        if client.user:
+            _part(self.by_user, client.user, client)
         self.subscribe(client, frozenset())
 
     def subscribe(self, client: Client, topics: frozenset[str]) -> None:
         """Set the topics of a client."""
         self._addressed.clear()
         for name in client.topics - topics:
-            self._by_topic[name].discard(client)
-            if not self._by_topic[name]:
-                del self._by_topic[name]
+            _part(self.by_topic, name, client)
         for name in topics - client.topics:
-            self._by_topic.setdefault(name, set()).add(client)
+            self.by_topic.setdefault(name, set()).add(client)
         client.topics = topics
 
     def count(self, audience: Audience | None) -> int:
@@ -205,7 +212,7 @@ class Clients:
     def addressed(self, audience: Audience) -> Set[Client]:
         """Return the clients of an audience. Valid until a client comes, goes, or changes its topics."""
         if (known := self._addressed.get(audience)) is None:
-            groups = [members for name in audience.topics if (members := self._by_topic.get(name)) is not None]
+            groups = [members for name in audience.topics if (members := self.by_topic.get(name)) is not None]
             if audience.clients:
                 groups.append({client for name in audience.clients if (client := self.by_id.get(name)) is not None})
             if len(self._addressed) >= AUDIENCES_REMEMBERED:
@@ -213,6 +220,13 @@ class Clients:
             # A single group is not copied, so a topic of all clients costs no more than a topic of a few.
             known = self._addressed[audience] = groups[0] if len(groups) == 1 else set().union(*groups)
         return known
+
+
+def _part(groups: dict[str, set[Client]], name: str, client: Client) -> None:
+    """Take a client out of a group."""
+    groups[name].discard(client)
+    if not groups[name]:
+        del groups[name]
 
 
 class ExpiringClients:
@@ -233,14 +247,12 @@ class ExpiringClients:
             self._timer = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
 
     def renew(self, client: Client, identity: Identity) -> None:
-        """Let another identity of the same client limit it. Raises Forbidden if the client could not be the identity's.
+        """Let another identity of the same user limit the client. Raises Forbidden for the identity of another user.
 
         A refused renewal changes nothing.
         """
-        held = client.identity
-        # A client with an id made by the server keeps it with another token without a client_id.
-        nameless = held is not None and held.client_id == identity.client_id == ""
-        identity.own_client_id(None if nameless else client.client_id)
+        if identity.own_user(client.user) != client.user:
+            raise Forbidden("Not allowed: user")
         identity.check_topics(client.topics)
         client.identity = identity
         self.watch(client)

@@ -28,17 +28,17 @@ from starlette.types import Scope
 from errors import Unauthorized
 from guard_identity import ALL, Identity, Right, shown_address
 from guard_peers import RefusalLog, subscriber
-from schemas import SUBPROTOCOL, stripped
+from schemas import SUBPROTOCOL, USER, stripped
 from settings import Settings, SettingsError, extra, is_api_key
 
 if TYPE_CHECKING:
     from guard_tokens import Tokens
 
-KEY_HOLDER = Identity(client_id=None, topics=ALL, publishes=True, admin=True)
+KEY_HOLDER = Identity(user=None, topics=ALL, publishes=True, admin=True)
 # More addresses than of anything that one peer can invent: each of these takes a connection.
 MAX_WARNED = 1000
 # With keys alone everybody may still listen.
-LISTENER = Identity(known=False, client_id=None, topics=ALL)
+LISTENER = Identity(known=False, user=None, topics=ALL)
 
 # Returns None where there are no credentials. Raises Unauthorized for wrong ones, or KeysUnavailable.
 Find = Callable[[HTTPConnection], Awaitable[Identity | None]]
@@ -171,13 +171,15 @@ def _identity(credentials: AuthCredentials, user: BaseUser) -> Identity | None:
     def named(right: str) -> tuple[str, ...]:
         return tuple(stripped([scope[len(right) :] for scope in scopes if scope.startswith(right)]))
 
-    subscribes = "subscribe" in scopes
-    anybody = None if subscribes else ""
+    # A stranger with rights belongs to no user, and so cannot name one.
+    name = str(user.identity) if user.is_authenticated else ""
+    if not USER.match(name):
+        raise Unauthorized("Invalid token")
     return Identity(
         known=user.is_authenticated,
-        name=str(user.identity) if user.is_authenticated else "",
-        client_id=str(user.identity) if user.is_authenticated else anybody,
-        topics=ALL if subscribes else named("subscribe:"),
+        name=name,
+        user=name,
+        topics=ALL if "subscribe" in scopes else named("subscribe:"),
         publishes="publish" in scopes,
         publish_topics=named("publish:"),
         admin="admin" in scopes,
@@ -212,7 +214,7 @@ def keys_and_tokens_of(settings: Settings) -> KeysAndTokens | None:
             from guard_tokens import tokens_of  # noqa: PLC0415 - needs PyJWT and cryptography
 
         return KeysAndTokens(keys.items(), tokens_of(settings))
-    if settings.jwt_audience or settings.jwt_issuer or settings.jwt_algorithms:
+    if settings.jwt_audience or settings.jwt_issuer or settings.jwt_algorithms or settings.jwt_user_claim != "sub":
         raise SettingsError("expected one of --jwt-secret, --jwt-public-key and --jwks-url as well")
     return KeysAndTokens(keys.items()) if keys else None
 

@@ -24,8 +24,8 @@ class Identity(Struct, frozen=True, kw_only=True):
     known: bool = True
     # For logs: the name of the key, or the subject of the token.
     name: str = ""
-    # The client_id of its client; empty: the server makes an id; None: any.
-    client_id: str | None = ""
+    # The user that its client belongs to; empty: none; None: any that the client names.
+    user: str | None = ""
     topics: Patterns = ()
     # Whether it may publish everything. If not, only notifications that name nothing but such topics.
     publishes: bool = False
@@ -55,13 +55,18 @@ class Identity(Struct, frozen=True, kw_only=True):
                 if not _matches(topic, self.publish_topics):
                     raise Forbidden(f"Not allowed: to publish to topic {topic[:64]}")
 
-    def own_client_id(self, client_id: str | None) -> str | None:
-        """Return the client_id of its client; empty or None: make an id. Raises Forbidden for another's."""
-        if self.client_id is None:
-            return client_id
-        if client_id and client_id != self.client_id:
-            raise Forbidden("Not allowed: another client_id than the token's sub")
-        return self.client_id
+    def own_user(self, asked: str) -> str:
+        """Return the user of its client, empty for none. Raises Forbidden where another user is asked for."""
+        if self.user is None:
+            return asked
+        if asked and asked != self.user:
+            raise Forbidden("Not allowed: user")
+        return self.user
+
+    def check_client_id(self, asked: str) -> None:
+        """Raise Forbidden for a client_id that does not begin with its user. Without a user every client_id will do."""
+        if self.user and asked != self.user and not asked.startswith(f"{self.user}:"):
+            raise Forbidden(f"Not allowed: client_id must be {self.user} or begin with {self.user}:")
 
     def check_topics(self, topics: Iterable[str]) -> None:
         """Raise Forbidden for the first topic that it may not subscribe to."""

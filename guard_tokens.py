@@ -35,7 +35,7 @@ from msgspec import Meta, Struct
 
 from errors import KeysUnavailable, Unauthorized
 from guard_identity import Identity
-from schemas import stripped
+from schemas import USER, stripped
 from settings import VERSION, Settings, SettingsError
 
 logger = logging.getLogger("notifyd.auth")
@@ -83,10 +83,12 @@ class Key(Struct, frozen=True):
 Find = Callable[[str | None, str], AsyncGenerator[Key]]
 
 
+_User = Annotated[str, Meta(pattern=USER.pattern)]
+
+
 class Claims(Struct):
     """The claims of a token that this server reads."""
 
-    sub: str = ""
     topics: list[Annotated[str, Meta(min_length=1)]] = []
     publish: bool | list[Annotated[str, Meta(min_length=1)]] = False
     admin: bool = False
@@ -96,9 +98,10 @@ class Claims(Struct):
 class Tokens:
     """Reads the tokens of one issuer."""
 
-    def __init__(self, find: Find, audience: str = "", issuer: str = "") -> None:
-        """`find` yields keys until one proves the token."""
+    def __init__(self, find: Find, audience: str = "", issuer: str = "", user_claim: str = "sub") -> None:
+        """`find` yields keys until one proves the token; `user_claim` names the claim that holds the user."""
         self._find = find
+        self._user_claim = user_claim
         self._audience = audience or None
         self._issuer = issuer or None
         self._jwt = jwt.PyJWT({"enforce_minimum_key_length": True})
@@ -108,15 +111,15 @@ class Tokens:
         if len(token) > MAX_TOKEN_BYTES:
             raise Unauthorized("Invalid token")
         try:
-            claims = await self._proven(token)
+            user, claims = await self._proven(token)
         except jwt.ExpiredSignatureError:
             raise Unauthorized("Token expired") from None
         except _BROKEN as error:
             logger.debug("A token is refused: %s", type(error).__name__)
             raise Unauthorized("Invalid token") from None
         return Identity(
-            name=claims.sub,
-            client_id=claims.sub,
+            name=user,
+            user=user,
             topics=tuple(stripped(claims.topics)),
             publishes=claims.publish is True,
             publish_topics=() if isinstance(claims.publish, bool) else tuple(stripped(claims.publish)),
@@ -124,7 +127,7 @@ class Tokens:
             expires_at=claims.exp,
         )
 
-    async def _proven(self, token: str) -> Claims:
+    async def _proven(self, token: str) -> tuple[str, Claims]:
         header = jwt.get_unverified_header(token)
         async with aclosing(self._find(header.get("kid"), header.get("alg", ""))) as keys:
             async for key in keys:
@@ -132,7 +135,8 @@ class Tokens:
                     return self._claims(token, key)
         raise jwt.InvalidSignatureError
 
-    def _claims(self, token: str, key: Key) -> Claims:
+    def _claims(self, token: str, key: Key) -> tuple[str, Claims]:
+        """Return the user of a token, empty for none, and its other claims."""
         payload = self._jwt.decode(
             token,
             key.key,
@@ -141,7 +145,7 @@ class Tokens:
             issuer=self._issuer,
             leeway=CLOCK_SKEW_SECONDS,
         )
-        return msgspec.convert(payload, Claims)
+        return msgspec.convert(payload.get(self._user_claim, ""), _User), msgspec.convert(payload, Claims)
 
 
 def tokens_of(settings: Settings) -> Tokens:
@@ -160,7 +164,7 @@ def tokens_of(settings: Settings) -> Tokens:
         async def find(_kid: str | None, _algorithm: str) -> AsyncGenerator[Key]:
             yield key
 
-    return Tokens(find, settings.jwt_audience, settings.jwt_issuer)
+    return Tokens(find, settings.jwt_audience, settings.jwt_issuer, settings.jwt_user_claim)
 
 
 def _secret(settings: Settings, wanted: Sequence[str]) -> Key:

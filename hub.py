@@ -294,12 +294,14 @@ class Hub:
         return Draft(rest, Audience(frozenset(request.clients or ()), frozenset(topics)))
 
     async def history(
-        self, since: str | None, limit: int, topics: Collection[str], client_id: str | None
+        self, since: str | None, limit: int, topics: Collection[str], client_id: str | None, user: str = ""
     ) -> schemas.History:
         """Return the replay for a client with these parameters, oldest first, `limit` notifications at most."""
         await self.start()
         if client_id is not None and not schemas.CLIENT_ID.match(client_id):
             raise InvalidRequest("Invalid client_id")
+        if not schemas.USER.match(user):
+            raise InvalidRequest("Invalid user")
         wanted, names = None if since is None else schemas.position_of(since), schemas.topics_of(topics)
         # Also without an answer of the store: by then this process has read the log up to now.
         with contextlib.suppress(StoreUnavailable):

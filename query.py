@@ -24,7 +24,7 @@ QUERY_KEY = "notifyd.query"
 
 # Known also without authentication, so that a client needs no other URL for it.
 _CREDENTIALS = frozenset(("token",))
-_FOLLOWING = frozenset(("client_id", "since", "lastEventId", "topics")) | _CREDENTIALS
+_FOLLOWING = frozenset(("client_id", "user", "since", "lastEventId", "topics")) | _CREDENTIALS
 # By path. Every other path ignores its query, for the sake of probes and scrapers.
 PARAMETERS: dict[str, Set[str]] = {
     "/ws": _FOLLOWING,

@@ -345,6 +345,7 @@ def _newcomer(scope: Scope, query: Query, since: str | None, identity: Identity 
     user_agent = Headers(scope=scope).get("user-agent")
     return Newcomer(
         client_id=query.get("client_id") or "",
+        user=query.get("user") or "",
         since=since,
         topics=query.topics() if "topics" in query else (),
         user_agent=user_agent and user_agent[:MAX_USER_AGENT],
@@ -360,7 +361,8 @@ def _newcomer(scope: Scope, query: Query, since: str | None, identity: Identity 
 async def notifications(hub: Hub, request: Request, sender: Identity | None) -> Response:
     query: Query = request.scope[QUERY_KEY]
     limit = query.whole_number("limit", HISTORY_LIMIT, least=1, most=MAX_HISTORY_LIMIT)
-    return answer(await hub.history(query.since(), limit, query.topics(), query.get("client_id") or None))
+    user = query.get("user") or ""
+    return answer(await hub.history(query.since(), limit, query.topics(), query.get("client_id") or None, user))
 
 
 async def metrics(hub: Hub, request: Request, sender: Identity | None) -> Response:

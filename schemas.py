@@ -49,11 +49,13 @@ MAX_BATCH = 1000  # requests
 # The characters of a bad name or value that its error repeats.
 MAX_SHOWN = 64
 
-_CLIENT_ID = r"^[A-Za-z0-9._:@-]{1,64}\Z"
+_CLIENT_ID = r"^[A-Za-z0-9._:@|+/=~-]{1,128}\Z"
+# Of any script. Half a surrogate pair, as JSON may have it, is no character.
+_USER = r"^[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{0,255}\Z"
 # A comma separates names in a URL, and no name has a control character. Spaces around a name do not count.
-_TOPIC = r"^ *[^ ,\x00-\x1f\x7f][^,\x00-\x1f\x7f]*\Z"
+_TOPIC = r"^ *[^ ,\x00-\x1f\x7f\ud800-\udfff][^,\x00-\x1f\x7f\ud800-\udfff]*\Z"
 _POSITION = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z")
-CLIENT_ID = re.compile(_CLIENT_ID)
+CLIENT_ID, USER = re.compile(_CLIENT_ID), re.compile(_USER)
 ClientId = Annotated[str, Meta(pattern=_CLIENT_ID)]
 Topic = Annotated[str, Meta(min_length=1, max_length=128, pattern=_TOPIC)]
 Topics = Annotated[list[Topic], Meta(min_length=1, max_length=MAX_TOPICS)]
@@ -135,6 +137,7 @@ class Welcome(Struct, kw_only=True):
     client_id: str
     server_time: str
     notification_interval: float
+    user: str | UnsetType = UNSET
 
 
 class Notification(Struct, kw_only=True):
@@ -409,7 +412,7 @@ def new_error_id() -> str:
 def encode(message: Struct) -> bytes:
     """Return the Struct as JSON. Raises InvalidRequest where its data has no JSON form."""
     try:
-        return orjson.dumps(message, default=_given if isinstance(message, Notification | NotifyRequest) else asdict)
+        return orjson.dumps(message, default=_given)
     except orjson.JSONEncodeError as error:
         text = str(error)
         raise InvalidRequest(f"data: {'nested deeper than 254 levels' if 'ecursion' in text else text}") from None
@@ -422,11 +425,7 @@ def to_plain(value: Any) -> Any:
 
 def _given(value: Any) -> dict[str, Any]:
     """Return the fields of a Struct without those that are unset. Raises TypeError for anything else."""
-    fields = asdict(value)
-    for name in ("clients", "topics"):
-        if fields.get(name) is UNSET:
-            del fields[name]
-    return fields
+    return {name: given for name, given in asdict(value).items() if given is not UNSET}
 
 
 def error_body(message: str, category: str, error_id: str | None = None) -> ErrorResponse:
@@ -506,7 +505,7 @@ def position_of(parameter: str) -> str:
 
 _JSON_NAMES = {"`str`": "string", "`int`": "integer", "`float`": "number", "`bool`": "boolean"}
 _RULES = {
-    _CLIENT_ID: "1 to 64 of letters, digits and ._:@-",
+    _CLIENT_ID: "1 to 128 of letters, digits and ._:@|+/=~-",
     _TOPIC: "1 to 128 characters without comma and control characters, and not spaces alone",
 }
 

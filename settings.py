@@ -141,6 +141,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     jwks_url: Annotated[str, Meta(description="URL of the public keys of tokens (a JSON Web Key Set)")] = ""
     jwt_audience: Annotated[str, Meta(description="`aud` that tokens must have; none: tokens must have none")] = ""
     jwt_issuer: Annotated[str, Meta(description="`iss` that tokens must have; none: any")] = ""
+    jwt_user_claim: Annotated[str, Meta(min_length=1, description="claim of tokens that holds the user")] = "sub"
     jwt_algorithms: Annotated[
         tuple[str, ...],
         Meta(description="algorithms allowed for tokens, such as RS256,ES256; none: those of the key"),

@@ -97,15 +97,16 @@ def notification(data: dict[str, Any], kind: str = "custom", sender: str = "noti
     return {"id": UUID7, "type": kind, "timestamp": TIME, "data": data, "sender": sender}
 
 
-def welcome(client_id: object, interval: float = 0) -> dict[str, Any]:
+def welcome(client_id: object, interval: float = 0, user: str = "") -> dict[str, Any]:
     """The first message to a client."""
-    return {
+    message = {
         "type": "welcome",
         "message": "Connected to WebSocket Notification Server",
         "client_id": client_id,
         "server_time": TIME,
         "notification_interval": interval,
     }
+    return message | {"user": user} if user else message
 
 
 SYSTEM = notification(

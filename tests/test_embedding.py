@@ -298,7 +298,7 @@ def test_a_test_client_sees_a_refusal(in_process: Any) -> None:
     """The code and the reason of a close arrive in the host's tests."""
     with (
         client_of(in_process) as client,
-        client.websocket_connect("/notifications/ws?client_id=a/b") as websocket,
+        client.websocket_connect("/notifications/ws?client_id=a%20b") as websocket,
     ):
         assert websocket.receive() == {"type": "websocket.close", "code": 1008, "reason": "Invalid client_id"}
 

@@ -248,7 +248,7 @@ def test_shows_a_token(start_server: StartServer, request: pytest.FixtureRequest
             program.wait_until(state)
             if state == "connected":
                 with load("publish").Notifyd(server.url, token="a-key") as notifyd:
-                    notifyd.notify("for alice", clients=["alice"])
+                    notifyd.notify("for alice")
                 assert program.receive() == "custom: for alice"
         finally:
             program.stop()

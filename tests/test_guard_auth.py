@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import jwt
@@ -20,13 +21,14 @@ import pytest
 from carriers import first_quick, granian, host, hypercorn, uvicorn
 from conftest import StartServer
 from credentials import SECRET, bearer, part, token, unsigned
-from expected import TIME, Like, Record, http_error, notification, parse, welcome, ws_error
+from expected import CLIENT_ID, TIME, Like, Record, http_error, notification, parse, welcome, ws_error
 from processes import QUIET, ROOT, Server, call, environment, eventually, free_port, node_with, program
 from starlette.authentication import AuthCredentials, AuthenticationBackend, BaseUser, SimpleUser
 from starlette.requests import HTTPConnection
 from starlette.routing import Route
 from ws_clients import PATIENCE, Client
 
+import schemas
 from guard_auth import KeysAndTokens, keys_and_tokens_of
 from guard_tokens import MAX_TOKEN_BYTES
 from notifyd import create_app
@@ -180,7 +182,7 @@ def test_the_password_of_a_proxy_is_not_ours(keyed: Server, signed: Server, show
     assert keyed.get("/status", headers=header).status_code == 401
     assert keyed.connect(additional_headers=header).receive()["type"] == "welcome"
     client = signed.connect(query=f"token={token(sub='alice')}", additional_headers=header)
-    assert client.receive() == welcome("alice")
+    assert client.receive() == welcome(CLIENT_ID, user="alice")
 
 
 def test_an_unknown_sender_is_refused_before_its_body(keyed: Server) -> None:
@@ -277,8 +279,8 @@ def test_a_header_counts_before_a_subprotocol_and_that_before_the_query(signed: 
     """A WebSocket's credentials count in the order header, subprotocol, query."""
     alice, bob, carol = (token(sub=name) for name in ("alice", "bob", "carol"))
     shown = {"subprotocols": ["bearer", bob], "query": f"token={carol}"}
-    assert signed.connect(**shown, additional_headers=bearer(alice)).receive() == welcome("alice")
-    assert signed.connect(**shown).receive() == welcome("bob")
+    assert signed.connect(**shown, additional_headers=bearer(alice)).receive() == welcome(CLIENT_ID, user="alice")
+    assert signed.connect(**shown).receive() == welcome(CLIENT_ID, user="bob")
 
 
 def test_a_client_without_credentials_may_not_listen(signed: Server) -> None:
@@ -292,29 +294,73 @@ def test_a_client_without_credentials_may_not_listen(signed: Server) -> None:
 def test_a_stream_takes_a_token_from_its_query(signed: Server) -> None:
     """A browser's EventSource can set no header."""
     with signed.http.stream("GET", f"/events?token={token(sub='alice')}") as stream:
-        assert '"client_id":"alice"' in next(
-            line for line in stream.iter_lines() if "welcome" in line and "data" in line
-        )
+        assert '"user":"alice"' in next(line for line in stream.iter_lines() if "welcome" in line and "data" in line)
 
 
 # Tokens: their rights.
 
 
-def test_the_subject_is_the_client_id(signed: Server) -> None:
-    """Its own may be repeated, another's is refused."""
-    client = signed.connect(additional_headers=bearer(token(sub="alice")))
-    assert client.receive() == welcome("alice")
-    assert refusal(signed, token(sub="bob"), client_id="alice") == "Not allowed: another client_id than the token's sub"
-    assert refusal(signed, token(sub="a b")) == "Invalid client_id"
-    assert signed.connect("bob", additional_headers=bearer(token(sub="bob"))).receive() == welcome("bob")
+@pytest.mark.parametrize("user", ["alice", "auth0|5f7c", "a+b@example.com", "José Łuk 李", ".", "x" * 255])
+def test_the_subject_is_the_user(signed: Server, user: str) -> None:
+    """Any number of clients of a user are connected at once, each with an id from the server, or one of the user's."""
+    shown = bearer(token(sub=user))
+    for _ in range(3):
+        assert signed.connect(query=f"user={quote(user)}", additional_headers=shown).receive() == welcome(
+            CLIENT_ID, user=user
+        )
+    for client_id in {user, f"{user}:phone"} if schemas.CLIENT_ID.match(user) and len(user) < 99 else ():
+        client = signed.connect(query=f"client_id={quote(client_id)}", additional_headers=shown)
+        assert client.receive() == welcome(client_id, user=user)
 
 
-def test_without_a_subject_nobody_can_be_impersonated(signed: Server) -> None:
-    """The server makes an id up; a key may take any."""
-    assert refusal(signed, token(), client_id="alice").startswith("Not allowed")
-    client = signed.connect(additional_headers=bearer(token()))
-    assert client.receive()["client_id"].startswith("client_")
-    assert signed.connect("carol", additional_headers=bearer(KEY)).receive() == welcome("carol")
+@pytest.mark.parametrize("client_id", ["bob", "alic", "alicex", "Alice", "alice.phone", ":alice", "bob:alice:"])
+def test_a_client_id_is_one_of_the_users(signed: Server, client_id: str) -> None:
+    """A client_id is the name of the user, or begins with that name and a colon."""
+    words = "Not allowed: client_id must be alice or begin with alice:"
+    assert refusal(signed, token(sub="alice"), client_id=client_id) == words
+
+
+@pytest.mark.parametrize("shown", [token(sub="alice"), token(), token(sub="")], ids=["alice", "none", "empty"])
+@pytest.mark.parametrize("path", ["ws", "events"])
+def test_nobody_names_another_user(signed: Server, shown: str, path: str) -> None:
+    """`user` in the URL is that of the token; a token without a user is for none. A stream is refused with 403."""
+    words = "Not allowed: user"
+    if path == "ws":
+        assert refusal(signed, shown, user="bob") == words
+        return
+    refused = signed.get("/events?user=bob", headers=bearer(shown))
+    assert (refused.status_code, parse(refused.content)) == (403, http_error("application", words))
+
+
+def test_without_a_user_a_client_takes_any_id(signed: Server) -> None:
+    """A token without a user allows any client_id; a key allows any user as well."""
+    for shown in (token(), token(sub="")):
+        client = signed.connect("somebody", additional_headers=bearer(shown))
+        assert client.receive() == welcome("somebody")
+        client.leave()
+    with_key = signed.connect(query="client_id=carol&user=dan", additional_headers=bearer(KEY))
+    assert with_key.receive() == welcome("carol", user="dan")
+
+
+@pytest.mark.parametrize("user", ["x" * 256, "a\nb", "a\x00", "\x7f", "\x85", "\ud800"], ids=ascii)
+def test_a_token_whose_user_cannot_be_one_is_invalid(signed: Server, user: str) -> None:
+    """Too long, with a control character, or half a surrogate pair."""
+    assert refusal(signed, token(sub=user)) == INVALID
+
+
+@pytest.mark.parametrize(
+    ("claims", "user"),
+    [({"sub": "alice", "email": "a@b.example"}, "a@b.example"), ({"sub": "alice"}, ""), ({"email": 5}, None)],
+    ids=["named", "absent", "no text"],
+)
+def test_another_claim_may_name_the_user(start_server: StartServer, claims: dict[str, Any], user: str | None) -> None:
+    """With --jwt-user-claim, `sub` counts for nothing."""
+    server = start_server("--jwt-secret", SECRET, "--jwt-user-claim", "email")
+    client = server.connect(additional_headers=bearer(token(**claims)))
+    if user is None:
+        assert client.closed() == (1008, INVALID)
+    else:
+        assert client.receive() == welcome(CLIENT_ID, user=user)
 
 
 def test_topics_are_those_of_the_token(signed: Server) -> None:
@@ -436,8 +482,8 @@ def test_a_new_token_goes_on_where_the_last_one_ended(signed: Server) -> None:
     [
         ({"token": "wrong"}, INVALID),
         ({"token": token(sub="alice", exp=1)}, EXPIRED),
-        ({"token": token(sub="bob", topics=["*"])}, "Not allowed: another client_id than the token's sub"),
-        ({"token": token(topics=["*"])}, "Not allowed: another client_id than the token's sub"),
+        ({"token": token(sub="bob", topics=["*"])}, "Not allowed: user"),
+        ({"token": token(topics=["*"])}, "Not allowed: user"),
         ({"token": token(sub="alice")}, "Not allowed: topic builds"),
         ({"token": ""}, INVALID),
         ({"token": "\ud800".encode("utf-16", "surrogatepass").decode("utf-16", "replace")}, INVALID),
@@ -457,7 +503,7 @@ def test_a_bad_renewal_changes_nothing(signed: Server, message: Record, answer: 
 
 @pytest.mark.parametrize("claims", [{}, {"topics": ["*"], "exp": None}])
 def test_a_client_without_a_subject_renews_without_one(signed: Server, claims: dict[str, Any]) -> None:
-    """Its id was made up, and stays, also where the first token limits nothing else."""
+    """A client of no user stays one, also where the first token limits nothing else."""
     client = listener(signed, **claims)
     assert client.ask({"type": "auth", "token": token()})["type"] == "authenticated"
     assert client.ask({"type": "auth", "token": token(sub="alice")})["type"] == "error"
@@ -595,9 +641,9 @@ def guarded(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 
 def test_a_hosts_backend_identifies_the_clients(guarded: Server) -> None:
-    """Its user's identity is the client_id, its scopes are the rights."""
+    """The identity of the backend's user is the user, its scopes are the rights."""
     client = guarded.connect(additional_headers=bearer("alice"), query="topics=builds")
-    assert client.receive() == welcome("alice")
+    assert client.receive() == welcome(CLIENT_ID, user="alice")
     assert client.ask({"type": "subscribe", "topics": ["ops"]}) == ws_error("Not allowed: topic ops")
     assert guarded.post({"message": "hi"}, headers=bearer("alice")).status_code == 403
     assert guarded.post({"message": "hi", "topics": ["builds"]}, headers=bearer("alice")).status_code == 200
@@ -619,7 +665,7 @@ def test_a_hosts_subprotocol_is_answered(guarded: Server) -> None:
     for shown, closes in (("alice", False), ("mallory", True)):
         client = guarded.connect(subprotocols=["bearer", shown])
         assert client.connection.subprotocol == "bearer"
-        assert client.closed() == (1008, INVALID) if closes else client.receive() == welcome("alice")
+        assert client.closed() == (1008, INVALID) if closes else client.receive() == welcome(CLIENT_ID, user="alice")
 
 
 def test_a_backend_may_fail(guarded: Server) -> None:
@@ -635,7 +681,7 @@ def test_a_backend_may_fail(guarded: Server) -> None:
 def test_a_hosts_credentials_end_and_are_renewed(guarded: Server) -> None:
     """Where they have `expires_at`."""
     client = guarded.connect(additional_headers=bearer("brief"))
-    assert client.receive() == welcome("brief")
+    assert client.receive() == welcome(CLIENT_ID, user="brief")
     assert client.ask({"type": "auth", "token": "mallory"}) == ws_error(INVALID)
     assert client.ask({"type": "auth", "token": "brief"})["type"] == "authenticated"
     assert client.closed() == (1008, EXPIRED)

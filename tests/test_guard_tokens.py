@@ -202,7 +202,7 @@ def test_keys_come_from_a_url(start_server: StartServer, issuer: Issuer) -> None
     assert issuer.asked == 1
     bad = [from_issuer("e1"), from_issuer("enc"), from_issuer("pinned")]
     assert {status(server, one) for one in [*bad, token(headers={"kid": "oct"}, admin=True)]} == {401}
-    assert server.connect(query=f"token={from_issuer('r1', sub='alice')}").receive()["client_id"] == "alice"
+    assert server.connect(query=f"token={from_issuer('r1', sub='alice')}").receive()["user"] == "alice"
 
 
 def test_algorithms_of_fetched_keys_can_be_pinned(start_server: StartServer, issuer: Issuer) -> None:
@@ -413,7 +413,7 @@ def test_a_token_of_a_new_key_waits_for_the_next_fetch(start_server: StartServer
             pool.submit(lambda: server.connect(query=f"token={from_issuer('e1', 'P-256', sub='bob')}").receive()),
         ]
         assert [way.result().status_code for way in ways[:3]] == [200, 200, 401]
-        assert ways[3].result()["client_id"] == "bob"
+        assert ways[3].result()["user"] == "bob"
     assert {client.receive()["type"], client.receive()["type"]} == {"authenticated", "custom"}
     assert server.connect(query=f"token={from_issuer('nobody')}").closed() == (1008, "Invalid token")
     assert issuer.asked <= 4, "no more often than the pause allows"
@@ -458,7 +458,7 @@ def test_a_key_may_be_replaced_under_its_id(start_server: StartServer, issuer: I
     with ThreadPoolExecutor() as pool:
         stream = pool.submit(status, server, from_issuer("a"))
         client = server.connect(query=f"token={from_issuer('a', sub='alice')}")
-        assert (client.receive()["client_id"], stream.result()) == ("alice", 200)
+        assert (client.receive()["user"], stream.result()) == ("alice", 200)
     assert status(server, token(OTHER_RSA, "RS256", {"kid": "a"}, admin=True)) == 401
     issuer.away = True
     assert server.connect(query=f"token={from_issuer('b')}").closed()[0] == 1013

@@ -131,7 +131,7 @@ def test_a_hosts_backend_adds_its_parameters() -> None:
     server = host(uvicorn, "guarded", prefix="/notifications")
     try:
         assert server.get("/status?name=root").status_code == 200
-        assert server.connect(query="name=alice").receive()["client_id"] == "alice"
+        assert server.connect(query="name=alice").receive()["user"] == "alice"
         assert refusal(server, "/status", "name=root&names=1") == "Unknown parameter: names"
         assert refusal(server, "/ws", "name=alice&topic=builds") == "Unknown parameter: topic"
         assert refusal(server, "/ws", "token=alice") == "Authentication required"

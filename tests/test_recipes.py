@@ -113,10 +113,10 @@ def test_the_session_of_the_host_guards_a_mount(cookies: dict[str, str], status:
 
 
 def test_a_handshake_carries_the_session_of_the_host() -> None:
-    """The client has the name of its user."""
+    """The client belongs to the user of the host's session."""
     app = Starlette(routes=[Mount("/n", app=create_app(Settings(**SILENT), auth=Sessions()))])
     with client_of(app).websocket_connect("/n/ws", headers={"Cookie": "session=random"}) as websocket:
-        assert websocket.receive_json()["client_id"] == "alice"
+        assert websocket.receive_json()["user"] == "alice"
 
 
 # Publishing.

@@ -192,11 +192,11 @@ def test_a_stream_whose_network_changed_is_admitted(server: Server) -> None:
 def test_a_page_renews_its_token_with_another_stream(start_server: StartServer) -> None:
     """It opens the next stream where the last one stands: nothing is missed, and the old one is told to stay away."""
     server = start_server("--jwt-secret", SECRET, "--api-key", "ci:a-key")
-    old = join(server, f"token={token(sub='ann', exp=time.time() + 60)}")
+    old = join(server, f"client_id=ann&token={token(sub='ann', exp=time.time() + 60)}")
     httpx.post(f"{server.url}/notify", json={"message": "one"}, headers={"X-API-Key": "a-key"}, trust_env=False)
     first = old.event()
     httpx.post(f"{server.url}/notify", json={"message": "two"}, headers={"X-API-Key": "a-key"}, trust_env=False)
-    new = join(server, f"since={first.id}&token={token(sub='ann', exp=time.time() + 120)}")
+    new = join(server, f"client_id=ann&since={first.id}&token={token(sub='ann', exp=time.time() + 120)}")
     assert [event.name for event in new.events(2)] == ["resume", "message"]
     assert old.rest()[-1] == REPLACED
 
