@@ -178,10 +178,12 @@ def _content_of(request: Request, body: bytes) -> _Content:
             # RFC 9110, section 15.5.16.
             text = f"content-encoding: expected identity, got {coding.strip()[:MAX_SHOWN]!r}"
             raise UnsupportedMediaType(text, {"Accept-Encoding": "identity"})
-    media_type, _, parameters = request.headers.get("content-type", "").partition(";")
+    if len(types := set(request.headers.getlist("content-type"))) > 1:
+        raise InvalidRequest("content-type: expected one header, got several")
+    media_type, _, parameters = "".join(types).partition(";")
     media_type = media_type.strip().lower()
     known = media_type in ("", JSON_TYPE, FORM_TYPE) or media_type.startswith("text/") or media_type.endswith("+json")
-    if not known:
+    if not known or "," in media_type:
         text = f"content-type: expected {JSON_TYPE} or {TEXT_TYPE}, got {media_type[:MAX_SHOWN]!r}"
         raise UnsupportedMediaType(text)
     charset = _charset_in(parameters) if parameters else UTF_8
@@ -204,20 +206,28 @@ _CHARSETS = {
 
 
 def _charset_in(parameters: str) -> str:
-    """Return Python's name of the charset in the parameters of a content type. Raises UnsupportedMediaType."""
-    if (given := _CHARSET.search(parameters)) is None:
+    """Return Python's name of the charset in the parameters of a content type.
+
+    Raises UnsupportedMediaType, or InvalidRequest for several.
+    """
+    if not (found := set(map(str.lower, _CHARSET.findall(parameters)))):
         return UTF_8
-    name = encodings.normalize_encoding(given[1].lower())
+    if len(found) > 1:
+        raise InvalidRequest("content-type: expected one charset, got several")
+    [given] = found
+    name = encodings.normalize_encoding(given)
     try:
         if name in _CHARSETS:
             return codecs.lookup(name).name
     except LookupError:
         # A charset of another platform.
         pass
-    raise UnsupportedMediaType(f"content-type: unknown charset {given[1][:MAX_SHOWN]!r}")
+    raise UnsupportedMediaType(f"content-type: unknown charset {given[:MAX_SHOWN]!r}")
 
 
 def _in_utf_8(body: bytes, charset: str) -> bytes:
+    if body.startswith(codecs.BOM_UTF8) and not charset.startswith(UTF_8):
+        raise InvalidRequest(f"request body: not {charset}, but UTF-8 by its byte order mark")
     try:
         return body.decode(charset).encode()
     except UnicodeError:
@@ -235,20 +245,35 @@ def _text_in(content: _Content) -> schemas.NotifyRequest:
     return plain
 
 
+# A field with a value that can be text or a list, in JSON, in JSON within a string, and in the notations of programs.
+# Without quotes a name stands right at the beginning of a field.
+_NEARLY_JSON = re.compile(r"\s*[\"']?\s*(?:\[\s*)?\{")
+_FIELD = re.compile(r"(?:[{,]\s*|[\"'“”])(?:message|clients|topics|users)\\?[\"'“”]?\s*:\s*\\?[\"'“”\[]")
+
+
 def _is_json_of_requests(text: str) -> bool:
-    """Whether a text is a notification in JSON, or several: as a message, each would go to everyone.
+    """Whether a text is a notification in JSON, or several, maybe with a slip: as a message it would go to everyone.
 
     A browser's fetch() labels every string as text. Python's reader refuses less than orjson.
     """
-    if not text.lstrip().startswith(("{", "[")):
+    if not _NEARLY_JSON.match(text):
         return False
     try:
-        value = json.loads(text, parse_int=str)
+        value = json.loads(text, parse_int=float)
     except RecursionError:
         return True
     except ValueError:
-        return False
-    return any(isinstance(each, dict) and "message" in each for each in (value if isinstance(value, list) else [value]))
+        return _FIELD.search(text) is not None
+    return any(map(_is_request, value if isinstance(value, list) else [value]))
+
+
+def _is_request(value: Any) -> bool:
+    """Whether plain values are meant for POST /notify: other JSON is a text like any, also with a number of clients."""
+    if isinstance(value, str):
+        return _is_json_of_requests(value)
+    return isinstance(value, dict) and (
+        "message" in value or any(isinstance(value.get(name), list | str) for name in ("clients", "topics", "users"))
+    )
 
 
 def _json_in(content: _Content, kind: Any) -> Any:

@@ -45,8 +45,25 @@ def refusal(response: httpx.Response) -> Any:
         '{"message": "x", "data": ' + "[" * 100_000,
         "\ufeff" + '{"message": "for you", "topics": ["builds"]}',
         '[{"message": "for you", "clients": ["alice"]}]',
+        '{"text": "for you", "clients": ["alice"]}',
+        '{"msg": "for you", "topics": "builds"}',
+        '{"title": "for you", "users": ["alice"]}',
+        '{"message": "for you", "clients": ["alice"],}',
+        '{"message": "for you", "clients": ["alice"]',
+        "{'message': 'for you', 'clients': ['alice']}",
+        "{message: 'for you', clients: ['alice']}",
+        '{\n  // to one\n  "message": "for you"\n}',
+        '{"message": "for\nyou", "topics": ["builds"]}',
+        "{“message”: “for you”}",
+        '{"message": "for you"}\n{"message": "and you"}',
+        "'{message: for you, clients: [alice]}'",
+        json.dumps('{"message": "for you", "clients": ["alice"]}'),
     ],
-    ids=["addressed", "spaces", "NaN", "surrogate", "large integer", "deep", "BOM", "batch"],
+    ids=[
+        *("addressed", "spaces", "NaN", "surrogate", "large integer", "deep", "BOM", "batch", "text and clients"),
+        *("msg and topics", "users", "comma", "cut", "Python", "JavaScript", "comment", "bare newline", "typographic"),
+        *("lines", "Windows' shell", "a string"),
+    ],
 )
 def test_json_as_text_is_refused(server: Server, body: str) -> None:
     """The answer names the content type to send, and nobody gets the source text."""
@@ -57,9 +74,17 @@ def test_json_as_text_is_refused(server: Server, body: str) -> None:
     assert client.receive() == notification({"message": "next"})
 
 
-@pytest.mark.parametrize("text", ['{"user": "x"}', "[1]", '{"message": ', "{message}", '"message"', "[message]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('{"user": "x"}', "[1]", '{"message": ', "{message}", '"message"', "[message]", '"{a}"', "{}", "[]"),
+        *('{"clients": 12, "uptime": 5.5}', '{"event": {"message": "nested"}}', "{no message: yet}"),
+        *('the body was {"message": "x", "clients": ["a"]}', '[info] "message": "x"', "{{ .message }}: [x]"),
+        "{topics: none, message: none}",
+    ],
+)
 def test_other_texts_stay_texts(server: Server, text: str) -> None:
-    """A text is JSON of a notification only as a whole, and with a `message`."""
+    """A text is a notification only as a whole, and with a `message` or addressees."""
     client = server.join()
     assert post(server, text.encode(), "text/plain").status_code == 200
     assert client.receive() == notification({"message": text})
@@ -133,14 +158,39 @@ def test_an_unknown_charset_is_named(server: Server, path: str, charset: str) ->
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(("charset", "body"), [("utf-16", b"odd"), ("us-ascii", "ö".encode()), ("utf-7", b"+2AA-")])
+@pytest.mark.parametrize(
+    ("types", "status", "word"),
+    [
+        (["text/plain", "application/json"], 400, "one header"),
+        (["application/json", "text/plain"], 400, "one header"),
+        (["text/plain, application/json"], 415, "text/plain, application/json"),
+        (["text/plain; charset=utf-8; charset=iso-8859-1"], 400, "one charset"),
+        (["application/json; charset=latin1;charset=utf-8"], 400, "one charset"),
+        (["application/json", "application/json"], 200, ""),
+        (["application/json; charset=utf-8; charset=UTF-8"], 200, ""),
+    ],
+)
+def test_a_body_has_one_form(server: Server, path: str, types: list[str], status: int, word: str) -> None:
+    """Where two are declared, another reader takes the other. The same twice is one."""
+    headers = [("Content-Type", one) for one in types]
+    answer = server.request("POST", path, content=json.dumps(WRAP[path]({"message": "hi"})), headers=headers)
+    assert answer.status_code == status
+    if status != 200:
+        assert parse(answer.content) == http_error("validation", naming("content-type", word))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("charset", "body"),
+    [("latin-1", b"\xef\xbb\xbf[]"), ("utf-16", b"odd"), ("us-ascii", "ö".encode()), ("utf-7", b"+2AA-")],
+)
 @pytest.mark.parametrize("media_type", ["text/plain", "application/json"])
 def test_bytes_that_are_not_of_their_charset_are_refused(
     server: Server, path: str, charset: str, body: bytes, media_type: str
 ) -> None:
     """Garbage is not delivered with 200."""
     answer = post(server, body, f"{media_type}; charset={charset}", path)
-    assert refusal(answer) == (400, http_error("validation", naming("not valid")))
+    assert refusal(answer) == (400, http_error("validation", naming("request body: not ")))
 
 
 @given(st.sampled_from(sorted(_CHARSETS)), st.binary(max_size=40))
