@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import signal
 import sys
@@ -22,6 +23,9 @@ from store import LEASE_SECONDS
 
 StartServer = Callable[..., Server]
 
+# Modules and tests stay until the end. To look for garbage among them takes most of the time of the collection.
+gc.disable()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--server-args", default="", help="flags to append to the command line of every server")
@@ -36,6 +40,11 @@ def pytest_configure(config: pytest.Config) -> None:
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
     Server.python = config.getoption("--server-python")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import functools
 import re
 import subprocess
 import threading
@@ -537,20 +538,25 @@ def test_every_link_leads_somewhere(page: str) -> None:
 def test_every_name_in_code_is_one_of_the_code(page: str) -> None:
     """Words such as `_join` or `HubState`, and `file.py`, exist in the code; a renamed one is noticed here."""
     tests = re.findall(r"def (test_\w+)", "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py")))
-    code = "\n".join([*MODULES.values(), (ROOT / "Makefile").read_text(), *tests])
+    code = "\n".join([*MODULES.values(), (ROOT / "Makefile").read_text(), *tests]).lower()
     for span in spans(prose(page)):
         if re.fullmatch(r"[\w/]+\.py", span):
             assert (ROOT / span).exists(), span
         elif re.fullmatch(r"_\w+|[a-z]+_\w+|[A-Z][a-z]+[A-Z]\w+", span) and span not in FOREIGN_NAMES:
-            assert re.search(rf"\b{span.lower()}\b", code.lower()), span
+            assert re.search(rf"\b{span.lower()}\b", code), span
         elif method := re.fullmatch(r"([A-Z]\w+)\.(\w+)", span):
             assert method[2] in members(method[1]), span
 
 
+@functools.cache
+def classes() -> list[ast.ClassDef]:
+    nodes = (node for module in MODULES.values() for node in ast.walk(ast.parse(module)))
+    return [node for node in nodes if isinstance(node, ast.ClassDef)]
+
+
 def members(name: str) -> set[str]:
     """Return the names of the methods of a class of the code."""
-    nodes = [node for module in MODULES.values() for node in ast.walk(ast.parse(module))]
-    [found] = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name == name]
+    [found] = [node for node in classes() if node.name == name]
     return {node.name for node in found.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
 
 

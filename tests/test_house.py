@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import subprocess
@@ -14,8 +15,8 @@ from pathlib import Path
 import pytest
 from processes import ROOT
 
-MODULES = {path.stem: ast.parse(path.read_text()) for path in sorted(ROOT.glob("*.py"))}
-TESTS = {path.stem: ast.parse(path.read_text()) for path in sorted((ROOT / "tests").glob("*.py"))}
+MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
+TESTS = {path.stem: path for path in sorted((ROOT / "tests").glob("*.py"))}
 
 # The house map of docs/design.md: a module imports only modules that stand further down.
 ORDER = re.findall(r"^\| `(\w+)\.py` \|", (ROOT / "docs" / "design.md").read_text(), re.MULTILINE)
@@ -34,19 +35,24 @@ CLAUSE_WORDS = {"what", "whatever", "who", "whom", "whoever", "whose", "which"}
 MOST_IN_CODE, MOST_IN_DOCS = 6, 12
 
 
-def imports(tree: ast.AST, *, for_types: bool = False) -> Iterator[str]:
+@functools.cache
+def imports(path: Path, *, for_types: bool = False) -> set[str]:
     """Return the names of the modules that a module imports, also inside its functions."""
+    return set(_imports(ast.parse(path.read_text()), for_types))
+
+
+def _imports(tree: ast.AST, for_types: bool) -> Iterator[str]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
         elif for_types or not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
-            yield from imports(node, for_types=for_types)
+            yield from _imports(node, for_types)
 
 
 def lines(name: str) -> int:
-    return len((ROOT / f"{name}.py").read_text().splitlines())
+    return len(MODULES[name].read_text().splitlines())
 
 
 def test_every_module_has_a_place() -> None:
@@ -57,7 +63,7 @@ def test_every_module_has_a_place() -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_point_down(name: str) -> None:
     """No two modules import each other, and each can be read with those below it alone."""
-    known = set(imports(MODULES[name])) & set(MODULES)
+    known = imports(MODULES[name]) & set(MODULES)
     above = set(ORDER[: ORDER.index(name)])
     assert not known & above
 
@@ -72,12 +78,12 @@ def test_the_core_imports_only_the_core(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(KNOWN_TO_THE_CORE))
 def test_the_seams_of_the_core_know_no_client(name: str) -> None:
     """They import none, even for annotations: a store knows its Node, and the rights are a value."""
-    assert not set(imports(MODULES[name], for_types=True)) & {"hub", "admission", "clients", "connection"}
+    assert not imports(MODULES[name], for_types=True) & {"hub", "admission", "clients", "connection"}
 
 
 def test_a_module_of_an_odd_size_has_a_reason() -> None:
     """A large one hides a concept, and a small one with a single reader is a page of that reader's."""
-    known = {name: set(imports(tree, for_types=True)) for name, tree in MODULES.items()}
+    known = {name: imports(path, for_types=True) for name, path in MODULES.items()}
     readers = {name: [other for other in MODULES if name in known[other]] for name in MODULES}
     large = {name for name in MODULES if lines(name) > MOST_LINES}
     small = {name for name in MODULES if lines(name) < FEWEST_LINES and len(readers[name]) == 1}
