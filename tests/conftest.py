@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from browser import Browser
 from expected import Record, order_differs
+from forks import WarmProcess
 from members import SHORT_LEASE, Process, shorten_leases
 from processes import QUIET, Server, program, use_extra_flags
 from redis_server import RedisServer
@@ -48,9 +49,9 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Two workers a core for the whole suite, because most tests only wait; none for a few tests, which end sooner."""
+    """Three workers a core for the whole suite, because most tests only wait; none for a few, which end sooner."""
     is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
-    return min(2 * (os.cpu_count() or 1), 8) if is_whole else 0
+    return min(3 * (os.cpu_count() or 1), 12) if is_whole else 0
 
 
 def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
@@ -94,6 +95,7 @@ def _every_server_ends(_store: None) -> Iterator[None]:
     yield
     for server in Server.started:
         server.stop()
+    WarmProcess.end()
     complaints = [complaint for server in Server.started for complaint in server.complaints()]
     assert not complaints, "\n".join(complaints)
 

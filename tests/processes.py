@@ -32,6 +32,7 @@ import httpx
 import pytest
 from bytes import rest
 from expected import parse
+from forks import Forked
 from websockets.sync.client import connect
 from ws_clients import PATIENCE, BareClient, Client
 
@@ -90,6 +91,7 @@ class Server:
         *,
         url: str | None = None,
         cwd: Path = ROOT,
+        is_forked: bool = False,
     ) -> None:
         """Start the command in `cwd`, and wait until it serves: at `url`, or at the one that it logs."""
         self.command = command
@@ -100,16 +102,20 @@ class Server:
         self._shown = 0
         self._line = threading.Condition()
         self._clients = ExitStack()
-        self.process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=environment(variables),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
+        self.process: subprocess.Popen[str] | Forked
+        if is_forked:
+            self.process = Forked(command, environment(variables))
+        else:
+            self.process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=environment(variables),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
         self._reader = threading.Thread(target=self._collect, daemon=True)
         self._reader.start()
         Server.started.append(self)
@@ -131,7 +137,8 @@ class Server:
         cls, *flags: str, variables: Mapping[str, str] | None = None, constants: Mapping[str, float] | None = None
     ) -> Server:
         """Start `python notifyd.py` on a free port with these flags, and with other values for some constants."""
-        return cls(notifyd_command(*_last_of_each(["--port", "0", *flags]), constants=constants), variables)
+        command = notifyd_command(*_last_of_each(["--port", "0", *flags]), constants=constants)
+        return cls(command, variables, is_forked=hasattr(os, "pidfd_open"))
 
     def _collect(self) -> None:
         assert self.process.stderr is not None
