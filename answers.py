@@ -7,6 +7,7 @@ Owns the documented body of errors, and the two borders at which an unexpected e
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Awaitable, Callable, Set
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,10 @@ logger = logging.getLogger("notifyd.answers")
 RETRY_AFTER_SECONDS = 5
 # The statuses of refusals that do not last. For a browser's EventSource every status but 200 is the end for good.
 TEMPORARY = frozenset((409, 429, 500, 503))
+# In Accept: the media type of streams, unless its weight is 0 (RFC 9110, section 12.4.2).
+_NAMES_STREAMS = re.compile(
+    r"(^|,)\s*text/event-stream\s*(?=[;,]|$)(?![^,]*;\s*q\s*=\s*0(\.0*)?\s*([;,]|$))", re.IGNORECASE
+)
 # For so long a browser reuses the answer to a preflight.
 PREFLIGHT_SECONDS = 600
 
@@ -164,8 +169,7 @@ def _asks_for_a_stream(scope: Scope) -> bool:
     """Whether a request names the media type of streams, as a browser's EventSource does, and has the path of one."""
     if scope["method"] != "GET" or not scope["path"].endswith("/events"):
         return False
-    accepted = ",".join(Headers(scope=scope).getlist("accept")).lower().split(",")
-    return any(each.partition(";")[0].strip() == "text/event-stream" for each in accepted)
+    return _NAMES_STREAMS.search(",".join(Headers(scope=scope).getlist("accept"))) is not None
 
 
 def unexpected_response(error: Exception, scope: Scope) -> Response:

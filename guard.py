@@ -26,7 +26,7 @@ from answers import refuse
 from connection import SUBSCRIBER, WIRE_EXTENSION
 from errors import Forbidden, InvalidRequest, NotifydError, RateExceeded, StoreUnavailable
 from guard_peers import MAX_ADDRESS_LENGTH, UNIX, Address, RefusalLog, parsed, subscriber
-from settings import Settings, is_origin, normal_origin
+from settings import Settings, is_origin, named_origin, normal_origin
 from store import SECOND, Buckets, Draw, Rate, Store
 
 HANDSHAKES, REQUESTS = Rate(5, 10), Rate(10, 20)
@@ -200,6 +200,7 @@ class Page(NamedTuple):
     is_named: bool
 
 
+MAX_ORIGIN_SHOWN = 200
 _LABEL = re.compile(r"[\w-]+\Z", re.ASCII)
 
 
@@ -235,8 +236,8 @@ class Origins:
             scheme = page.partition("://")[0]
             if hosts and hosts[0] and page == normal_origin(f"{scheme}://{hosts[0].decode('latin-1')}"):
                 return None
-        shown = repr(page)[:200]
-        self._log.warn(shown, shown, "; --allow-origin lets it in" if is_origin(page) else "")
+        shown = repr(page)[:MAX_ORIGIN_SHOWN]
+        self._log.warn(shown, shown, "; --allow-origin lets it in" if _can_be_named(page) else "")
         raise Forbidden("Origin not allowed; --allow-origin names those that are")
 
     def _names(self, page: str) -> bool:
@@ -245,6 +246,11 @@ class Origins:
         label, _, parent = host.partition(".")
         is_known = page in self.allowed or (_LABEL.match(label) and f"{scheme}://*.{parent}" in self.allowed)
         return bool(separator and is_known) and "*" not in page
+
+
+def _can_be_named(page: str) -> bool:
+    """Whether --allow-origin with this text lets in a page that sends it."""
+    return is_origin(page) and named_origin(page) == page and "*" not in page and len(repr(page)) <= MAX_ORIGIN_SHOWN
 
 
 def _permit(page: Page | None, headers: Headers) -> None:

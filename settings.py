@@ -235,8 +235,11 @@ def is_api_key(text: str) -> bool:
 
 
 _INTERVAL = (lambda seconds: not 0 < seconds < LEAST_SECONDS, f"0 or a number >= {LEAST_SECONDS}")
+_HOSTS = (lambda hosts: not any("," in host for host in hosts), "addresses or names")
 # The checks that no type expresses, each with the words of its error.
 _CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "host": _HOSTS,
+    "internal_host": _HOSTS,
     "notification_interval": _INTERVAL,
     "ping_interval": _INTERVAL,
     "store": (_STORE.match, "auto, memory, sqlite:PATH or redis://HOST:PORT"),
@@ -266,14 +269,15 @@ def _checked(name: str, given: _Given) -> Any:
         text = value.upper() if name == "log_level" and isinstance(value, str) else value
         checked = msgspec.convert(text, _TYPES[name], strict=strict)
         if fits(checked):
-            return tuple(map(_named_origin, checked)) if name == "allow_origin" else checked
+            return tuple(map(named_origin, checked)) if name == "allow_origin" else checked
     except msgspec.ValidationError as error:
         expected = _expected(name, error)
     got = "" if name in (*_SECRETS, "jwks_url") else f", got {value!r:.100}"
-    raise SettingsError(f"{source}: expected {expected}{got}")
+    is_comma_list = name in _LISTS and source.startswith("--") and any("," in text for text in value)
+    raise SettingsError(f"{source}: expected {expected}{got}{'; repeat the flag for each' * is_comma_list}")
 
 
-def _named_origin(text: str) -> str:
+def named_origin(text: str) -> str:
     """Return the origin in a text that is_origin(), without a slash at the end."""
     found = _ORIGIN.match(text)
     assert found

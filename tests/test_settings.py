@@ -117,6 +117,15 @@ def test_a_mistake_ends_the_process_with_its_status() -> None:
         ("--log-level=foo", "--log-level: expected one of DEBUG, INFO, WARNING, ERROR, CRITICAL, got 'foo'"),
         ("--on-duplicate=Refuse", "--on-duplicate: expected one of refuse, replace, got 'Refuse'"),
         ("--host=", "--host: expected a text that is not empty, got ['']"),
+        (
+            "--host=127.0.0.1,::1",
+            "--host: expected addresses or names, got ['127.0.0.1,::1']; repeat the flag for each",
+        ),
+        (
+            "--trusted-proxies=10.0.0.1,unix",
+            "--trusted-proxies: expected addresses, networks such as 10.0.0.0/8, or unix, got ['10.0.0.1,unix']; "
+            "repeat the flag for each",
+        ),
         ("--ping-interval=1e-6", "--ping-interval: expected 0 or a number >= 0.01, got '1e-6'"),
         ("--notification-interval=0.009", "--notification-interval: expected 0 or a number >= 0.01, got '0.009'"),
         ("--history-ttl=1e-6", "--history-ttl: expected a number >= 0.01, got '1e-6'"),

@@ -64,14 +64,24 @@ def test_the_wait_differs_from_browser_to_browser(taken: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "accept", ["text/event-stream", "Text/Event-Stream;q=0.9", "application/json, text/event-stream"]
+    "accept",
+    [
+        *("text/event-stream", "Text/Event-Stream;q=0.9", "application/json, text/event-stream"),
+        *("text/html;q=0,text/event-stream;q=0.001", "text/event-stream, text/html;q=0"),
+    ],
 )
 def test_a_browser_is_known_by_the_type_that_it_accepts(taken: Server, accept: str) -> None:
     """Anywhere in the list, with parameters and in any case."""
     assert refused(taken, accept=accept).response.status == 200
 
 
-@pytest.mark.parametrize("accept", ["*/*", "text/*", "text/html", ""])
+@pytest.mark.parametrize(
+    "accept",
+    [
+        *("*/*", "text/*", "text/html", "", "text/event-stream;q=0", "text/html, text/event-stream ; x=y; Q=0.00, */*"),
+        *("application/text/event-stream", "text/event-streams"),
+    ],
+)
 def test_all_others_get_the_status(taken: Server, accept: str) -> None:
     """curl and programs see the documented status and body."""
     response = taken.get("/events", headers={"Accept": accept})
