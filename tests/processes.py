@@ -138,7 +138,9 @@ class Server:
     ) -> Server:
         """Start `python notifyd.py` on a free port with these flags, and with other values for some constants."""
         command = notifyd_command(*_last_of_each(["--port", "0", *flags]), constants=constants)
-        return cls(command, variables, is_forked=hasattr(os, "pidfd_open"))
+        # A library that is loaded first changes only a process that starts from the beginning.
+        can_fork = hasattr(os, "pidfd_open") and "LD_PRELOAD" not in os.environ
+        return cls(command, variables, is_forked=can_fork)
 
     def _collect(self) -> None:
         assert self.process.stderr is not None
