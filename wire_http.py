@@ -210,6 +210,7 @@ class HttpProtocol(asyncio.Protocol):
                 allowed -= 0 if is_sized else end - start
                 start = end
         except RequestError as error:
+            self._unread = data[start:]
             category = "connection" if self.parser.is_upgrade else "system" if error.status == 503 else "validation"
             self.refuse(error.status, str(error), category, error.headers)
         if self._phase > WHOLE:
@@ -403,7 +404,9 @@ class HttpProtocol(asyncio.Protocol):
         exchange = self._exchange
         if exchange is None or self._phase not in (BODY, WHOLE) or not exchange.has_begun:
             response = error_response(status, message, category, headers, self.server_state.default_headers)
-            if self._phase in (BODY, WHOLE) and self.parser.method == b"HEAD":
+            # A head that is refused may not have come to the parser.
+            is_head = self._unread.startswith(b"HEAD ") if self._phase is HEAD else self.parser.method == b"HEAD"
+            if is_head:
                 response = response[: response.index(BLANK_LINE) + len(BLANK_LINE)]
             self.transport.write(response)
         if exchange is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import struct
 import sys
 import time
 from asyncio import StreamReader
@@ -27,6 +28,7 @@ from wire_http import HttpProtocol
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 LAST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 EVENTS = b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n"
+HEAD = b"HEAD /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HALF_A_POST = b"POST /notify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{"
 
 
@@ -37,6 +39,25 @@ def impatient() -> Iterator[Server]:
     server = Server.notifyd(*QUIET, "--keep-alive-timeout", "1", constants=constants)
     yield server
     server.stop()
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (handshake("/ws", "HEAD"), 405),
+        (handshake("/events", "HEAD", Sec_WebSocket_Version="12"), 405),
+        (b"HEAD /events?topic=a HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"HEAD /health HTTP/1.1\r\n\r\n", 400),
+        (b"HEAD /health HTTP/1.1\r\nHost: x\r\nContent-Length: 5x\r\n\r\n", 400),
+        (b"HEAD /health HTTP/1.1\r\nHost: x\r\n", 408),
+        (b"HEAD /health HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n", 200),
+    ],
+)
+def test_a_refused_head_has_no_body(impatient: Server, request_: bytes, status: int) -> None:
+    """A client would take it for its next answer (RFC 9110, section 9.3.2); another request's refusal has one."""
+    answer = rest(impatient.raw(HEAD + request_)).split(b"\r\n\r\n")
+    assert (len(answer), answer[1].split()[1], answer[2:]) == (3, b"%d" % status, [b""])
+    assert rest(impatient.raw(HEAD + b"x\r\n")).endswith(b"}}")
 
 
 # One request after the other.
@@ -340,6 +361,57 @@ def test_an_app_that_fails_at_head_is_answered_without_a_body() -> None:
 
     answer = asyncio.run(asked(app, b"HEAD / HTTP/1.1\r\nHost: x\r\n\r\n"))
     assert answer.startswith(b"HTTP/1.1 500 ") and answer.endswith(b"\r\n\r\n") and answer.count(b"\r\n\r\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("length", "sent", "end"),
+    [
+        (None, 0, b'"category":"system"'),
+        (None, 1, b"\r\n\r\n3\r\nabc\r\n"),
+        (b"9", 2, b"\r\n\r\nabcabc"),
+    ],
+    ids=["head", "chunked", "sized"],
+)
+def test_an_app_that_fails_in_its_response_ends_the_connection(length: bytes | None, sent: int, end: bytes) -> None:
+    """The client sees that the body is cut off. Before the first part of the body it still gets an error."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-length", length)] if length else []
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for _ in range(sent):
+            await send({"type": "http.response.body", "body": b"abc", "more_body": True})
+        raise RuntimeError("on purpose")
+
+    answer = asyncio.run(asked(app, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 2))
+    assert answer.count(b"HTTP/1.1 ") == 1 and answer.startswith(b"HTTP/1.1 %d " % (200 if sent else 500))
+    assert answer.endswith(end) if sent else end in answer
+
+
+def test_a_reset_in_a_response_ends_its_app() -> None:
+    """An app that sends without end hears of it as an OSError, and one that receives as a disconnect."""
+    heard: list[object] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200})
+        try:
+            while True:
+                await send({"type": "http.response.body", "body": b"x" * 100_000, "more_body": True})
+        except OSError:
+            heard.append(await receive())
+            raise
+
+    async def read(reader: StreamReader) -> bytes:
+        transport = reader._transport  # type: ignore[attr-defined]
+        answer = await reader.readexactly(1000)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        transport.abort()
+        while not heard:
+            await asyncio.sleep(0.01)
+        return answer
+
+    asyncio.run(asked(app, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", read))
+    assert heard == [{"type": "http.disconnect"}]
 
 
 def test_an_idle_connection_keeps_nothing_of_its_last_answer() -> None:
