@@ -130,6 +130,13 @@ def test_no_module_imports_a_test_module(name: str) -> None:
     assert not [other for other in imports(TESTS[name]) if other.startswith("test_")]
 
 
+def test_each_process_collects_the_same_tests(request: pytest.FixtureRequest) -> None:
+    """No name of a test depends on the time. The workers of a run compare the names, but collect at about one time."""
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "--collect-only", "-q"]
+    collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    assert {item.nodeid for item in request.session.items} <= set(collected.splitlines())
+
+
 @pytest.mark.slow
 def test_the_tests_of_ctrl_c_hold_where_the_run_ignores_it() -> None:
     """The tests of Ctrl+C pass in `make test &` of a shell without job control, which ignores SIGINT."""
