@@ -26,7 +26,7 @@ import schemas
 from census import ANSWER_SECONDS
 from clients import Client
 from connection import Connection, ConnectionState
-from errors import ConnectionRefused, DuplicateClient, InvalidRequest, ShuttingDown
+from errors import ConnectionRefused, DuplicateClient, InvalidRequest, NotifydError, ShuttingDown
 from guard_identity import Identity, origin_of
 from heartbeat import PROBE_SECONDS
 from log import frame
@@ -101,6 +101,15 @@ class Admission:
 
     async def admit(self, connection: Connection, newcomer: Newcomer) -> Client:
         """See Hub.admit()."""
+        try:
+            return await self._admit(connection, newcomer)
+        except NotifydError as refusal:
+            if logger.isEnabledFor(logging.DEBUG):
+                source = origin_of(newcomer.peer, newcomer.identity)
+                logger.debug("A newcomer from %s is refused: %s", source, refusal.message)
+            raise
+
+    async def _admit(self, connection: Connection, newcomer: Newcomer) -> Client:
         self._check_open(connection)
         newcomer = newcomer.checked()
         client_id = newcomer.client_id

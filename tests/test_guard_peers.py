@@ -98,9 +98,14 @@ def test_fail2ban_finds_the_addresses(start_server: StartServer, tmp_path: Path,
 
 
 def test_at_debug_each_publish_and_connection_is_a_line(start_server: StartServer) -> None:
-    """With address, client, and the key's name or the token's subject: quoted, because a subject is any text."""
+    """With address, client, and the key's name or the token's subject: quoted, because a subject is any text.
+
+    A refused newcomer has a line, too.
+    """
     server = start_server("--jwt-secret", SECRET, "--api-key", f"ci:{KEY}", "--log-level", "DEBUG")
     server.connect(query="client_id=bob", additional_headers=bearer(KEY)).receive()
+    server.connect(query="client_id=bob", additional_headers=bearer(KEY)).closed()
+    assert server.get("/events?topics=ops", headers=bearer(token(sub="carol"))).status_code == 403
     with server.http.stream("GET", "/events", headers=bearer(token(sub="carol"))):
         server.wait_for_line(r"Client client_\w+ has connected from 127.0.0.1 as 'carol'$")
     sent = server.post({"message": "secret words"}, headers={"X-API-Key": KEY} | {"Idempotency-Key": "once"})
@@ -115,6 +120,8 @@ def test_at_debug_each_publish_and_connection_is_a_line(start_server: StartServe
     server.stop()
     for line in (
         "Client bob has connected from 127.0.0.1 as 'ci'",
+        "A newcomer from 127.0.0.1 as 'ci' is refused: Client bob is already connected",
+        "A newcomer from 127.0.0.1 as 'carol' is refused: Not allowed: topic ops",
         f"Published {id} (1) from 127.0.0.1 as 'ci'",
         f"Repeated {id} (1) from 127.0.0.1 as 'ci'",
         f"Published {last} (2) from 127.0.0.1 as 'a\\u2028b'",
