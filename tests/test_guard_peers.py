@@ -12,7 +12,7 @@ import pytest
 from conftest import StartServer
 from credentials import SECRET, bearer, token
 from expected import ws_error
-from processes import ROOT, Server, program, worker_count
+from processes import ROOT, Server, eventually, program, worker_count
 from ws_clients import PATIENCE
 
 KEY = "key-of-ci-4711"
@@ -52,6 +52,21 @@ def test_refused_credentials_are_logged_by_address(start_server: StartServer) ->
     lines = warnings(server)
     assert set(lines) == {f"Credentials from {address} are refused: {reason}" for address, reason in refused}
     assert len(lines) == len(refused) or worker_count() > 1
+
+
+def test_many_addresses_are_logged_and_each_again_after_a_while(start_server: StartServer) -> None:
+    """So many guess at once, from a botnet for example; fail2ban counts the lines of several minutes."""
+    constants = {"guard_peers.WARN_SECONDS": 3.0}
+    server = start_server("--api-key", f"ci:{KEY}", "--trusted-proxies", "127.0.0.1", constants=constants)
+    for number in range(150):
+        behind_proxy(server, f"203.0.113.{number}", "wrong")
+    server.wait_for_line(r"203\.0\.113\.149")
+
+    def lines_of_first() -> int:
+        behind_proxy(server, "203.0.113.0", "wrong")
+        return sum("203.0.113.0 are" in line for line in server.stderr)
+
+    eventually(lambda: lines_of_first() > worker_count())
 
 
 @pytest.mark.parametrize(

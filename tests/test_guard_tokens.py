@@ -222,6 +222,7 @@ def test_keys_that_cannot_be_fetched_are_503(start_server: StartServer, issuer: 
     assert parse(refused.content) == http_error("system", "The keys for tokens cannot be fetched")
     closed = server.connect(query=f"token={from_issuer('r1')}").closed()
     assert closed == (1013, "The keys for tokens cannot be fetched")
+    assert issuer.asked == 1, "nobody waits for the end of the pause after a failure"
     assert server.get("/status", headers={"X-API-Key": "secret"}).status_code == 200
 
 
@@ -337,6 +338,7 @@ def other_jwk(kid: str | None, **fields: Any) -> dict[str, Any]:
         [other_jwk("b"), jwk(None)],
         [other_jwk("a"), jwk(None)],
         [jwk("a", alg=None)],
+        [*[jwk("a", "P-256")] * MAX_TRIED, jwk("a")],
     ],
 )
 def test_each_key_that_could_have_signed_is_tried(document: list[dict[str, Any]]) -> None:
@@ -483,6 +485,22 @@ def test_tokens_that_wait_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         assert sorted(map(str, asyncio.run(show_five()))) == [str(KeysUnavailable)] * 2 + [str(Unauthorized)] * 3
     assert (source.fetches, len(tried)) == (3, 2 * (1 + 5 * 2))
+
+
+def test_two_fetches_are_a_pause_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many made-up tokens come."""
+    monkeypatch.setattr(tokens, "PAUSE_SECONDS", 0.2)
+    source, times = Source("a"), list[float]()
+    keys = KeySet(lambda: times.append(time.monotonic()) or source.fetch())
+
+    async def show_made_up_tokens() -> None:
+        for _ in range(3):
+            with pytest.raises(Unauthorized):
+                await Tokens(keys.find).identity(from_issuer("made up"))
+
+    asyncio.run(show_made_up_tokens())
+    assert len(times) == 3
+    assert all(later - earlier >= 0.2 for earlier, later in itertools.pairwise(times))
 
 
 def test_an_algorithm_that_no_key_can_have_waits_for_no_fetch() -> None:
