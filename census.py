@@ -217,12 +217,12 @@ class Questions:
 
     async def _reply(self, sender: str, number: int, question: dict[str, Any]) -> None:
         try:
-            answer = await self._answer(question)
+            answer = await self._answer_to(question)
             await self._hub.store.post(sender, orjson.dumps({"number": number, "answer": answer}))
         except StoreUnavailable:
             logger.debug("A question of another node stays without an answer: the store is away")
 
-    async def _answer(self, question: dict[str, Any]) -> Any:
+    async def _answer_to(self, question: dict[str, Any]) -> Any:
         """Return the answer to another node's question. Raises StoreUnavailable."""
         if question["ask"] == "contest":
             try:

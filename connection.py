@@ -205,7 +205,7 @@ class SendConnection:
 
     async def serve(self, receive: Receive, send: Send) -> None:
         """Read and write until the connection has ended."""
-        reader = self._reader = asyncio.ensure_future(self._read(receive))
+        reader = self._reader = asyncio.ensure_future(self._listen(receive))
         writer = asyncio.ensure_future(self._write_out(send))
         try:
             async with asyncio.timeout(None) as self._deadline:
@@ -221,9 +221,9 @@ class SendConnection:
         finally:
             reader.cancel()
             writer.cancel()
-            self._end()
+            self._be_closed()
 
-    def _end(self) -> None:
+    def _be_closed(self) -> None:
         self.state = ConnectionState.CLOSED
         self.writable = False
         # Connection and receiver refer to each other. Cut, they are freed now and need no collector.
@@ -232,7 +232,7 @@ class SendConnection:
         if receiver is not None:
             receiver.left()
 
-    async def _read(self, receive: Receive) -> None:
+    async def _listen(self, receive: Receive) -> None:
         while (event := await receive())["type"] not in ("websocket.disconnect", "http.disconnect"):
             if self._receiver is not None and event["type"] == "websocket.receive":
                 self._receiver.heard()
@@ -472,4 +472,4 @@ class EventStream(SendConnection):
                 self._receiver.drained()
 
     def lost(self) -> None:
-        self._end()
+        self._be_closed()

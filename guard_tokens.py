@@ -282,9 +282,9 @@ class KeySet:
 
     def _fetch_keys(self) -> list[Key]:
         # Both in the thread: parsing a document with thousands of keys takes a second or more.
-        return self._read(self._fetch())
+        return self._keys_in(self._fetch())
 
-    def _read(self, document: bytes) -> list[Key]:
+    def _keys_in(self, document: bytes) -> list[Key]:
         """Return the keys that can prove a signature. A secret in a public document cannot."""
         given = json.loads(document)
         keys: list[Key] = []

@@ -196,10 +196,10 @@ class Log:
         if (known := self._batches.get(key)) is None:
             if len(self._batches) >= BATCHES_KEPT:
                 self._batches.clear()
-            known = self._batches[key] = pending, self._join(cursor, pending or [])
+            known = self._batches[key] = pending, self._batch_at(cursor, pending or [])
         return known[1]
 
-    def _join(self, cursor: int, pending: list[int]) -> Batch:
+    def _batch_at(self, cursor: int, pending: list[int]) -> Batch:
         """Join pending entries and broadcasts in the order of their sequences."""
         assert cursor >= self._first_turn, "the broadcast at this cursor is gone"
         assert not pending or pending[0] >= self.first_sequence, "the first pending entry is gone"

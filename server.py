@@ -134,7 +134,7 @@ class Server(uvicorn.Server):
         self._parent = parent
         self._signals = contextlib.ExitStack()
         self._drain: asyncio.Task[None] | None = None
-        self._end: asyncio.Task[None] | None = None
+        self._finishing: asyncio.Task[None] | None = None
         self._complains_again_at = 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -237,7 +237,7 @@ class Server(uvicorn.Server):
     def _drained(self, drain: asyncio.Task[None]) -> None:
         if not drain.cancelled() and (error := drain.exception()):
             logger.error("The drain failed", exc_info=error)
-        self._end = asyncio.get_running_loop().create_task(self._finish())
+        self._finishing = asyncio.get_running_loop().create_task(self._finish())
 
     async def _finish(self) -> None:
         await self._hub.wait_closed()

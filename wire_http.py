@@ -222,7 +222,7 @@ class HttpProtocol(asyncio.Protocol):
             self._goes_on = True
             self._loop.call_soon(self._go_on)
         elif self.peer_has_ended and self._phase < WHOLE:
-            self._end()
+            self._end_our_side()
         if self._unread or self.is_paused or len(self.parser.body) > MAX_WAITING_BYTES:
             self.pace()
 
@@ -284,7 +284,7 @@ class HttpProtocol(asyncio.Protocol):
             if is_over and exchange.keeps_alive:
                 self._be_idle()
             elif is_over:
-                self._end()
+                self._end_our_side()
         exchange.change()
         return end
 
@@ -338,7 +338,7 @@ class HttpProtocol(asyncio.Protocol):
             self._be_idle()
         # A peer that sends the rest of its body before it reads, as most do, may do so until the deadline.
         elif self._phase is not BODY or exchange.expects_continue:
-            self._end()
+            self._end_our_side()
         if self._phase is IDLE and (self._unread or self.peer_has_ended):
             self._read_on()
         elif self.is_paused:
@@ -411,9 +411,9 @@ class HttpProtocol(asyncio.Protocol):
             self.transport.write(response)
         if exchange is not None:
             exchange.lose()
-        self._end()
+        self._end_our_side()
 
-    def _end(self) -> None:
+    def _end_our_side(self) -> None:
         """End our side behind the bytes written so far, and read on for a while."""
         is_sending = self._phase is not WHOLE or bool(self._unread)
         self._phase = ENDED

@@ -175,7 +175,7 @@ class Session:
                 self._drained = asyncio.Event()
             await self._drained.wait()
         if wire.state is CONNECTING:
-            self._answer(kind, message)
+            self._answer_handshake(kind, message)
         elif wire.state is not OPEN:
             raise ClientDisconnected
         elif kind == "websocket.send":
@@ -188,7 +188,7 @@ class Session:
         else:
             raise RuntimeError(f"{kind} is out of place on an open connection")
 
-    def _answer(self, kind: str, message: Message) -> None:
+    def _answer_handshake(self, kind: str, message: Message) -> None:
         """Answer the handshake: accept it, refuse it, or take a part of the response that refuses it."""
         if self._response is not None and kind == "websocket.http.response.body":
             self._response["body"] += message.get("body", b"")
