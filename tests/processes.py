@@ -327,7 +327,7 @@ class Server:
 
     def response_to(self, data: bytes) -> tuple[int, Message, bytes]:
         """Send these bytes over a connection of their own; return status, headers and body of the first answer."""
-        response = HTTPResponse(self.raw(data))
+        response = HTTPResponse(self.raw(data), method=data.partition(b" ")[0].decode("latin-1"))
         response.begin()
         with response:
             return response.status, response.headers, response.read()

@@ -182,12 +182,19 @@ def test_a_port_that_is_taken_on_one_address_is_one_line(
     assert ended == (1, "", f"notifyd: cannot listen on {shown.format(port=port)}: Address already in use\n")
 
 
-@pytest.mark.parametrize("name", ["nobody.invalid", "[nobody.invalid]", "127.0.0.1,::1", "[::1]:8000", "::g"])
+@pytest.mark.parametrize("name", ["nobody.invalid", "[nobody.invalid]", "[::1]:8000", "::g"])
 def test_an_unknown_host_beside_a_known_one_is_one_line(name: str) -> None:
     """The line names it, and nothing is served."""
     ended = run(*hosts("127.0.0.1", name), "--port", "0")
     assert ended.in_one_line == (1, 1)
     assert name in ended.stderr
+
+
+def test_a_comma_list_in_a_flag_is_refused() -> None:
+    """The line says how to name several."""
+    ended = call("--host", "127.0.0.1,::1")
+    assert ended.in_one_line == (2, 1)
+    assert "repeat the flag for each" in ended.stderr
 
 
 @pytest.mark.parametrize(("variable", "value"), [("NOTIFYD_HOST", ""), ("NOTIFYD_INTERNAL_HOST", " , ")])
