@@ -32,7 +32,7 @@ from heartbeat import PROBE_SECONDS
 from log import frame
 from schemas import INTERNAL_ERROR, POLICY_VIOLATION, encode, timestamp
 from settings import number
-from store import ClientIdTaken
+from store import ClientIdTaken, Registration
 
 if TYPE_CHECKING:
     from hub import Hub
@@ -165,7 +165,8 @@ class Admission:
         claim = self._claims[client_id] = asyncio.Event()
         fanout.admitting[claim] = fanout.log.next_sequence
         try:
-            position = await self._hub.store.admit(client_id, newcomer.topics, newcomer.address)
+            registration = Registration(client_id, newcomer.user, newcomer.topics, newcomer.address)
+            position = await self._hub.store.admit(registration)
             try:
                 self._check_open(connection)
                 return self._join(connection, newcomer, position)

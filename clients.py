@@ -22,6 +22,7 @@ from errors import Forbidden
 from guard_identity import Identity
 from log import Audience
 from schemas import POLICY_VIOLATION
+from store import Registration
 
 if TYPE_CHECKING:
     from admission import Newcomer
@@ -132,6 +133,10 @@ class Client:
             self.followed = Followed(self.topics, self.follows)
         return self.followed
 
+    def registration(self, topics: frozenset[str]) -> Registration:
+        """Return the client as the registry is to have it."""
+        return Registration(self.client_id, self.user, topics, self.address)
+
     def can_prove_life(self) -> bool:
         """Whether a live client would be heard. If not, its silence is no reason to close it."""
         return self.connection.hears_pongs or self.speaks
@@ -212,7 +217,7 @@ class Clients:
     def addressed(self, audience: Audience) -> Set[Client]:
         """Return the clients of an audience. Valid until a client comes, goes, or changes its topics."""
         if (known := self._addressed.get(audience)) is None:
-            groups = [members for name in audience.topics if (members := self.by_topic.get(name)) is not None]
+            groups = [*_found(self.by_topic, audience.topics), *_found(self.by_user, audience.users)]
             if audience.clients:
                 groups.append({client for name in audience.clients if (client := self.by_id.get(name)) is not None})
             if len(self._addressed) >= AUDIENCES_REMEMBERED:
@@ -220,6 +225,10 @@ class Clients:
             # A single group is not copied, so a topic of all clients costs no more than a topic of a few.
             known = self._addressed[audience] = groups[0] if len(groups) == 1 else set().union(*groups)
         return known
+
+
+def _found(groups: dict[str, set[Client]], names: Iterable[str]) -> Iterator[set[Client]]:
+    return (members for name in names if (members := groups.get(name)) is not None)
 
 
 def _part(groups: dict[str, set[Client]], name: str, client: Client) -> None:

@@ -138,7 +138,7 @@ class Conversation:
         # In this process first: a notification that the store addresses to the client must find it subscribed.
         self._set_topics(client, topics)
         try:
-            await self._hub.store.subscribe(client.client_id, topics)
+            await self._hub.store.subscribe(client.registration(topics))
         except StoreUnavailable:
             self._set_topics(client, before)
             raise
@@ -148,7 +148,7 @@ class Conversation:
         topics = client.topics | named
         with self._hub.fanout.keeping():
             # In the store first: no notification for the topics may come before their replay.
-            position = await self._hub.store.subscribe(client.client_id, topics)
+            position = await self._hub.store.subscribe(client.registration(topics))
             if client not in self._clients:
                 return ()
             # Without await until the answer is written: all that has been delivered is in the replay, and all that
@@ -161,7 +161,7 @@ class Conversation:
     async def _unsubscribe(self, client: Client, named: frozenset[str]) -> Answer:
         topics = client.topics - named
         # In the store first: it has delivered everything that was addressed to the client when it answers.
-        await self._hub.store.subscribe(client.client_id, topics)
+        await self._hub.store.subscribe(client.registration(topics))
         self._set_topics(client, topics)
         return (schemas.Subscribed(topics=sorted(topics), timestamp=timestamp()),)
 

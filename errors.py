@@ -122,6 +122,13 @@ class TooManyConnections(ConnectionRefused):
     category = "application"
 
 
+class TooManyClients(ConnectionRefused):
+    """The user has max_connections_per_user clients."""
+
+    status = 429
+    category = "application"
+
+
 class RateExceeded(NotifydError):
     """The address sends requests faster than its bucket is refilled."""
 

@@ -205,7 +205,7 @@ class FanOut:
         client.follows = start
         owed: list[Entry] = []
         if start < log.next_sequence:
-            owed = [one for one in log.since(start) if one.is_for(client.client_id, client.topics)]
+            owed = [one for one in log.since(start) if one.is_for(client.client_id, client.user, client.topics)]
             if since:
                 owed = [one for one in owed if one.replayed]
             self._owe(client, owed)
@@ -230,8 +230,8 @@ class FanOut:
         for entry in log.since(start):
             if (audience := entry.audience) is None or audience.topics.isdisjoint(topics):
                 continue
-            in_person = client.client_id in audience.clients and entry.sequence >= client.follows
-            if not in_person and not subscriptions.includes(entry.sequence, audience.topics):
+            is_named = audience.includes(client.client_id, client.user, ()) and entry.sequence >= client.follows
+            if not is_named and not subscriptions.includes(entry.sequence, audience.topics):
                 owed.append(entry)
         subscriptions.begin(topics, start)
         self._owe(client, owed)

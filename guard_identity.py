@@ -49,7 +49,7 @@ class Identity(Struct, frozen=True, kw_only=True):
         if self.publishes:
             return
         for request in requests:
-            if request.clients is not UNSET or request.topics is UNSET:
+            if request.clients is not UNSET or request.users is not UNSET or request.topics is UNSET:
                 raise Forbidden("Not allowed: to publish other than by topic")
             for topic in request.topics:
                 if not _matches(topic, self.publish_topics):

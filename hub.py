@@ -232,12 +232,14 @@ class Hub:
         data: dict[str, Any] | None = None,
         clients: list[str] | None = None,
         topics: list[str] | None = None,
+        users: list[str] | None = None,
     ) -> Receipt:
-        """Publish a notification to these clients and topics, or to everyone if neither is given.
+        """Publish a notification to these clients, topics and users, or to everyone if none of them is given.
 
         Raises InvalidRequest, naming the field and the limit, TooLarge, ShuttingDown, or StoreUnavailable.
         """
         request = {"message": message, "type": type, "data": data, "clients": clients, "topics": topics}
+        request["users"] = users
         given = {name: value for name, value in request.items() if value is not None}
         appended = await self.publish([schemas.check(given, schemas.NotifyRequest)])
         return appended.receipts[0]
@@ -289,9 +291,10 @@ class Hub:
         limit, size = self.settings.max_message_size + ENVELOPE_BYTES, len(rest) + ID_BYTES
         if size > limit:
             raise TooLarge(f"{place}data: the notification is {size} bytes long, over the limit of {limit}")
-        if not topics and request.clients is UNSET:
+        clients, users = request.clients or (), request.users or ()
+        if not (clients or topics or users):
             return Draft(rest)
-        return Draft(rest, Audience(frozenset(request.clients or ()), frozenset(topics)))
+        return Draft(rest, Audience(frozenset(clients), frozenset(topics), frozenset(users)))
 
     async def history(
         self, since: str | None, limit: int, topics: Collection[str], client_id: str | None, user: str = ""
@@ -307,7 +310,7 @@ class Hub:
         with contextlib.suppress(StoreUnavailable):
             await self.census.report()
         log = self.fanout.log
-        entries, complete = log.replay(wanted, client_id, names, self.clock())
+        entries, complete = log.replay(wanted, client_id, user, names, self.clock())
         page, size = entries[:limit], 0
         for count, entry in enumerate(page):
             size += len(entry.frame)
@@ -353,7 +356,7 @@ class Hub:
         return log.position_before(log.first_sequence), self.fanout.records()
 
     def registrations(self) -> Iterable[Registration]:
-        return [Registration(client.client_id, client.topics, client.address) for client in self.clients]
+        return [client.registration(client.topics) for client in self.clients]
 
     def evicted(self, client_ids: Sequence[str]) -> None:
         """Close these clients: their ids belong to other processes by now."""

@@ -68,17 +68,21 @@ def payloads(frames: bytes) -> Iterator[bytes]:
 
 
 class Audience(NamedTuple):
-    """The addressees of a notification that is not for everyone: the union of both."""
+    """The addressees of a notification that is not for everyone: the union of all three.
+
+    Shared stores keep an audience as an array of three arrays of names, in this order. Older ones lack the third.
+    """
 
     clients: frozenset[str]
     topics: frozenset[str]
+    users: frozenset[str] = frozenset()
 
     def size(self) -> int:
         """Return the memory that the names take, in bytes, approximately."""
         return sum(len(name) + NAME_BYTES for names in self for name in names)
 
-    def includes(self, client_id: str | None, topics: Collection[str]) -> bool:
-        return client_id in self.clients or not self.topics.isdisjoint(topics)
+    def includes(self, client_id: str | None, user: str, topics: Collection[str]) -> bool:
+        return client_id in self.clients or user in self.users or not self.topics.isdisjoint(topics)
 
 
 class Entry(NamedTuple):
@@ -92,8 +96,8 @@ class Entry(NamedTuple):
     replayed: bool
     audience: Audience | None
 
-    def is_for(self, client_id: str | None, topics: Collection[str]) -> bool:
-        return self.audience is None or self.audience.includes(client_id, topics)
+    def is_for(self, client_id: str | None, user: str, topics: Collection[str]) -> bool:
+        return self.audience is None or self.audience.includes(client_id, user, topics)
 
 
 class Batch(NamedTuple):
@@ -246,11 +250,11 @@ class Log:
         return self.first_sequence if position == self._position_before else None
 
     def replay(
-        self, since: str | None, client_id: str | None, topics: Collection[str], now: float
+        self, since: str | None, client_id: str | None, user: str, topics: Collection[str], now: float
     ) -> tuple[list[Entry], bool]:
         """Return the entries after `since` for such a client, and whether these are provably all, as reach() does."""
         start, complete = self.reach(since, now)
-        return [one for one in self.since(start) if one.replayed and one.is_for(client_id, topics)], complete
+        return [one for one in self.since(start) if one.replayed and one.is_for(client_id, user, topics)], complete
 
     def reach(self, since: str | None, now: float) -> tuple[int, bool]:
         """Return the sequence after `since`, or where the history begins, and whether nothing between is missing.

@@ -337,7 +337,7 @@ async def _admit_or_close(
     try:
         query = Query(scope["query_string"], known)
         identity = None if authenticator is None else await authenticator.identify(scope)
-        await hub.admit(connection, _newcomer(scope, query, query.since(), identity))
+        await hub.admit(connection, _newcomer(hub, scope, query, query.since(), identity))
     except TooManyConnections:
         raise
     except StoreUnavailable:
@@ -359,13 +359,13 @@ async def events(hub: Hub, request: Request, sender: Identity | None) -> ASGIApp
     if last_id == REPLACED_ID:
         return Response(status_code=204)
     query: Query = request.scope[QUERY_KEY]
-    newcomer = _newcomer(request.scope, query, query.since(last_id), sender)
+    newcomer = _newcomer(hub, request.scope, query, query.since(last_id), sender)
     stream = EventStream()
     await hub.admit(stream, newcomer)
     return stream
 
 
-def _newcomer(scope: Scope, query: Query, since: str | None, identity: Identity | None) -> Newcomer:
+def _newcomer(hub: Hub, scope: Scope, query: Query, since: str | None, identity: Identity | None) -> Newcomer:
     """Read a request to become a client."""
     user_agent = Headers(scope=scope).get("user-agent")
     return Newcomer(
@@ -375,7 +375,7 @@ def _newcomer(scope: Scope, query: Query, since: str | None, identity: Identity 
         topics=query.topics() if "topics" in query else (),
         user_agent=user_agent and user_agent[:MAX_USER_AGENT],
         identity=identity,
-        address=scope.get(SUBSCRIBER, ""),
+        address=scope.get(SUBSCRIBER, "") if hub.settings.max_connections_per_ip else "",
         peer=(scope.get("client") or ("",))[0],
     )
 

@@ -44,19 +44,21 @@ RESERVED_TYPES = frozenset(
     )
 )
 MAX_TOPICS = 100  # of a client
-MAX_TARGET_CLIENTS, MAX_TARGET_TOPICS = 1000, 100  # of a notification
+MAX_TARGET_CLIENTS, MAX_TARGET_TOPICS, MAX_TARGET_USERS = 1000, 100, 1000  # of a notification
+MAX_USER = 255  # characters
 MAX_BATCH = 1000  # requests
 # The characters of a bad name or value that its error repeats.
 MAX_SHOWN = 64
 
 _CLIENT_ID = r"^[A-Za-z0-9._:@|+/=~-]{1,128}\Z"
 # Of any script. Half a surrogate pair, as JSON may have it, is no character.
-_USER = r"^[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{0,255}\Z"
+_USER = rf"^[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{{0,{MAX_USER}}}\Z"
 # A comma separates names in a URL, and no name has a control character. Spaces around a name do not count.
 _TOPIC = r"^ *[^ ,\x00-\x1f\x7f\ud800-\udfff][^,\x00-\x1f\x7f\ud800-\udfff]*\Z"
 _POSITION = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z")
 CLIENT_ID, USER = re.compile(_CLIENT_ID), re.compile(_USER)
 ClientId = Annotated[str, Meta(pattern=_CLIENT_ID)]
+User = Annotated[str, Meta(min_length=1, pattern=_USER)]
 Topic = Annotated[str, Meta(min_length=1, max_length=128, pattern=_TOPIC)]
 Topics = Annotated[list[Topic], Meta(min_length=1, max_length=MAX_TOPICS)]
 
@@ -77,6 +79,7 @@ class NotifyRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     data: dict[str, Any] = field(default_factory=dict)
     clients: Annotated[list[ClientId], Meta(min_length=1, max_length=MAX_TARGET_CLIENTS)] | UnsetType = UNSET
     topics: Annotated[list[Topic], Meta(min_length=1, max_length=MAX_TARGET_TOPICS)] | UnsetType = UNSET
+    users: Annotated[list[User], Meta(min_length=1, max_length=MAX_TARGET_USERS)] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         if self.type in RESERVED_TYPES:
@@ -506,6 +509,7 @@ def position_of(parameter: str) -> str:
 _JSON_NAMES = {"`str`": "string", "`int`": "integer", "`float`": "number", "`bool`": "boolean"}
 _RULES = {
     _CLIENT_ID: "1 to 128 of letters, digits and ._:@|+/=~-",
+    _USER: f"1 to {MAX_USER} characters without control characters",
     _TOPIC: "1 to 128 characters without comma and control characters, and not spaces alone",
 }
 

@@ -177,6 +177,10 @@ class Settings(Struct, frozen=True, kw_only=True):
         int,
         Meta(ge=0, le=1_000_000_000, description="clients of one address connected at once, at most; 0: no limit"),
     ] = 0
+    max_connections_per_user: Annotated[
+        int,
+        Meta(ge=0, le=1_000_000_000, description="clients of one user connected at once, at most; 0: no limit"),
+    ] = 0
     ipv6_prefix: Annotated[
         int,
         Meta(ge=1, le=128, description="bits of an IPv6 address that name a subscriber, for all limits of an address"),

@@ -18,10 +18,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from errors import ConnectionRefused, KeyReused, TooManyConnections
+from errors import ConnectionRefused, KeyReused, TooManyClients, TooManyConnections
 from log import Audience
 from settings import Settings
 from slices import SLICE_SECONDS
@@ -79,16 +80,17 @@ class Store(Protocol):
         process leads and the last number was one less; otherwise there are no receipts.
         """
 
-    async def admit(self, client_id: str, topics: Collection[str], address: str) -> str:
+    async def admit(self, client: Registration) -> str:
         """Register a client of this process and return the newest id, in one step over all processes.
 
         Raises, in this order, ClientIdTaken, TooManyConnections when the address has max_connections_per_ip clients,
-        and ConnectionRefused when max_connections clients are registered. A refusal changes nothing. A client_id that
-        this process holds already is not taken: the Hub knows its own clients. An empty address has no limit.
+        TooManyClients when the user has max_connections_per_user, and ConnectionRefused when max_connections clients
+        are registered. A refusal changes nothing. A client_id that this process holds already is not taken: the Hub
+        knows its own clients.
         """
 
-    async def subscribe(self, client_id: str, topics: Collection[str]) -> str:
-        """Set the topics of a client of this process and return the newest id."""
+    async def subscribe(self, client: Registration) -> str:
+        """Set the topics of a client of this process, whose user and address stay, and return the newest id."""
 
     def leave(self, client_id: str) -> None:
         """Remove a client of this process, soon and in order: before any admission that is requested later."""
@@ -161,11 +163,52 @@ class Opening(NamedTuple):
 
 
 class Registration(NamedTuple):
-    """A client in the registry, with the address whose limit it counts for."""
+    """A client in the registry, with its user and the address whose limit it counts for; either may be empty."""
 
     client_id: str
+    user: str
     topics: Collection[str]
     address: str
+
+    def groups(self) -> list[str]:
+        """Return the groups of the registry that have the client as a member, each by its kind and name."""
+        groups = [TOPIC + name for name in self.topics]
+        if self.user:
+            groups.append(USER + self.user)
+        if self.address:
+            groups.append(ADDRESS + self.address)
+        return groups
+
+
+# The kinds of groups. A registry knows groups alone: it counts their members, and has no other use for a name.
+TOPIC, USER, ADDRESS = "topic:", "user:", "address:"
+
+
+def groups_of(audience: Audience) -> list[str]:
+    """Return the groups whose members an audience includes, beside its clients."""
+    return [*(TOPIC + name for name in audience.topics), *(USER + name for name in audience.users)]
+
+
+class Limit(NamedTuple):
+    """The members that a group may have, at most."""
+
+    group: str
+    most: int
+
+    def check(self, held: int) -> None:
+        """Raise TooManyConnections or TooManyClients unless a group with so many members has room."""
+        if held < self.most:
+            return
+        if self.group.startswith(ADDRESS):
+            raise TooManyConnections(f"Connection limit exceeded for this address: {held}/{self.most}")
+        raise TooManyClients(f"Connection limit exceeded for this user: {held}/{self.most}")
+
+
+def limits_of(settings: Settings, client: Registration) -> list[Limit]:
+    """Return the limits that a newcomer counts for, in the order of their checks."""
+    address = Limit(ADDRESS + client.address, settings.max_connections_per_ip if client.address else 0)
+    user = Limit(USER + client.user, settings.max_connections_per_user if client.user else 0)
+    return [limit for limit in (address, user) if limit.most]
 
 
 class Report(NamedTuple):
@@ -192,10 +235,6 @@ class ClientIdTaken(Exception):
     def __init__(self, node: str) -> None:
         super().__init__(node)
         self.node = node
-
-
-def address_is_full(held: int, limit: int) -> TooManyConnections:
-    return TooManyConnections(f"Connection limit exceeded for this address: {held}/{limit}")
 
 
 class Positions:
@@ -234,8 +273,7 @@ class MemoryStore:
     failure: str | None = None
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
-        self._max_connections = settings.max_connections
-        self._max_per_address = settings.max_connections_per_ip
+        self._settings = settings
         self._clock = clock
         self._positions = Positions()
         self._newest = self._positions.next()
@@ -248,9 +286,9 @@ class MemoryStore:
         self._notifications_sent = 0
         self._report = Report(0, 0)
         self._buckets = Buckets()
-        # Both empty unless addresses are limited: the address of each client, and the number of clients of each.
-        self._addresses: dict[str, str] = {}
-        self._clients_of: dict[str, int] = {}
+        # The limits that each client counts for, and the members of each limited group.
+        self._limits: dict[str, list[Limit]] = {}
+        self._members: Counter[str] = Counter()
 
     async def open(self, node: Node) -> None:
         self._node = node
@@ -301,25 +339,26 @@ class MemoryStore:
             node.deliver(records)
         return Appended(receipts, now)
 
-    async def admit(self, client_id: str, topics: Collection[str], address: str) -> str:  # noqa: ARG002
-        if self._max_per_address and (held := self._clients_of.get(address, 0)) >= self._max_per_address:
-            raise address_is_full(held, self._max_per_address)
-        if (active := self._node.recipients(None)) >= self._max_connections:
-            raise ConnectionRefused(f"Connection limit exceeded: {active}/{self._max_connections}")
+    async def admit(self, client: Registration) -> str:
+        limits, most = limits_of(self._settings, client), self._settings.max_connections
+        for limit in limits:
+            limit.check(self._members[limit.group])
+        if (active := self._node.recipients(None)) >= most:
+            raise ConnectionRefused(f"Connection limit exceeded: {active}/{most}")
         self._total += 1
-        if self._max_per_address and address:
-            self._addresses[client_id] = address
-            self._clients_of[address] = self._clients_of.get(address, 0) + 1
+        if limits:
+            self._limits[client.client_id] = limits
+            self._members.update(limit.group for limit in limits)
         return self._newest
 
-    async def subscribe(self, client_id: str, topics: Collection[str]) -> str:  # noqa: ARG002
+    async def subscribe(self, client: Registration) -> str:  # noqa: ARG002
         return self._newest
 
     def leave(self, client_id: str) -> None:
-        if (address := self._addresses.pop(client_id, None)) is not None:
-            self._clients_of[address] -= 1
-            if not self._clients_of[address]:
-                del self._clients_of[address]
+        for limit in self._limits.pop(client_id, ()):
+            self._members[limit.group] -= 1
+            if not self._members[limit.group]:
+                del self._members[limit.group]
 
     async def draw(self, bucket: str, rate: Rate) -> Draw:
         return self._buckets.draw(bucket, rate, int(self._clock() * SECOND))

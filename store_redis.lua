@@ -1,7 +1,7 @@
 -- The script of store_redis.py: one call is one group of operations of one node, and one atomic step. It is one file
 -- of over 500 lines, since Redis runs a script as a whole.
 --
--- KEYS[1] is the hash `meta`. ARGV begins with 12 words about the node and its settings, in the order below. Then come
+-- KEYS[1] is the hash `meta`. ARGV begins with 11 words about the node and its settings, in the order below. Then come
 -- the operations, each its name and its arguments. The answer is 'join' if the node is not alive or of another epoch:
 -- then nothing was done. Otherwise it is the number of the newest entry, and an answer for each operation. 'join' and
 -- 'offer' come alone. Times are microseconds of Redis's clock.
@@ -15,9 +15,8 @@
 --   node:NODE      hash    its counters;  folded:STARTED:NODE  the same, as they were added to the sums
 --   members:NODE   set     its clients
 --   posts:NODE     stream  messages to it
---   clients        hash    the node of each client, with its address if limited;  topics  its topics, packed
---   topic:NODE:NAME    set  its clients with this topic
---   address:NODE:NAME  set  its clients of this address
+--   clients        hash    the node of each client;  groups  the groups that it is in, packed
+--   group:NODE:NAME    set  its clients in this group: of a topic, of a user or, where limited, of an address
 --   dead           set     nodes with clients to remove; these count for nothing, and their ids are free
 --   bucket:NAME    string  when it is full; expires then
 --   offers         hash    records to refill the log with;  offered  zset  their ids, in order
@@ -28,15 +27,14 @@ local node = ARGV[3]
 local tail = tonumber(ARGV[4])
 math.randomseed(tonumber(ARGV[5]))
 local MAX = tonumber(ARGV[6])
-local MAX_PER_ADDRESS = tonumber(ARGV[7])
-local SIZE = tonumber(ARGV[8])
-local BYTES = tonumber(ARGV[9])
-local TTL = tonumber(ARGV[10])
-local LEASE = tonumber(ARGV[11])
-local RESTORE = tonumber(ARGV[12])
+local SIZE = tonumber(ARGV[7])
+local BYTES = tonumber(ARGV[8])
+local TTL = tonumber(ARGV[9])
+local LEASE = tonumber(ARGV[10])
+local RESTORE = tonumber(ARGV[11])
 
 -- The last argument that was read.
-local cursor = 12
+local cursor = 11
 local function arg()
   cursor = cursor + 1
   return ARGV[cursor]
@@ -45,10 +43,10 @@ local function number_arg() return tonumber(arg()) end
 
 local call = redis.call
 local META, LOG, NODES, TAILS = P..'meta', P..'log', P..'nodes', P..'tails'
-local CLIENTS, TOPICS, DEAD = P..'clients', P..'topics', P..'dead'
+local CLIENTS, GROUPS, DEAD = P..'clients', P..'groups', P..'dead'
 local OFFERS, OFFERED = P..'offers', P..'offered'
 local NODE, MEMBERS, POSTS = P..'node:', P..'members:', P..'posts:'
-local TOPIC, ADDRESS, BUCKET, ONCE = P..'topic:', P..'address:', P..'bucket:', P..'once:'
+local GROUP, BUCKET, ONCE = P..'group:', P..'bucket:', P..'once:'
 
 -- Where an entry has the values of its fields: i, t, r, a, p, o, z and w.
 local ID, AT, REST, AUDIENCE, REPLAYED, KEY, BYTES_OF, ANSWER = 2, 4, 6, 8, 10, 12, 14, 16
@@ -138,49 +136,36 @@ local function is_alive(one) return call('ZSCORE', NODES, one) end
 
 local function living() return call('ZRANGE', NODES, 0, -1) end
 
-local function set_topics(id, owner, packed)
-  local topic, old = TOPIC..owner..':', call('HGET', TOPICS, id)
+local function set_groups(id, owner, packed)
+  local group, old = GROUP..owner..':', call('HGET', GROUPS, id)
   if old then
-    for _, name in ipairs(cmsgpack.unpack(old)) do call('SREM', topic..name, id) end
+    for _, name in ipairs(cmsgpack.unpack(old)) do call('SREM', group..name, id) end
   end
   if packed ~= '' then
-    call('HSET', TOPICS, id, packed)
-    for _, name in ipairs(cmsgpack.unpack(packed)) do call('SADD', topic..name, id) end
+    call('HSET', GROUPS, id, packed)
+    for _, name in ipairs(cmsgpack.unpack(packed)) do call('SADD', group..name, id) end
   elseif old then
-    call('HDEL', TOPICS, id)
+    call('HDEL', GROUPS, id)
   end
 end
 
--- The value of a client is its node and, directly behind, its address: all node ids are of one length.
-local function owner_of(id)
-  local value = call('HGET', CLIENTS, id)
-  if not value then return nil, '' end
-  return value:sub(1, #node), value:sub(#node + 1)
-end
+local function owner_of(id) return call('HGET', CLIENTS, id) or nil end
 
 local function is_taken(owner) return owner and owner ~= node and is_alive(owner) end
 
 local function remove(id, owner)
   call('SREM', MEMBERS..owner, id)
-  local current, address = owner_of(id)
-  if current == owner then
+  if owner_of(id) == owner then
     call('HDEL', CLIENTS, id)
-    set_topics(id, owner, '')
-    if address ~= '' then call('SREM', ADDRESS..owner..':'..address, id) end
+    set_groups(id, owner, '')
   end
 end
 
-local function enter(id, owner, old_address, topics, address)
-  if MAX_PER_ADDRESS == 0 then address = '' end
-  if owner and owner ~= node then
-    remove(id, owner)
-  elseif old_address ~= '' then
-    call('SREM', ADDRESS..node..':'..old_address, id)
-  end
-  call('HSET', CLIENTS, id, node..address)
+local function enter(id, owner, groups)
+  if owner and owner ~= node then remove(id, owner) end
+  call('HSET', CLIENTS, id, node)
   call('SADD', MEMBERS..node, id)
-  set_topics(id, node, topics)
-  if address ~= '' then call('SADD', ADDRESS..node..':'..address, id) end
+  set_groups(id, node, groups)
 end
 
 local function active()
@@ -189,23 +174,23 @@ local function active()
   return count
 end
 
-local function clients_of(address)
+local function members(group)
   local count = 0
-  for _, one in ipairs(living()) do count = count + call('SCARD', ADDRESS..one..':'..address) end
+  for _, one in ipairs(living()) do count = count + call('SCARD', GROUP..one..':'..group) end
   return count
 end
 
-local function subscribers(one, topics)  -- How many clients of a node have at least one of the topics.
+local function members_of_any(one, groups)  -- How many clients of a node are in at least one of the groups.
   local largest, size = nil, 0
-  for _, name in ipairs(topics) do
-    local key = TOPIC..one..':'..name
+  for _, name in ipairs(groups) do
+    local key = GROUP..one..':'..name
     local members = call('SCARD', key)
     if members > size then largest, size = key, members end
   end
   if not largest then return 0 end
   local seen = {}
-  for _, name in ipairs(topics) do
-    local key = TOPIC..one..':'..name
+  for _, name in ipairs(groups) do
+    local key = GROUP..one..':'..name
     for _, id in ipairs(key ~= largest and call('SDIFF', key, largest) or {}) do
       if not seen[id] then seen[id], size = true, size + 1 end
     end
@@ -215,14 +200,16 @@ end
 
 local function recipients(audience)
   if audience == '' then return active() end
-  local clients, topics = unpack(cmsgpack.unpack(audience))
-  local count, wanted = 0, {}
-  for _, name in ipairs(topics) do wanted[name] = true end
-  for _, one in ipairs(#topics > 0 and living() or {}) do count = count + subscribers(one, topics) end
+  local clients, topics, users = unpack(cmsgpack.unpack(audience))
+  local count, groups, wanted = 0, {}, {}
+  for _, name in ipairs(topics) do groups[#groups + 1] = 'topic:'..name end
+  for _, name in ipairs(users) do groups[#groups + 1] = 'user:'..name end
+  for _, name in ipairs(groups) do wanted[name] = true end
+  for _, one in ipairs(#groups > 0 and living() or {}) do count = count + members_of_any(one, groups) end
   for _, id in ipairs(clients) do
     local owner = owner_of(id)
     if owner and is_alive(owner) then
-      local counted, packed = false, #topics > 0 and call('HGET', TOPICS, id)
+      local counted, packed = false, #groups > 0 and call('HGET', GROUPS, id)
       for _, name in ipairs(packed and cmsgpack.unpack(packed) or {}) do counted = counted or wanted[name] end
       if not counted then count = count + 1 end
     end
@@ -418,37 +405,39 @@ function ops.append()
 end
 
 function ops.admit()
-  local id, topics, address = arg(), arg(), arg()
-  local owner, old_address = owner_of(id)
-  if is_taken(owner) then return {'taken', owner} end
-  if MAX_PER_ADDRESS > 0 and address ~= '' then
-    local held = clients_of(address) - call('SISMEMBER', ADDRESS..node..':'..address, id)
-    if held >= MAX_PER_ADDRESS then return {'address', held} end
+  local id, groups = arg(), arg()
+  local owner, refusal = owner_of(id), nil
+  for k = 1, number_arg() do
+    local group, most = arg(), number_arg()
+    local held = members(group) - call('SISMEMBER', GROUP..node..':'..group, id)
+    if held >= most then refusal = refusal or {'limit', k, held} end
   end
+  if is_taken(owner) then return {'taken', owner} end
+  if refusal then return refusal end
   if owner ~= node then
     local count = active()
     if count >= MAX then return {'full', count} end
   end
-  enter(id, owner, old_address, topics, address)
+  enter(id, owner, groups)
   call('HINCRBY', META, 'total', 1)
   return newest
 end
 
 function ops.subscribe()
-  local id, topics = arg(), arg()
-  if owner_of(id) == node then set_topics(id, node, topics) end
+  local id, groups = arg(), arg()
+  if owner_of(id) == node then set_groups(id, node, groups) end
   return newest
 end
 
 function ops.register()
   local taken = {}
   for _ = 1, number_arg() do
-    local id, topics, address = arg(), arg(), arg()
-    local owner, old_address = owner_of(id)
+    local id, groups = arg(), arg()
+    local owner = owner_of(id)
     if is_taken(owner) then
       taken[#taken + 1] = id
     else
-      enter(id, owner, old_address, topics, address)
+      enter(id, owner, groups)
     end
   end
   return taken

@@ -30,7 +30,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
@@ -54,8 +54,9 @@ from store import (
     Rate,
     Receipt,
     Record,
+    Registration,
     Report,
-    address_is_full,
+    limits_of,
 )
 from store_redis_link import Argument, RedisLink, send
 
@@ -75,7 +76,7 @@ LOST_DATA = "it has lost data and is being filled again"
 _Entry = tuple[bytes, list[bytes]]
 # Where an entry of the log has its key and the answer; store_redis.lua names all fields.
 KEY, ANSWER = 11, 15
-_unpack_audience = msgspec.msgpack.Decoder(tuple[frozenset[str], frozenset[str]]).decode
+_unpack_audience = msgspec.msgpack.Decoder(Audience).decode
 
 
 class _Rejoin(Exception):
@@ -255,7 +256,7 @@ class RedisStore:
             await self._run(connection, [part for client_id in chunk for part in ("leave", client_id)])
         waiting, taken = iter(clients.values()), list[str]()
         while some := list(islice(waiting, CHUNK)):
-            parts = [part for client in some for part in _packed_registration(*client)]
+            parts = [part for client in some for part in _packed_registration(client)]
             _, refused = await self._run(connection, ["register", len(some), *parts])
             taken += [client_id.decode() for client_id in refused]
         if taken:
@@ -290,7 +291,7 @@ class RedisStore:
         settings = self._settings
         header: tuple[Argument, ...] = (
             *(1, self._prefix + "meta", self._prefix, self._epoch, self.node_id, self._seq, secrets.randbits(31)),
-            *(settings.max_connections, settings.max_connections_per_ip, settings.history_size, settings.history_bytes),
+            *(settings.max_connections, settings.history_size, settings.history_bytes),
             *(round(seconds * 1e6) for seconds in (settings.history_ttl, LEASE_SECONDS, RESTORE_SECONDS)),
         )
         if (replies := await self._link.run_script(connection, *header, *arguments)) == b"join":
@@ -373,23 +374,25 @@ class RedisStore:
         receipts = [Receipt(reply[n].decode(), reply[n + 1]) for n in range(2, len(reply), 2)]
         return Appended(receipts, reply[0] / 1e6, bool(reply[1]))
 
-    async def admit(self, client_id: str, topics: Collection[str], address: str) -> str:
+    async def admit(self, client: Registration) -> str:
+        limits = limits_of(self._settings, client)
+        numbers = [part for limit in limits for part in limit]
         try:
-            reply = await self._perform("admit", *_packed_registration(client_id, topics, address))
+            reply = await self._perform("admit", *_packed_registration(client), len(limits), *numbers)
         except asyncio.CancelledError:
             # The admission may be in flight already.
-            self.leave(client_id)
+            self.leave(client.client_id)
             raise
         if isinstance(reply, bytes):
             return reply.decode()
         if reply[0] == b"taken":
             raise ClientIdTaken(reply[1].decode())
-        if reply[0] == b"address":
-            raise address_is_full(reply[1], self._settings.max_connections_per_ip)
+        if reply[0] == b"limit":
+            limits[reply[1] - 1].check(reply[2])
         raise ConnectionRefused(f"Connection limit exceeded: {reply[1]}/{self._settings.max_connections}")
 
-    async def subscribe(self, client_id: str, topics: Collection[str]) -> str:
-        newest: bytes = await self._perform("subscribe", client_id, _packed_topics(topics))
+    async def subscribe(self, client: Registration) -> str:
+        newest: bytes = await self._perform("subscribe", *_packed_registration(client))
         return newest.decode()
 
     def leave(self, client_id: str) -> None:
@@ -481,7 +484,7 @@ def _whole_batches(entries: list[_Entry]) -> int:
 
 def _record(entry: _Entry) -> Record:
     _, id, _, at, _, rest, _, packed, _, replayed, *_ = entry[1]
-    audience = Audience(*_unpack_audience(packed)) if packed else None
+    audience = _unpack_audience(packed) if packed else None
     return Record(id.decode(), rest, audience, replayed == b"1", int(at) / 1e6)
 
 
@@ -492,9 +495,6 @@ def _packed_draft(draft: Draft | Record) -> tuple[Argument, ...]:
     return draft.rest, size, audience, "1" if draft.replayed else ""
 
 
-def _packed_registration(client_id: str, topics: Collection[str], address: str) -> tuple[Argument, ...]:
-    return client_id, _packed_topics(topics), address
-
-
-def _packed_topics(topics: Collection[str]) -> bytes:
-    return msgspec.msgpack.encode(list(topics)) if topics else b""
+def _packed_registration(client: Registration) -> tuple[Argument, ...]:
+    groups = client.groups()
+    return client.client_id, msgspec.msgpack.encode(groups) if groups else b""

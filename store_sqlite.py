@@ -27,12 +27,12 @@ import sqlite3
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from errors import ConnectionRefused, KeyReused, StoreUnavailable
 from settings import Settings, SettingsError, number
-from store import Appended, Census, ClientIdTaken, Draft, Draw, Node, Once, Rate, Report
+from store import Appended, Census, ClientIdTaken, Draft, Draw, Node, Once, Rate, Registration, Report
 from store_sqlite_file import File, away, failure_of
 from store_sqlite_transaction import Operation, Outcome, Progress, Transaction
 
@@ -117,17 +117,17 @@ class SqliteStore:
     async def append(self, drafts: Sequence[Draft], once: Once | None = None, counter: int | None = None) -> Appended:
         return await self._perform(Transaction.append, drafts, once, counter)
 
-    async def admit(self, client_id: str, topics: Collection[str], address: str) -> str:
+    async def admit(self, client: Registration) -> str:
         self._check_available()
         try:
-            return await self._submit(Transaction.admit, client_id, topics, address)
+            return await self._submit(Transaction.admit, client)
         except (StoreUnavailable, asyncio.CancelledError):
             # The admission may still be done, and nothing else would take the client out again.
-            self.leave(client_id)
+            self.leave(client.client_id)
             raise
 
-    async def subscribe(self, client_id: str, topics: Collection[str]) -> str:
-        return await self._perform(Transaction.subscribe, client_id, topics)
+    async def subscribe(self, client: Registration) -> str:
+        return await self._perform(Transaction.subscribe, client)
 
     def leave(self, client_id: str) -> None:
         self._enqueue(Operation(Transaction.leave, (client_id,)))

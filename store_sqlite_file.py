@@ -49,19 +49,15 @@ CREATE TABLE once (
     at REAL NOT NULL, receipts_total INTEGER NOT NULL
 );
 CREATE TABLE client (id TEXT PRIMARY KEY, node TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE topic (
-    name TEXT NOT NULL, client TEXT NOT NULL REFERENCES client ON DELETE CASCADE, PRIMARY KEY (name, client)
-) WITHOUT ROWID;
-CREATE INDEX topic_client ON topic (client);
 CREATE TABLE mail (number INTEGER PRIMARY KEY, node TEXT NOT NULL, sender TEXT NOT NULL, message BLOB NOT NULL);
 """
-# Tables that an older file of this version lacks. A bucket is full at `full_at` microseconds of CLOCK_MONOTONIC; a
-# client has a row in `address` only where addresses are limited.
+# Tables that an older file of this version lacks. A bucket is full at `full_at` microseconds of CLOCK_MONOTONIC. A
+# client is a `member` of groups: its topics, its user and, where addresses are limited, its address.
 ADDED_TABLES = (
     "CREATE TABLE IF NOT EXISTS bucket (name TEXT PRIMARY KEY, full_at INTEGER NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS address (client TEXT PRIMARY KEY REFERENCES client ON DELETE CASCADE,"
-    " name TEXT NOT NULL) WITHOUT ROWID",
-    "CREATE INDEX IF NOT EXISTS address_name ON address (name)",
+    "CREATE TABLE IF NOT EXISTS member (name TEXT NOT NULL, client TEXT NOT NULL REFERENCES client ON DELETE CASCADE,"
+    " PRIMARY KEY (name, client)) WITHOUT ROWID",
+    "CREATE INDEX IF NOT EXISTS member_client ON member (client)",
 )
 
 # Errors of a path that was wrong from the start, as opposed to a store that is away.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import sub
 from typing import Any, NamedTuple
 
@@ -41,9 +41,10 @@ from store import (
     Record,
     Registration,
     Report,
-    address_is_full,
     check_reuse,
     draw,
+    groups_of,
+    limits_of,
 )
 from store_sqlite_file import CHECKPOINT_PAGES, PAGE_BYTES, File
 
@@ -259,14 +260,12 @@ class Transaction:
     def restore(self, registrations: Iterable[Registration]) -> list[str]:
         """Register the clients that this node had before it was removed; return those that belong to others by now."""
         self._is_to_restore, taken = False, list[str]()
-        for client_id, topics, address in registrations:
-            owner = self._owner(client_id)
-            if owner not in (None, self._node_id):
-                taken.append(client_id)
-                continue
+        for client in registrations:
+            owner = self._owner(client.client_id)
             if owner is None:
-                self._register(client_id, topics)
-            self._set_address(client_id, address)
+                self._register(client)
+            elif owner != self._node_id:
+                taken.append(client.client_id)
         return taken
 
     # --- the log
@@ -320,15 +319,15 @@ class Transaction:
     def _recipients(self, audience: Audience | None) -> int:
         if audience is None:
             return self.state.active()
-        clients, topics = map(list, audience)
-        if not clients and len(topics) == 1:
-            # The usual case, without the union: that would copy a large topic.
-            found = self._run("SELECT count(*) FROM topic WHERE name = ?", topics)
+        clients, groups = list(audience.clients), groups_of(audience)
+        if not clients and len(groups) == 1:
+            # The usual case, without the union: that would copy a large group.
+            found = self._run("SELECT count(*) FROM member WHERE name = ?", groups)
         else:
             found = self._run(
                 "SELECT count(*) FROM (SELECT id FROM client WHERE id IN (SELECT value FROM json_each(?))"
-                " UNION SELECT client FROM topic WHERE name IN (SELECT value FROM json_each(?)))",
-                (msgspec.json.encode(clients).decode(), msgspec.json.encode(topics).decode()),
+                " UNION SELECT client FROM member WHERE name IN (SELECT value FROM json_each(?)))",
+                (msgspec.json.encode(clients).decode(), msgspec.json.encode(groups).decode()),
             )
         return int(found.fetchone()[0])
 
@@ -361,19 +360,21 @@ class Transaction:
 
     # --- the registry
 
-    def admit(self, client_id: str, topics: Collection[str], address: str) -> str:
-        state, limit = self.state, self._settings.max_connections
-        owner = self._owner(client_id)
+    def admit(self, client: Registration) -> str:
+        state, most = self.state, self._settings.max_connections
+        owner = self._owner(client.client_id)
         if owner is not None and owner != self._node_id:
             raise ClientIdTaken(owner)
-        self._check_address(client_id, address)
-        if owner is None and (active := state.active()) >= limit:
-            raise ConnectionRefused(f"Connection limit exceeded: {active}/{limit}")
+        for limit in limits_of(self._settings, client):
+            sql = "SELECT count(*) FROM member WHERE name = ? AND client <> ?"
+            (held,) = self._run(sql, (limit.group, client.client_id)).fetchone()
+            limit.check(held)
+        if owner is None and (active := state.active()) >= most:
+            raise ConnectionRefused(f"Connection limit exceeded: {active}/{most}")
         if owner is None:
-            self._register(client_id, topics)
+            self._register(client)
         else:
-            self.subscribe(client_id, topics)
-        self._set_address(client_id, address)
+            self.subscribe(client)
         state.total += 1
         return state.last
 
@@ -381,33 +382,23 @@ class Transaction:
         row = self._run("SELECT node FROM client WHERE id = ?", (client_id,)).fetchone()
         return None if row is None else row[0]
 
-    def _register(self, client_id: str, topics: Collection[str]) -> None:
-        self._run("INSERT INTO client VALUES (?, ?)", (client_id, self._node_id))
-        for topic in topics:
-            self._run("INSERT OR IGNORE INTO topic VALUES (?, ?)", (topic, client_id))
+    def _register(self, client: Registration) -> None:
+        self._run("INSERT INTO client VALUES (?, ?)", (client.client_id, self._node_id))
+        self._add_to_groups(client)
         self.state.nodes[self._node_id].clients += 1
 
-    def _check_address(self, client_id: str, address: str) -> None:
-        """Raise TooManyConnections where the other clients of the address have reached the limit."""
-        if address and (limit := self._settings.max_connections_per_ip):
-            sql = "SELECT count(*) FROM address WHERE name = ? AND client <> ?"
-            (held,) = self._run(sql, (address, client_id)).fetchone()
-            if held >= limit:
-                raise address_is_full(held, limit)
+    def _add_to_groups(self, client: Registration) -> None:
+        for group in client.groups():
+            self._run("INSERT OR IGNORE INTO member VALUES (?, ?)", (group, client.client_id))
 
-    def _set_address(self, client_id: str, address: str) -> None:
-        if address and self._settings.max_connections_per_ip:
-            self._run("INSERT OR REPLACE INTO address VALUES (?, ?)", (client_id, address))
-
-    def subscribe(self, client_id: str, topics: Collection[str]) -> str:
-        owner = self._owner(client_id)
+    def subscribe(self, client: Registration) -> str:
+        owner = self._owner(client.client_id)
         if owner is None and self._is_to_restore:
             # Register the client with these topics: restore() brings those that it had a moment before.
-            self._register(client_id, topics)
+            self._register(client)
         elif owner == self._node_id:
-            self._run("DELETE FROM topic WHERE client = ?", (client_id,))
-            for topic in topics:
-                self._run("INSERT OR IGNORE INTO topic VALUES (?, ?)", (topic, client_id))
+            self._run("DELETE FROM member WHERE client = ?", (client.client_id,))
+            self._add_to_groups(client)
         return self.state.last
 
     def leave(self, client_id: str) -> None:

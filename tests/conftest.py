@@ -190,8 +190,8 @@ def start_process() -> Iterator[Callable[..., Process]]:
     """Start members in processes of their own."""
     processes: list[Process] = []
 
-    def start(*arguments: Any) -> Process:
-        processes.append(Process(*arguments))
+    def start(*arguments: Any, **settings: int) -> Process:
+        processes.append(Process(*arguments, **settings))
         return processes[-1]
 
     yield start

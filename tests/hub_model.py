@@ -31,7 +31,7 @@ from hub import Hub
 from log import payloads
 from schemas import NotifyRequest
 from settings import Settings
-from store import Appended, Draft, MemoryStore, Once, Receipt, Record
+from store import Appended, Draft, MemoryStore, Once, Receipt, Record, Registration
 
 logger = logging.getLogger("notifyd")
 
@@ -677,10 +677,10 @@ class _Alarm(logging.Handler):
 # --- a Hub with a shared store
 
 
-class Registration(NamedTuple):
-    """A client_id in the registry, and the ids of the notifications addressed to it since."""
+class Registered(NamedTuple):
+    """A client in the registry, and the ids of the notifications addressed to it since."""
 
-    topics: frozenset[str]
+    client: Registration
     owed: list[str]
 
 
@@ -693,7 +693,7 @@ class LaggingStore(MemoryStore):
     def __init__(self, settings: Settings, clock: Callable[[], float], chance: Random) -> None:
         super().__init__(settings, clock)
         self.chance = chance
-        self.registered: dict[str, Registration] = {}
+        self.registered: dict[str, Registered] = {}
         self.tail: list[Record] = []
 
     async def lag(self) -> None:
@@ -707,7 +707,7 @@ class LaggingStore(MemoryStore):
         for record in records:
             audience = record.audience
             addressed = [
-                one for name, one in self.registered.items() if audience is None or audience.includes(name, one.topics)
+                one for one in self.registered.values() if audience is None or audience.includes(*one.client[:3])
             ]
             for one in addressed:
                 one.owed.append(record.id)
@@ -728,18 +728,18 @@ class LaggingStore(MemoryStore):
         self.tell()
         return appended
 
-    async def admit(self, client_id: str, topics: Collection[str], address: str) -> str:
+    async def admit(self, client: Registration) -> str:
         await self.lag()
-        assert client_id not in self.registered, "registered twice"
-        self.registered[client_id] = Registration(frozenset(topics), [])
+        assert client.client_id not in self.registered, "registered twice"
+        self.registered[client.client_id] = Registered(client, [])
         position = self._newest
         await self.lag()
         self.tell()
         return position
 
-    async def subscribe(self, client_id: str, topics: Collection[str]) -> str:
+    async def subscribe(self, client: Registration) -> str:
         # At once: the client may leave, and its client_id may come again, before the answer does.
-        self.registered[client_id] = self.registered[client_id]._replace(topics=frozenset(topics))
+        self.registered[client.client_id] = self.registered[client.client_id]._replace(client=client)
         position = self._newest
         await self.lag()
         self.tell()

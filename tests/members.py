@@ -9,6 +9,7 @@ import asyncio
 import functools
 import importlib
 import inspect
+import json
 import pickle
 import subprocess
 import sys
@@ -66,8 +67,12 @@ def threads_left() -> list[threading.Thread]:
     return [thread for thread in threads if thread.is_alive()]
 
 
-def audience(clients: Iterable[str] = (), topics: Iterable[str] = ()) -> Audience:
-    return Audience(frozenset(clients), frozenset(topics))
+def audience(clients: Iterable[str] = (), topics: Iterable[str] = (), users: Iterable[str] = ()) -> Audience:
+    return Audience(frozenset(clients), frozenset(topics), frozenset(users))
+
+
+def registration(client_id: str, *topics: str, user: str = "", address: str = "") -> Registration:
+    return Registration(client_id, user, frozenset(topics), address)
 
 
 class Member:
@@ -78,8 +83,7 @@ class Member:
         self.openings: list[Opening] = []
         self.records: list[Record] = []
         self.mail: list[tuple[str, bytes]] = []
-        self.clients: dict[str, frozenset[str]] = {}
-        self.addresses: dict[str, str] = {}
+        self.clients: dict[str, Registration] = {}
         self.lost_clients: list[str] = []
         self.times_missed = 0
         self._changed = asyncio.Event()
@@ -108,14 +112,14 @@ class Member:
         return self.opening.before, self.opening.records + self.records
 
     def registrations(self) -> Iterable[Registration]:
-        return [Registration(*client, self.addresses[client[0]]) for client in self.clients.items()]
+        return list(self.clients.values())
 
     def evicted(self, client_ids: Sequence[str]) -> None:
         self.lost_clients += client_ids
         self._changed.set()
 
     def recipients(self, audience: Audience | None) -> int:
-        return sum(audience is None or audience.includes(*client) for client in self.clients.items())
+        return sum(audience is None or audience.includes(*client[:3]) for client in self.clients.values())
 
     # Called by the tests.
 
@@ -143,9 +147,10 @@ class Member:
         while True:
             print(await self.publish(), flush=True)
 
-    async def admit(self, client_id: str, *topics: str, address: str = "") -> str:
-        newest = await self.store.admit(client_id, topics, address)
-        self.clients[client_id], self.addresses[client_id] = frozenset(topics), address
+    async def admit(self, client_id: str, *topics: str, **groups: str) -> str:
+        client = registration(client_id, *topics, **groups)
+        newest = await self.store.admit(client)
+        self.clients[client_id] = client
         return newest
 
     def leave(self, client_id: str) -> None:
@@ -184,12 +189,12 @@ async def members(url: str, count: int = 1, **settings: Any) -> AsyncIterator[li
 class Process:
     """A member in a process of its own."""
 
-    def __init__(self, url: str, lease: float = store.LEASE_SECONDS, max_connections_per_ip: int = 0) -> None:
+    def __init__(self, url: str, lease: float = store.LEASE_SECONDS, **settings: int) -> None:
         # Not in the child, which would take twice as long to start.
         from processes import ROOT, environment
 
         self._process = subprocess.Popen(
-            [sys.executable, __file__, url, str(lease), str(max_connections_per_ip)],
+            [sys.executable, __file__, url, str(lease), json.dumps(settings)],
             cwd=ROOT,
             env=environment(),
             stdin=subprocess.PIPE,
@@ -242,9 +247,8 @@ class Process:
                 stream.close()
 
 
-async def _serve(url: str, max_connections_per_ip: int) -> None:
-    settings = {"max_connections": 10_000, "max_connections_per_ip": max_connections_per_ip}
-    member = await Member(url, store_timeout=1, **settings).open()
+async def _serve(url: str, settings: dict[str, int]) -> None:
+    member = await Member(url, store_timeout=1, max_connections=10_000, **settings).open()
     loop = asyncio.get_running_loop()
     while expression := await loop.run_in_executor(None, sys.stdin.readline):
         try:
@@ -258,4 +262,4 @@ async def _serve(url: str, max_connections_per_ip: int) -> None:
 
 if __name__ == "__main__":
     shorten_leases(float(sys.argv[2]))
-    asyncio.run(_serve(sys.argv[1], int(sys.argv[3])))
+    asyncio.run(_serve(sys.argv[1], json.loads(sys.argv[3])))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from connection import ConnectionState, Receiver
 from errors import ConnectionRefused, NotifydError, ShuttingDown
 from hub import Hub, HubState
 from settings import Settings
-from store import Appended, Draft, MemoryStore, Node, Once
+from store import Appended, Draft, MemoryStore, Node, Once, Registration
 
 
 class GatedStore(MemoryStore):
@@ -27,9 +27,9 @@ class GatedStore(MemoryStore):
         self.gate.set()
         self.registered: list[str] = []
 
-    async def admit(self, client_id: str, topics: Collection[str], address: str) -> str:
-        position = await super().admit(client_id, topics, address)
-        self.registered.append(client_id)
+    async def admit(self, client: Registration) -> str:
+        position = await super().admit(client)
+        self.registered.append(client.client_id)
         await self.gate.wait()
         return position
 

@@ -413,7 +413,9 @@ def publish(server: Server, body: object, **claims: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("body", [{"message": "hi"}, [{"message": "hi", "clients": ["alice"]}]])
+@pytest.mark.parametrize(
+    "body", [{"message": "hi"}, {"message": "hi", "users": ["alice"]}, [{"message": "hi", "clients": ["alice"]}]]
+)
 def test_the_right_to_publish_is_for_everything(signed: Server, body: object) -> None:
     """A token publishes to anyone with `publish` true, and nothing without."""
     assert publish(signed, body, publish=True) == 200
@@ -425,7 +427,8 @@ def test_a_right_to_publish_by_topic_reaches_only_its_subscribers(signed: Server
     """A publisher by topic reaches neither clients nor everyone, nor another topic, also not in a batch."""
     allowed = {"message": "hi", "topics": ["builds", "team.a"]}
     assert publish(signed, allowed, publish=["builds", "team.*"]) == 200
-    for fields in ({}, {"clients": ["alice"]}, {"clients": ["alice"], "topics": ["builds"]}):
+    targets: list[dict[str, Any]] = [{}, {"clients": ["alice"]}, {"users": ["alice"]}]
+    for fields in (*targets, *({**target, "topics": ["builds"]} for target in targets[1:])):
         refused = {"message": "hi", **fields}
         assert publish(signed, refused, publish=["*"]) == (403, "Not allowed: to publish other than by topic")
         assert publish(signed, [allowed, refused], publish=["*"])[0] == 403

@@ -201,6 +201,35 @@ def test_a_hundred_replacements_at_once_leave_one(start_server: StartServer) -> 
     assert server.read("/health")["connections"]["total"] == 100
 
 
+# Clients of a user.
+
+
+def test_a_user_has_a_limit_of_clients(start_server: StartServer) -> None:
+    """WebSockets and streams of a user count together; other users, and clients of nobody, are not affected."""
+    server = start_server("--max-connections-per-user", "2")
+    words = "Connection limit exceeded for this user: 2/2"
+    client = server.join(query="user=ann")
+    with server.http.stream("GET", "/events?user=ann") as stream:
+        lines = stream.iter_lines()
+        assert any("welcome" in line for line in lines)
+        assert server.connect(query="user=ann").closed() == (1008, words)
+        refused = server.get("/events?user=ann")
+        assert (refused.status_code, parse(refused.content)) == (429, http_error("application", words))
+        ended = server.get("/events?user=ann", headers={"Accept": "text/event-stream"})
+        assert ended.status_code == 200 and f'data: {{"code":1008,"reason":"{words}"}}' in ended.text
+        for query in ("user=bob", "client_id=ann", ""):
+            server.join(query=query)
+        client.leave()
+        eventually(lambda: server.connect(query="user=ann").receive()["type"] == "welcome")
+
+
+def test_a_limit_of_a_user_is_kept_when_all_come_at_once(start_server: StartServer) -> None:
+    """Exactly as many get in as there is room for."""
+    server = start_server("--max-connections-per-user", "5")
+    met = claims([server.address(query="user=ann")] * 50)
+    assert sorted(met) == ["Connection limit exceeded for this user: 5/5"] * 45 + ["welcome"] * 5
+
+
 # The form of a client_id.
 
 

@@ -319,7 +319,7 @@ def test_a_log_that_was_trimmed_to_nothing_goes_on() -> None:
 
 def replayed(log: Log, since: str | None, now: float = 0) -> tuple[list[str], bool]:
     """Return the ids of the entries for ann, with the topic blue, after this position, and whether that is complete."""
-    entries, complete = log.replay(since, "ann", ["blue"], now)
+    entries, complete = log.replay(since, "ann", "", ["blue"], now)
     return [entry.id for entry in entries], complete
 
 
@@ -403,18 +403,22 @@ def test_ids_increase_also_when_the_clock_goes_backwards() -> None:
 
 
 @pytest.mark.parametrize(
-    ("client_id", "topics", "included"),
+    ("client_id", "user", "topics", "included"),
     [
-        ("ann", [], True),
-        ("bob", ["red"], True),
-        ("ann", ["red"], True),
-        ("bob", ["blue"], False),
-        ("bob", [], False),
-        (None, ["green", "red"], True),
-        (None, [], False),
-        ("red", ["ann"], False),
+        ("ann", "", [], True),
+        ("bob", "", ["red"], True),
+        ("bob", "cat", [], True),
+        ("ann", "cat", ["red"], True),
+        ("bob", "dan", ["blue"], False),
+        ("bob", "", [], False),
+        (None, "", ["green", "red"], True),
+        (None, "cat", [], True),
+        (None, "", [], False),
+        ("red", "ann", ["cat"], False),
+        ("cat", "red", ["ann"], False),
     ],
 )
-def test_an_audience_is_the_union(client_id: str | None, topics: list[str], included: bool) -> None:
-    """A notification for a client and a topic is for that client, and for every subscriber of the topic."""
-    assert Audience(frozenset({"ann"}), frozenset({"red"})).includes(client_id, topics) is included
+def test_an_audience_is_the_union(client_id: str | None, user: str, topics: list[str], included: bool) -> None:
+    """A notification is for the client, for every client of the user, and for every subscriber of the topic."""
+    audience = Audience(frozenset({"ann"}), frozenset({"red"}), frozenset({"cat"}))
+    assert audience.includes(client_id, user, topics) is included

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from expected import UUID7
-from members import SHORT_LEASE, SOMETHING, Member, Process, audience, members, on_loop, threads_left
+from members import SHORT_LEASE, SOMETHING, Member, Process, audience, members, on_loop, registration, threads_left
 
 from errors import ConnectionRefused, KeyReused
 from store import ClientIdTaken, Draft, Once, Record, Report
@@ -191,12 +191,12 @@ async def test_recipients_of_everyone(any_store: str) -> None:
 
 @on_loop
 async def test_recipients_on_all_processes(shared: str) -> None:
-    """Clients by id and subscribers of topics, each once, those that are connected."""
+    """Clients by id, by topic and by user, each once, those that are connected."""
     async with members(shared, 3) as [one, other, third]:
-        await one.admit("a", "t")
+        await one.admit("a", "t", user="ann")
         await one.admit("b", "t", "u")
-        await other.admit("c", "u")
-        await third.admit("d")
+        await other.admit("c", "u", user="ann")
+        await third.admit("d", user="t")
         drafts = {
             Draft(b"{}"): 4,
             Draft(b"{}", audience()): 0,
@@ -205,6 +205,9 @@ async def test_recipients_on_all_processes(shared: str) -> None:
             Draft(b"{}", audience([], ["nothing"])): 0,
             Draft(b"{}", audience([], ["t", "u"])): 3,
             Draft(b"{}", audience(["a", "d"], ["t"])): 3,
+            Draft(b"{}", audience([], [], ["ann"])): 2,
+            Draft(b"{}", audience([], [], ["ann", "t", "nobody"])): 3,
+            Draft(b"{}", audience(["a", "nobody"], ["u"], ["ann", "t"])): 4,
         }
         for member in (one, other):
             appended = await member.store.append(list(drafts))
@@ -232,11 +235,11 @@ async def test_topics_may_change(shared: str) -> None:
 
         await one.admit("a", "t", "u")
         newest = await other.publish()
-        assert await one.store.subscribe("a", ["u", "v"]) == newest
+        assert await one.store.subscribe(registration("a", "u", "v")) == newest
         assert [await subscribers(topic) for topic in "tuv"] == [0, 1, 1]
-        await one.store.subscribe("a", [])
+        await one.store.subscribe(registration("a"))
         assert [await subscribers(topic) for topic in "tuv"] == [0, 0, 0]
-        await one.store.subscribe("a", ["t"])
+        await one.store.subscribe(registration("a", "t"))
         one.leave("a")
         await one.active()
         assert await subscribers("t") == 0
@@ -247,8 +250,8 @@ async def test_a_client_that_is_gone_subscribes_to_nothing(shared: str) -> None:
     """A process subscribes neither a client of another process nor one of none."""
     async with members(shared, 2) as [one, other]:
         await other.admit("a")
-        await one.store.subscribe("a", ["t"])
-        await one.store.subscribe("b", ["t"])
+        await one.store.subscribe(registration("a", "t"))
+        await one.store.subscribe(registration("b", "t"))
         assert (await one.store.append([Draft(b"{}", audience([], ["t"]))])).receipts[0].recipients == 0
 
 
@@ -270,7 +273,7 @@ async def test_an_answer_comes_after_the_log_up_to_it(shared: str) -> None:
     async with members(shared, 2) as [one, other]:
         publishes = [asyncio.create_task(other.store.append([SOMETHING])) for _ in range(50)]
         for number in range(50):
-            newest = await (one.admit(str(number)) if number % 2 else one.store.subscribe("0", ()))
+            newest = await (one.admit(str(number)) if number % 2 else one.store.subscribe(registration("0")))
             assert newest in (one.opening.before, *one.ids)
         await asyncio.gather(*publishes)
 

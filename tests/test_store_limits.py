@@ -1,4 +1,4 @@
-"""Limits in every store: all processes together give an address one token bucket and one count of clients."""
+"""Limits in every store: over all processes an address has one token bucket, and a group one count of clients."""
 
 from __future__ import annotations
 
@@ -6,46 +6,66 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from members import SHORT_LEASE, Member, Process, audience, members, on_loop
+from members import SHORT_LEASE, Member, Process, audience, members, on_loop, registration
 from redis_server import RedisServer
 
-from errors import ConnectionRefused, StoreUnavailable, TooManyConnections
+from errors import ConnectionRefused, StoreUnavailable
 from store import SECOND, ClientIdTaken, Draft, Rate
 
 RATE = Rate(1, 3)
 
 
 ALICE, BOB = "203.0.113.1", "203.0.113.2"
-FULL = "Connection limit exceeded for this address: 3/3"
 
 
-async def refusal(member: Member, client_id: str, address: str = ALICE) -> str:
-    """Admit a client, and return the text of the refusal, or nothing if it was admitted."""
-    try:
-        await member.admit(client_id, address=address)
-    except ConnectionRefused as error:
-        return error.message
-    return ""
+class Limited(NamedTuple):
+    """The kind of group that is limited to three clients: of an address, or of a user."""
+
+    kind: str
+    setting: str
+
+    @property
+    def full(self) -> str:
+        return f"Connection limit exceeded for this {self.kind}: 3/3"
+
+    @property
+    def settings(self) -> dict[str, int]:
+        return {self.setting: 3}
+
+    async def refusal(self, member: Member, client_id: str, name: str = ALICE) -> str:
+        """Admit a client, and return the text of the refusal, or nothing if it was admitted."""
+        try:
+            await member.admit(client_id, **{self.kind: name})
+        except ConnectionRefused as error:
+            return error.message
+        return ""
+
+    async def fill(self, member: Member) -> None:
+        """Admit as many clients of one group as may be."""
+        for client_id in ("a", "b", "c"):
+            await member.admit(client_id, **{self.kind: ALICE})
+
+    async def is_free(self, member: Member) -> bool:
+        """Return whether the group has room, without taking it."""
+        if await self.refusal(member, "probe"):
+            return False
+        member.leave("probe")
+        return True
+
+    async def is_full(self, member: Member) -> bool:
+        return not await self.is_free(member)
+
+    def filling(self) -> str:
+        """Return the expression with which another process fills the group."""
+        return f"asyncio.gather(*(member.admit(name, {self.kind}={ALICE!r}) for name in 'abc'))"
 
 
-async def fill(member: Member) -> None:
-    """Admit as many clients of one address as may be."""
-    for client_id in ("a", "b", "c"):
-        await member.admit(client_id, address=ALICE)
-
-
-async def is_free(member: Member) -> bool:
-    """Return whether the address has room, without taking it."""
-    if await refusal(member, "probe"):
-        return False
-    member.leave("probe")
-    return True
-
-
-async def is_full(member: Member) -> bool:
-    return not await is_free(member)
+@pytest.fixture(params=["address-max_connections_per_ip", "user-max_connections_per_user"])
+def limited(request: pytest.FixtureRequest) -> Limited:
+    return Limited(*request.param.split("-"))
 
 
 # Buckets.
@@ -103,135 +123,139 @@ async def test_full_buckets_go_from_redis(redis: RedisServer) -> None:
         assert 0 < redis.command("PTTL", name) <= 3000
 
 
-# Clients of an address.
+# Clients of an address, and of a user.
 
 
 @on_loop
-async def test_an_address_has_a_limit_of_clients(any_store: str) -> None:
-    """The refusal states the count and the limit, and changes nothing; other addresses are not affected."""
-    async with members(any_store, max_connections_per_ip=3) as [one]:
-        await fill(one)
-        with pytest.raises(TooManyConnections, match=FULL):
-            await one.admit("d", address=ALICE)
-        assert await refusal(one, "d", BOB) == ""
+async def test_a_group_has_a_limit_of_clients(any_store: str, limited: Limited) -> None:
+    """The refusal states the count and the limit, and changes nothing; other groups are not affected."""
+    async with members(any_store, **limited.settings) as [one]:
+        await limited.fill(one)
+        with pytest.raises(ConnectionRefused, match=limited.full):
+            await one.admit("d", **{limited.kind: ALICE})
+        assert await limited.refusal(one, "d", BOB) == ""
         census = await one.store.census()
         assert (census.active, census.total) == (4, 4)
 
 
 @on_loop
-async def test_the_limit_of_an_address_spans_all_processes(shared: str) -> None:
+async def test_the_limit_of_a_group_spans_all_processes(shared: str, limited: Limited) -> None:
     """A client that leaves one process makes room on every other."""
-    async with members(shared, 2, max_connections_per_ip=3) as [one, other]:
-        assert [await refusal(member, name) for member, name in ((one, "a"), (other, "b"), (one, "c"))] == [""] * 3
-        assert [await refusal(one, "d"), await refusal(other, "e")] == [FULL, FULL]
+    async with members(shared, 2, **limited.settings) as [one, other]:
+        assert [await limited.refusal(member, name) for member, name in ((one, "a"), (other, "b"), (one, "c"))] == [
+            ""
+        ] * 3
+        assert [await limited.refusal(one, "d"), await limited.refusal(other, "e")] == [limited.full, limited.full]
         one.leave("a")
         await one.active()
-        assert [await refusal(other, "e"), await refusal(one, "d")] == ["", FULL]
+        assert [await limited.refusal(other, "e"), await limited.refusal(one, "d")] == ["", limited.full]
 
 
 @on_loop
-async def test_a_client_that_leaves_makes_room(any_store: str) -> None:
+async def test_a_client_that_leaves_makes_room(any_store: str, limited: Limited) -> None:
     """Leaving twice frees one place."""
-    async with members(any_store, max_connections_per_ip=3) as [one]:
-        await fill(one)
+    async with members(any_store, **limited.settings) as [one]:
+        await limited.fill(one)
         one.leave("a")
         one.store.leave("a")
-        assert await refusal(one, "d") == ""
-        assert await refusal(one, "e") == FULL
+        assert await limited.refusal(one, "d") == ""
+        assert await limited.refusal(one, "e") == limited.full
 
 
 @on_loop
-async def test_without_the_setting_an_address_has_no_limit(any_store: str) -> None:
+async def test_without_the_setting_a_group_has_no_limit(any_store: str, limited: Limited) -> None:
     async with members(any_store) as [one]:
-        assert [await refusal(one, str(number)) for number in range(20)] == [""] * 20
+        assert [await limited.refusal(one, str(number)) for number in range(20)] == [""] * 20
 
 
 @on_loop
-async def test_a_client_without_an_address_has_no_limit(any_store: str) -> None:
-    """The guard gives every client of a server an address; only an embedder may omit it."""
-    async with members(any_store, max_connections_per_ip=3) as [one]:
-        assert [await refusal(one, str(number), "") for number in range(5)] == [""] * 5
+async def test_a_client_without_a_group_has_no_limit(any_store: str, limited: Limited) -> None:
+    """Only an embedder may omit the address; a client may have no user."""
+    async with members(any_store, **limited.settings) as [one]:
+        assert [await limited.refusal(one, str(number), "") for number in range(5)] == [""] * 5
 
 
 @on_loop
-async def test_a_taken_id_is_reported_before_the_limit_of_the_address(shared: str) -> None:
-    """The id before the address, and the address before the limit of all clients."""
-    async with members(shared, 2, max_connections=3, max_connections_per_ip=3) as [one, other]:
-        await fill(one)
+async def test_a_taken_id_is_reported_before_the_limit_of_the_group(shared: str, limited: Limited) -> None:
+    """The id before the group, and the group before the limit of all clients."""
+    async with members(shared, 2, max_connections=3, **limited.settings) as [one, other]:
+        await limited.fill(one)
         with pytest.raises(ClientIdTaken):
-            await other.admit("a", address=ALICE)
-        assert await refusal(other, "d") == FULL
-        assert await refusal(other, "d", BOB) == "Connection limit exceeded: 3/3"
+            await other.admit("a", **{limited.kind: ALICE})
+        assert await limited.refusal(other, "d") == limited.full
+        assert await limited.refusal(other, "d", BOB) == "Connection limit exceeded: 3/3"
 
 
 @on_loop
-async def test_a_refusal_counts_for_nothing(shared: str) -> None:
-    """Refused for its id, its address or the limit of all clients: a newcomer takes no place of its address."""
-    async with members(shared, 2, max_connections=3, max_connections_per_ip=3) as [one, other]:
-        await fill(other)
+async def test_a_refusal_counts_for_nothing(shared: str, limited: Limited) -> None:
+    """Refused for its id, its group or the limit of all clients: a newcomer takes no place of its group."""
+    async with members(shared, 2, max_connections=3, **limited.settings) as [one, other]:
+        await limited.fill(other)
         for _ in range(5):
-            assert await refusal(one, "d") == FULL
-            assert await refusal(one, "d", BOB) == "Connection limit exceeded: 3/3"
+            assert await limited.refusal(one, "d") == limited.full
+            assert await limited.refusal(one, "d", BOB) == "Connection limit exceeded: 3/3"
             with pytest.raises(ClientIdTaken):
-                await one.admit("a", address=BOB)
+                await one.admit("a", **{limited.kind: BOB})
         for client_id in ("a", "b", "c"):
             other.leave(client_id)
         await other.active()
-        assert [await refusal(one, name, BOB) for name in "def"] == [""] * 3
+        assert [await limited.refusal(one, name, BOB) for name in "def"] == [""] * 3
 
 
 @on_loop
-async def test_of_many_simultaneous_admissions_as_many_as_the_limit_succeed(shared: str) -> None:
-    async with members(shared, 2, max_connections_per_ip=3) as [one, other]:
+async def test_of_many_simultaneous_admissions_as_many_as_the_limit_succeed(shared: str, limited: Limited) -> None:
+    async with members(shared, 2, **limited.settings) as [one, other]:
         newcomers = [(member, f"{place} {number}") for place, member in enumerate((one, other)) for number in range(20)]
-        answers = await asyncio.gather(*(refusal(*newcomer) for newcomer in newcomers))
-        assert sorted(answers) == [""] * 3 + [FULL] * 37
+        answers = await asyncio.gather(*(limited.refusal(*newcomer) for newcomer in newcomers))
+        assert sorted(answers) == [""] * 3 + [limited.full] * 37
 
 
 @on_loop
-async def test_a_process_that_claims_an_id_again_takes_no_second_place(shared: str) -> None:
-    """A client that comes back from another address counts for that address only."""
-    async with members(shared, max_connections_per_ip=3) as [one]:
-        await fill(one)
-        assert await refusal(one, "a") == ""
-        assert await refusal(one, "a", BOB) == ""
-        assert [await refusal(one, "d"), await refusal(one, "e")] == ["", FULL]
-        assert [await refusal(one, name, BOB) for name in "fgh"] == ["", "", FULL]
+async def test_a_process_that_claims_an_id_again_takes_no_second_place(shared: str, limited: Limited) -> None:
+    """A client that comes back from another address, or of another user, counts for that alone."""
+    async with members(shared, **limited.settings) as [one]:
+        await limited.fill(one)
+        assert await limited.refusal(one, "a") == ""
+        assert await limited.refusal(one, "a", BOB) == ""
+        assert [await limited.refusal(one, "d"), await limited.refusal(one, "e")] == ["", limited.full]
+        assert [await limited.refusal(one, name, BOB) for name in "fgh"] == ["", "", limited.full]
 
 
 @on_loop
-async def test_an_admission_that_was_cancelled_holds_no_place(shared: str) -> None:
-    async with members(shared, 2, max_connections_per_ip=3) as [one, other]:
+async def test_an_admission_that_was_cancelled_holds_no_place(shared: str, limited: Limited) -> None:
+    async with members(shared, 2, **limited.settings) as [one, other]:
         for number in range(5):
-            admission = asyncio.create_task(one.store.admit(f"c{number}", (), ALICE))
+            admission = asyncio.create_task(one.store.admit(registration(f"c{number}", **{limited.kind: ALICE})))
             await asyncio.sleep(0)
             admission.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await admission
         assert await one.active() == 0
-        await fill(other)
+        await limited.fill(other)
 
 
 @on_loop
-async def test_a_closed_process_holds_no_place(shared: str) -> None:
-    async with members(shared, max_connections_per_ip=3) as [one]:
-        other = await Member(shared, max_connections_per_ip=3).open()
-        await fill(other)
-        assert not await is_free(one)
+async def test_a_closed_process_holds_no_place(shared: str, limited: Limited) -> None:
+    async with members(shared, **limited.settings) as [one]:
+        other = await Member(shared, **limited.settings).open()
+        await limited.fill(other)
+        assert not await limited.is_free(one)
         await other.store.close()
-        assert await is_free(one)
+        assert await limited.is_free(one)
 
 
 @pytest.mark.usefixtures("_short_leases")
 @on_loop
-async def test_a_killed_process_holds_no_place(shared: str, start_process: Callable[..., Process]) -> None:
+async def test_a_killed_process_holds_no_place(
+    shared: str, start_process: Callable[..., Process], limited: Limited
+) -> None:
     """Its clients count until its lease has run out, and no longer."""
-    process = start_process(shared, SHORT_LEASE, 3)
-    async with members(shared, max_connections_per_ip=3) as [one]:
-        process.ask(f"asyncio.gather(*(member.admit(name, address={ALICE!r}) for name in 'abc'))")
-        assert not await is_free(one)
+    process = start_process(shared, SHORT_LEASE, **limited.settings)
+    async with members(shared, **limited.settings) as [one]:
+        process.ask(limited.filling())
+        assert not await limited.is_free(one)
         process.kill()
-        await one.eventually(lambda: is_free(one))
+        await one.eventually(lambda: limited.is_free(one))
 
 
 @pytest.mark.usefixtures("_short_leases")
@@ -239,31 +263,33 @@ async def test_a_killed_process_holds_no_place(shared: str, start_process: Calla
 async def test_a_process_that_was_taken_for_dead_takes_its_places_again(
     shared: str,
     start_process: Callable[..., Process],
+    limited: Limited,
 ) -> None:
     """Its connections are still there when it goes on."""
-    process = start_process(shared, SHORT_LEASE, 3)
-    async with members(shared, max_connections_per_ip=3) as [one]:
-        process.ask(f"asyncio.gather(*(member.admit(name, address={ALICE!r}) for name in 'abc'))")
+    process = start_process(shared, SHORT_LEASE, **limited.settings)
+    async with members(shared, **limited.settings) as [one]:
+        process.ask(limited.filling())
         process.stop()
-        await one.eventually(lambda: is_free(one))
+        await one.eventually(lambda: limited.is_free(one))
         process.go_on()
-        await one.eventually(lambda: is_full(one))
+        await one.eventually(lambda: limited.is_full(one))
 
 
 @pytest.mark.usefixtures("_short_leases")
 @on_loop
-async def test_a_change_of_topics_while_the_lease_ends_keeps_the_address(
+async def test_a_change_of_topics_while_the_lease_ends_keeps_the_place(
     shared: str,
     start_process: Callable[..., Process],
+    limited: Limited,
 ) -> None:
-    """The change may come before the process has entered its clients again, and knows no address."""
-    process = start_process(shared, SHORT_LEASE, 3)
-    async with members(shared, max_connections_per_ip=3) as [one]:
-        process.ask(f"asyncio.gather(*(member.admit(name, address={ALICE!r}) for name in 'abc'))")
+    """The change may come before the process has entered its clients again."""
+    process = start_process(shared, SHORT_LEASE, **limited.settings)
+    async with members(shared, **limited.settings) as [one]:
+        process.ask(limited.filling())
         process.stop()
-        await one.eventually(lambda: is_free(one))
+        await one.eventually(lambda: limited.is_free(one))
         for name in "abc":
-            process.begin(f"member.store.subscribe('{name}', ['t'])")
+            process.begin(f"member.store.subscribe(member.clients['{name}']._replace(topics=['t']))")
         process.go_on()
 
         async def have_subscribed() -> bool:
@@ -275,38 +301,38 @@ async def test_a_change_of_topics_while_the_lease_ends_keeps_the_address(
                 process.result()
         if shared.startswith("sqlite"):
             await one.eventually(have_subscribed)
-        await one.eventually(lambda: is_full(one))
+        await one.eventually(lambda: limited.is_full(one))
 
 
 @on_loop
-async def test_nothing_of_an_address_is_left_in_redis(redis: RedisServer) -> None:
+async def test_nothing_of_a_group_is_left_in_redis(redis: RedisServer, limited: Limited) -> None:
     """A client that left and a process that closed leave no key."""
-    async with members(redis.url, max_connections_per_ip=3) as [one]:
-        await fill(one)
-        assert any("address" in key for key in redis.keys(0))
+    async with members(redis.url, **limited.settings) as [one]:
+        await limited.fill(one)
+        assert any(f"{limited.kind}:" in key for key in redis.keys(0))
         for client_id in ("a", "b", "c"):
             one.leave(client_id)
         await one.active()
-        assert not any("address" in key for key in redis.keys(0))
+        assert not any(f"{limited.kind}:" in key for key in redis.keys(0))
 
 
 @on_loop
-async def test_addresses_survive_a_store_that_lost_its_data(redis: RedisServer) -> None:
+async def test_groups_survive_a_store_that_lost_its_data(redis: RedisServer, limited: Limited) -> None:
     """Each process enters its own clients again."""
-    async with members(redis.url, 2, max_connections_per_ip=3) as [one, other]:
-        await fill(other)
+    async with members(redis.url, 2, **limited.settings) as [one, other]:
+        await limited.fill(other)
         redis.empty()
         await one.until(lambda: one.store.failure is not None)
         await one.until(lambda: one.store.failure is None)
         await other.until(lambda: other.store.failure is None)
-        assert await refusal(one, "d") == FULL
+        assert await limited.refusal(one, "d") == limited.full
 
 
 @on_loop
-async def test_a_place_that_is_left_while_redis_is_away_is_free(redis: RedisServer) -> None:
-    async with members(redis.url, 2, max_connections_per_ip=3, store_timeout=0.2) as both:
+async def test_a_place_that_is_left_while_redis_is_away_is_free(redis: RedisServer, limited: Limited) -> None:
+    async with members(redis.url, 2, **limited.settings, store_timeout=0.2) as both:
         one, other = both
-        await fill(one)
+        await limited.fill(one)
         redis.stop()
         for member in both:
             await member.until(lambda member=member: member.store.failure is not None)
@@ -315,4 +341,4 @@ async def test_a_place_that_is_left_while_redis_is_away_is_free(redis: RedisServ
         redis.resume()
         for member in both:
             await member.until(lambda member=member: member.store.failure is None)
-        assert [await refusal(other, name) for name in "def"] == [""] * 3
+        assert [await limited.refusal(other, name) for name in "def"] == [""] * 3

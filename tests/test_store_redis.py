@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from members import SHORT_LEASE, SOMETHING, Member, Process, audience, members, on_loop
+from members import SHORT_LEASE, SOMETHING, Member, Process, audience, members, on_loop, registration
 from redis_server import RedisServer
 
 from errors import ConnectionRefused, KeyReused, StoreUnavailable
@@ -605,7 +605,7 @@ async def test_clients_of_a_dead_process_count_for_nothing_and_are_removed_later
         await one.until(lambda: not redis.command("EXISTS", "{notifyd}:dead"))
         assert await recipients(one) == [2, 1, 1, 2, 1]
         assert {key.split(":")[1] for key in redis.keys(0) if one.store.node_id not in key} == {
-            *("meta", "log", "nodes", "tails", "clients", "topics", "folded")
+            *("meta", "log", "nodes", "tails", "clients", "groups", "folded")
         }
 
 
@@ -697,14 +697,14 @@ async def test_a_change_of_topics_that_was_refused_is_none(start_redis: StartRed
         await one.admit("a")
         redis.empty()
         # As a conversation does it: here first, and back where it is refused.
-        one.clients["a"] = frozenset("t")
+        one.clients["a"] = registration("a", "t")
         try:
-            await one.store.subscribe("a", "t")
+            await one.store.subscribe(one.clients["a"])
         except StoreUnavailable:
-            one.clients["a"] = frozenset()
+            one.clients["a"] = registration("a")
         await is_back(one)
         appended = await one.store.append([Draft(b"{}", audience([], ["t"]))])
-        assert appended.receipts[0].recipients == len(one.clients["a"])
+        assert appended.receipts[0].recipients == len(one.clients["a"].topics)
 
 
 async def is_alone(member: Member) -> bool:
@@ -741,7 +741,7 @@ async def test_messages_to_a_process_that_does_not_read_are_bounded(
 async def test_a_cancelled_admission_is_taken_back(start_redis: StartRedis) -> None:
     """The store may have done it by then."""
     async with members(start_redis().url, 2) as [one, other]:
-        admission = asyncio.create_task(one.store.admit("a", ["t"], ""))
+        admission = asyncio.create_task(one.store.admit(registration("a", "t")))
         await asyncio.sleep(0)
         admission.cancel()
         await one.publish()

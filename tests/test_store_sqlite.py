@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import StartServer
 from expected import PONG
-from members import SHORT_LEASE, Member, Process, audience, members, on_loop, threads_left
+from members import SHORT_LEASE, Member, Process, audience, members, on_loop, registration, threads_left
 from processes import eventually
 from ws_clients import PATIENCE
 
@@ -318,7 +318,8 @@ async def test_a_change_of_topics_while_the_lease_ends(path: Path) -> None:
         for member in both:
             await member.admit(member.store.node_id, "t")
         with lock_held(path):
-            changes = [asyncio.create_task(member.store.subscribe(member.store.node_id, ())) for member in both]
+            stores = [member.store for member in both]
+            changes = [asyncio.create_task(store.subscribe(registration(store.node_id))) for store in stores]
             await asyncio.sleep(1.5 * SHORT_LEASE)
         await asyncio.gather(*changes)
         await both[0].store.census()

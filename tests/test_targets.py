@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from expected import TIME, UUID7, http_error, naming, notification, parse, ws_error
@@ -39,9 +40,9 @@ def subscribed(*topics: str) -> dict[str, Any]:
     return {"type": "subscribed", "topics": Names(*topics), "timestamp": TIME}
 
 
-def listening(server: Server, client_id: str, topics: str = "") -> Client:
-    """Join with topics in the URL."""
-    return server.join(query=f"client_id={client_id}&topics={topics}")
+def listening(server: Server, client_id: str, topics: str = "", user: str = "") -> Client:
+    """Join with topics and a user in the URL."""
+    return server.join(query=f"client_id={client_id}&topics={topics}&user={quote(user)}")
 
 
 def received(server: Server, *clients: Client) -> list[list[str]]:
@@ -76,70 +77,91 @@ def test_a_notification_for_topics_reaches_subscribers_of_each(server: Server) -
     assert received(server, *clients) == [["colours"], ["colours"], [], []]
 
 
-def test_clients_and_topics_are_a_union(server: Server) -> None:
-    """A client addressed twice gets the notification once and counts once."""
-    clients = [listening(server, "ann", "red"), listening(server, "bob"), listening(server, "cat", "red,blue")]
-    assert server.notify("both", clients=["ann", "bob"], topics=["red", "blue"])["recipients"] == 3
-    assert received(server, *clients) == [["both"], ["both"], ["both"]]
+def test_a_notification_for_users_reaches_each_of_their_clients(server: Server) -> None:
+    """Every device of a user gets it, on a WebSocket and on a stream, and nobody else."""
+    users = {"tab": "auth0|ann", "phone": "auth0|ann", "bob": "José 李", "cat": "cat", "dan": ""}
+    clients = [listening(server, name, user=user) for name, user in users.items()]
+    with server.http.stream("GET", "/events", params={"user": "auth0|ann"}) as stream:
+        lines = stream.iter_lines()
+        assert any("welcome" in line for line in lines)
+        assert server.notify("private", users=["auth0|ann", "José 李", "nobody"])["recipients"] == 4
+        assert any('"message":"private"' in line for line in lines)
+    assert received(server, *clients) == [["private"], ["private"], ["private"], [], []]
 
 
-def test_neither_is_for_everyone(server: Server) -> None:
-    """Without clients and topics a notification reaches clients with any topics."""
-    clients = [listening(server, "ann", "red"), listening(server, "bob")]
+def test_clients_topics_and_users_are_a_union(server: Server) -> None:
+    """A client addressed several times gets the notification once and counts once."""
+    clients = [
+        listening(server, "ann", "red", "eve"),
+        listening(server, "bob"),
+        listening(server, "cat", "red,blue"),
+        listening(server, "dan", user="eve"),
+    ]
+    target = {"clients": ["ann", "bob"], "topics": ["red", "blue"], "users": ["eve", "nobody"]}
+    assert server.notify("all", **target)["recipients"] == 4
+    assert received(server, *clients) == [["all"]] * 4
+
+
+def test_none_of_them_is_for_everyone(server: Server) -> None:
+    """Without clients, topics and users a notification reaches all, whatever their topics and users."""
+    clients = [listening(server, "ann", "red"), listening(server, "bob", user="bob")]
     assert server.notify("all")["recipients"] == 2
     assert received(server, *clients) == [["all"], ["all"]]
 
 
-def test_a_topic_is_no_client_and_a_client_no_topic(server: Server) -> None:
-    """The same name in both means two different things."""
-    clients = [listening(server, "red"), listening(server, "ann", "red")]
-    server.notify("for the client", clients=["red"])
-    server.notify("for the topic", topics=["red"])
-    assert received(server, *clients) == [["for the client"], ["for the topic"]]
+def test_the_same_name_means_three_different_things(server: Server) -> None:
+    """A client, a topic and a user of one name have nothing to do with each other."""
+    clients = [listening(server, "red"), listening(server, "ann", "red"), listening(server, "bob", user="red")]
+    for kind in ("clients", "topics", "users"):
+        assert server.notify(kind, **{kind: ["red"]})["recipients"] == 1
+    assert received(server, *clients) == [["clients"], ["topics"], ["users"]]
 
 
 def test_names_are_compared_to_the_letter(server: Server) -> None:
     """Neither case nor a space inside nor a common beginning makes one name another."""
-    client = listening(server, "ann", "red")
+    client = listening(server, "ann", "red", "eve")
     recipients = [
         server.notify("x", topics=[name])["recipients"] for name in ("Red", "re", "redd", "r ed", "red\u00a0")
     ]
     recipients += [server.notify("x", clients=[name])["recipients"] for name in ("Ann", "an", "anne")]
-    assert (recipients, received(server, client)) == ([0] * 8, [[]])
+    recipients += [server.notify("x", users=[name])["recipients"] for name in ("Eve", " eve", "eve ", "ev")]
+    assert (recipients, received(server, client)) == ([0] * 12, [[]])
 
 
 def test_everything_arrives_in_the_order_of_publication(server: Server) -> None:
     """Targeted and other notifications keep their order."""
-    client = listening(server, "ann", "red")
-    targets: list[dict[str, list[str]]] = [{}, {"topics": ["red"]}, {"clients": ["ann"]}, {"topics": ["blue"]}]
-    for number in range(100):
-        server.notify(str(number), **targets[number % 4])
-    assert received(server, client) == [[str(number) for number in range(100) if number % 4 != 3]]
+    client = listening(server, "ann", "red", "eve")
+    reaching: list[dict[str, list[str]]] = [{}, {"topics": ["red"]}, {"clients": ["ann"]}, {"users": ["eve"]}]
+    targets = [*reaching, {"topics": ["blue"]}, {"users": ["ann"]}]
+    for number in range(120):
+        server.notify(str(number), **targets[number % 6])
+    assert received(server, client) == [[str(number) for number in range(120) if number % 6 < 4]]
 
 
 def test_recipients_counts_the_addressed_clients_now(server: Server) -> None:
-    """An absent client or topic counts for nothing, and is no error."""
+    """An absent client, topic or user counts for nothing, and is no error."""
     listening(server, "ann", "red")
-    assert server.notify("x", clients=["ann", "nobody"], topics=["red", "nothing"])["recipients"] == 1
-    assert server.notify("x", clients=["nobody"])["recipients"] == 0
-    assert server.notify("x", topics=["nothing"])["recipients"] == 0
+    assert server.notify("x", clients=["ann", "nobody"], topics=["red", "nothing"], users=["ann"])["recipients"] == 1
+    for kind in ("clients", "topics", "users"):
+        assert server.notify("x", **{kind: ["nobody"]})["recipients"] == 0
 
 
-@pytest.mark.parametrize("target", [{"clients": ["late"]}, {"topics": ["late"]}])
+@pytest.mark.parametrize("target", [{"clients": ["late"]}, {"topics": ["late"]}, {"users": ["late"]}])
 def test_a_notification_for_an_absent_client_is_kept_for_resume(server: Server, target: dict[str, list[str]]) -> None:
     """A client that was away, or subscribes only when it comes back, is replayed the notifications it missed."""
     position = server.read("/notifications?since=")["position"]
     server.notify("kept", **target)
-    client = server.join(query=f"client_id=late&topics=late&since={position}")
+    client = server.join(query=f"client_id=late&topics=late&user=late&since={position}")
     assert client.receive()["data"]["replayed"] == 1
     assert client.receive()["data"]["message"] == "kept"
 
 
 def test_a_private_notification_is_replayed_to_nobody_else(server: Server) -> None:
-    """A private notification is replayed neither to another client_id nor to a topic of that name."""
+    """A private notification is replayed to no other client_id and no other user, nor to another kind of that name."""
     position = server.read("/notifications?since=")["position"]
     server.notify("private", clients=["ann"])
-    for query in ("client_id=bob&topics=ann", "client_id=Ann", ""):
+    server.notify("private", users=["eve"])
+    for query in ("client_id=bob&topics=ann,eve&user=ann", "client_id=Ann&user=Eve", "client_id=eve", ""):
         assert server.join(query=f"{query}&since={position}").receive()["data"]["replayed"] == 0
 
 
@@ -160,17 +182,22 @@ def test_a_notification_by_topic_carries_all_its_topics_beside_data(server: Serv
     }
 
 
-def test_a_notification_to_clients_does_not_name_them(server: Server) -> None:
-    """It looks like any other, so that no client learns the names of the others."""
-    client = listening(server, "ann")
-    server.notify("private", clients=["ann", "bob"])
+@pytest.mark.parametrize("kind", ["clients", "users"])
+def test_a_private_notification_does_not_name_its_addressees(server: Server, kind: str) -> None:
+    """It looks like any other, live and in the history, so that nobody learns the names of the others."""
+    client = listening(server, "ann", user="ann")
+    before = server.read("/notifications?since=")["position"]
+    server.notify("private", **{kind: ["ann", "bob"]})
     assert client.receive() == notification({"message": "private"})
+    kept = server.read(f"/notifications?client_id=ann&user=ann&since={before}")["notifications"]
+    assert kept == [notification({"message": "private"})]
 
 
-def test_the_answer_repeats_clients_and_topics(server: Server) -> None:
+def test_the_answer_repeats_the_addressees(server: Server) -> None:
     """The request as it was understood."""
-    request = {"message": "x", "type": "custom", "data": {}, "clients": ["ann"], "topics": ["red"]}
-    assert server.notify("x", clients=["ann"], topics=["red"])["notification"] == request
+    target = {"clients": ["ann"], "topics": ["red"], "users": ["auth0|ann"]}
+    request = {"message": "x", "type": "custom", "data": {}, **target}
+    assert server.notify("x", **target)["notification"] == request
 
 
 # Refused.
@@ -183,6 +210,13 @@ def test_the_answer_repeats_clients_and_topics(server: Server) -> None:
         ({"topics": []}, ["topics"]),
         ({"clients": [], "topics": ["red"]}, ["clients"]),
         ({"clients": "ann"}, ["clients", "array", "string"]),
+        ({"users": []}, ["users"]),
+        ({"users": "ann"}, ["users", "array", "string"]),
+        ({"users": [""]}, ["users[0]", "1"]),
+        ({"users": ["ann", "x" * 256]}, ["users[1]: expected 1 to 255 characters without control characters"]),
+        ({"users": ["a\nb"]}, ["users[0]: expected 1 to 255 characters without control characters"]),
+        ({"users": ["x"] * 1001}, ["users", "1000"]),
+        ({"user": ["ann"]}, ["user", "unknown"]),
         ({"topics": "red"}, ["topics", "array", "string"]),
         ({"topics": None}, ["topics"]),
         ({"clients": ["ann", 1]}, ["clients", "1", "string"]),
@@ -349,7 +383,7 @@ class Asked(FakeConnection):
         return super().__getattribute__(name)
 
 
-@pytest.mark.parametrize("target", [{"clients": ["client7"]}, {"topics": ["seven"]}])
+@pytest.mark.parametrize("target", [{"clients": ["client7"]}, {"topics": ["seven"]}, {"users": ["the 7th"]}])
 def test_the_cost_is_that_of_the_audience(target: dict[str, list[str]]) -> None:
     """A notification for one of a thousand bothers nobody else."""
     loop = VirtualLoop()
@@ -358,7 +392,8 @@ def test_the_cost_is_that_of_the_audience(target: dict[str, list[str]]) -> None:
     async def publish_to_one_of_a_thousand() -> int:
         clients = [Asked() for _ in range(1000)]
         for number, client in enumerate(clients):
-            await hub.admit(client, Newcomer(f"client{number}", topics=["seven"] if number == 7 else []))
+            topics = ["seven"] if number == 7 else []
+            await hub.admit(client, Newcomer(f"client{number}", topics=topics, user=f"the {number}th"))
         await hub.notify("first, for all")
         await asyncio.sleep(1)
         before = Asked.asked
