@@ -21,7 +21,7 @@ const IDLE_MS = 45_000; // after this much silence the client pings the server, 
 
 // Closes (1008) with such a reason are final: the same request would be refused again. Others are temporary:
 // "Connection limit exceeded", "Client ... is already connected", "Slow consumer".
-const FINAL = /^(Invalid |Replaced by|Authentication required|Token expired|Not allowed)/;
+const FINAL = /^(Invalid |Query:|Unknown |Replaced by|Authentication required|Token expired|Not allowed)/;
 
 /** Return the milliseconds to wait: anything up to a limit that doubles with each failure ("full jitter"). */
 export function backoff(failures, base = BASE_MS, cap = CAP_MS) {

@@ -33,7 +33,7 @@ STABLE_SECONDS = 10.0  # a connection that lasted this long counts as a success:
 
 # Closes (1008) with such a reason are final: the same request would be refused again. Others are temporary:
 # "Connection limit exceeded", "Client ... is already connected", "Slow consumer".
-FINAL = ("Invalid ", "Replaced by", "Authentication required", "Token expired", "Not allowed")
+FINAL = ("Invalid ", "Query:", "Unknown ", "Replaced by", "Authentication required", "Token expired", "Not allowed")
 
 log = logging.getLogger("notifyd.client")
 

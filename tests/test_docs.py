@@ -394,6 +394,17 @@ def test_no_close_is_documented_that_does_not_exist() -> None:
     ]
 
 
+def test_the_example_clients_give_up_where_coming_back_does_not_help() -> None:
+    """Both know the same reasons of 1008 as final, and none of the others."""
+    [in_script] = re.findall(r"const FINAL = /(.+)/;", (ROOT / "examples" / "client.js").read_text())
+    [beginnings] = re.findall(r"^FINAL = (\(.+?\))$", (ROOT / "examples" / "client.py").read_text(), re.M | re.S)
+    for code, reasons, _, helps in rows(PROTOCOL, "Code", "Reason", "When"):
+        for reason in spans(reasons) if code == "1008" else ():
+            is_final = helps.startswith(("no", "with another", "it would replace"))
+            found = bool(re.match(in_script, reason)), reason.startswith(ast.literal_eval(beginnings))
+            assert found == (is_final, is_final), reason
+
+
 def test_every_http_error_is_documented_and_no_other() -> None:
     """Each status with its categories is that of an error class, or is answered before there is an app."""
     documented = {(int(row[0]), category) for row in rows(PROTOCOL, "Status", "Category") for category in spans(row[1])}
