@@ -353,13 +353,14 @@ async def upgrade_required(hub: Hub, request: Request, sender: Identity | None) 
 
 async def events(hub: Hub, request: Request, sender: Identity | None) -> ASGIApp:
     """Admit a stream; the stream is the response."""
-    if request.method == "HEAD":
-        return stream_of(b"")
     last_id = request.headers.get("last-event-id")
     if last_id == REPLACED_ID:
         return Response(status_code=204)
     query: Query = request.scope[QUERY_KEY]
     newcomer = _newcomer(hub, request.scope, query, query.since(last_id), sender)
+    if request.method == "HEAD":
+        newcomer.checked()
+        return stream_of(b"")
     stream = EventStream()
     await hub.admit(stream, newcomer)
     return stream

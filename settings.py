@@ -405,7 +405,7 @@ def add_flag(
     shown = (", ".join(default) if isinstance(default, tuple) else str(default)) or "none"
     text = f"{description} (default: {shown})".replace("%", "%%")
     if isinstance(kind, msgspec.inspect.BoolType):
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        parser.add_argument(flag, action=_OnceTrueOrFalse, default=None, help=text)
     elif isinstance(kind, msgspec.inspect.VarTupleType):
         parser.add_argument(flag, action="append", metavar=name.rpartition("_")[2].upper(), help=text)
     elif isinstance(kind, msgspec.inspect.LiteralType):
@@ -424,3 +424,14 @@ class _Once(argparse.Action):
         if getattr(namespace, self.dest) is not None:
             parser.error(f"{self.option_strings[0]}: expected one value, got several")
         setattr(namespace, self.dest, values)
+
+
+class _OnceTrueOrFalse(argparse.BooleanOptionalAction):
+    """Take the flag or its opposite, once."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, given: str | None = None
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{self.option_strings[0]}: expected one value, got several")
+        super().__call__(parser, namespace, values, given)

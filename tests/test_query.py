@@ -111,8 +111,10 @@ def test_a_long_name_is_cut_to_fit_into_a_close(server: Server, carried: Server,
 
 
 def test_a_head_request_is_refused_as_well(server: Server) -> None:
-    """HEAD has the status of GET."""
-    assert server.request("HEAD", "/events?topic=a").status_code == 400
+    """HEAD has the status of GET, though it admits nobody."""
+    for query in ("topic=a", "since=x", "client_id=%20", "topics=,"):
+        assert server.request("HEAD", f"/events?{query}").status_code == 400
+    assert server.request("HEAD", "/events", headers={"Last-Event-ID": "x"}).status_code == 400
 
 
 @pytest.mark.parametrize("path", READING)

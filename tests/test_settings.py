@@ -218,6 +218,13 @@ def test_a_second_value_is_refused(name: str) -> None:
     assert ended == (2, "", f"notifyd: {flag(name)}: expected one value, got several (--help shows every flag)\n")
 
 
+@pytest.mark.parametrize("second", ["--debug", "--no-debug"])
+def test_a_flag_and_its_opposite_are_two_values(second: str) -> None:
+    """As of any other setting, neither wins."""
+    line = "notifyd: --debug: expected one value, got several (--help shows every flag)\n"
+    assert call("--debug", second) == (2, "", line)
+
+
 # Flags and variables.
 
 
