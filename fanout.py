@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from clients import UNTOLD, Client
 from log import Audience, Batch, Entry, Log, frame, payloads
 from schemas import POLICY_VIOLATION, ResumeData
-from store import Positions, Record
+from store import Record
 
 if TYPE_CHECKING:
     from hub import Hub
@@ -129,10 +129,10 @@ class FanOut:
             self._put(record, self._clock() - max(0.0, now - record.at))
         self._passed = self._passed_before = self.log.next_sequence
 
-    def begin_anew(self) -> None:
-        """Forget the whole log. Its position is then a new id, of no notification."""
+    def begin_anew(self, before: str) -> None:
+        """Forget the whole log; it begins after the position `before`."""
         self.log.trim(self.log.next_sequence)
-        self.log.begin(Positions(self.log.position).next())
+        self.log.begin(before)
 
     def append(self, records: Sequence[Record]) -> None:
         """Append the next records of the log, and have them handed out."""

@@ -337,15 +337,15 @@ class Hub:
             if not record.replayed:
                 self.test_notifications.notice(record)
 
-    def missed(self) -> None:
-        """Close all clients: they would miss records that the log let go of before this process could read them.
+    def missed(self, before: str) -> None:
+        """Close all clients: the log, which begins after `before`, does not continue the records that they have.
 
-        No resume from before that can be proven complete any more, so the log begins anew.
+        It let go of others before this process could read them, or another history counts after a failover.
         """
-        logger.error("The log has let go of what this process had not read; its clients are closed")
+        logger.error("The log does not continue what this process has delivered; its clients are closed")
         for client in list(self.clients):
             self.admission.dismiss(client, TRY_AGAIN_LATER, "Notifications are missing; connect again and resume")
-        self.fanout.begin_anew()
+        self.fanout.begin_anew(before)
 
     def receive_mail(self, sender: str, message: bytes) -> None:
         self.questions.receive(sender, message)

@@ -31,7 +31,7 @@ Hosts = tuple[Annotated[str, Meta(min_length=1)], ...]
 # Kubernetes injects NOTIFYD_PORT=tcp://10.0.0.1:8000 for a service called notifyd (and siblings of these forms), and
 # NOTIFYD_INTERNAL_PORT for one called notifyd-internal.
 _KUBERNETES = re.compile(rf"{PREFIX}(INTERNAL_)?(PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?|SERVICE_(HOST|PORT(_\w+)?))\Z")
-_STORE = re.compile(r"(auto|memory|sqlite:.+|(rediss?|unix)://.+)\Z", re.DOTALL)
+_STORE = re.compile(r"(auto|memory|sqlite:.+|(rediss?(\+sentinel|\+cluster)?|unix)://.+)\Z", re.DOTALL)
 _API_KEY = re.compile(r"[\w.@-]{1,64}:[!-~]+\Z", re.ASCII)
 # Without a user and a password: the fetch of the keys would ignore them, and the log would show them.
 _URL = re.compile(r"(https?://(?![^/?#]*@)[!-~]+)?\Z", re.IGNORECASE)
@@ -81,12 +81,17 @@ class Settings(Struct, frozen=True, kw_only=True):
         str,
         Meta(
             description="log and registry that processes share: memory (one process), sqlite:PATH (one machine), "
-            "redis://HOST:PORT (many); auto: memory, or with several workers sqlite in a temporary file"
+            "redis://HOST:PORT (many; also redis+sentinel and redis+cluster); auto: memory, or with several workers "
+            "sqlite in a temporary file"
         ),
     ] = "auto"
     store_prefix: Annotated[str, Meta(min_length=1, max_length=64, description="prefix of every key in Redis")] = (
         "{notifyd}:"
     )
+    store_replicas: Annotated[
+        int,
+        Meta(ge=0, le=100, description="replicas of Redis that must have a notification before it is delivered"),
+    ] = 0
     store_timeout: Annotated[float, Meta(ge=0.1, le=60, description="seconds within which the store must answer")] = 2
     debug: Annotated[
         bool, Meta(description="log at level DEBUG, overriding log_level; shown in /metrics and /status")
@@ -201,6 +206,8 @@ class Settings(Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             given = value if isinstance(value, _Given) else _Given(name, value, strict=True)
             msgspec.structs.force_setattr(self, name, _checked(name, given))
+            if name == "store_replicas" and self.store_replicas and "://" not in self.store:
+                raise SettingsError(f"{given.source}: only a store in Redis has replicas")
         if self.debug:
             # /status shows log_level: keep it true.
             msgspec.structs.force_setattr(self, "log_level", "DEBUG")
@@ -246,7 +253,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
     "internal_host": _HOSTS,
     "notification_interval": _INTERVAL,
     "ping_interval": _INTERVAL,
-    "store": (_STORE.match, "auto, memory, sqlite:PATH or redis://HOST:PORT"),
+    "store": (
+        _STORE.match,
+        "auto, memory, sqlite:PATH, redis://HOST:PORT, redis+sentinel://... or redis+cluster://...",
+    ),
     "api_key": (
         lambda keys: all(map(is_api_key, keys)),
         "NAME:SECRET, a secret without spaces (best in --api-key-file)",

@@ -40,8 +40,8 @@ class Node(Protocol):
     def deliver(self, records: Sequence[Record]) -> None:
         """Take the next records of the log."""
 
-    def missed(self) -> None:
-        """Note that the log trimmed records before this process could read them."""
+    def missed(self, before: str) -> None:
+        """Forget all records: the log begins after this id, and does not continue them. Its records come next."""
 
     def receive_mail(self, sender: str, message: bytes) -> None:
         """Take a message that another node has posted."""

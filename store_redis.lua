@@ -1,10 +1,11 @@
 -- The script of store_redis.py: one call is one group of operations of one node, and one atomic step. It is one file
 -- of over 500 lines, since Redis runs a script as a whole.
 --
--- KEYS[1] is the hash `meta`. ARGV begins with 11 words about the node and its settings, in the order below. Then come
--- the operations, each its name and its arguments. The answer is 'join' if the node is not alive or of another epoch:
--- then nothing was done. Otherwise it is the number of the newest entry, and an answer for each operation. 'join' and
--- 'offer' come alone. Times are microseconds of Redis's clock.
+-- KEYS are the hash `meta` and a key that is never there: while a cluster moves the slot, Redis then refuses the whole
+-- call, so no key comes to be on both sides. ARGV begins with 11 words about the node and its settings, in the order
+-- below. Then come the operations, each its name and its arguments. The answer is 'join' if the node is not alive or of
+-- another epoch, or if another Redis has taken over: then nothing was done. Otherwise it is the number of the newest
+-- entry, and an answer for each operation. 'join' and 'offer' come alone. Times are microseconds of Redis's clock.
 --
 -- The keys, after the prefix:
 --   meta           hash    the single values, and the sums of what dead nodes have counted
@@ -20,6 +21,7 @@
 --   dead           set     nodes with clients to remove; these count for nothing, and their ids are free
 --   bucket:NAME    string  when it is full; expires then
 --   offers         hash    records to refill the log with;  offered  zset  their ids, in order
+--   awaited        set     nodes that may still offer some
 
 local P = ARGV[1]
 local epoch = ARGV[2]
@@ -44,7 +46,7 @@ local function number_arg() return tonumber(arg()) end
 local call = redis.call
 local META, LOG, NODES, TAILS = P..'meta', P..'log', P..'nodes', P..'tails'
 local CLIENTS, GROUPS, DEAD = P..'clients', P..'groups', P..'dead'
-local OFFERS, OFFERED = P..'offers', P..'offered'
+local OFFERS, OFFERED, AWAITED = P..'offers', P..'offered', P..'awaited'
 local NODE, MEMBERS, POSTS = P..'node:', P..'members:', P..'posts:'
 local GROUP, BUCKET, ONCE = P..'group:', P..'bucket:', P..'once:'
 
@@ -56,12 +58,13 @@ local REMOVED_AT_ONCE, RESTORED_AT_ONCE = 1000, 1000
 
 local time = call('TIME')
 local now = time[1] * 1000000 + time[2]
-local newest, before, kept, bytes, seq, sent = '', '', 0, 0, 0, 0
+-- The newest id, the id before the first, the sums of the log, its last number, and the least number of the next entry.
+local newest, before, kept, bytes, seq, least, sent = '', '', 0, 0, 0, 0, 0
 
 local function load()
-  local state = call('HMGET', META, 'newest', 'before', 'kept', 'bytes', 'seq')
+  local state = call('HMGET', META, 'newest', 'before', 'kept', 'bytes', 'seq', 'least')
   newest, before = state[1], state[2]
-  kept, bytes, seq = tonumber(state[3]), tonumber(state[4]), tonumber(state[5])
+  kept, bytes, seq, least = tonumber(state[3]), tonumber(state[4]), tonumber(state[5]), tonumber(state[6] or 0)
 end
 
 local function save()
@@ -89,7 +92,7 @@ local function next_id(last)
 end
 
 local function add(id, at, rest, size, audience, replayed, key, answer)
-  newest, seq, bytes = id, seq + 1, bytes + size
+  newest, seq, bytes = id, math.max(seq + 1, least), bytes + size
   if replayed == '1' then kept = kept + 1 end
   call('XADD', LOG, text(seq)..'-0', 'i', id, 't', at, 'r', rest, 'a', audience, 'p', replayed, 'o', key, 'z', size,
     'w', answer)
@@ -98,6 +101,23 @@ local function add(id, at, rest, size, audience, replayed, key, answer)
 end
 
 local function number(entry) return tonumber(entry[1]:sub(1, -3)) end
+
+local function place_of(id)  -- The number of the entry with this id, or of the log's front if that is the id; or nil.
+  local low, high, found = 0, seq, before
+  while low < high do
+    -- The ids increase with the numbers; between these there are gaps.
+    local middle = math.ceil((low + high) / 2)
+    local entry = call('XREVRANGE', LOG, text(middle)..'-0', text(low + 1)..'-0', 'COUNT', 1)[1]
+    if not entry then
+      low = middle
+    elseif entry[2][ID] <= id then
+      low, found = middle, entry[2][ID]
+    else
+      high = number(entry) - 1
+    end
+  end
+  return found == id and low or nil
+end
 
 local function forget(entry)
   local fields = entry[2]
@@ -250,6 +270,12 @@ end
 
 -- --- join, and the refill of a log that lost records
 
+-- An epoch is <term>-<run id of this Redis>-<time>. The term counts on, so that the later of two epochs is the greater.
+local function run_id()  -- Without the right to INFO, only the loss of records is noticed.
+  local info = redis.pcall('INFO', 'server')
+  return type(info) == 'string' and info:match('run_id:(%x+)') or ''
+end
+
 local function restore()  -- Put some of the offered records back; return whether these were the last.
   local offered = call('HGET', META, 'offered') or ''
   if offered > newest then
@@ -261,8 +287,11 @@ local function restore()  -- Put some of the offered records back; return whethe
     newest = next_id('')
     before = newest
   end
-  local last = call('ZREVRANGE', OFFERED, 0, 0)[1]
-  if last and last > newest and call('HGET', META, 'restoring') ~= '0' then seq = math.max(seq, now) end
+  -- Above all numbers that any process may have read before, so that it notices the gap.
+  if call('HGET', META, 'restoring') ~= '0' then
+    least = math.max(seq + 1000000, now)
+    call('HSET', META, 'least', least)
+  end
   local popped = call('ZPOPMIN', OFFERED, RESTORED_AT_ONCE)
   for k = 1, #popped, 2 do
     local id = popped[k]
@@ -271,7 +300,8 @@ local function restore()  -- Put some of the offered records back; return whethe
   end
   save()
   if call('EXISTS', OFFERED) == 0 then
-    call('HDEL', META, 'restoring', 'offered')
+    call('HDEL', META, 'restoring', 'offered', 'offers_of', 'restored')
+    call('UNLINK', AWAITED)
     return true
   end
   call('HSET', META, 'restoring', 0)
@@ -280,9 +310,14 @@ end
 
 local SUMS = {'total', 'sent', 'messages', 'slow', 'counter'}
 
-local function begin_epoch(run, restoring)
-  local current = run..'-'..text(now)
-  call('HSET', META, 'epoch', current, 'run', run, 'restoring', restoring)
+local function begin_epoch(run, last_epoch, branch, awaited)
+  -- The records in the log are of the epoch before, also where its own refill did not end.
+  if not call('HGET', META, 'restored') then call('HSET', META, 'restored', last_epoch or '') end
+  local term = math.max(tonumber((last_epoch or ''):match('^%d+') or 0), tonumber(branch:match('^%d+') or 0)) + 1
+  local current = string.format('%08d-%s-%s', term, run, text(now))
+  call('UNLINK', AWAITED)
+  if #awaited > 0 then call('SADD', AWAITED, unpack(awaited)) end
+  call('HSET', META, 'epoch', current, 'run', run, 'restoring', #awaited > 0 and now + 2 * RESTORE or now + RESTORE)
   return current
 end
 
@@ -300,23 +335,23 @@ local function count_on(messages, slow)  -- Enter the node's counters: the large
 end
 
 local function join()
-  local last, known = arg(), {}
+  -- The newest record of the node, the epoch of its last join, which names its branch, and whether it made its offers.
+  local last, branch, has_offered, known = arg(), arg(), arg() == '1', {}
   for k in ipairs(SUMS) do known[k] = number_arg() end
   local started, messages, slow = number_arg(), number_arg(), number_arg()
-  -- Without the right to INFO, only the loss of records is noticed.
-  local info = redis.pcall('INFO', 'server')
-  local run = type(info) == 'string' and info:match('run_id:(%x+)') or ''
-  local state = call('HMGET', META, 'epoch', 'run', 'restoring')
+  local run, state = run_id(), call('HMGET', META, 'epoch', 'run', 'restoring')
   local current, restoring = state[1], tonumber(state[3] or nil)
-  local fresh, others = epoch == '', call('ZCARD', NODES) > 0
+  local fresh, nodes = epoch == '', living()
   if not current then
     call('HSET', META, 'newest', '', 'before', '', 'kept', 0, 'bytes', 0, 'seq', now, 'started', now)
   end
   remove_dead_nodes()
   load()
-  if not current or run ~= state[2] or not restoring and last > newest then
-    restoring = (not fresh or others) and now + RESTORE or now
-    current = begin_epoch(run, restoring)
+  local is_ahead = not restoring and current and (branch > current or branch == current and last > newest)
+  if not current or run ~= state[2] or is_ahead then
+    current = begin_epoch(run, current, branch, nodes)
+    restoring = tonumber(call('HGET', META, 'restoring'))
+    if fresh and #nodes == 0 then restoring = now end
   end
   if not fresh then
     if epoch ~= current then
@@ -335,20 +370,30 @@ local function join()
   call('ZADD', NODES, now + LEASE, node)
   call('SREM', DEAD, node)
   local members = call('SMEMBERS', MEMBERS..node)
+  -- When the last of the known nodes has made its offers, nobody needs to wait for more.
+  if has_offered and call('SREM', AWAITED, node) == 1 and call('EXISTS', AWAITED) == 0 then restoring = now end
   -- The second bound: a clock that is put back makes it no longer.
-  local waits = restoring and restoring > now and restoring <= now + RESTORE
+  local waits = restoring and restoring > now and restoring <= now + 2 * RESTORE
   if waits or restoring and not restore() then return {current, members, newest} end
   trim()
   local first = call('XRANGE', LOG, '-', '+', 'COUNT', 1)[1]
-  tail = math.min(math.max(tail, first and number(first) - 1 or seq), seq)
+  -- A node whose newest record is not here has delivered others than this log has, or missed some.
+  local place = place_of(last)
+  tail = place or first and number(first) - 1 or seq
   call('ZADD', TAILS, tail, node)
-  return {current, members, before, tail, seq, now, tonumber(call('HGET', META, 'started'))}
+  local since = tonumber(call('HGET', META, 'started'))
+  return {current, members, before, tail, place and 1 or 0, seq, now, since}
 end
 
 local function offer()
   if call('HGET', META, 'epoch') ~= epoch or call('HEXISTS', META, 'restoring') == 0 then return 'join' end
-  local front = arg()
-  if front > (call('HGET', META, 'offered') or '') then call('HSET', META, 'offered', front) end
+  local front, branch = arg(), arg()
+  -- Of two branches the later one counts; the nodes of the other learn with their join that their records are none.
+  local of = call('HGET', META, 'offers_of') or call('HGET', META, 'restored')
+  if branch < of then return 'offered' end
+  if branch > of then call('UNLINK', OFFERS, OFFERED) end
+  call('HSET', META, 'offers_of', branch)
+  if branch > of or front > (call('HGET', META, 'offered') or '') then call('HSET', META, 'offered', front) end
   while cursor < #ARGV do
     local id, age = arg(), arg()
     local rest, size, audience, replayed, key, answer = arg(), arg(), arg(), arg(), arg(), arg()
@@ -513,7 +558,8 @@ if alone then
   return alone()
 end
 remove_dead_nodes()
-if call('HGET', META, 'epoch') ~= epoch or not is_alive(node) then return 'join' end
+local life = call('HMGET', META, 'epoch', 'run')
+if life[1] ~= epoch or life[2] ~= run_id() or not is_alive(node) then return 'join' end
 call('ZADD', NODES, now + LEASE, node)
 call('ZADD', TAILS, tail, node)
 load()

@@ -13,9 +13,10 @@ noeviction).
 3. No entry is trimmed that a living process has yet to read; each group states the process's place.
 4. A process is alive for LEASE_SECONDS after its last group, by Redis's clock. Each call removes the dead processes
    first: their clients are gone, their counters stay in the sums.
-5. `epoch` names one life of the data. It ends when Redis restarts, loses its keys, or is behind the records that a
-   process has delivered. Every process then has RESTORE_SECONDS to offer the records that the log lacks; meanwhile the
-   store is away. Ids and order stay, numbers begin anew, and a reader skips records that it has delivered before.
+5. `epoch` names one life of the data in one Redis. It ends when that restarts, loses its keys, is behind the records
+   that a process has delivered, or when a replica takes over. Every process then has RESTORE_SECONDS, or twice that
+   while known processes are still missing, to offer the records that the log lacks; meanwhile the store is away. Ids
+   and order stay, numbers begin anew. So a lost connection, a lost primary and lost data are one case: join again.
 6. An Idempotency-Key and its answer are in the log at the last record of the append, and in every process as long as
    that record, to re-offer both. A batch with a key is read whole or not at all, so a retry duplicates no part of it.
 7. A process joins with each new connection and registers its clients again. So an operation that failed half way
@@ -28,18 +29,16 @@ import asyncio
 import contextlib
 import logging
 import secrets
-import time
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
-import msgspec
 from redis import exceptions
 from redis.asyncio.connection import AbstractConnection
 
+import store_redis_records as packing
 from errors import ConnectionRefused, KeyReused, StoreUnavailable
-from log import Audience
 from settings import Settings
 from store import (
     LEASE_SECONDS,
@@ -73,11 +72,6 @@ BLOCK_SECONDS = 1.0
 GROUP_ARGUMENTS, READ_RECORDS, CHUNK = 4000, 200, 500
 LOST_DATA = "it has lost data and is being filled again"
 
-_Entry = tuple[bytes, list[bytes]]
-# Where an entry of the log has its key and the answer; store_redis.lua names all fields.
-KEY, ANSWER = 11, 15
-_unpack_audience = msgspec.msgpack.Decoder(Audience).decode
-
 
 class _Rejoin(Exception):
     """The store does not know this process: it was taken for dead, or the data's life has ended."""
@@ -93,7 +87,7 @@ class RedisStore:
 
     def __init__(self, settings: Settings, url: str) -> None:
         """Raises SettingsError if the URL is none."""
-        self._link = RedisLink(url, settings.store_timeout)
+        self._link = RedisLink(settings, url)
         self.node_id = secrets.token_hex(8)
         self.failure: str | None = None
         self._settings = settings
@@ -105,6 +99,10 @@ class RedisStore:
         self._done: deque[tuple[int, list[_Operation], list[Any]]] = deque()
         # The place of this process: epoch, number of the last entry read, id of the last message read.
         self._epoch, self._seq, self._post_id = "", 0, "0"
+        # The entry up to which the last group has found the log on enough replicas.
+        self._replicated = 0
+        # The epoch of the last join. Whatever was delivered here is in the log of that epoch.
+        self._branch = ""
         # The newest id that this process has read, and the id after which it has missed nothing.
         self._newest = self._whole_since = ""
         # The opening: the records so far, the entry that completes it, and its time.
@@ -124,6 +122,7 @@ class RedisStore:
         self._end()
         self._node = node
         self._wake = asyncio.Event()
+        self._group_done = asyncio.Event()
         # Set once the store is open, or known to be away.
         self._settled = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -214,7 +213,8 @@ class RedisStore:
         while True:
             if not self._opened:
                 self._seq = 0
-            arguments: list[Argument] = ["join", self._newest, *self._sums, *self._report]
+            offered = "1" if registered and registered == self._epoch else ""
+            arguments: list[Argument] = ["join", self._newest, self._branch, offered, *self._sums, *self._report]
             epoch, members, position, *joined = await self._run(connection, arguments)
             if self._epoch not in ("", epoch.decode()):
                 # Operations that are not answered yet may be lost, too.
@@ -231,10 +231,14 @@ class RedisStore:
             # Each call puts a part of the records back, until all of them are there.
             await asyncio.sleep(0.1 if position.decode() == reached else 0)
             reached = position.decode()
+        await self._link.await_replicas(connection)
         self._post_id, before = "0", position.decode()
-        self._seq, newest, now, self._sums[5] = joined
+        self._seq, is_whole, newest, now, self._sums[5] = joined
+        self._replicated = newest
+        self._branch = self._epoch
         if self._opened:
-            self._check_missed(before)
+            if not is_whole:
+                self._begin_anew(before)
             self._note_available()
             self._resolve()
         else:
@@ -256,26 +260,27 @@ class RedisStore:
             await self._run(connection, [part for client_id in chunk for part in ("leave", client_id)])
         waiting, taken = iter(clients.values()), list[str]()
         while some := list(islice(waiting, CHUNK)):
-            parts = [part for client in some for part in _packed_registration(client)]
+            parts = [part for client in some for part in packing.registration(client)]
             _, refused = await self._run(connection, ["register", len(some), *parts])
             taken += [client_id.decode() for client_id in refused]
         if taken:
             self._node.evicted(taken)
 
     async def _offer_records(self, connection: AbstractConnection, newest: str) -> None:
-        """Offer the records that the log lacks."""
-        before, records = self._node.kept()
-        before = max(before, self._whole_since)
-        lost = (record for record in records if record.id > max(before, newest))
+        """Offer the records that the log lacks, if this process knows the newest of the log: else it is another log."""
+        front, kept = self._node.kept()
+        front = max(front, self._whole_since)
+        records = [record for record in kept if record.id >= max(front, newest)]
+        if records and records[0].id == newest:
+            del records[0]
+        elif newest > front:
+            return
         # First the start of this process's unbroken part: the log must reach back to it.
-        await self._run(connection, ["offer", before])
-        while chunk := list(islice(lost, CHUNK)):
-            arguments: list[Argument] = ["offer", before]
-            for record in chunk:
-                # As an age, since records expire by Redis's clock.
-                age = round((time.time() - record.at) * 1e6)
-                arguments += (record.id, age, *_packed_draft(record), *self._keys.get(record.id, (b"", b"")))
-            await self._run(connection, arguments)
+        await self._run(connection, ["offer", front, self._branch])
+        lost = iter(records)
+        while some := list(islice(lost, CHUNK)):
+            parts = [part for record in some for part in packing.offer(record, *self._keys.get(record.id, (b"", b"")))]
+            await self._run(connection, ["offer", front, self._branch, *parts])
 
     def _finish_opening(self) -> None:
         self._opened = True
@@ -290,8 +295,8 @@ class RedisStore:
         """Run one group in the script. Raises _Rejoin if that was refused."""
         settings = self._settings
         header: tuple[Argument, ...] = (
-            *(1, self._prefix + "meta", self._prefix, self._epoch, self.node_id, self._seq, secrets.randbits(31)),
-            *(settings.max_connections, settings.history_size, settings.history_bytes),
+            *(2, self._prefix + "meta", self._prefix + "never", self._prefix, self._epoch, self.node_id, self._seq),
+            *(secrets.randbits(31), settings.max_connections, settings.history_size, settings.history_bytes),
             *(round(seconds * 1e6) for seconds in (settings.history_ttl, LEASE_SECONDS, RESTORE_SECONDS)),
         )
         if (replies := await self._link.run_script(connection, *header, *arguments)) == b"join":
@@ -315,7 +320,9 @@ class RedisStore:
                     self._in_flight = []
                     self._refuse_changes()
                     raise
-                group, self._in_flight = self._in_flight, []
+                await self._link.await_replicas(connection)
+                self._replicated, (group, self._in_flight) = seq, (self._in_flight, [])
+                self._group_done.set()
                 self._done.append((seq, group, replies))
                 self._resolve()
 
@@ -367,7 +374,7 @@ class RedisStore:
         key, fingerprint = ("", b"") if once is None else once
         arguments: list[Argument] = ["append", len(drafts), "" if counter is None else counter, key, fingerprint]
         for draft in drafts:
-            arguments += _packed_draft(draft)
+            arguments += packing.draft(draft)
         reply = await self._perform(*arguments)
         if reply == b"reused":
             raise KeyReused("Idempotency-Key: already used for another request")
@@ -378,7 +385,7 @@ class RedisStore:
         limits = limits_of(self._settings, client)
         numbers = [part for limit in limits for part in limit]
         try:
-            reply = await self._perform("admit", *_packed_registration(client), len(limits), *numbers)
+            reply = await self._perform("admit", *packing.registration(client), len(limits), *numbers)
         except asyncio.CancelledError:
             # The admission may be in flight already.
             self.leave(client.client_id)
@@ -392,7 +399,7 @@ class RedisStore:
         raise ConnectionRefused(f"Connection limit exceeded: {reply[1]}/{self._settings.max_connections}")
 
     async def subscribe(self, client: Registration) -> str:
-        newest: bytes = await self._perform("subscribe", *_packed_registration(client))
+        newest: bytes = await self._perform("subscribe", *packing.registration(client))
         return newest.decode()
 
     def leave(self, client_id: str) -> None:
@@ -434,17 +441,27 @@ class RedisStore:
                 streams = await connection.read_response()
             for stream, entries in streams or ():
                 if stream.decode() == log:
-                    whole = entries[: _whole_batches(entries)]
+                    whole = entries[: packing.whole_batches(entries)]
                     count = READ_RECORDS if whole else 2 * count
                     if whole:
+                        if self._settings.store_replicas:
+                            await self._until_replicated(packing.number_of(whole[-1]))
                         await self._take_entries(connection, whole)
                 else:
                     self._post_id = entries[-1][0].decode()
                     for _, (_, sender, _, message) in entries:
                         self._node.receive_mail(sender.decode(), message)
 
-    async def _take_entries(self, connection: AbstractConnection, entries: list[_Entry]) -> None:
-        first, last = (int(entry[0].removesuffix(b"-0")) for entry in (entries[0], entries[-1]))
+    async def _until_replicated(self, number: int) -> None:
+        """Return when a group of this process has found that enough replicas have the log up to this number."""
+        while number > self._replicated:
+            if not self._in_flight and not self._queue:
+                self._enqueue(_Operation(("report", *self._report), None))
+            await self._group_done.wait()
+            self._group_done.clear()
+
+    async def _take_entries(self, connection: AbstractConnection, entries: list[packing.Entry]) -> None:
+        first, last = packing.number_of(entries[0]), packing.number_of(entries[-1])
         if first != self._seq + 1:
             async with asyncio.timeout(self._timeout):
                 await connection.send_command("HMGET", self._prefix + "meta", "epoch", "before")
@@ -455,10 +472,10 @@ class RedisStore:
         # Without await: the delivery and the place of this process change together.
         records = []
         for entry in entries:
-            if (record := _record(entry)).id > self._newest:
+            if (record := packing.record_of(entry)).id > self._newest:
                 records.append(record)
-                if key := entry[1][KEY]:
-                    self._keys[record.id] = key, entry[1][ANSWER]
+                if key := entry[1][packing.KEY]:
+                    self._keys[record.id] = key, entry[1][packing.ANSWER]
         self._seq = last
         if records:
             self._newest = records[-1].id
@@ -471,30 +488,11 @@ class RedisStore:
         self._resolve()
 
     def _check_missed(self, before: str) -> None:
-        """Tell the node if the log begins after the last record delivered here."""
+        """Begin anew if the log begins after the last record delivered here."""
         if self._opened and before > self._newest:
-            self._newest = self._whole_since = before
-            self._node.missed()
+            self._begin_anew(before)
 
-
-def _whole_batches(entries: list[_Entry]) -> int:
-    """Return the number of entries without those at the end whose batch continues."""
-    return next((count for count in range(len(entries), 0, -1) if entries[count - 1][1][ANSWER] != b"+"), 0)
-
-
-def _record(entry: _Entry) -> Record:
-    _, id, _, at, _, rest, _, packed, _, replayed, *_ = entry[1]
-    audience = _unpack_audience(packed) if packed else None
-    return Record(id.decode(), rest, audience, replayed == b"1", int(at) / 1e6)
-
-
-def _packed_draft(draft: Draft | Record) -> tuple[Argument, ...]:
-    audience = b"" if draft.audience is None else msgspec.msgpack.encode(draft.audience)
-    # The names in the audience count for history_bytes.
-    size = len(draft.rest) + sum(len(name) for names in draft.audience or () for name in names)
-    return draft.rest, size, audience, "1" if draft.replayed else ""
-
-
-def _packed_registration(client: Registration) -> tuple[Argument, ...]:
-    groups = client.groups()
-    return client.client_id, msgspec.msgpack.encode(groups) if groups else b""
+    def _begin_anew(self, before: str) -> None:
+        """Go on with the log from its start: it does not continue the records delivered here."""
+        self._newest = self._whole_since = before
+        self._node.missed(before)

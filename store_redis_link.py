@@ -1,10 +1,11 @@
 """How one process reaches Redis: the URL, the connections, the script, and the reason when that fails.
 
 Supported are redis://, rediss:// (TLS) and unix://, with user, password and database in the URL; Redis 6.2 or later,
-and Valkey. Sentinel and Cluster are not supported. Knows no operation and no key; store_redis.py does.
+and Valkey. store_redis_primary.py adds Sentinel and Cluster. Knows no operation and no key; store_redis.py does.
 
 1. No text for people holds a part of the URL: redis-py may repeat the password.
 2. Every wait has a deadline. An exception of redis-py, OSError or TimeoutError ends the use of both connections.
+3. Names are resolved for each pair of connections, and both must reach the same Redis, a primary.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ import re
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hiredis
 from redis import exceptions
 from redis.asyncio.connection import AbstractConnection, Connection, parse_url
 
-from settings import SettingsError
+from settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from store_redis_primary import Primary
 
 logger = logging.getLogger("notifyd")
 
@@ -34,44 +38,76 @@ _SCRIPT = Path(__file__).with_name("store_redis.lua").read_text()
 _SHA = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
 
 Argument = bytes | str | int
+Pair = tuple[AbstractConnection, AbstractConnection]
 
 
 class RedisLink:
     """The way to one Redis."""
 
-    def __init__(self, url: str, timeout: float) -> None:
+    def __init__(self, settings: Settings, url: str) -> None:
         """Read the URL. Raises SettingsError if it is none."""
+        timeout = settings.store_timeout
+        # Where the primary may change, it is asked for.
+        self._primary: Primary | None = None
         try:
-            # parse_url takes an address without slashes for the default, localhost.
-            options: dict[str, Any] = dict(parse_url(url if "://" in url else ""))
+            if "+" in url.partition("://")[0]:
+                from store_redis_primary import Primary  # noqa: PLC0415 - only Sentinel and Cluster need it
+
+                self._primary = Primary(url, settings.store_prefix, timeout)
+                options = self._primary.options
+            else:
+                # parse_url takes an address without slashes for the default, localhost.
+                options = dict(parse_url(url if "://" in url else ""))
             self._kind: type[AbstractConnection] = options.pop("connection_class", Connection)
             # Deadlines are set here for whole calls. Redis 6 and Valkey answer alike in protocol 2.
             deadlines = {"socket_timeout": None, "socket_connect_timeout": timeout}
-            self._options = options | deadlines | {"protocol": 2}
+            self._options: dict[str, Any] = options | deadlines | {"protocol": 2}
             # Only the constructor notices unknown options.
             self._kind(**self._options)
         except (ValueError, TypeError, exceptions.RedisError):
             raise SettingsError("--store: expected a URL such as redis://localhost:6379/0") from None
-        self._timeout = timeout
+        self._timeout, self._replicas = timeout, settings.store_replicas
         # The rule by which Redis evicts keys, as last warned of.
         self._policy = "noeviction"
 
     @contextlib.asynccontextmanager
-    async def connected(self) -> AsyncIterator[tuple[AbstractConnection, AbstractConnection]]:
-        """Give two connections to a Redis that is recent enough, for the time of the context."""
-        first, second = self._kind(**self._options), self._kind(**self._options)
+    async def connected(self) -> AsyncIterator[Pair]:
+        """Give two connections to a primary that is recent enough, for the time of the context.
+
+        The context ends with PrimaryMoved when another primary is named.
+        """
+        if (primary := self._primary) is None:
+            async with self._pair(self._options) as pair:
+                yield pair
+            return
+        try:
+            host, port = await primary.find()
+            async with asyncio.TaskGroup() as tasks:
+                watch = tasks.create_task(primary.watch())
+                async with self._pair(self._options | {"host": host, "port": port}) as pair:
+                    yield pair
+                watch.cancel()
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+        finally:
+            await primary.release()
+
+    @contextlib.asynccontextmanager
+    async def _pair(self, options: dict[str, Any]) -> AsyncIterator[Pair]:
+        first, second = self._kind(**options), self._kind(**options)
         try:
             async with asyncio.timeout(self._timeout):
                 await first.connect()  # type: ignore[no-untyped-call]
                 await second.connect()  # type: ignore[no-untyped-call]
-                await self._check_server(first)
+                if await self._check_server(first) != await self._check_server(second):
+                    raise exceptions.RedisError("the address leads to two servers")
             yield first, second
         finally:
             for connection in (first, second):
                 await connection.disconnect(nowait=True)
 
-    async def _check_server(self, connection: AbstractConnection) -> None:
-        """Raise RedisError if Redis is too old, and warn if it evicts keys.
+    async def _check_server(self, connection: AbstractConnection) -> str:
+        """Return the run id. Raise RedisError if Redis is too old, or a replica, and warn if it evicts keys.
 
         This is also a small command before the large ones: without the password, Redis only reports of those that
         they are too large.
@@ -80,15 +116,18 @@ class RedisLink:
         try:
             text = (await connection.read_response()).decode()
         except exceptions.NoPermissionError:
-            return
-        info = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+            return ""
+        info: dict[str, str] = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
         version = info.get("redis_version", "6.2")
         if [int(part) for part in re.findall(r"\d+", version)] < list(OLDEST_REDIS):
             raise exceptions.RedisError(f"Redis 6.2 or later is needed, this is {version}")
+        if info.get("role") == "slave":
+            raise exceptions.ReadOnlyError("this Redis is a replica")
         policy = info.get("maxmemory_policy", "noeviction") if info.get("maxmemory") != "0" else "noeviction"
         if policy not in ("noeviction", self._policy):
             logger.warning("The store may forget what it has acknowledged: its maxmemory-policy is %s", policy)
         self._policy = policy
+        return info.get("run_id", "")
 
     async def run_script(self, connection: AbstractConnection, *arguments: Argument) -> Any:
         """Run the script once. Raises TimeoutError, or an exception of redis-py."""
@@ -100,10 +139,24 @@ class RedisLink:
                 await connection.send_command("EVAL", _SCRIPT, *arguments)
                 return await connection.read_response()
 
+    async def await_replicas(self, connection: AbstractConnection) -> None:
+        """Return when store_replicas replicas have all that this connection has written. Raises RedisError if they lag.
+
+        The answer takes a quarter of the deadline: a primary that is silent itself has another reason.
+        """
+        if self._replicas:
+            async with asyncio.timeout(self._timeout):
+                await send(connection, "WAIT", self._replicas, round(250 * self._timeout))
+                there = await connection.read_response()
+            if there < self._replicas:
+                raise exceptions.RedisError(f"{self._replicas} replicas are needed, and {there} have answered")
+
     def reason(self, error: BaseException) -> str:
         """Return a short text for people."""
         if isinstance(error, TimeoutError | exceptions.TimeoutError):
             return f"no answer within {self._timeout:g} s"
+        if isinstance(error, exceptions.AskError):
+            return "the slot of its keys is moving"
         cause = error.__context__
         if isinstance(cause, ssl.SSLError):
             return f"TLS: {cause.reason}"

@@ -202,7 +202,7 @@ class SqliteStore:
             self._delivered = records[-1].id if records else outcome.opening.before
             self._node.opened(outcome.opening)
         if outcome.missed:
-            self._node.missed()
+            self._node.missed(outcome.missed)
         if outcome.records:
             self._delivered = outcome.records[-1].id
             self._node.deliver(outcome.records)

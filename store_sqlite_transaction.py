@@ -118,7 +118,8 @@ class Outcome(Struct):
 
     answers: list[tuple[Operation, Any]] = []
     opening: Opening | None = None
-    missed: bool = False
+    # The id before the first record where the log has trimmed others before this process could read them.
+    missed: str = ""
     records: list[Record] = []
     mail: list[tuple[str, bytes]] = []
     evicted: bool = False
@@ -171,7 +172,7 @@ class Transaction:
             (sequence,) = found.fetchone()
         if state.last > self._progress.newest and state.sequence > sequence:
             rows = self._run(RECORDS, (sequence,)).fetchall()
-            outcome.missed = state.before > self._progress.newest
+            outcome.missed = state.before if state.before > self._progress.newest else ""
             outcome.records = [_record(row) for row in rows]
         if state.mail > self._progress.mail:
             sql = "SELECT sender, message FROM mail WHERE node = ? AND number > ? ORDER BY number"

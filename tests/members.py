@@ -46,7 +46,7 @@ def make(url: str, settings: Settings) -> Store:
     kind, _, place = url.partition(":")
     if kind == "sqlite":
         return importlib.import_module("store_sqlite").SqliteStore(settings, place)  # type: ignore[no-any-return]
-    if kind in {"redis", "rediss", "unix"}:
+    if kind.startswith("redis") or kind == "unix":
         return importlib.import_module("store_redis").RedisStore(settings, url)  # type: ignore[no-any-return]
     assert kind == "memory"
     return MemoryStore(settings)
@@ -86,6 +86,8 @@ class Member:
         self.clients: dict[str, Registration] = {}
         self.lost_clients: list[str] = []
         self.times_missed = 0
+        # Delivered before the log was another.
+        self.forgotten: list[Record] = []
         self._changed = asyncio.Event()
 
     # Called by the store.
@@ -100,8 +102,9 @@ class Member:
         self.records += records
         self._changed.set()
 
-    def missed(self) -> None:
+    def missed(self, before: str) -> None:
         self.times_missed += 1
+        self.forgotten, self.records, self.before = self.forgotten + self.records, [], before
         self._changed.set()
 
     def receive_mail(self, sender: str, message: bytes) -> None:
@@ -109,6 +112,8 @@ class Member:
         self._changed.set()
 
     def kept(self) -> tuple[str, Iterable[Record]]:
+        if self.times_missed:
+            return self.before, self.records
         return self.opening.before, self.opening.records + self.records
 
     def registrations(self) -> Iterable[Registration]:

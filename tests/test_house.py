@@ -28,6 +28,7 @@ MOST_LINES, FEWEST_LINES = 500, 100
 # Why a module is larger, or has a single reader and is smaller.
 REASONS = {
     "schemas": "Every message of the protocol in one place.",
+    "store_redis_records": "The form in Redis, apart from the process's part in it.",
 }
 
 # Words of clauses that stand for a noun. In the field's best code they are 2 to 5 of each 1,000 words.

@@ -34,7 +34,7 @@ from hub import Hub
 from log import Audience
 from schemas import NotifyRequest
 from settings import Settings
-from store import Draft, Once
+from store import Draft, Once, Positions
 
 QUICK = settings(
     max_examples=int(os.environ.get("HUB_EXAMPLES", "50")),
@@ -393,7 +393,7 @@ def test_after_a_gap_in_the_log_no_resume_is_complete(loop: VirtualLoop) -> None
     hub = hub_on(loop)
     client = join(loop, hub, "ann")
     before = loop.run_until_complete(hub.notify("before"))
-    loop.call(hub.missed)
+    loop.call(lambda: hub.missed(Positions(before.id).next()))
     assert client.goodbye == (1013, "Notifications are missing; connect again and resume")
     after = loop.run_until_complete(hub.notify("after"))
     history = loop.run_until_complete(hub.history(before.id, 9, [], None))

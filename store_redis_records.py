@@ -1,0 +1,52 @@
+"""The form of records and registrations in Redis: packed for the script, and read from entries of the log.
+
+store_redis.lua names the fields of an entry.
+"""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from log import Audience
+from store import Draft, Record, Registration
+from store_redis_link import Argument
+
+# A number with -0 behind it, and the names and values of the fields.
+Entry = tuple[bytes, list[bytes]]
+# Where an entry has its key and the answer.
+KEY, ANSWER = 11, 15
+_unpack_audience = msgspec.msgpack.Decoder(Audience).decode
+
+
+def whole_batches(entries: list[Entry]) -> int:
+    """Return the number of entries without those at the end whose batch continues."""
+    return next((count for count in range(len(entries), 0, -1) if entries[count - 1][1][ANSWER] != b"+"), 0)
+
+
+def number_of(entry: Entry) -> int:
+    return int(entry[0].removesuffix(b"-0"))
+
+
+def record_of(entry: Entry) -> Record:
+    _, id, _, at, _, rest, _, packed, _, replayed, *_ = entry[1]
+    audience = _unpack_audience(packed) if packed else None
+    return Record(id.decode(), rest, audience, replayed == b"1", int(at) / 1e6)
+
+
+def draft(of: Draft | Record) -> tuple[Argument, ...]:
+    audience = b"" if of.audience is None else msgspec.msgpack.encode(of.audience)
+    # The names in the audience count for history_bytes.
+    size = len(of.rest) + sum(len(name) for names in of.audience or () for name in names)
+    return of.rest, size, audience, "1" if of.replayed else ""
+
+
+def offer(record: Record, key: bytes, answer: bytes) -> tuple[Argument, ...]:
+    # As an age, since records expire by Redis's clock.
+    return record.id, round((time.time() - record.at) * 1e6), *draft(record), key, answer
+
+
+def registration(client: Registration) -> tuple[Argument, ...]:
+    groups = client.groups()
+    return client.client_id, msgspec.msgpack.encode(groups) if groups else b""

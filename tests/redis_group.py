@@ -1,0 +1,149 @@
+"""Real groups of Redis servers: a primary with replicas and sentinels, and a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import redis
+from processes import free_port, program
+from redis_server import RedisServer
+
+SERVICE = "main"
+# How long a server may be silent before the others take it for dead, in milliseconds.
+SILENCE = 1000
+READY_SECONDS = 20.0
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait until the condition holds; a server that does not answer yet is none that fulfils it."""
+    deadline = time.monotonic() + READY_SECONDS
+    while True:
+        with contextlib.suppress(redis.RedisError):
+            if condition():
+                return
+        assert time.monotonic() < deadline, "the group of Redis servers is not ready"
+        time.sleep(0.02)
+
+
+class Sentinel:
+    """A redis-server that watches others; it knows the primary of one service at first."""
+
+    def __init__(self, primary: RedisServer, *lines: str, service: str = SERVICE, quorum: int = 2) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="notifyd-sentinel-")
+        self.port = free_port()
+        config = Path(self._directory.name) / "sentinel.conf"
+        own = (
+            f"sentinel monitor {service} 127.0.0.1 {primary.port} {quorum}",
+            f"sentinel down-after-milliseconds {service} {SILENCE}",
+            f"sentinel failover-timeout {service} 5000",
+        )
+        first = (f"port {self.port}", "bind 127.0.0.1", f"dir {self._directory.name}", "logfile sentinel.log")
+        config.write_text("\n".join((*first, *own, *lines)))
+        self._command = (program("redis-server"), str(config), "--sentinel")
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        until(lambda: self.command("PING"))
+
+    def command(self, *words: str | int, **options: Any) -> Any:
+        with redis.Redis(port=self.port, decode_responses=True, retry=None, **options) as client:
+            return client.execute_command(*words)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        self.kill()
+        self._directory.cleanup()
+
+
+class Group:
+    """A primary, replicas and sentinels."""
+
+    def __init__(self, replicas: int = 2, sentinels: int = 3, flags: tuple[str, ...] = ()) -> None:
+        # A replica that serves its data without disk writes starts within a second.
+        quick = ("--repl-diskless-sync-delay", "0", *flags)
+        first = RedisServer(flags=quick)
+        self.servers = [first]
+        for _ in range(replicas):
+            self.servers.append(RedisServer(flags=("--replicaof", f"127.0.0.1 {first.port}", *quick)))
+        until(lambda: len(first.command("ROLE")[2]) == replicas)
+        until(lambda: all(server.command("ROLE")[3] == "connected" for server in self.servers[1:]))
+        self.sentinels = [Sentinel(first) for _ in range(sentinels)]
+        until(lambda: all(self._knows_all(sentinel) for sentinel in self.sentinels))
+
+    def _knows_all(self, sentinel: Sentinel) -> bool:
+        state = sentinel.command("SENTINEL", "MASTER", SERVICE)
+        wanted = (len(self.servers) - 1, len(self.sentinels) - 1)
+        return (int(state["num-slaves"]), int(state["num-other-sentinels"])) == wanted
+
+    @property
+    def url(self) -> str:
+        return f"redis+sentinel://{','.join(f'127.0.0.1:{one.port}' for one in self.sentinels)}/{SERVICE}"
+
+    @property
+    def primary(self) -> RedisServer:
+        """Return the primary by the word of the sentinels."""
+        for sentinel in self.sentinels:
+            with contextlib.suppress(redis.RedisError):
+                _, port = sentinel.command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE)
+                return next(server for server in self.servers if server.port == int(port))
+        raise AssertionError("no sentinel answers")
+
+    def promoted(self, old: RedisServer) -> RedisServer:
+        """Wait until another server than the old one is the primary, and return it."""
+        until(lambda: any(self._is_primary(one) for one in self.servers if one is not old))
+        return next(one for one in self.servers if one is not old and self._is_primary(one))
+
+    def _is_primary(self, server: RedisServer) -> bool:
+        with contextlib.suppress(redis.RedisError):
+            return bool(server.command("ROLE")[0] == "master")
+        return False
+
+    def close(self) -> None:
+        for one in (*self.sentinels, *self.servers):
+            one.close()
+
+
+class Cluster:
+    """Three primaries, each with one replica, and all slots."""
+
+    def __init__(self) -> None:
+        flags = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(SILENCE), "--repl-diskless-sync-delay", "0")
+        self.servers = [RedisServer(flags=flags) for _ in range(6)]
+        places = [f"127.0.0.1:{server.port}" for server in self.servers]
+        create = (program("redis-cli"), "--cluster", "create", *places, "--cluster-replicas", "1", "--cluster-yes")
+        subprocess.run(create, check=True, stdout=subprocess.DEVNULL)
+        until(lambda: all("cluster_state:ok" in self.info(server) for server in self.servers))
+        until(lambda: all(len(self.shard(server)) for server in self.servers))
+
+    def info(self, server: RedisServer) -> str:
+        return str(server.command("CLUSTER", "INFO"))
+
+    def shard(self, server: RedisServer) -> Any:
+        return server.command("CLUSTER", "NODES")
+
+    @property
+    def url(self) -> str:
+        return f"redis+cluster://{','.join(f'127.0.0.1:{server.port}' for server in self.servers[:2])}"
+
+    def close(self) -> None:
+        for server in self.servers:
+            server.close()
+
+
+@contextlib.contextmanager
+def group(**options: Any) -> Iterator[Group]:
+    made = Group(**options)
+    try:
+        yield made
+    finally:
+        made.close()
