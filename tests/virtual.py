@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import selectors
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from expected import parse
@@ -66,6 +67,16 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             task.cancel()
         self.turn(3)
         super().close()
+
+
+def virtually(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run a test on the virtual loop that it has as `loop`."""
+
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
+        fixtures["loop"].run_until_complete(test(**fixtures))
+
+    return run
 
 
 class FakeConnection:
