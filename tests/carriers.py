@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -61,3 +62,12 @@ CARRIERS: dict[str, tuple[Callable[..., list[str]], str, tuple[str, ...], str]] 
 def first_quick(names: Iterable[str]) -> list[Any]:
     """Return these as parameters of a test; `make test` leaves all but the first to `make test-all`."""
     return [pytest.param(name, marks=[pytest.mark.slow] if number else []) for number, name in enumerate(names)]
+
+
+def client_of(app: Any) -> Any:
+    """A TestClient without its warning about an HTTP library: notifyd is not its subject."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using `httpx` with")
+        from starlette.testclient import TestClient
+
+    return TestClient(app)

@@ -87,6 +87,26 @@ def http_error(category: str, message: object) -> dict[str, Any]:
     return {"error": {"id": ERROR_ID, "message": message, "category": category, "timestamp": TIME}}
 
 
+def answered(response: Any) -> tuple[int, Any]:
+    """The status and the parsed body of a response of httpx."""
+    return response.status_code, parse(response.content)
+
+
+def invalid(*words: str) -> tuple[int, Any]:
+    """What is answered to a request with a mistake: 400, and all these words."""
+    return 400, http_error("validation", naming(*words))
+
+
+def limits(headers: Any) -> tuple[int, int, int]:
+    """Return limit, remaining and reset; each must be there once."""
+    names = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
+    for name in names:
+        found = headers.get_all(name) if hasattr(headers, "get_all") else headers.get_list(name)
+        assert len(found) == 1, name
+    limit, remaining, reset = (int(headers[name]) for name in names)
+    return limit, remaining, reset
+
+
 def ws_error(message: object) -> dict[str, Any]:
     """The documented error message to a client."""
     return {"type": "error", "error_id": ERROR_ID, "message": message, "code": 1008, "timestamp": TIME}

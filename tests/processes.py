@@ -314,6 +314,11 @@ class Server:
         assert {response.status_code for response in responses} <= {200}, [response.text for response in responses]
         return [response.headers["Notification-Id"] for response in responses]
 
+    def next_for(self, client: Client) -> str:
+        """Publish a marker, and return the message of the notification that the client gets next."""
+        self.notify("marker")
+        return str(client.receive()["data"]["message"])
+
     def active(self) -> int:
         """Return how many clients the server says are connected."""
         return int(parse(self.get("/health").content)["connections"]["active"])

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import StartServer
-from expected import TIME, UUID7, Record, http_error, naming, parse
+from expected import TIME, UUID7, Record, answered, http_error, invalid, naming, parse
 from processes import Server
 
 MEBIBYTE = 1_048_576
@@ -31,19 +31,7 @@ def accepted(server: Server, *messages: str) -> Any:
 
 
 def refusal(server: Server, body: object) -> tuple[int, Any]:
-    response = batch(server, body)
-    return response.status_code, parse(response.content)
-
-
-def invalid(*words: str) -> tuple[int, Any]:
-    """A 400 with these words in its message."""
-    return 400, http_error("validation", naming(*words))
-
-
-def next_after(server: Server, client: Any) -> str:
-    """Publish a marker and return the message of the notification that the client gets next."""
-    server.notify("marker")
-    return str(client.receive()["data"]["message"])
+    return answered(batch(server, body))
 
 
 def array_of(size: int) -> bytes:
@@ -145,7 +133,7 @@ def test_a_body_other_than_an_array_of_1_to_1000_is_refused(server: Server, body
     """The refusal has the documented body, and nothing is sent."""
     client = server.join()
     assert refusal(server, body) == invalid(*words)
-    assert next_after(server, client) == "marker"
+    assert server.next_for(client) == "marker"
 
 
 @pytest.mark.parametrize(
@@ -173,7 +161,7 @@ def test_a_bad_notification_is_named_by_its_place_and_none_is_sent(
     status, body = refusal(server, [{"message": "good"}] * 3 + [bad] + [{"message": "good"}])
     assert (status, body) == invalid(*words)
     assert body["error"]["message"].startswith(words[0])
-    assert next_after(server, client) == "marker"
+    assert server.next_for(client) == "marker"
 
 
 def test_a_notification_that_is_too_large_is_named_by_its_place_and_none_is_sent(server: Server) -> None:
@@ -181,20 +169,20 @@ def test_a_notification_that_is_too_large_is_named_by_its_place_and_none_is_sent
     client = server.join()
     status, body = refusal(server, [{"message": "good"}, {"message": "big", "data": {"pad": "x" * 200_000}}])
     assert (status, body) == (413, http_error("validation", naming("[1]")))
-    assert next_after(server, client) == "marker"
+    assert server.next_for(client) == "marker"
 
 
 def test_more_than_a_mebibyte_is_refused(server: Server) -> None:
     """413, and nothing is sent."""
     client = server.join()
     assert refusal(server, array_of(MEBIBYTE + 1)) == (413, http_error("validation", naming(str(MEBIBYTE))))
-    assert next_after(server, client) == "marker"
+    assert server.next_for(client) == "marker"
 
 
 def test_another_content_type_is_refused(server: Server) -> None:
     """The batch refuses the content types that /notify refuses."""
     response = server.request("POST", "/notify/batch", content=b"[]", headers={"Content-Type": "image/png"})
-    assert (response.status_code, parse(response.content)) == (415, http_error("validation", naming("image/png")))
+    assert answered(response) == (415, http_error("validation", naming("image/png")))
 
 
 def test_other_methods_are_not_allowed(server: Server) -> None:

@@ -14,7 +14,7 @@ from signal import SIGINT, SIGTERM
 import httpx
 import pytest
 from conftest import StartServer
-from expected import COUNT, PONG, SHUTDOWN, SYSTEM, TIME, http_error, naming, parse
+from expected import COUNT, PONG, SHUTDOWN, SYSTEM, TIME, answered, http_error, naming
 from processes import Server, eventually, worker_count
 from websockets.exceptions import InvalidStatus
 from ws_clients import Client
@@ -97,7 +97,7 @@ def test_test_notifications_stop(start_server: StartServer) -> None:
 def test_health_answers_503_with_the_documented_body(draining: tuple[Server, Client]) -> None:
     """A load balancer sends nobody here any more."""
     response = draining[0].get("/health")
-    assert (response.status_code, parse(response.content)) == (
+    assert answered(response) == (
         503,
         {
             "status": "shutting_down",
@@ -112,7 +112,7 @@ def test_health_answers_503_with_the_documented_body(draining: tuple[Server, Cli
 def test_notify_answers_503(draining: tuple[Server, Client]) -> None:
     """Nothing is accepted any more, and the error says why."""
     response = draining[0].post({"message": "too late"})
-    assert (response.status_code, parse(response.content)) == (
+    assert answered(response) == (
         503,
         http_error("system", naming("shutting down")),
     )

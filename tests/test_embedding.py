@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-import warnings
 from collections.abc import Callable, Iterator
 from signal import Signals
 from typing import Any
 
 import httpx
 import pytest
-from carriers import CARRIERS, QUIET, first_quick, granian, gunicorn, host, uvicorn
+from carriers import CARRIERS, QUIET, client_of, first_quick, granian, gunicorn, host, uvicorn
 from expected import (
     CLIENT_ID,
     COUNT,
@@ -22,6 +21,7 @@ from expected import (
     TIME,
     UUID7,
     Record,
+    answered,
     http_error,
     naming,
     notification,
@@ -111,7 +111,7 @@ def test_status_lists_the_clients(embedded: Server) -> None:
 def test_errors_have_the_documented_body(embedded: Server) -> None:
     """404, 405 and 400 are notifyd's own, not the host's."""
     answers = [embedded.get("/nothing"), embedded.get("/notify"), embedded.post({"message": ""})]
-    assert [(answer.status_code, parse(answer.content)) for answer in answers] == [
+    assert [answered(answer) for answer in answers] == [
         (404, http_error("application", naming())),
         (405, http_error("validation", naming())),
         (400, http_error("validation", naming("message"))),
@@ -272,15 +272,6 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name, value in QUIET.items():
         monkeypatch.setenv(name, value)
     return Starlette(routes=[Mount("/notifications", app=create_app())])
-
-
-def client_of(app: Any) -> Any:
-    """A TestClient without its warning about an HTTP library: notifyd is not its subject."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Using `httpx` with")
-        from starlette.testclient import TestClient
-
-    return TestClient(app)
 
 
 def test_a_test_client_is_served(in_process: Any) -> None:

@@ -21,7 +21,7 @@ import pytest
 from carriers import first_quick, granian, host, hypercorn, uvicorn
 from conftest import StartServer
 from credentials import SECRET, bearer, part, token, unsigned
-from expected import CLIENT_ID, TIME, Like, Record, http_error, notification, parse, welcome, ws_error
+from expected import CLIENT_ID, TIME, Like, Record, answered, http_error, notification, welcome, ws_error
 from processes import QUIET, ROOT, Server, call, environment, eventually, free_port, node_with, program
 from starlette.authentication import AuthCredentials, AuthenticationBackend, BaseUser, SimpleUser
 from starlette.requests import HTTPConnection
@@ -84,7 +84,7 @@ def refusal(server: Server, shown: str, **query: str) -> Any:
 def test_a_key_is_needed_for_history_and_figures(keyed: Server, path: str) -> None:
     """Without a key the answer is 401 and names the scheme to use."""
     refused = keyed.get(path)
-    assert (refused.status_code, parse(refused.content)) == (401, http_error("application", NEEDED))
+    assert answered(refused) == (401, http_error("application", NEEDED))
     assert refused.headers["www-authenticate"] == 'Bearer realm="notifyd"'
     assert keyed.get(path, headers={"X-API-Key": KEY}).status_code == 200
 
@@ -109,7 +109,7 @@ def test_a_key_is_needed_to_publish(keyed: Server, path: str, body: object, head
 def test_a_wrong_key_is_refused(keyed: Server, shown: str, path: str) -> None:
     """A wrong key is refused on open routes too: its owner should notice."""
     refused = keyed.get(path, headers={"X-API-Key": shown.encode()})
-    assert (refused.status_code, parse(refused.content)) == (401, http_error("application", INVALID))
+    assert answered(refused) == (401, http_error("application", INVALID))
     assert 'error="invalid_token"' in refused.headers["www-authenticate"]
 
 
@@ -152,14 +152,14 @@ def test_a_key_may_come_with_its_name(
 def test_a_wrong_secret_in_basic_is_refused(keyed: Server, pair: str, path: str) -> None:
     """The name is that of a key, so the secret is meant for this server."""
     refused = keyed.get(path, headers=basic(pair))
-    assert (refused.status_code, parse(refused.content)) == (401, http_error("application", INVALID))
+    assert answered(refused) == (401, http_error("application", INVALID))
 
 
 def test_the_name_must_match(keyed: Server) -> None:
     """A secret with another key's name is wrong, with the name of no key it is nothing."""
     for name, reason in (("ops", INVALID), ("other", NEEDED), ("", NEEDED)):
         refused = keyed.request("POST", "/notify", json={"message": "hi"}, headers=basic(f"{name}:{KEY}"))
-        assert (refused.status_code, parse(refused.content)) == (401, http_error("application", reason))
+        assert answered(refused) == (401, http_error("application", reason))
 
 
 def test_curl_and_urllib_know_basic(keyed: Server) -> None:
@@ -329,7 +329,7 @@ def test_nobody_names_another_user(signed: Server, shown: str, path: str) -> Non
         assert refusal(signed, shown, user="bob") == words
         return
     refused = signed.get("/events?user=bob", headers=bearer(shown))
-    assert (refused.status_code, parse(refused.content)) == (403, http_error("application", words))
+    assert answered(refused) == (403, http_error("application", words))
 
 
 def test_without_a_user_a_client_takes_any_id(signed: Server) -> None:
@@ -385,7 +385,7 @@ def test_topics_of_the_address_are_checked_too(signed: Server) -> None:
     assert signed.connect(query="topics=builds", additional_headers=bearer(shown)).receive()["type"] == "welcome"
     assert refusal(signed, token(topics=["builds"]), topics="builds,ops") == "Not allowed: topic ops"
     refused = signed.get("/events?topics=ops", headers=bearer(shown))
-    assert (refused.status_code, parse(refused.content)) == (403, http_error("application", "Not allowed: topic ops"))
+    assert answered(refused) == (403, http_error("application", "Not allowed: topic ops"))
 
 
 def test_a_star_is_every_topic(signed: Server) -> None:
@@ -585,7 +585,7 @@ BAD = {
 def test_an_invalid_token_is_refused(signed: Server, bad: str) -> None:
     """Every invalid token gets the same words, over HTTP and on a WebSocket."""
     refused = signed.get("/status", headers=bearer(BAD[bad]))
-    assert (refused.status_code, parse(refused.content)) == (401, http_error("application", INVALID))
+    assert answered(refused) == (401, http_error("application", INVALID))
     assert refusal(signed, BAD[bad]) == INVALID
 
 
@@ -660,7 +660,7 @@ def test_a_host_refuses_in_the_documented_way(guarded: Server) -> None:
     assert guarded.connect().closed() == (1008, NEEDED)
     assert guarded.connect(additional_headers=bearer("mallory")).closed() == (1008, INVALID)
     refused = guarded.get("/status", headers=bearer("mallory"))
-    assert (refused.status_code, parse(refused.content)) == (401, http_error("application", INVALID))
+    assert answered(refused) == (401, http_error("application", INVALID))
 
 
 def test_a_hosts_subprotocol_is_answered(guarded: Server) -> None:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from bytes import handshake
-from expected import http_error, naming, parse
+from expected import answered, http_error, naming, parse
 from processes import Server
 from websockets.exceptions import InvalidStatus
 
@@ -51,7 +51,7 @@ def test_an_unknown_path_is_404(server: Server, path: str) -> None:
 def test_a_method_that_is_not_there_is_405_with_allow(server: Server, path: str, method: str) -> None:
     """The error names the methods of the path."""
     response = server.request(method, path)
-    assert (response.status_code, parse(response.content)) == (405, http_error("validation", naming(method)))
+    assert answered(response) == (405, http_error("validation", naming(method)))
     assert allowed(response.headers["allow"]) == METHODS[path]
 
 
@@ -89,7 +89,7 @@ def test_head_has_the_status_of_the_error(server: Server, path: str) -> None:
 def test_a_plain_get_of_the_websocket_is_426(server: Server) -> None:
     """A plain GET of /ws is told to upgrade to a WebSocket."""
     response = server.get("/ws")
-    assert (response.status_code, parse(response.content)) == (426, http_error("connection", naming()))
+    assert answered(response) == (426, http_error("connection", naming()))
     assert response.headers["upgrade"].lower() == "websocket"
 
 

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import pytest
 from conftest import StartServer
-from expected import CLIENT_ID, PONG, http_error, parse, welcome, ws_error
+from expected import CLIENT_ID, PONG, answered, http_error, welcome, ws_error
 from processes import Server, eventually
 from websockets.frames import Opcode
 from ws_clients import claims
@@ -214,7 +214,7 @@ def test_a_user_has_a_limit_of_clients(start_server: StartServer) -> None:
         assert any("welcome" in line for line in lines)
         assert server.connect(query="user=ann").closed() == (1008, words)
         refused = server.get("/events?user=ann")
-        assert (refused.status_code, parse(refused.content)) == (429, http_error("application", words))
+        assert answered(refused) == (429, http_error("application", words))
         ended = server.get("/events?user=ann", headers={"Accept": "text/event-stream"})
         assert ended.status_code == 200 and f'data: {{"code":1008,"reason":"{words}"}}' in ended.text
         for query in ("user=bob", "client_id=ann", ""):
@@ -306,7 +306,7 @@ def test_a_text_that_is_no_user_is_refused(server: Server, user: str) -> None:
     assert server.connect(query=query).closed() == (1008, "Invalid user")
     for path in ("/events", "/notifications"):
         refused = server.get(f"{path}?{query}")
-        assert (refused.status_code, parse(refused.content)) == (400, http_error("validation", "Invalid user"))
+        assert answered(refused) == (400, http_error("validation", "Invalid user"))
 
 
 def test_the_form_is_checked_before_the_limit(small: Server) -> None:

@@ -24,7 +24,7 @@ import httpx
 import pytest
 from bytes import HANDSHAKE
 from conftest import StartServer
-from expected import http_error, parse
+from expected import http_error, limits, parse
 from processes import ROOT, Server, eventually, free_port, needs_proc, program
 from ws_clients import PATIENCE, Client
 
@@ -141,16 +141,6 @@ def nginx(_nginx: Nginx) -> Nginx:
     """An nginx in front of a server; each test has an address of its own."""
     _nginx.be(f"127.0.1.{next(ADDRESSES)}")
     return _nginx
-
-
-def limits(headers: Any) -> tuple[int, int, int]:
-    """Return limit, remaining and reset; each must be there once."""
-    names = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
-    for name in names:
-        found = headers.get_all(name) if hasattr(headers, "get_all") else headers.get_list(name)
-        assert len(found) == 1, name
-    limit, remaining, reset = (int(headers[name]) for name in names)
-    return limit, remaining, reset
 
 
 def test_nginx_takes_the_file(nginx: Nginx) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import StartServer
-from expected import TIME, http_error, naming, notification, parse
+from expected import TIME, answered, http_error, invalid, naming, notification, parse
 from processes import Server, eventually
 
 OWN_TYPES = ["welcome", "ping", "pong", "status_response", "error", "shutdown", "resume", "subscribed", "authenticated"]
@@ -17,19 +17,7 @@ OWN_TYPES = ["welcome", "ping", "pong", "status_response", "error", "shutdown", 
 
 def refusal(server: Server, body: object, **options: Any) -> tuple[int, Any]:
     """The status and parsed body of the answer to a bad request."""
-    response = server.post(body, **options)
-    return response.status_code, parse(response.content)
-
-
-def invalid(*words: str) -> tuple[int, Any]:
-    """A 400 with these words in its message."""
-    return 400, http_error("validation", naming(*words))
-
-
-def next_after(server: Server, client: Any) -> str:
-    """Publish a marker and return the message of the notification that the client gets next."""
-    server.notify("marker")
-    return str(client.receive()["data"]["message"])
+    return answered(server.post(body, **options))
 
 
 def body_of(size: int) -> bytes:
@@ -109,7 +97,7 @@ def test_a_newcomer_does_not_receive_the_past(server: Server) -> None:
     """A newcomer gets nothing that was published before it came."""
     server.notify("before")
     client = server.join()
-    assert next_after(server, client) == "marker"
+    assert server.next_for(client) == "marker"
 
 
 def test_notifications_arrive_in_the_order_of_their_publication(server: Server) -> None:
@@ -176,7 +164,7 @@ def test_an_integer_of_more_than_64_bits_is_refused(server: Server, place: str, 
     wanted = invalid("data: integer out of the 64-bit range", number[:64])
     assert refusal(server, b'{"message": "hi", "data": ' + data + b"}") == wanted
     batch = server.request("POST", "/notify/batch", content=b'[{"message": "hi", "data": ' + data + b"}]")
-    assert (batch.status_code, parse(batch.content)) == wanted
+    assert answered(batch) == wanted
 
 
 @pytest.mark.parametrize(
@@ -367,7 +355,7 @@ def test_a_body_in_chunks_over_the_limit_is_refused(server: Server) -> None:
     """The limit holds to the byte for a body that doesn't tell its length."""
     body = body_of(65_537)
     response = server.http.post("/notify", content=(body[start : start + 1000] for start in range(0, 66_000, 1000)))
-    assert (response.status_code, parse(response.content)) == (413, http_error("validation", naming()))
+    assert answered(response) == (413, http_error("validation", naming()))
 
 
 def test_the_size_comes_before_everything_else(server: Server) -> None:
@@ -402,7 +390,7 @@ def test_a_refused_notification_reaches_no_client(server: Server, body: bytes) -
     """After a refusal a client's next notification is the next one accepted."""
     client = server.join()
     server.post(body)
-    assert next_after(server, client) == "marker"
+    assert server.next_for(client) == "marker"
 
 
 def test_each_error_has_an_id_of_its_own(server: Server) -> None:

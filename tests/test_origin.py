@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from bytes import handshake
 from conftest import StartServer
-from expected import http_error, naming, parse, welcome
+from expected import answered, http_error, naming, parse, welcome
 from processes import Server, program
 from websockets.exceptions import InvalidStatus
 from ws_clients import PATIENCE
@@ -126,7 +126,7 @@ def test_a_foreign_handshake_is_refused_before_the_upgrade(server: Server) -> No
 def test_a_foreign_request_is_refused(server: Server) -> None:
     """A page from elsewhere cannot read a developer's local server."""
     response = server.get("/status", headers={"Origin": "https://evil.example"})
-    assert (response.status_code, parse(response.content)) == (
+    assert answered(response) == (
         403,
         http_error("application", naming("rigin")),
     )
@@ -436,7 +436,7 @@ def test_a_preflight_is_told_the_methods_of_the_path(open_to_two: Server, path: 
 def test_a_preflight_where_nothing_is_has_the_documented_body(open_to_two: Server) -> None:
     """It is an error like any other, and the page may read it."""
     response = open_to_two.request("OPTIONS", "/nothing", headers={"Origin": APP} | PREFLIGHT)
-    assert (response.status_code, parse(response.content)) == (404, http_error("application", naming("/nothing")))
+    assert answered(response) == (404, http_error("application", naming("/nothing")))
     assert response.headers["access-control-allow-origin"] == APP
 
 
@@ -449,7 +449,7 @@ def test_an_allowed_page_may_read_a_stream(open_to_two: Server) -> None:
 def test_a_preflight_of_a_foreign_page_fails(open_to_two: Server) -> None:
     """A page that is not allowed gets no permission."""
     response = open_to_two.request("OPTIONS", "/notify", headers={"Origin": "https://evil.example"} | PREFLIGHT)
-    assert (response.status_code, parse(response.content)) == (403, http_error("application", naming("rigin")))
+    assert answered(response) == (403, http_error("application", naming("rigin")))
     assert "access-control-allow-origin" not in response.headers
 
 

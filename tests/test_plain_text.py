@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from expected import UUID7, http_error, naming, notification, parse
+from expected import UUID7, answered, invalid, notification, parse
 from processes import Server
 
 FORM = "application/x-www-form-urlencoded"  # The default of `curl -d`.
@@ -58,7 +58,7 @@ def test_a_plain_text_is_the_message_to_the_letter(server: Server, content_type:
 def test_a_text_that_is_no_message_is_refused(server: Server, body: bytes, words: list[str]) -> None:
     """A text is refused by the same limits as a message in JSON."""
     response = post(server, body, "text/plain")
-    assert (response.status_code, parse(response.content)) == (400, http_error("validation", naming(*words)))
+    assert answered(response) == invalid(*words)
 
 
 def test_the_size_limit_comes_first(server: Server) -> None:
@@ -88,7 +88,7 @@ def test_json_is_read_as_json(server: Server, content_type: str | None) -> None:
 def test_a_form_that_is_no_json_is_refused(server: Server, body: bytes) -> None:
     """It is not guessed at: text wants its label."""
     response = post(server, body, FORM)
-    assert (response.status_code, parse(response.content)) == (400, http_error("validation", naming("JSON")))
+    assert answered(response) == invalid("JSON")
 
 
 def test_a_batch_that_curl_labels_as_a_form_is_read_as_json(server: Server) -> None:

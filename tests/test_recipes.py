@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 from anyio.from_thread import run
+from carriers import client_of
 from fastapi import Depends, FastAPI, HTTPException
 from processes import ROOT, program
 from starlette.applications import Starlette
@@ -31,15 +31,6 @@ from notifyd import Settings, create_app
 
 SILENT: Any = {"notification_interval": 0, "ping_interval": 0}
 APP, ELSEWHERE = "https://app.example.com", "https://evil.example"
-
-
-def client_of(app: Any) -> Any:
-    """A TestClient without its warning about an HTTP library: notifyd is not its subject."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Using `httpx` with")
-        from starlette.testclient import TestClient
-
-    return TestClient(app)
 
 
 # Origins.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import StartServer
-from expected import CLIENT_ID, COUNT, SECONDS, TIME, http_error, naming, parse
+from expected import CLIENT_ID, COUNT, SECONDS, TIME, answered, invalid
 from processes import Server, eventually, worker_count
 from virtual import FakeConnection
 
@@ -185,7 +185,7 @@ def test_limit_does_not_change_the_count(server: Server) -> None:
 def test_a_bad_limit_is_refused_by_name(server: Server, limit: str) -> None:
     """A limit that is no whole number from 0 on is a validation error."""
     response = server.get(f"/status?limit={limit}")
-    assert (response.status_code, parse(response.content)) == (400, http_error("validation", naming("limit")))
+    assert answered(response) == invalid("limit")
 
 
 def test_notifications_sent_counts_notifications_not_deliveries(start_server: StartServer) -> None:
