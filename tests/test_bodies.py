@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import Server, environment, program
 
+from bodies import _CHARSETS, UTF_8, _charset_in, _in_utf_8
 from errors import InvalidRequest, UnsupportedMediaType
-from routes import _CHARSETS, UTF_8, _charset_in, _in_utf_8
 
 PATHS = ["/notify", "/notify/batch"]
 WRAP: dict[str, Any] = {"/notify": lambda request: request, "/notify/batch": lambda request: [request]}
