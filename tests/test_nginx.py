@@ -62,7 +62,7 @@ class Nginx:
             ("listen 80;", f"listen 127.0.0.1:{plain};"),
             ("listen 443 ssl http2;", f"listen 127.0.0.1:{self.port} ssl http2;"),
             ("server 127.0.0.1:8000;", f"server 127.0.0.1:{upstream};"),
-            ("# https://app.example.com ", f"{PAGE} "),
+            ("# https://app.example.com $http_origin;", f"{PAGE} $http_origin; null $http_origin;"),
         ):
             assert ours in text, ours
             text = text.replace(ours, theirs)
@@ -593,10 +593,19 @@ for (let number = 0; number < 8; number++) new EventSource(`${url}/events?client
 </script>"""
 
 
+# A page that tells another server of the end of its stream, as a client there.
+TOLD = """<script>
+const [url, other] = new URLSearchParams(location.search).get("url").split(" ");
+new EventSource(`${url}/events`).addEventListener("closed", ({ data }) => {
+  new EventSource(`${other}/events?client_id=told-${JSON.parse(data).code}`);
+});
+</script>"""
+
+
 @contextmanager
-def page_of_streams(url: str, directory: Path) -> Iterator[None]:
-    """Open a page with eight streams of a server in Chromium."""
-    (directory / "page.html").write_text(STREAMS)
+def page_of_streams(url: str, directory: Path, page: str = STREAMS) -> Iterator[None]:
+    """Open a page with eight streams of a server in Chromium, or another page."""
+    (directory / "page.html").write_text(page)
     flags = "--headless --no-sandbox --no-proxy-server --no-first-run --remote-debugging-port=0 --disable-gpu"
     flags += f" --ignore-certificate-errors --disable-background-networking --user-data-dir={directory}/profile"
     command = [program("chromium", "chromium-browser", "google-chrome"), *flags.split()]
@@ -625,5 +634,17 @@ def test_a_browser_opens_more_than_six_streams_over_http2_alone(start_server: St
     try:
         with page_of_streams(proxy.url, tmp_path):
             eventually(lambda: server.active() == 8, 4 * PATIENCE)
+    finally:
+        proxy.close()
+
+
+def test_a_page_of_another_origin_is_told_of_a_restart(start_server: StartServer, tmp_path: Path) -> None:
+    """Chromium shows it the answer that nginx gives by itself."""
+    other = start_server("--allow-origin", "null")
+    proxy = Nginx(tmp_path, free_port())
+    try:
+        with page_of_streams(f"{proxy.url} {other.url}", tmp_path, TOLD):
+            eventually(lambda: other.active() == 1, 4 * PATIENCE)
+            assert other.read("/status")["connections"]["details"][0]["client_id"] == "told-1013"
     finally:
         proxy.close()
