@@ -73,7 +73,7 @@ class Newcomer(Struct, frozen=True):
         if not schemas.CLIENT_ID.match(client_id):
             raise InvalidRequest("Invalid client_id")
         since = None if self.since is None else schemas.position_of(self.since)
-        topics = schemas.topics_of(self.topics) if self.topics else frozenset()
+        topics = schemas.topics_of(self.topics, () if identity is None else identity.subscribe)
         if identity is not None:
             identity.check_topics(topics)
         return Newcomer(client_id, since, topics, self.user_agent, identity, self.address, self.peer, user)

@@ -6,7 +6,6 @@ through the seam in connection.py.
 1. Only admission.py adds and removes clients; only conversation.py changes the topics of a client after that.
 2. Both directions of an index change together: a client is in the group of each of its names, and in no other.
 3. The addressees of a notification cost as much as the audience is large, however many other clients there are.
-4. A refused renewal of an identity changes nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ from collections.abc import Iterable, Iterator, Set
 from typing import TYPE_CHECKING
 
 from connection import Connection
-from errors import Forbidden
-from guard_identity import Identity
 from log import Audience
 from schemas import POLICY_VIOLATION
 from store import Registration
@@ -59,6 +56,7 @@ class Client:
         "descriptor",
         "followed",
         "follows",
+        "granted",
         "heard_at",
         "identity",
         "owns_pending",
@@ -98,6 +96,8 @@ class Client:
         # entries; it knows those of broadcasts as well.
         self.told = UNTOLD
         self.topics: frozenset[str] = frozenset()
+        # Those among them that it need not be allowed: they were set by its token or by an admin.
+        self.granted = frozenset[str]() if newcomer.identity is None else newcomer.identity.subscribe
         # The sequence of the first entry that it was owed, and its topics since then, once they have changed.
         self.follows = 0
         self.followed: Followed | None = None
@@ -208,7 +208,7 @@ class Clients:
             _part(self.by_topic, name, client)
         for name in topics - client.topics:
             self.by_topic.setdefault(name, set()).add(client)
-        client.topics = topics
+        client.topics, client.granted = topics, client.granted & topics
 
     def count(self, audience: Audience | None) -> int:
         """Return the number of clients in an audience; None is everyone."""
@@ -254,17 +254,6 @@ class ExpiringClients:
         self._clients.add(client)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
-
-    def renew(self, client: Client, identity: Identity) -> None:
-        """Let another identity of the same user limit the client. Raises Forbidden for the identity of another user.
-
-        A refused renewal changes nothing.
-        """
-        if identity.own_user(client.user) != client.user:
-            raise Forbidden("Not allowed: user")
-        identity.check_topics(client.topics)
-        client.identity = identity
-        self.watch(client)
 
     def forget(self, client: Client) -> None:
         """Let the client go: it has left, or cannot expire any more."""

@@ -6,6 +6,7 @@ and changes nothing. Too many messages, or answers that the client does not read
 1. A client gets its answers in the order of its messages. A message that needs the store waits for it; every other is
    answered at once, unless an earlier one still waits.
 2. A client's topics change only here, and one message at a time: they stay the same during an await.
+3. A refused renewal of a token changes nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from msgspec import UNSET, Struct
 
 import schemas
 from clients import Client
-from errors import InvalidRequest, NotifydError, StoreUnavailable
+from errors import Forbidden, InvalidRequest, NotifydError, StoreUnavailable
 from guard_identity import Identity
 from log import frame
 from schemas import POLICY_VIOLATION, encode, timestamp
@@ -130,19 +131,10 @@ class Conversation:
         if client.identity is not None:
             client.identity.check_topics(named)
         topics = client.topics | named
-        if len(topics) > schemas.MAX_TOPICS:
-            raise InvalidRequest(f"topics: at most {schemas.MAX_TOPICS} a client, and this would make {len(topics)}")
+        schemas.check_topic_count(topics)
         if since is not None:
             return await self._subscribe_since(client, named, since)
-        before = client.topics
-        # In this process first: a notification that the store addresses to the client must find it subscribed.
-        self._set_topics(client, topics)
-        try:
-            await self._hub.store.subscribe(client.registration(topics))
-        except StoreUnavailable:
-            self._set_topics(client, before)
-            raise
-        return (schemas.Subscribed(topics=sorted(topics), timestamp=timestamp()),)
+        return await self._change_topics(client, topics)
 
     async def _subscribe_since(self, client: Client, named: frozenset[str], since: str) -> Answer:
         topics = client.topics | named
@@ -159,9 +151,19 @@ class Conversation:
         return subscribed, schemas.Resume(timestamp=timestamp(), data=resume)
 
     async def _unsubscribe(self, client: Client, named: frozenset[str]) -> Answer:
-        topics = client.topics - named
-        # In the store first: it has delivered everything that was addressed to the client when it answers.
-        await self._hub.store.subscribe(client.registration(topics))
+        return await self._change_topics(client, client.topics - named)
+
+    async def _change_topics(self, client: Client, topics: frozenset[str]) -> Answer:
+        """Set the topics of a client, here and in the store. Where the store is away, they stay as they are."""
+        before = client.topics
+        # New topics in this process first: a notification that the store addresses to the client must find it
+        # subscribed. The others in the store first: it has delivered everything addressed to the client by its answer.
+        self._set_topics(client, before | topics)
+        try:
+            await self._hub.store.subscribe(client.registration(topics))
+        except StoreUnavailable:
+            self._set_topics(client, before)
+            raise
         self._set_topics(client, topics)
         return (schemas.Subscribed(topics=sorted(topics), timestamp=timestamp()),)
 
@@ -175,10 +177,17 @@ class Conversation:
     async def _authenticate(self, client: Client, token: str) -> Answer:
         assert self._hub.renew is not None, "auth is an unknown type then"
         identity = await self._hub.renew(token, client.peer)
+        if identity.own_user(client.user) != client.user:
+            raise Forbidden("Not allowed: user")
+        kept = frozenset(topic for topic in client.topics if topic in client.granted or identity.allows(topic))
+        topics = kept | identity.subscribe
+        schemas.check_topic_count(topics)
+        changed = () if topics == client.topics else await self._change_topics(client, topics)
         if client in self._clients:
-            self._hub.expiring.renew(client, identity)
+            client.identity, client.granted = identity, client.granted | identity.subscribe
+            self._hub.expiring.watch(client)
         until = None if identity.expires_at is None else timestamp(identity.expires_at)
-        return (schemas.Authenticated(expires_at=until, timestamp=timestamp()),)
+        return schemas.Authenticated(expires_at=until, timestamp=timestamp()), *changed
 
     def _reply(self, client: Client, answer: Answer) -> None:
         if not answer:

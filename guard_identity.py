@@ -27,6 +27,8 @@ class Identity(Struct, frozen=True, kw_only=True):
     # The user that its client belongs to; empty: none; None: any that the client names.
     user: str | None = ""
     topics: Patterns = ()
+    # The topics that its client is subscribed to at once, and so may subscribe to as well.
+    subscribe: frozenset[str] = frozenset()
     # Whether it may publish everything. If not, only notifications that name nothing but such topics.
     publishes: bool = False
     publish_topics: Patterns = ()
@@ -68,10 +70,14 @@ class Identity(Struct, frozen=True, kw_only=True):
         if self.user and asked != self.user and not asked.startswith(f"{self.user}:"):
             raise Forbidden(f"Not allowed: client_id must be {self.user} or begin with {self.user}:")
 
+    def allows(self, topic: str) -> bool:
+        """Whether its client may subscribe to the topic."""
+        return topic in self.subscribe or _matches(topic, self.topics)
+
     def check_topics(self, topics: Iterable[str]) -> None:
         """Raise Forbidden for the first topic that it may not subscribe to."""
         for topic in sorted(topics):
-            if not _matches(topic, self.topics):
+            if not self.allows(topic):
                 raise Forbidden(f"Not allowed: topic {topic[:64]}")
 
     def _refusal(self, message: str) -> NotifydError:

@@ -35,7 +35,7 @@ from msgspec import Meta, Struct
 
 from errors import KeysUnavailable, Unauthorized
 from guard_identity import Identity
-from schemas import USER, stripped
+from schemas import MAX_TOPICS, USER, Topic, stripped
 from settings import VERSION, Settings, SettingsError
 
 logger = logging.getLogger("notifyd.auth")
@@ -90,6 +90,7 @@ class Claims(Struct):
     """The claims of a token that this server reads."""
 
     topics: list[Annotated[str, Meta(min_length=1)]] = []
+    subscribe: Annotated[list[Topic], Meta(max_length=MAX_TOPICS)] = []
     publish: bool | list[Annotated[str, Meta(min_length=1)]] = False
     admin: bool = False
     exp: Annotated[float, Meta(ge=0, le=_LAST_SECOND)] | None = None
@@ -121,6 +122,7 @@ class Tokens:
             name=user,
             user=user,
             topics=tuple(stripped(claims.topics)),
+            subscribe=frozenset(stripped(claims.subscribe)),
             publishes=claims.publish is True,
             publish_topics=() if isinstance(claims.publish, bool) else tuple(stripped(claims.publish)),
             admin=claims.admin,

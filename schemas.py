@@ -487,14 +487,22 @@ def read_message(message: str | bytes, types: Set[str]) -> ClientMessage:
 # --- URL parameters
 
 
-def topics_of(names: Collection[str]) -> frozenset[str]:
-    """Return the names in `?topics=a,b`, checked. Raises InvalidRequest."""
+def topics_of(names: Collection[str], granted: Collection[str] = ()) -> frozenset[str]:
+    """Return the names in `?topics=a,b`, checked, with those that a client has without. Raises InvalidRequest."""
     if not names:
-        return frozenset()
+        return frozenset(granted)
     try:
-        return frozenset(stripped(check(list(names), Topics, "topics")))
+        topics = frozenset(stripped(check(list(names), Topics, "topics"))).union(granted)
+        check_topic_count(topics)
+        return topics
     except InvalidRequest as error:
         raise InvalidRequest(f"Invalid topics: {error.message}") from None
+
+
+def check_topic_count(topics: Collection[str]) -> None:
+    """Raise InvalidRequest for more topics than a client may have."""
+    if len(topics) > MAX_TOPICS:
+        raise InvalidRequest(f"topics: at most {MAX_TOPICS} a client, and this would make {len(topics)}")
 
 
 def position_of(parameter: str) -> str:

@@ -26,7 +26,7 @@ import fanout as fanout_module
 import log as log_module
 from admission import Newcomer
 from connection import ConnectionState, Receiver
-from errors import ConnectionRefused, DuplicateClient, NotifydError, ShuttingDown
+from errors import ConnectionRefused, DuplicateClient, NotifydError, ShuttingDown, TooManyClients
 from hub import Hub
 from log import payloads
 from schemas import NotifyRequest
@@ -41,6 +41,7 @@ SMALL = Settings(
     history_bytes=2500,
     history_ttl=10,
     max_connections=4,
+    max_connections_per_user=2,
     ping_interval=6,
     ping_timeout=25,
     notification_interval=7.3137,  # so that it never coincides with anything else
@@ -49,6 +50,7 @@ SMALL = Settings(
 )
 NAMES = ["ann", "bob", "cat", "dan", "eve"]
 TOPICS = ["red", "green", "blue"]
+USERS = ["uma", "red"]
 NEVER_GIVEN = [
     "00000000-0000-0000-0000-000000000000",
     "550e8400-e29b-41d4-a716-446655440000",
@@ -60,7 +62,7 @@ FAREWELL = "Server is shutting down. Please reconnect later."
 SOME_TIME = "2026-01-31T12:00:00.000Z"
 
 Result = TypeVar("Result")
-Addressees = tuple[Collection[str], Collection[str]]  # clients and topics
+Addressees = tuple[Collection[str], Collection[str], Collection[str]]  # clients, topics and users
 
 
 def now(work: Coroutine[Any, Any, Result]) -> Result:
@@ -85,20 +87,23 @@ class Published(NamedTuple):
     replayed: bool
     audience: Addressees | None
 
-    def is_for(self, client_id: str | None, topics: Collection[str]) -> bool:
+    def is_for(self, client_id: str | None, user: str, topics: Collection[str]) -> bool:
         if self.audience is None:
             return True
-        clients, names = self.audience
-        return client_id in clients or bool(set(names) & set(topics))
+        clients, names, users = self.audience
+        return client_id in clients or user in users or bool(set(names) & set(topics))
 
 
 class Session(FakeConnection):
     """One connection, with its notifications by the model, and the bytes from the Hub."""
 
-    def __init__(self, model: Model, client_id: str, topics: frozenset[str], since: str | None, **options: Any) -> None:
+    def __init__(
+        self, model: Model, client_id: str, user: str, topics: frozenset[str], since: str | None, **options: Any
+    ) -> None:
         super().__init__(**options)
         self.model = model
         self.client_id = client_id
+        self.user = user
         self.topics = topics
         self.since = since
         # Ids, and SHUTDOWN at the end.
@@ -185,7 +190,7 @@ class Model:
         self.admitted += 1
         session.heard_at = self.loop.time()
         if session.since is not None:
-            missed, _ = self.missed(session.since, session.client_id, session.topics)
+            missed, _ = self.missed(session.since, session.client_id, session.user, session.topics)
             session.owed = [one.id for one in missed]
         self.fault_unless(session.client_id not in self.sessions, f"{session.client_id} is there twice")
         self.sessions[session.client_id] = session
@@ -203,10 +208,12 @@ class Model:
 
     def publish(self, id: str, request: NotifyRequest) -> int:
         """Note a published notification, and return the number of connected clients it is for."""
-        clients, topics = request.clients or (), sorted(set(request.topics or ()))
+        clients, topics, users = request.clients or (), sorted(set(request.topics or ())), request.users or ()
         body = {"id": id, "type": "custom", "timestamp": SOME_TIME, "data": {"message": request.message}}
         body |= {"topics": topics} if topics else {}
-        return self._append(body, replayed=True, audience=(clients, topics) if clients or topics else None)
+        return self._append(
+            body, replayed=True, audience=(clients, topics, users) if clients or topics or users else None
+        )
 
     def observe(self) -> None:
         """Note a notification of the Hub itself: a test notification, or the `system` at the end."""
@@ -246,7 +253,7 @@ class Model:
         at = self.loop.time() if at is None else at
         self.fault_unless(body["id"] > self.position, f"{body['id']} does not come after {self.position}")
         self.log.append(Published(body["id"], body["data"]["message"], size, at, replayed, audience))
-        addressed = [one for one in self.sessions.values() if self.log[-1].is_for(one.client_id, one.topics)]
+        addressed = [one for one in self.sessions.values() if self.log[-1].is_for(one.client_id, one.user, one.topics)]
         for session in addressed:
             session.owed.append(body["id"])
         return len(addressed)
@@ -266,7 +273,9 @@ class Model:
                 return index + 1
         return 0
 
-    def missed(self, since: str | None, client_id: str | None, topics: Collection[str]) -> tuple[list[Published], bool]:
+    def missed(
+        self, since: str | None, client_id: str | None, user: str, topics: Collection[str]
+    ) -> tuple[list[Published], bool]:
         """Return the notifications to replay, and whether these are provably all."""
         if since == "":
             return [], True
@@ -274,7 +283,7 @@ class Model:
         after = 0 if since is None else ids.index(since) if since in ids else -1
         front = self.front(self.loop.time())
         kept = self.log[max(after, front) :]
-        return [one for one in kept if one.replayed and one.is_for(client_id, topics)], after >= front
+        return [one for one in kept if one.replayed and one.is_for(client_id, user, topics)], after >= front
 
     # Checks at the moment of an event.
 
@@ -285,7 +294,7 @@ class Model:
         if session.since is None:
             self.fault_unless("resume" not in types, "a resume that nobody asked for")
             return
-        missed, complete = self.missed(session.since, session.client_id, session.topics)
+        missed, complete = self.missed(session.since, session.client_id, session.user, session.topics)
         promised = {"position": self.position, "replayed": len(missed), "complete": complete}
         resume = session.messages[1]
         self.fault_unless(resume["type"] == "resume", f"after the welcome comes {resume}")
@@ -300,7 +309,7 @@ class Model:
 
     def check_replay(self, session: Session, topics: frozenset[str], since: str, resume: Any) -> None:
         """Owe the session what it missed of these topics, in the order of the log, and nothing that it has."""
-        missed, complete = self.missed(since, None, topics)
+        missed, complete = self.missed(since, None, "", topics)
         replay = [one.id for one in missed if one.audience is not None and one.id not in session.owed]
         backlog = session.backlog()
         ids = [self.origin, *(one.id for one in self.log)]
@@ -354,6 +363,7 @@ class Model:
 # --- the machine
 
 names = st.sampled_from(NAMES)
+users = st.sampled_from(["", *USERS])
 topic_sets = st.frozensets(st.sampled_from(TOPICS), max_size=2)
 someone = st.integers(0, 3)
 turns = st.integers(0, 4)
@@ -369,7 +379,8 @@ kinds = st.sampled_from(
     ]
 )
 everyone = st.none()
-some = st.tuples(st.lists(names, max_size=2), st.lists(st.sampled_from(TOPICS), max_size=2)).filter(any)
+groups = (names, st.sampled_from(TOPICS), st.sampled_from(USERS))
+some = st.tuples(*(st.lists(group, max_size=2) for group in groups)).filter(any)
 paddings = st.sampled_from([0, 0, 0, 300, 900])
 publications = st.tuples(everyone | some, paddings)
 
@@ -405,9 +416,8 @@ class HubMachine(RuleBasedStateMachine):
 
     def request(self, addressees: Addressees | None, padding: int) -> NotifyRequest:
         self.published += 1
-        clients, topics = addressees or ((), ())
-        fields = {"clients": list(clients)} if clients else {}
-        fields |= {"topics": list(topics)} if topics else {}
+        named = zip(("clients", "topics", "users"), addressees or (), strict=False)
+        fields = {kind: list(names) for kind, names in named if names}
         return NotifyRequest(message=f"{self.published} {'x' * padding}", **fields)
 
     def publish(self, wanted: Sequence[NotifyRequest]) -> None:
@@ -444,18 +454,20 @@ class HubMachine(RuleBasedStateMachine):
     # Clients.
 
     @initialize(
-        crowd=st.dictionaries(names, st.tuples(topic_sets, kinds), min_size=2, max_size=4),
+        crowd=st.dictionaries(names, st.tuples(users, topic_sets, kinds), min_size=2, max_size=4),
         batch_bytes=st.sampled_from([1, 500]),
     )
-    def open(self, crowd: dict[str, tuple[frozenset[str], dict[str, Any]]], batch_bytes: int) -> None:
+    def open(self, crowd: dict[str, tuple[str, frozenset[str], dict[str, Any]]], batch_bytes: int) -> None:
         self.stack.enter_context(mock.patch.object(log_module, "BATCH_BYTES", batch_bytes))
-        for client_id, (topics, kind) in crowd.items():
-            self.join(Session(self.model, client_id, topics, None, **kind))
+        for client_id, (user, topics, kind) in crowd.items():
+            self.join(Session(self.model, client_id, user, topics, None, **kind))
 
-    @rule(client_id=names, topics=topic_sets, moment=moments, kind=kinds)
-    def connect(self, client_id: str, topics: frozenset[str], moment: int | str | None, kind: dict[str, Any]) -> None:
+    @rule(client_id=names, user=users, topics=topic_sets, moment=moments, kind=kinds)
+    def connect(
+        self, client_id: str, user: str, topics: frozenset[str], moment: int | str | None, kind: dict[str, Any]
+    ) -> None:
         since = self.id_given(moment) if isinstance(moment, int) else moment
-        self.join(Session(self.model, client_id, topics, since, **kind))
+        self.join(Session(self.model, client_id, user, topics, since, **kind))
 
     def id_given(self, ago: int) -> str:
         """Return the id of so many notifications ago, or from before the first."""
@@ -467,8 +479,9 @@ class HubMachine(RuleBasedStateMachine):
         incumbent = self.model.sessions.get(session.client_id)
         if incumbent is not None:
             incumbent.is_contested = True
-        refusal = self.refusal(incumbent)
-        admission = self.hub.admit(session, Newcomer(session.client_id, session.since, list(session.topics)))
+        refusal = self.refusal(session, incumbent)
+        newcomer = Newcomer(session.client_id, session.since, list(session.topics), user=session.user)
+        admission = self.hub.admit(session, newcomer)
         if refusal is None:
             self.loop.run_until_complete(admission)
         else:
@@ -478,15 +491,16 @@ class HubMachine(RuleBasedStateMachine):
         if incumbent is not None:
             incumbent.is_contested = False
 
-    def refusal(self, incumbent: Session | None) -> type[NotifydError] | None:
+    def refusal(self, session: Session, incumbent: Session | None) -> type[NotifydError] | None:
         """Return how a newcomer is refused, if it is."""
         if self.model.draining:
             return ShuttingDown
         if incumbent is not None and incumbent.is_alive and not incumbent.is_stream:
             return DuplicateClient
-        if len(self.model.sessions) - (incumbent is not None) >= SMALL.max_connections:
-            return ConnectionRefused
-        return None
+        others = [one for one in self.model.sessions.values() if one is not incumbent]
+        if session.user and sum(one.user == session.user for one in others) >= SMALL.max_connections_per_user:
+            return TooManyClients
+        return ConnectionRefused if len(others) >= SMALL.max_connections else None
 
     @rule(client_id=names, room=st.sampled_from([1, 2, float("inf"), float("inf")]))
     def come_back(self, client_id: str, room: float) -> None:
@@ -495,7 +509,7 @@ class HubMachine(RuleBasedStateMachine):
         if before:
             self.loop.call(before[-1].end)
             kind = {"one_at_a_time": before[-1].one_at_a_time, "is_stream": before[-1].is_stream, "room": room}
-            self.join(Session(self.model, client_id, before[-1].topics, before[-1].position, **kind))
+            self.join(Session(self.model, client_id, before[-1].user, before[-1].topics, before[-1].position, **kind))
 
     @precondition(somebody_is_there)
     @rule(
@@ -512,7 +526,7 @@ class HubMachine(RuleBasedStateMachine):
     def subscribe_after_a_publish(self, index: int, topic: str, ago: int, padding: int) -> None:
         """Publish for a topic and another, and ask for what has lately come to the topic."""
         if self.is_open():
-            self.loop.call(self.publish, [self.request(((), (topic, "red")), padding)])
+            self.loop.call(self.publish, [self.request(((), (topic, "red"), ()), padding)])
         # The publish may have closed the last client, a slow consumer.
         if self.somebody_is_there():
             self.ask_for_topics(index, "subscribe", frozenset([topic]), ago)
@@ -559,11 +573,11 @@ class HubMachine(RuleBasedStateMachine):
         session.stall()
 
     @precondition(is_open)
-    @rule(moment=moments, limit=st.integers(1, 9), topics=topic_sets, client_id=everyone | names)
-    def read_history(self, moment: Any, limit: int, topics: frozenset[str], client_id: str | None) -> None:
+    @rule(moment=moments, limit=st.integers(1, 9), topics=topic_sets, client_id=everyone | names, user=users)
+    def read_history(self, moment: Any, limit: int, topics: frozenset[str], client_id: str | None, user: str) -> None:
         since = self.id_given(moment) if isinstance(moment, int) else moment
-        history = self.loop.run_until_complete(self.hub.history(since, limit, topics, client_id))
-        missed, complete = self.model.missed(since, client_id, topics)
+        history = self.loop.run_until_complete(self.hub.history(since, limit, topics, client_id, user))
+        missed, complete = self.model.missed(since, client_id, user, topics)
         page = missed[:limit]
         assert history.complete is complete
         assert [json.loads(bytes(orjson.dumps(one)))["id"] for one in history.notifications] == [one.id for one in page]

@@ -388,6 +388,37 @@ def test_topics_of_the_address_are_checked_too(signed: Server) -> None:
     assert answered(refused) == (403, http_error("application", "Not allowed: topic ops"))
 
 
+def test_a_token_subscribes_by_itself(signed: Server) -> None:
+    """The claim `subscribe` needs no URL and no right; the client may leave such a topic and come back to it."""
+    shown = bearer(token(sub="alice", topics=["builds"], subscribe=["news", " alerts ", "a*"]))
+    position = signed.get("/notifications?since=", headers=bearer(KEY)).json()["position"]
+    signed.post({"message": "before", "topics": ["alerts"]}, headers=bearer(KEY))
+    client = signed.connect(query=f"topics=builds&since={position}", additional_headers=shown)
+    assert [client.receive()["type"] for _ in range(2)] == ["welcome", "resume"]
+    assert client.receive()["data"]["message"] == "before"
+    assert client.ask({"type": "unsubscribe", "topics": ["news"]})["topics"] == ["a*", "alerts", "builds"]
+    assert client.ask({"type": "subscribe", "topics": ["news"]})["topics"] == ["a*", "alerts", "builds", "news"]
+    assert client.ask({"type": "subscribe", "topics": ["abc"]}) == ws_error("Not allowed: topic abc")
+    with signed.http.stream("GET", "/events", headers=shown) as stream:
+        lines = stream.iter_lines()
+        assert any("welcome" in line for line in lines)
+        assert signed.post({"message": "x", "topics": ["news"]}, headers=bearer(KEY)).json()["recipients"] == 2
+        assert any('"message":"x"' in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    ["news", ["a,b"], [""], [5], ["x" * 129], ["\ud800"], [f"t{number}" for number in range(101)]],
+    ids=["text", "comma", "empty", "number", "too long", "surrogate", "too many"],
+)
+def test_a_claim_that_names_no_topics_makes_a_token_invalid(signed: Server, claim: Any) -> None:
+    """The names are those of topics, a hundred at most, and with those of the URL as many."""
+    assert refusal(signed, token(subscribe=claim)) == INVALID
+    hundred = token(topics=["more"], subscribe=[f"t{number}" for number in range(100)])
+    words = "Invalid topics: topics: at most 100 a client, and this would make 101"
+    assert refusal(signed, hundred, topics="more") == words
+
+
 def test_a_star_is_every_topic(signed: Server) -> None:
     """A lone star allows every topic, and a topic named * is a topic."""
     assert listener(signed, topics=["*"]).ask({"type": "subscribe", "topics": ["any", "*"]})["topics"] == ["*", "any"]
@@ -487,7 +518,6 @@ def test_a_new_token_goes_on_where_the_last_one_ended(signed: Server) -> None:
         ({"token": token(sub="alice", exp=1)}, EXPIRED),
         ({"token": token(sub="bob", topics=["*"])}, "Not allowed: user"),
         ({"token": token(topics=["*"])}, "Not allowed: user"),
-        ({"token": token(sub="alice")}, "Not allowed: topic builds"),
         ({"token": ""}, INVALID),
         ({"token": "\ud800".encode("utf-16", "surrogatepass").decode("utf-16", "replace")}, INVALID),
         ({}, "token: required, but missing"),
@@ -502,6 +532,43 @@ def test_a_bad_renewal_changes_nothing(signed: Server, message: Record, answer: 
     assert client.ask({"type": "subscribe", "topics": ["ops"]}) == ws_error("Not allowed: topic ops")
     if "required" in answer:  # One of them waits for it: that takes time.
         assert client.closed() == (1008, EXPIRED)
+
+
+@pytest.mark.parametrize(
+    ("claims", "topics", "may"),
+    [
+        ({"topics": ["builds", "ops"]}, None, ["ops"]),
+        ({"topics": ["ops"]}, ["news", "set"], ["ops", "set"]),
+        ({}, ["news", "set"], ["set"]),
+        ({"subscribe": ["builds"]}, None, ["builds"]),
+        ({"subscribe": ["more"]}, ["more", "news", "set"], ["more"]),
+    ],
+)
+def test_a_renewal_drops_topics_that_are_not_allowed_any_more(
+    signed: Server, claims: dict[str, Any], topics: list[str] | None, may: list[str]
+) -> None:
+    """The client hears so, but keeps the topics of the first token's claim `subscribe`, and is given the new ones'."""
+    first = token(sub="alice", topics=["builds"], subscribe=["news", "set"])
+    client = signed.connect(query="topics=builds", additional_headers=bearer(first))
+    assert client.receive() == welcome(CLIENT_ID, user="alice")
+    assert client.ask({"type": "auth", "token": token(sub="alice", **claims)})["type"] == "authenticated"
+    if topics is not None:
+        assert client.receive() == {"type": "subscribed", "topics": topics, "timestamp": TIME}
+    for topic in topics or ["builds", "news", "set"]:
+        signed.post({"message": topic, "topics": [topic]}, headers=bearer(KEY))
+        assert client.receive()["data"]["message"] == topic
+    for topic in {"builds", "ops", "set", "more"} - set(topics or ["builds", "news", "set"]):
+        answer = client.ask({"type": "subscribe", "topics": [topic]})
+        assert answer["type"] == "subscribed" if topic in may else answer == ws_error(f"Not allowed: topic {topic}")
+
+
+def test_a_renewal_with_too_many_topics_changes_nothing(signed: Server) -> None:
+    """A client has a hundred topics at most, wherever they come from."""
+    client = listener(signed, sub="alice", topics=["builds"], subscribe=[f"a{number}" for number in range(60)])
+    more = token(sub="alice", topics=["ops"], subscribe=[f"b{number}" for number in range(60)])
+    words = "topics: at most 100 a client, and this would make 120"
+    assert client.ask({"type": "auth", "token": more}) == ws_error(words)
+    assert client.ask({"type": "subscribe", "topics": ["ops"]}) == ws_error("Not allowed: topic ops")
 
 
 @pytest.mark.parametrize("claims", [{}, {"topics": ["*"], "exp": None}])

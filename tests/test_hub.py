@@ -19,7 +19,7 @@ from unittest import mock
 
 import hypothesis.strategies as st
 import pytest
-from hub_model import HubMachine, LaggingStore, Registration
+from hub_model import HubMachine, LaggingStore, Registered
 from hypothesis import HealthCheck, given, settings
 from virtual import FakeConnection, VirtualLoop
 
@@ -52,7 +52,10 @@ class TestHubForLonger(HubMachine.TestCase):  # type: ignore[misc]
     settings = settings(QUICK, max_examples=300)
 
 
-AUDIENCES = [None, None, Audience(frozenset(["a", "b"]), frozenset()), Audience(frozenset(), frozenset(["red"]))]
+AUDIENCES = [
+    *(None, None, Audience(frozenset(["a", "b"]), frozenset()), Audience(frozenset(), frozenset(["red"]))),
+    Audience(frozenset(), frozenset(), frozenset(["uma"])),
+]
 
 
 @settings(max_examples=int(os.environ.get("HUB_EXAMPLES", "100")), deadline=None)
@@ -63,16 +66,15 @@ def test_with_a_shared_store_each_client_gets_its_notifications(seed: int, histo
     quiet = Settings(notification_interval=0, ping_interval=0, history_size=history_size)
     store = LaggingStore(quiet, loop.time, chance)
     hub = Hub(quiet, store, loop.time)
-    met: list[tuple[FakeConnection, Registration]] = []
+    met: list[tuple[FakeConnection, Registered]] = []
 
     async def come_and_go(client_id: str) -> None:
         for _ in range(3):
             await asyncio.sleep(chance.choice([0, 0.003, 0.3]))
             connection = FakeConnection(one_at_a_time=chance.random() < 0.5)
             with suppress(DuplicateClient):
-                await hub.admit(
-                    connection, Newcomer(client_id, chance.choice([None, ""]), chance.choice([[], ["red"]]))
-                )
+                since, topics, user = (chance.choice(each) for each in ([None, ""], [[], ["red"]], ["", "uma"]))
+                await hub.admit(connection, Newcomer(client_id, since, topics, user=user))
                 met.append((connection, store.registered[client_id]))
                 await asyncio.sleep(chance.choice([0, 0.01, 1]))
                 if chance.random() < 0.7:
