@@ -83,7 +83,8 @@ class Endpoint:
             elif (handler := self._handlers.get(method)) is None:
                 raise MethodNotAllowed(f"Method {method[:32]} is not allowed here", {"Allow": self._allow})
             else:
-                scope[QUERY_KEY] = Query(query, self._parameters) if query else NO_PARAMETERS
+                ignores_query = self._parameters is None or not query
+                scope[QUERY_KEY] = NO_PARAMETERS if ignores_query else Query(query, self._parameters)
                 if self._authenticator is not None:
                     identity = await self._authenticator.identify(scope, self._right)
                 response = await handler(self._hub, Request(scope, receive), identity)

@@ -66,6 +66,8 @@ _UNREADABLE = (
 )
 # PyJWT raises these where a token is not signed with the key at hand.
 _UNPROVEN = (jwt.InvalidSignatureError, jwt.InvalidKeyError, jwt.InvalidAlgorithmError)
+# The `key_ops` of a key for signatures (RFC 7517, section 4.3); some issuers name that of the private half.
+_SIGNING = frozenset(("verify", "sign"))
 _HMAC = ("HS256", "HS384", "HS512")
 _RSA = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 _CURVES = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512", "secp256k1": "ES256K"}
@@ -131,7 +133,7 @@ class Tokens:
 
     async def _proven(self, token: str) -> tuple[str, Claims]:
         header = jwt.get_unverified_header(token)
-        async with aclosing(self._find(header.get("kid"), header.get("alg", ""))) as keys:
+        async with aclosing(self._find(header.get("kid") or None, header.get("alg", ""))) as keys:
             async for key in keys:
                 with suppress(*_UNPROVEN):
                     return self._claims(token, key)
@@ -292,7 +294,7 @@ class KeySet:
         keys: list[Key] = []
         for jwk in given["keys"] if isinstance(given, dict) and isinstance(given.get("keys"), list) else ():
             with suppress(*_UNREADABLE):
-                if jwk.get("use", "sig") != "sig":
+                if jwk.get("use", "sig") != "sig" or not _SIGNING.intersection(jwk.get("key_ops", _SIGNING)):
                     continue
                 key = jwt.PyJWK(jwk).key
                 stated = [jwk["alg"]] if jwk.get("alg") else []
