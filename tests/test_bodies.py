@@ -281,6 +281,14 @@ def test_the_error_of_a_form_says_what_to_send(server: Server, path: str, body: 
     assert answered(answer) == invalid("JSON", "form", "application/json", "text/plain")
 
 
+@pytest.mark.parametrize("content_type", ["", "text/markdown", "text/html; charset=utf-8"])
+def test_the_error_of_a_text_of_another_type_says_what_to_send(server: Server, content_type: str) -> None:
+    """Such a body is read as JSON, and with its own label JSON needs no advice."""
+    answer = post(server, b"disk full", content_type)
+    assert answered(answer) == invalid("JSON", "application/json", "text/plain")
+    assert "text/plain" not in post(server, b"disk full", "application/json").text
+
+
 def test_an_upload_form_is_told_the_content_types(server: Server) -> None:
     """`curl -F` sends one."""
     answer = post(server, b"--x--", "multipart/form-data; boundary=x")
