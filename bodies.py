@@ -166,7 +166,10 @@ def json_in(content: Content, kind: Any) -> Any:
     try:
         return schemas.decode(content.text, kind)
     except InvalidRequest as error:
-        if content.media_type != FORM_TYPE or not error.message.startswith("Invalid JSON"):
+        is_json = content.media_type == JSON_TYPE or content.media_type.endswith("+json")
+        if is_json or not error.message.startswith("Invalid JSON"):
             raise
-        advice = f"a form is not read; send JSON as {JSON_TYPE}, or to /notify a message as {TEXT_TYPE}"
+        advice = f"send JSON as {JSON_TYPE}, or to /notify a message as {TEXT_TYPE}"
+        if content.media_type == FORM_TYPE:
+            advice = f"a form is not read; {advice}"
         raise InvalidRequest(f"{error.message} ({advice})") from None
