@@ -111,12 +111,19 @@ def test_the_limit_of_an_address_ends_the_stream_of_a_browser(start_server: Star
 def test_the_rate_ends_the_stream_of_a_browser(start_server: StartServer) -> None:
     """The middleware refuses in the same way, and its headers and CORS stay."""
     server = start_server("--rate-limit", "--allow-origin", "https://app.example")
-    while server.get("/nothing").status_code != 429:
-        pass
-    stream = refused(server, Origin="https://app.example")
-    assert stream.response.headers["X-RateLimit-Remaining"] == "0"
-    assert stream.response.headers["Access-Control-Allow-Origin"] == "https://app.example"
-    assert stream.rest() == [closed(1008, "Rate limit exceeded: 10 requests a second, 20 at once")]
+    streams: list[Stream] = []
+
+    def is_refused() -> bool:
+        while server.get("/nothing").status_code != 429:
+            pass
+        # On a busy machine the bucket has room again by now.
+        streams.append(refused(server, Origin="https://app.example"))
+        return streams[-1].event() == closed(1008, "Rate limit exceeded: 10 requests a second, 20 at once")
+
+    eventually(is_refused)
+    assert streams[-1].response.headers["X-RateLimit-Remaining"] == "0"
+    assert streams[-1].response.headers["Access-Control-Allow-Origin"] == "https://app.example"
+    assert streams[-1].rest() == []
 
 
 def test_other_paths_keep_their_status(start_server: StartServer) -> None:
