@@ -49,6 +49,8 @@ ALARMING = re.compile(r"Traceback|Exception|Task exception was never retrieved|w
 # A connection is known by the socket that its process did not have before.
 ONE_AT_A_TIME = threading.Lock()
 
+# Three processes for each of many cases are for `make test-all`.
+with_one_and_two_workers = pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
 

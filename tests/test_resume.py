@@ -341,7 +341,7 @@ def test_nothing_is_lost_or_repeated_at_the_seam(start_server: StartServer) -> N
     """While one publishes as fast as it can, fifty break off and resume; each ends with exactly 0 to N in order."""
     server = start_server("--history-size", "5000")
     position = server.read("/notifications?since=")["position"]
-    messages = [str(number) for number in range(1000)]
+    messages = [str(number) for number in range(500)]
     clients = [Returning(server.ws_url, position, random.Random(number)) for number in range(50)]
 
     async def everyone() -> None:
@@ -352,4 +352,4 @@ def test_nothing_is_lost_or_repeated_at_the_seam(start_server: StartServer) -> N
     asyncio.run(asyncio.wait_for(everyone(), 60))
     publisher.join()
     assert [client.received for client in clients] == [messages] * 50
-    assert sum(client.connections for client in clients) > 500
+    assert sum(client.connections for client in clients) > 250

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import StartServer
-from processes import call, free_port, run
+from processes import call, free_port, run, with_one_and_two_workers
 from ws_clients import PATIENCE
 
 import server
@@ -52,7 +52,7 @@ def hosts(*names: str) -> list[str]:
 
 
 @needs_ipv6
-@pytest.mark.parametrize("workers", ["1", "2"])
+@with_one_and_two_workers
 @pytest.mark.parametrize(
     ("names", "families"),
     [
@@ -85,7 +85,7 @@ def test_the_variable_is_a_comma_list(start_server: StartServer) -> None:
 
 
 @needs_ipv6
-@pytest.mark.parametrize("workers", ["1", "2"])
+@with_one_and_two_workers
 @pytest.mark.parametrize("names", [["::"], ["127.0.0.1", "::1"]], ids=str)
 def test_the_internal_port_is_on_both_families(start_server: StartServer, names: list[str], workers: str) -> None:
     """Its figures are there alone, on each of its addresses."""
@@ -160,7 +160,7 @@ def test_a_free_port_is_free_on_every_address(monkeypatch: pytest.MonkeyPatch) -
 
 
 @needs_ipv6
-@pytest.mark.parametrize("workers", ["1", "2"])
+@with_one_and_two_workers
 @pytest.mark.parametrize(
     ("names", "taken", "shown"),
     [

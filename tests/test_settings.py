@@ -15,7 +15,7 @@ import httpx
 import pytest
 from conftest import StartServer
 from expected import PONG, welcome
-from processes import ROOT, Server, call, environment, eventually, notifyd_command, run
+from processes import ROOT, Server, call, environment, eventually, notifyd_command, run, with_one_and_two_workers
 
 from server import bind
 from settings import Settings, SettingsError
@@ -175,7 +175,7 @@ def test_a_host_that_is_not_ours_stops_the_start_with_one_line(host: str) -> Non
     assert host in ended.stderr
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@with_one_and_two_workers
 @pytest.mark.parametrize("store", ["sqlite:/nonexistent/log.db", "sqlite:/", "redis://:secret@host:port"])
 def test_a_store_that_cannot_be_used_stops_the_start_with_one_line(store: str, workers: str) -> None:
     """A store that cannot be used is one line without the password, and the exit status is 2."""
