@@ -1,10 +1,11 @@
 """Does a notification for few clients cost more when more other clients are connected?
 
 Method: two notifyd take turns (turns.py), one with 10 clients and one with 10,000. Each notification is for one client,
-addressed by its client_id, or for the 10 subscribers of a topic; load.c fails when another client receives it. The
-figure is the CPU per notification among 10,000 clients divided by the same among 10: 1 is no difference. The rows with
-a level address the same 10 clients throughout, so that only the number of the others differs. The rows without a level
-address all 10,000 in turn, so that none is in a cache: for a bare write() to so many sockets that alone is 2.8 us.
+addressed by its client_id, for the two clients of a user, or for the 10 subscribers of a topic; load.c fails when
+another client receives it. The figure is the CPU per notification among 10,000 clients divided by the same among 10: 1
+is no difference. The rows with a level address the same 10 clients throughout, so that only the number of the others
+differs. The rows without a level address all 10,000 in turn, so that none is in a cache: for a bare write() to so many
+sockets that alone is 2.8 us.
 
 The last rows show the cost of a topic that all clients follow. Two notifyd have the same clients and subscriptions; one
 publishes to the topic and the other to everyone.
@@ -25,6 +26,7 @@ from turns import Side, ratio, take_turns
 
 FEW = 10
 CLIENT_TITLE = "CPU per notification for one client among {:,}, by one among {:,}"
+USER_TITLE = "CPU per notification for one user of two clients among {:,}, by one among {:,}"
 TOPIC_TITLE = "CPU per notification for {1:,} followers of a topic among {0:,} clients, by among {1:,}"
 IN_TURN_TITLE = "{}, all in turn"
 EVERYONE_TITLE = "CPU per delivery by a topic that all {:,} clients follow, by a broadcast's"
@@ -50,8 +52,9 @@ def measure(peer: Peer, scale: Scale) -> Iterator[Figure]:
         return
     many = scale.many_clients
     one_client = Audience(1, f"?client_id={NUMBER}", f',"clients":["{NUMBER}"]')
+    one_user = Audience(2, f"?user={NUMBER}", f',"users":["{NUMBER}"]')
     one_topic = Audience(FEW, f"?topics={NUMBER}", f',"topics":["{NUMBER}"]')
-    for title, audience in ((CLIENT_TITLE, one_client), (TOPIC_TITLE, one_topic)):
+    for title, audience in ((CLIENT_TITLE, one_client), (USER_TITLE, one_user), (TOPIC_TITLE, one_topic)):
         same, everyone = title.format(many, FEW), IN_TURN_TITLE.format(title.format(many, FEW))
         with _two_crowds((many, audience), (FEW, audience)) as loads:
             for row, clients in ((Row(same, "x", 2, levels=(Level(1.1),)), FEW), (Row(everyone, "x", 2), many)):

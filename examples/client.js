@@ -21,7 +21,7 @@ const IDLE_MS = 45_000; // after this much silence the client pings the server, 
 
 // Closes (1008) with such a reason are final: the same request would be refused again. Others are temporary:
 // "Connection limit exceeded", "Client ... is already connected", "Slow consumer".
-const FINAL = /^(Invalid |Query:|Unknown |Replaced by|Authentication required|Token expired|Not allowed)/;
+const FINAL = /^(Invalid |Query:|Unknown |Replaced by|Authentication required|Token |Not allowed|Disconnected)/;
 
 /** Return the milliseconds to wait: anything up to a limit that doubles with each failure ("full jitter"). */
 export function backoff(failures, base = BASE_MS, cap = CAP_MS) {
@@ -35,10 +35,10 @@ export class NotifydClient {
   #isAnotherLog = false; // its ids may be older than `last`, and the next is no duplicate
 
   /**
-   * Options, all optional: clientId; topics (names); since (the id to resume from); token (an API key or a JSON Web
-   * Token); onNotification(notification);
-   * onMessage(message) for the protocol's other messages; onState(state, detail) with "connecting",
-   * "open" {clientId}, "waiting" {code, reason, delay} or "closed" {code, reason}; WebSocket (the class to use).
+   * Options, all optional: clientId; user (where no token names one); topics (names); since (the id to resume from);
+   * token (an API key or a JSON Web Token); onNotification(notification); onMessage(message) for the protocol's other
+   * messages; onState(state, detail) with "connecting", "open" {clientId, user}, "waiting" {code, reason, delay} or
+   * "closed" {code, reason}, the reason why it is closed for good; WebSocket (the class to use).
    */
   constructor(url, options = {}) {
     this.options = { WebSocket: globalThis.WebSocket, ...options };
@@ -46,6 +46,7 @@ export class NotifydClient {
     this.url = new URL(url, globalThis.location?.href);
     this.url.protocol = this.url.protocol.replace("http", "ws");
     if (options.clientId) this.url.searchParams.set("client_id", options.clientId);
+    if (options.user) this.url.searchParams.set("user", options.user);
     if (options.topics?.length) this.url.searchParams.set("topics", options.topics.join(","));
     // The position to resume from: the id of the last notification, or a newer one. Empty: from now on.
     this.last = options.since ?? this.url.searchParams.get("since") ?? "";
@@ -91,7 +92,7 @@ export class NotifydClient {
     }
     if (message.type === "ping") this.#send({ type: "pong" });
     if (message.type === "shutdown") this.#socket.close(1000); // and, as after every close, come back after a while
-    if (message.type === "welcome") this.#enter("open", { clientId: message.client_id });
+    if (message.type === "welcome") this.#enter("open", { clientId: message.client_id, user: message.user });
     if (message.type === "resume") {
       const { position } = message.data;
       if (!this.last) this.last = position; // nothing received yet: from here on nothing can be missed

@@ -33,7 +33,8 @@ STABLE_SECONDS = 10.0  # a connection that lasted this long counts as a success:
 
 # Closes (1008) with such a reason are final: the same request would be refused again. Others are temporary:
 # "Connection limit exceeded", "Client ... is already connected", "Slow consumer".
-FINAL = ("Invalid ", "Query:", "Unknown ", "Replaced by", "Authentication required", "Token expired", "Not allowed")
+FINAL = ("Invalid ", "Query:", "Unknown ", "Replaced by", "Authentication required", "Token ", "Not allowed")
+FINAL += ("Disconnected",)
 
 log = logging.getLogger("notifyd.client")
 
@@ -71,12 +72,13 @@ class NotifydClient:
         url: str,
         *,
         client_id: str | None = None,
+        user: str | None = None,
         topics: Iterable[str] = (),
         since: str | None = None,
         token: str | None = None,
     ) -> None:
-        """`token`: an API key, or a JSON Web Token."""
-        self.url = with_query(url, client_id=client_id, topics=",".join(topics) or None)
+        """`token`: an API key, or a JSON Web Token. `user`: for a client without a token, or with a key."""
+        self.url = with_query(url, client_id=client_id, user=user, topics=",".join(topics) or None)
         # The id of the last notification, or a newer position. Empty: from now on.
         self.last = since or dict(parse_qsl(urlsplit(url).query)).get("since", "")
         # The ids of another log may be older than `last`, and its next is no duplicate.
@@ -125,7 +127,7 @@ class NotifydClient:
             case {"type": "ping"}:
                 await websocket.send('{"type":"pong"}')
             case {"type": "welcome", "client_id": client_id}:
-                log.info("connected as %s", client_id)
+                log.info("connected as %s%s", client_id, f" of {message['user']}" if "user" in message else "")
             case {"type": "error", "message": text}:
                 log.error("error: %s", text)
             case {"type": "resume", "data": {"position": position, "complete": complete}}:
@@ -142,13 +144,15 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description="Print notifications as they arrive.")
     parser.add_argument("url", nargs="?", default="ws://localhost:8000/ws")
     parser.add_argument("--client-id")
+    parser.add_argument("--user", help="where no token names a user")
     parser.add_argument("--topics", default="", help="a comma list")
     parser.add_argument("--token", default=os.environ.get("TOKEN"), help="best in the variable TOKEN")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     topics = filter(None, args.topics.split(","))
+    client = NotifydClient(args.url, client_id=args.client_id, user=args.user, topics=topics, token=args.token)
     try:
-        async for notification in NotifydClient(args.url, client_id=args.client_id, topics=topics, token=args.token):
+        async for notification in client:
             print(json.dumps(notification), flush=True)
     except WebSocketException as error:
         raise SystemExit(f"refused: {error}") from None

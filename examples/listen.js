@@ -9,7 +9,7 @@ import { NotifydClient } from "./client.js";
 
 const describe = {
   connecting: () => "connecting",
-  open: ({ clientId }) => `connected as ${clientId}`,
+  open: ({ clientId, user }) => `connected as ${clientId}${user ? ` of ${user}` : ""}`,
   waiting: ({ code, reason, delay }) => `disconnected (${code} ${reason}), again in ${Math.round(delay)} ms`,
   closed: ({ code, reason }) => `closed (${code} ${reason})`,
 };

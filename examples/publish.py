@@ -97,10 +97,11 @@ class Notifyd:
         *,
         clients: Sequence[str] | None = None,
         topics: Sequence[str] | None = None,
+        users: Sequence[str] | None = None,
         key: str | None = None,
     ) -> dict[str, Any]:
-        """Publish to everyone, or to clients and topics. With a `key` of your own a later run may repeat it safely."""
-        body = {"message": message, "type": type, "data": data, "clients": clients, "topics": topics}
+        """Publish to everyone, or to clients, topics and users. With a `key` of your own a later run may repeat it."""
+        body = {"message": message, "type": type, "data": data, "clients": clients, "topics": topics, "users": users}
         body = {name: value for name, value in body.items() if value is not None}
         return self._ask("POST", "/notify", json=body, headers={"Idempotency-Key": key or uuid.uuid4().hex})
 

@@ -33,6 +33,8 @@ pytestmark = pytest.mark.slow
 SEED = int(os.environ.get("CHAOS_SEED", "4"))
 CLIENTS, NOTIFICATIONS, BATCH = 200, 20_000, 100
 TOPICS = [f"topic{number}" for number in range(40)]
+# Two or three clients belong to each.
+USERS = 70
 MISHAPS_PER_BATCH = 5
 # For clients that leave the old connection hanging, noticed by the server after two seconds: once in so many batches.
 BATCHES_PER_VANISHING = 10
@@ -220,6 +222,7 @@ class Client:
         self.name = f"client{number}"
         self.bytes = StreamBytes if number % 10 == 0 else WebSocketBytes
         self.topics = chance.sample(TOPICS, 2)
+        self.user = f"user|{number % USERS}"
         self.chance = chance
         self.proxy = proxy
         self.position = ""
@@ -242,7 +245,7 @@ class Client:
         """Resume, directly or through the proxy, and receive until the connection is lost."""
         is_proxied = self.chance.random() < 0.5
         address = ("127.0.0.1", self.proxy.port) if is_proxied else self.proxy.address
-        query = f"client_id={self.name}&topics={','.join(self.topics)}&since={self.position}"
+        query = f"client_id={self.name}&user={self.user}&topics={','.join(self.topics)}&since={self.position}"
         connection = Connection(self.bytes(address, query), self.take, is_proxied=is_proxied)
         with suppress(ConnectionError):
             await asyncio.get_running_loop().create_connection(lambda: connection, *address)
@@ -341,11 +344,15 @@ class Storm:
         assert response.status_code == 200, response.text
 
     def notification(self, number: int) -> dict[str, Any]:
-        """Draw an audience: everyone, one or two topics, or up to three clients."""
+        """Draw an audience: everyone, one or two topics or users, or up to three clients."""
         drawn = self.chance.random()
         if drawn < 0.03:
             return self.broadcast(number)
-        if drawn < 0.5:
+        if drawn < 0.36:
+            users = {client.user for client in self.chance.sample(self.clients, self.chance.randint(1, 2))}
+            self.expect(number, [client for client in self.clients if client.user in users])
+            return {"message": str(number), "users": sorted(users)}
+        if drawn < 0.7:
             topics = self.chance.sample(TOPICS, self.chance.randint(1, 2))
             self.expect(number, [client for client in self.clients if {*topics} & {*client.topics}])
             return {"message": str(number), "topics": topics}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -101,7 +102,7 @@ class Program:
         if state == "refused":
             assert self.process.wait(PATIENCE) == 1
             return
-        while not self._next(self._states).startswith(state):
+        while not re.match(state, self._next(self._states)):
             pass
 
     def stop(self) -> None:
@@ -242,16 +243,26 @@ def test_shows_a_token(start_server: StartServer, request: pytest.FixtureRequest
     secret = "a secret of 32 characters or more"
     server = start_server("--jwt-secret", secret, "--api-key", "ci:a-key")
     command = [sys.executable] if example == "client.py" else request.getfixturevalue("node")
-    for variables, state in (({"TOKEN": jwt.encode({"sub": "alice"}, secret)}, "connected"), ({}, "refused")):
+    connected = r"connected as client_\w+ of alice$"
+    for variables, state in (({"TOKEN": jwt.encode({"sub": "alice"}, secret)}, connected), ({}, "refused")):
         program = Program(*command, str(EXAMPLES / example), server.ws_url, **variables)
         try:
             program.wait_until(state)
-            if state == "connected":
+            if state == connected:
                 with load("publish").Notifyd(server.url, token="a-key") as notifyd:
-                    notifyd.notify("for alice")
+                    notifyd.notify("for alice", users=["alice"])
                 assert program.receive() == "custom: for alice"
         finally:
             program.stop()
+
+
+def test_python_names_a_user(server: Server) -> None:
+    """Where no token does."""
+    program = Program(sys.executable, str(EXAMPLES / "client.py"), server.ws_url, "--user", "auth0|eve")
+    try:
+        program.wait_until(r"connected as client_\w+ of auth0\|eve$")
+    finally:
+        program.stop()
 
 
 @pytest.mark.parametrize(
@@ -491,7 +502,7 @@ FAKES = """
         send(text) { this.sent.push(JSON.parse(text)); }
         close() { this.closed = true; }
     }
-    const client = new NotifydClient("ws://server/ws", { WebSocket, clientId: "a", topics: ["b", "c"] });
+    const client = new NotifydClient("ws://server/ws", { WebSocket, clientId: "a", user: "e|1", topics: ["b", "c"] });
 """
 
 
@@ -512,8 +523,8 @@ def run_node(node: list[str]) -> RunNode:
     return run
 
 
-def test_javascript_asks_for_its_id_and_topics(run_node: RunNode) -> None:
-    assert run_node(FAKES + "sockets[0].url") == "ws://server/ws?client_id=a&topics=b%2Cc&since="
+def test_javascript_asks_for_its_id_user_and_topics(run_node: RunNode) -> None:
+    assert run_node(FAKES + "sockets[0].url") == "ws://server/ws?client_id=a&user=e%7C1&topics=b%2Cc&since="
 
 
 def test_javascript_pings_a_silent_server_and_then_gives_it_up(run_node: RunNode) -> None:

@@ -28,7 +28,7 @@ from ws_clients import PATIENCE, Client, claims
 
 pytestmark = [pytest.mark.slow, needs_proc]
 
-LIMIT = 30
+LIMIT, USER_LIMIT = 30, 5
 KINDS = ["workers", "sqlite", "redis"]
 # uvicorn closes an HTTP connection that was idle for 5 s.
 IDLE_SECONDS = 2.0
@@ -195,7 +195,8 @@ def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def _shared(start: StartMany) -> Iterator[Many]:
-    many = start("--notification-interval", "0", "--max-connections", str(LIMIT))
+    limits = ("--max-connections", str(LIMIT), "--max-connections-per-user", str(USER_LIMIT))
+    many = start("--notification-interval", "0", *limits)
     yield many
     for server in many.servers:
         server.stop()
@@ -243,6 +244,19 @@ def test_the_limit_is_kept_when_all_come_at_once(many: Many) -> None:
     """Exactly as many get in as there is room for."""
     met = claims(many.addresses(2 * LIMIT))
     assert sorted(met) == [f"Connection limit exceeded: {LIMIT}/{LIMIT}"] * LIMIT + ["welcome"] * LIMIT
+
+
+def test_the_limit_of_a_user_is_for_all_together(many: Many) -> None:
+    """Exactly as many clients of a user get in as there is room for, and the next when a client has left."""
+    refusal = f"Connection limit exceeded for this user: {USER_LIMIT}/{USER_LIMIT}"
+    met = claims(many.addresses(20, "user=ann"))
+    assert sorted(met) == [refusal] * (20 - USER_LIMIT) + ["welcome"] * USER_LIMIT
+    eventually(lambda: many.servers[0].active() == 0)
+    clients = [place.join(query="user=ann") for place in many.one_by_one(USER_LIMIT)]
+    assert [place.connect(query="user=ann").closed() for place in many.places] == [(1008, refusal)] * len(many.places)
+    clients[0].leave()
+    eventually(lambda: many.servers[0].active() == USER_LIMIT - 1)
+    many.places[-1].join(query="user=ann")
 
 
 def test_a_client_id_of_the_living_is_taken_everywhere(many: Many) -> None:
@@ -314,11 +328,12 @@ def test_deliveries_are_counted_when_they_are_read(many: Many) -> None:
 def test_recipients_are_counted_over_all(many: Many) -> None:
     """Recipients are right at once after a welcome, a subscribe or an unsubscribe on any process."""
     for here, there in permutations(many.places, 2):
-        here.join("a", query="client_id=a&topics=x")
-        client = there.join("b")
+        here.join("a", query="client_id=a&topics=x&user=u")
+        client = there.join("b", query="client_id=b&user=u")
         assert (here.notify("m"), there.notify("m")) == (2, 2)
         assert [here.notify("m", clients=["a", "b", "c"]), here.notify("m", topics=["x"], clients=["b"])] == [2, 2]
-        client.receive_many(4)
+        assert [here.notify("m", users=["u"]), there.notify("m", users=["u", "v"], clients=["a"])] == [2, 2]
+        client.receive_many(6)
         assert client.ask({"type": "subscribe", "topics": ["x"]})["type"] == "subscribed"
         assert [here.notify("m", topics=["x"]), there.notify("m", topics=["x"])] == [2, 2]
         client.receive_many(2)
@@ -413,15 +428,23 @@ def test_resume_on_another_process(many: Many) -> None:
 
 
 def test_targets_are_reached_everywhere(many: Many) -> None:
-    """A client gets notifications for it and its topics, and no others, from any process."""
-    one, other = many.places[0].join("a"), many.places[-1].join("b", query="client_id=b&topics=x")
+    """A client gets notifications for it, its user and its topics, and no others, from any process, also afterwards."""
+    queries = ["client_id=a&user=u", "client_id=b&topics=x", "client_id=c&user=u"]
+    clients = [place.join(query=query) for place, query in zip(many.one_by_one(3), queries, strict=True)]
+    since = many.places[0].read("/notifications?since=")["position"]
     for place in many.places:
         place.notify("a", clients=["a"])
         place.notify("b", topics=["x"])
-        place.notify("a and b", clients=["a"], topics=["x"])
-    assert [
-        [message["data"]["message"] for message in client.receive_many(2 * len(many.places))] for client in (one, other)
-    ] == [["a", "a and b"] * len(many.places), ["b", "a and b"] * len(many.places)]
+        place.notify("a and c", users=["u"])
+        place.notify("all", clients=["a"], topics=["x"], users=["u"])
+    theirs = [["a", "a and c", "all"], ["b", "all"], ["a and c", "all"]]
+    for client, query, place, own in zip(clients, queries, many.places[::-1] * 3, theirs, strict=False):
+        expected = own * len(many.places)
+        assert [message["data"]["message"] for message in client.receive_many(len(expected))] == expected
+        client.leave()
+        again = place.connect(query=f"{query}&since={since}")
+        assert [again.receive()["type"] for _ in range(2)] == ["welcome", "resume"]
+        assert [message["data"]["message"] for message in again.receive_many(len(expected))] == expected
 
 
 # Idempotency keys.
