@@ -455,10 +455,11 @@ def test_ten_thousand_that_come_and_go_at_once_leave_nothing(start_server: Start
 
 @needs_proc
 @pytest.mark.usefixtures("bystander")
-def test_a_declared_body_of_100_megabytes_is_refused_at_once(server: Server) -> None:
+@pytest.mark.parametrize("length", [104_857_600, 2**63, 2**64 - 1])
+def test_a_declared_body_of_100_megabytes_is_refused_at_once(server: Server, length: int) -> None:
     """The declared length is enough for 413; the body needn't be sent."""
     before = server.memory()
-    connection = server.raw(PUBLISH + b"Content-Length: 104857600\r\n\r\n" + b"x" * 1000)
+    connection = server.raw(PUBLISH + b"Content-Length: %d\r\n\r\n" % length + b"x" * 1000)
     assert connection.recv(65_536).startswith(b"HTTP/1.1 413 ")
     assert server.memory() - before < 4 * MEGABYTE
 
