@@ -32,9 +32,9 @@ test-all: test test-slow test-stores test-bounds
 API := $(addprefix tests/test_,$(addsuffix .py,batch drain events health heartbeat history hostile http_errors \
 	wire_http limits metrics notify origin plain_text publish_once rates resume scale status targets ws_messages))
 test-stores: $(VENV)/dev
-	@$(BIN)/python -m pytest -n 4 --server-args='--workers 2 --store-timeout 10' $(API) $(ARGS)
-	@$(BIN)/python -m pytest -n 4 --store sqlite $(API) $(ARGS)
-	@$(BIN)/python -m pytest -n 4 --store redis $(API) $(ARGS)
+	@$(BIN)/python -m pytest --server-args='--workers 2 --store-timeout 10' $(API) $(ARGS)
+	@$(BIN)/python -m pytest --store sqlite $(API) $(ARGS)
+	@$(BIN)/python -m pytest --store redis $(API) $(ARGS)
 
 # The servers of some tests, with both ends of the ranges in pyproject.toml.
 test-bounds: export PYTHONDONTWRITEBYTECODE :=

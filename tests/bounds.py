@@ -56,7 +56,7 @@ def make(name: str, python: str, *flags: str) -> Path:
 
 def run(interpreter: Path, arguments: list[str]) -> int:
     tests = [str(ROOT / "tests" / f"test_{name}.py") for name in TESTS]
-    command = [sys.executable, "-m", "pytest", "-n", "4", "-k", SELECTED, f"--server-python={interpreter}"]
+    command = [sys.executable, "-m", "pytest", "-k", SELECTED, f"--server-python={interpreter}"]
     return subprocess.run([*command, *tests, *arguments], cwd=ROOT, check=False).returncode
 
 

@@ -24,6 +24,8 @@ from store import LEASE_SECONDS
 
 StartServer = Callable[..., Server]
 
+MANY_FILES = 8
+
 # Modules and tests stay until the end. To look for garbage among them takes most of the time of the collection.
 gc.disable()
 
@@ -49,9 +51,9 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Three workers a core for the whole suite, because most tests only wait; none for a few, which end sooner."""
+    """Three workers a core for many files, because most tests only wait; none for a few tests, which end sooner."""
     is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
-    return min(3 * (os.cpu_count() or 1), 12) if is_whole else 0
+    return min(3 * (os.cpu_count() or 1), 12) if is_whole or len(config.args) > MANY_FILES else 0
 
 
 def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:

@@ -274,6 +274,15 @@ def test_a_pause_of_the_process_does_not_count_as_silence(loop: VirtualLoop) -> 
     assert (alive.goodbye, dead.goodbye) == (None, (1011, "Ping timeout"))
 
 
+def test_after_a_long_pause_each_client_is_pinged_once(loop: VirtualLoop) -> None:
+    """The pings of the intervals that the process has missed are left out."""
+    hub = hub_on(loop, ping_interval=6, ping_timeout=25)
+    client = join(loop, hub, "ann")
+    loop.pause(600)
+    loop.run_until_complete(asyncio.sleep(2))
+    assert [message["type"] for message in client.messages] == ["welcome", "ping"]
+
+
 def test_a_pause_is_told_once(loop: VirtualLoop, caplog: pytest.LogCaptureFixture) -> None:
     """A pause is logged once, however many pings it has delayed."""
     hub = hub_on(loop, ping_interval=1, ping_timeout=2)
