@@ -15,6 +15,7 @@ from msgspec import Struct
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import schemas
@@ -22,7 +23,7 @@ from connection import STREAM_HEADERS, closed
 from errors import MethodNotAllowed, NotFound, NotifydError, StoreUnavailable
 from guard_identity import Identity, Right
 from hub import Hub
-from query import NO_PARAMETERS, QUERY_KEY, Query
+from query import NO_PARAMETERS, QUERY_KEY, Query, segments
 from schemas import TRY_AGAIN_LATER, encode
 
 if TYPE_CHECKING:
@@ -113,6 +114,28 @@ class Endpoint:
 def known(parameters: Set[str], authenticator: Authenticator | None) -> Set[str]:
     """Return the parameters of a path together with those that authentication reads."""
     return parameters if authenticator is None else parameters | authenticator.parameters
+
+
+class SegmentRoute(Route):
+    """A route with a {name} for each segment that is a value. Its handler gets these still encoded."""
+
+    def __init__(self, path: str, app: ASGIApp) -> None:
+        _, first, *self._names = path.split("/")
+        super().__init__(f"/{first}/{{rest:path}}", app)
+        # As it is documented.
+        self.path = path
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, child = super().matches(scope)
+        if match is Match.NONE:
+            return match, child
+        values: dict[str, str] = child["path_params"]
+        found = segments(scope.get("raw_path") or b"", values.pop("rest"), len(self._names))
+        pairs = list(zip(self._names, found or (), strict=False))
+        if not pairs or any(name[0] != "{" and name != given for name, given in pairs):
+            return Match.NONE, {}
+        values |= {name[1:-1]: given for name, given in pairs if name[0] == "{"}
+        return match, child
 
 
 class Socket:

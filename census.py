@@ -21,7 +21,7 @@ import schemas
 from errors import DuplicateClient, StoreUnavailable
 from schemas import ClientDetails, timestamp
 from slices import in_slices
-from store import Census, Draft, Record, Report
+from store import LEASE_SECONDS, Census, Draft, Record, Report
 
 if TYPE_CHECKING:
     from hub import Hub
@@ -30,6 +30,8 @@ logger = logging.getLogger("notifyd")
 
 # How long another process gets to answer with its figures.
 ANSWER_SECONDS = 1.0
+# How long all of them get where none may be left out: a process that stands still is dead by then.
+EVERYONE_SECONDS = 2 * LEASE_SECONDS
 # How often this process reports its figures to the store, and asks whether it leads.
 REPORT_SECONDS = 1.0
 _TEST_START = b',"type":"test_notification"'
@@ -121,14 +123,14 @@ class CensusTaker:
         return [
             ClientDetails(
                 client_id=client.client_id,
-                connected_at=timestamp(self._wall_time(client.connected_at)),
-                last_ping=timestamp(self._wall_time(client.heard_at)),
+                connected_at=timestamp(self.wall_time(client.connected_at)),
+                last_ping=timestamp(self.wall_time(client.heard_at)),
                 user_agent=client.user_agent,
             )
             async for _, client in in_slices(list(itertools.islice(self._hub.clients, limit)))
         ]
 
-    def _wall_time(self, clock: float) -> float:
+    def wall_time(self, clock: float) -> float:
         """Return a moment of the Hub's clock in seconds since the epoch."""
         return self.started_at + clock - self._started_clock
 
@@ -204,6 +206,31 @@ class Questions:
         answers = await asyncio.gather(*(self.ask(node_id, question, seconds) for node_id in node_ids))
         return [answer for answer in answers if answer is not None]
 
+    async def ask_everyone(self, question: dict[str, Any]) -> list[Any]:
+        """Return the answers of all other nodes, without those that die meanwhile.
+
+        Raises StoreUnavailable, also where a living node does not answer.
+        """
+        store = self._hub.store
+        asked = {
+            asyncio.ensure_future(self.ask(node_id, question, EVERYONE_SECONDS)): node_id
+            for node_id in (await store.census()).others
+        }
+        answers, waiting = [], set(asked)
+        try:
+            while waiting:
+                done, waiting = await asyncio.wait(waiting, timeout=ANSWER_SECONDS)
+                answers += [answered.result() for answered in done]
+                if waiting:
+                    living = (await store.census()).others
+                    waiting = {each for each in waiting if asked[each] in living}
+        finally:
+            for each in asked:
+                each.cancel()
+        if None in answers:
+            raise StoreUnavailable("A process of the server does not answer")
+        return answers
+
     def receive(self, sender: str, message: bytes) -> None:
         """Take another node's mail: a question, or the answer to one of ours."""
         mail = orjson.loads(message)
@@ -230,5 +257,7 @@ class Questions:
             except DuplicateClient:
                 return {"stays": True}
             return {"stays": False}
-        await self._hub.census.report()
-        return schemas.to_plain(await self._hub.census.share(question["limit"]))
+        if question["ask"] == "report":
+            await self._hub.census.report()
+            return schemas.to_plain(await self._hub.census.share(question["limit"]))
+        return schemas.to_plain(await self._hub.presence.answer(question))

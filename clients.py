@@ -79,8 +79,8 @@ class Client:
         self.user = newcomer.user
         self.user_agent = newcomer.user_agent
         self.address = newcomer.address
-        # For the log, where the client may renew a token.
-        self.peer = newcomer.peer if hub.renew is not None else ""
+        # Its own address, for admins and the log.
+        self.peer = newcomer.peer
         # None without authentication.
         self.identity = newcomer.identity
         self.cursor = 0

@@ -34,6 +34,7 @@ from fanout import FanOut
 from guard_identity import Identity, origin_of
 from heartbeat import Heartbeat
 from log import Audience, payloads
+from presence import Presence
 from schemas import GOING_AWAY, POLICY_VIOLATION, TRY_AGAIN_LATER
 from settings import Settings
 from slices import in_slices
@@ -96,6 +97,7 @@ class Hub:
         self.recipients = self.clients.count
         self.fanout = FanOut(self)
         self.census = CensusTaker(self)
+        self.presence = Presence(self)
         self.test_notifications = TestNotifications(self)
         self._make_parts()
         self._loop: asyncio.AbstractEventLoop | None = None

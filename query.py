@@ -1,24 +1,26 @@
-"""The query of a URL: the parameters that each path knows, and their values.
+"""The URL of a request: the parameters that each path knows with their values, the segments of a path, and cursors.
 
 Owns the names of all parameters, once for the check and for docs/protocol.md, and the decoding. Knows no request, and
 not the meaning of a value.
 
 1. A path refuses an unknown parameter by name: a misspelt `topics` must not become a subscription to nothing.
 2. Of several values the last counts, but `topics` is the union of all.
+3. A path is divided before it is decoded: a slash in a segment is %2F (RFC 3986, section 2.4).
 """
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Set
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote, unquote
 
 from errors import InvalidRequest
 from schemas import MAX_SHOWN
 
 # A URL has room for tens of thousands of parameters, and reading those would take 50 ms.
 MAX_PARAMETERS = 100
-_BROKEN = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+_BROKEN = re.compile("%(?![0-9A-Fa-f]{2})")
 # In the scope of a request: its Query.
 QUERY_KEY = "notifyd.query"
 
@@ -31,6 +33,11 @@ PARAMETERS: dict[str, Set[str]] = {
     "/events": _FOLLOWING,
     "/notifications": _FOLLOWING | {"limit"},
     "/status": _CREDENTIALS | {"limit"},
+    "/clients": _CREDENTIALS | {"user", "topic", "limit", "after"},
+    "/clients/{client_id}": _CREDENTIALS,
+    "/users/{user}": _CREDENTIALS,
+    "/users/online": _CREDENTIALS,
+    "/topics": _CREDENTIALS | {"prefix", "limit", "after"},
     # Addressees stand in the body: in the URL they would be ignored, and the notification go to everyone.
     "/notify": _CREDENTIALS,
     "/notify/batch": _CREDENTIALS,
@@ -46,10 +53,11 @@ class Query(dict[str, str]):
         """Decode a query with no other than the known parameters; None is any. Raises InvalidRequest."""
         if encoded.count(b"&") >= MAX_PARAMETERS:
             raise InvalidRequest(f"Query: more than {MAX_PARAMETERS} parameters")
-        if _BROKEN.search(encoded):
-            raise InvalidRequest("Query: a % without two hex digits; %25 is a percent sign")
         try:
-            pairs = parse_qsl(encoded.decode(), keep_blank_values=True, errors="strict")
+            text = encoded.decode()
+            if _BROKEN.search(text):
+                raise InvalidRequest("Query: a % without two hex digits; %25 is a percent sign")
+            pairs = parse_qsl(text, keep_blank_values=True, errors="strict")
         except UnicodeDecodeError:
             raise InvalidRequest("Query: not valid UTF-8") from None
         for name, value in pairs:
@@ -76,5 +84,43 @@ class Query(dict[str, str]):
             raise InvalidRequest(f"{name}: expected a whole number from {least} to {most}, got {given[:MAX_SHOWN]!r}")
         return int(given)
 
+    def after(self) -> str:
+        """Return the name in `after`, a cursor; empty for the beginning. Raises InvalidRequest."""
+        given = self.get("after") or ""
+        try:
+            return base64.b64decode(given + "=" * (-len(given) % 4), altchars=b"-_", validate=True).decode()
+        except ValueError:
+            raise InvalidRequest("after: expected the `next` of an earlier answer") from None
+
+
+def cursor(name: str) -> str:
+    """Return an opaque cursor for `after`: the page behind this name."""
+    return base64.urlsafe_b64encode(name.encode()).rstrip(b"=").decode()
+
 
 NO_PARAMETERS = Query(b"")
+
+
+# --- paths
+
+
+def segments(raw_path: bytes, decoded: str, count: int) -> list[str] | None:
+    """Return the last `count` segments of a path, still encoded; None where there are not so many, or an empty one.
+
+    `decoded` is this end of the path as the server has decoded it. A server without a raw path cannot tell a slash from
+    an encoded one.
+    """
+    encoded = raw_path.partition(b"?")[0].decode("latin-1").split("/")[-count:]
+    if "/".join(map(unquote, encoded)) != decoded:
+        encoded = [] if raw_path else list(map(quote, decoded.split("/")))
+    return encoded if len(encoded) == count and all(encoded) else None
+
+
+def segment(encoded: str, name: str) -> str:
+    """Return a segment decoded. Raises InvalidRequest, with the name of its value."""
+    if _BROKEN.search(encoded):
+        raise InvalidRequest(f"{name}: a % without two hex digits; %25 is a percent sign")
+    try:
+        return unquote(encoded, errors="strict")
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"{name}: not valid UTF-8") from None

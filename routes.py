@@ -43,6 +43,7 @@ from errors import (
 )
 from guard_identity import Identity, Right
 from hub import Hub, HubState
+from people import people_route_table
 from query import PARAMETERS, QUERY_KEY, Query
 from schemas import SUBPROTOCOL, TRY_AGAIN_LATER, encode, timestamp
 from slices import in_slices
@@ -74,6 +75,7 @@ def internal_route_table(hub: Hub, authenticator: Authenticator | None = None) -
         _route("/metrics", hub, authenticator, admin, GET=metrics),
         _route("/metrics/prometheus", hub, authenticator, admin, GET=prometheus),
         _route("/status", hub, authenticator, admin, GET=status),
+        *people_route_table(hub, authenticator),
     ]
 
 

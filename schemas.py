@@ -88,6 +88,12 @@ class NotifyRequest(Struct, forbid_unknown_fields=True, kw_only=True):
             self.topics = stripped(self.topics)
 
 
+class OnlineRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The body of POST /users/online."""
+
+    users: Annotated[list[User], Meta(min_length=1, max_length=MAX_TARGET_USERS)]
+
+
 # The body of POST /notify/batch: requests, each to be checked by itself.
 NotifyRequests = Annotated[list[Any], Meta(min_length=1, max_length=MAX_BATCH)]
 
@@ -379,6 +385,57 @@ class Status(Struct, kw_only=True):
     notification_service: StatusService
     shutdown: StatusShutdown
     configuration: StatusConfiguration
+
+
+class ConnectedClient(Struct, kw_only=True):
+    """The answer of GET /clients/{client_id}."""
+
+    client_id: str
+    user: str | None
+    topics: list[str]
+    connected_at: str
+    last_ping: str
+    user_agent: str | None
+    address: str | None
+    transport: str
+
+
+class ConnectedClients(Struct, kw_only=True):
+    """The answer of GET /clients."""
+
+    clients: list[ConnectedClient]
+    total: int
+    next: str | None
+    timestamp: str
+
+
+class ConnectedUser(Struct, kw_only=True):
+    """The answer of GET /users/{user}."""
+
+    user: str
+    online: bool
+    clients: int
+    timestamp: str
+
+
+class Online(Struct, kw_only=True):
+    """The answer of POST /users/online: by user, the number of clients."""
+
+    online: dict[str, int]
+    timestamp: str
+
+
+class FollowedTopic(Struct, kw_only=True):
+    topic: str
+    clients: int
+
+
+class FollowedTopics(Struct, kw_only=True):
+    """The answer of GET /topics."""
+
+    topics: list[FollowedTopic]
+    next: str | None
+    timestamp: str
 
 
 class ErrorBody(Struct, kw_only=True):

@@ -156,8 +156,8 @@ class Settings(Struct, frozen=True, kw_only=True):
         Meta(
             ge=0,
             le=65535,
-            description="separate port for /metrics, /metrics/prometheus and /status; they are then 404 on the main "
-            "port; 0: off",
+            description="separate port for /metrics, /metrics/prometheus, /status, /clients, /users and /topics; they "
+            "are then 404 on the main port; 0: off",
         ),
     ] = 0
     internal_host: Annotated[Hosts, Meta(min_length=1, description="address of internal_port; may be repeated")] = (

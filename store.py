@@ -92,6 +92,9 @@ class Store(Protocol):
     async def subscribe(self, client: Registration) -> str:
         """Set the topics of a client of this process, whose user and address stay, and return the newest id."""
 
+    async def online(self, users: Sequence[str]) -> list[int]:
+        """Return the number of clients that each user has, in one step."""
+
     def leave(self, client_id: str) -> None:
         """Remove a client of this process, soon and in order: before any admission that is requested later."""
 
@@ -353,6 +356,10 @@ class MemoryStore:
 
     async def subscribe(self, client: Registration) -> str:  # noqa: ARG002
         return self._newest
+
+    async def online(self, users: Sequence[str]) -> list[int]:
+        nobody = frozenset[str]()
+        return [self._node.recipients(Audience(nobody, nobody, frozenset((user,)))) for user in users]
 
     def leave(self, client_id: str) -> None:
         for limit in self._limits.pop(client_id, ()):

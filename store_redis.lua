@@ -474,6 +474,12 @@ function ops.subscribe()
   return newest
 end
 
+function ops.online()
+  local counts = {}
+  for k = 1, number_arg() do counts[k] = members('user:'..arg()) end
+  return counts
+end
+
 function ops.register()
   local taken = {}
   for _ = 1, number_arg() do

@@ -38,20 +38,18 @@ from redis import exceptions
 from redis.asyncio.connection import AbstractConnection
 
 import store_redis_records as packing
-from errors import ConnectionRefused, KeyReused, StoreUnavailable
+from errors import KeyReused, StoreUnavailable
 from settings import Settings
 from store import (
     LEASE_SECONDS,
     Appended,
     Census,
-    ClientIdTaken,
     Draft,
     Draw,
     Node,
     Once,
     Opening,
     Rate,
-    Receipt,
     Record,
     Registration,
     Report,
@@ -378,8 +376,7 @@ class RedisStore:
         reply = await self._perform(*arguments)
         if reply == b"reused":
             raise KeyReused("Idempotency-Key: already used for another request")
-        receipts = [Receipt(reply[n].decode(), reply[n + 1]) for n in range(2, len(reply), 2)]
-        return Appended(receipts, reply[0] / 1e6, bool(reply[1]))
+        return packing.appended(reply)
 
     async def admit(self, client: Registration) -> str:
         limits = limits_of(self._settings, client)
@@ -390,17 +387,15 @@ class RedisStore:
             # The admission may be in flight already.
             self.leave(client.client_id)
             raise
-        if isinstance(reply, bytes):
-            return reply.decode()
-        if reply[0] == b"taken":
-            raise ClientIdTaken(reply[1].decode())
-        if reply[0] == b"limit":
-            limits[reply[1] - 1].check(reply[2])
-        raise ConnectionRefused(f"Connection limit exceeded: {reply[1]}/{self._settings.max_connections}")
+        return packing.admitted(reply, limits, self._settings.max_connections)
 
     async def subscribe(self, client: Registration) -> str:
         newest: bytes = await self._perform("subscribe", *packing.registration(client))
         return newest.decode()
+
+    async def online(self, users: Sequence[str]) -> list[int]:
+        counts: list[int] = await self._perform("online", len(users), *users)
+        return counts
 
     def leave(self, client_id: str) -> None:
         self._enqueue(_Operation(("leave", client_id), None))

@@ -1,4 +1,4 @@
-"""The form of records and registrations in Redis: packed for the script, and read from entries of the log.
+"""The form of records and registrations in Redis: packed for the script, and read from its replies and the log.
 
 store_redis.lua names the fields of an entry.
 """
@@ -6,11 +6,14 @@ store_redis.lua names the fields of an entry.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
+from errors import ConnectionRefused
 from log import Audience
-from store import Draft, Record, Registration
+from store import Appended, ClientIdTaken, Draft, Limit, Receipt, Record, Registration
 from store_redis_link import Argument
 
 # A number with -0 behind it, and the names and values of the fields.
@@ -47,6 +50,22 @@ def offer(record: Record, key: bytes, answer: bytes) -> tuple[Argument, ...]:
     return record.id, round((time.time() - record.at) * 1e6), *draft(record), key, answer
 
 
+def appended(reply: list[Any]) -> Appended:
+    receipts = [Receipt(reply[n].decode(), reply[n + 1]) for n in range(2, len(reply), 2)]
+    return Appended(receipts, reply[0] / 1e6, bool(reply[1]))
+
+
 def registration(client: Registration) -> tuple[Argument, ...]:
     groups = client.groups()
     return client.client_id, msgspec.msgpack.encode(groups) if groups else b""
+
+
+def admitted(reply: Any, limits: Sequence[Limit], most: int) -> str:
+    """Return the newest id at an admission, or raise its refusal."""
+    if isinstance(reply, bytes):
+        return reply.decode()
+    if reply[0] == b"taken":
+        raise ClientIdTaken(reply[1].decode())
+    if reply[0] == b"limit":
+        limits[reply[1] - 1].check(reply[2])
+    raise ConnectionRefused(f"Connection limit exceeded: {reply[1]}/{most}")

@@ -129,6 +129,9 @@ class SqliteStore:
     async def subscribe(self, client: Registration) -> str:
         return await self._perform(Transaction.subscribe, client)
 
+    async def online(self, users: Sequence[str]) -> list[int]:
+        return await self._perform(Transaction.online, users)
+
     def leave(self, client_id: str) -> None:
         self._enqueue(Operation(Transaction.leave, (client_id,)))
 

@@ -28,6 +28,7 @@ from settings import Settings, SettingsError
 from store import (
     LEASE_SECONDS,
     SECOND,
+    USER,
     Appended,
     Census,
     ClientIdTaken,
@@ -401,6 +402,12 @@ class Transaction:
             self._run("DELETE FROM member WHERE client = ?", (client.client_id,))
             self._add_to_groups(client)
         return self.state.last
+
+    def online(self, users: Sequence[str]) -> list[int]:
+        names = msgspec.json.encode([USER + user for user in users]).decode()
+        sql = "SELECT name, count(*) FROM member WHERE name IN (SELECT value FROM json_each(?)) GROUP BY name"
+        counts = dict(self._run(sql, (names,)).fetchall())
+        return [counts.get(USER + user, 0) for user in users]
 
     def leave(self, client_id: str) -> None:
         gone = self._run("DELETE FROM client WHERE id = ? AND node = ?", (client_id, self._node_id))

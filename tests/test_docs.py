@@ -30,10 +30,12 @@ import errors
 import guard_auth
 import guard_tokens
 import heartbeat
+import people
 import query
 import routes
 import schemas
 import settings
+import store
 import wire_http
 import wire_message
 from notifyd import create_app
@@ -155,7 +157,7 @@ def test_every_route_is_documented_and_no_other(server: Server) -> None:
 def test_every_route_of_http_has_a_section(server: Server) -> None:
     """A heading for each, and the WebSocket's is its own chapter."""
     documented = {first_span(row[0]) for row in rows(PROTOCOL, "Route", "Answer")}
-    assert set(re.findall(r"^### ((?:GET|POST) .+)$", PROTOCOL, re.MULTILINE)) == documented - {"GET /ws"}
+    assert set(re.findall(r"^### ((?:GET|POST|DELETE) .+)$", PROTOCOL, re.MULTILINE)) == documented - {"GET /ws"}
 
 
 def test_every_parameter_of_a_url_is_documented_and_no_other() -> None:
@@ -194,6 +196,9 @@ def test_limits_are_the_codes_own() -> None:
         routes.MAX_BATCH_BYTES,
         routes.MAX_HISTORY_LIMIT,
         routes.HISTORY_LIMIT,
+        schemas.MAX_TARGET_USERS,
+        people.MAX_PAGE,
+        people.PAGE,
         connection.RETRY_MILLISECONDS,
         answers.RETRY_AFTER_SECONDS,
         clients.MESSAGE_BURST,
@@ -223,6 +228,9 @@ def test_limits_are_the_codes_own() -> None:
         f"the same key (1 to {routes.MAX_KEY_LENGTH} characters)",
         f"An array of 1 to {schemas.MAX_BATCH} requests as for `/notify`, of {routes.MAX_BATCH_BYTES} bytes at most",
         f"1 to {routes.MAX_HISTORY_LIMIT} notifications at most, {routes.HISTORY_LIMIT} unless told",
+        f"1 to {people.MAX_PAGE} clients at most, {people.PAGE} unless told",
+        f"`users` has 1 to {schemas.MAX_TARGET_USERS} users",
+        f"it is dead after {store.LEASE_SECONDS:.0f} seconds",
         f"lists N clients at most, {routes.STATUS_DETAILS} unless told",
         f"more than {clients.MESSAGES_PER_SECOND:.0f} messages a second over "
         f"{clients.MESSAGE_BURST / clients.MESSAGES_PER_SECOND:.0f} seconds",
@@ -469,7 +477,12 @@ def test_a_curl_line_works_as_written(server: Server, command: str) -> None:
         assert "websocket_active_connections " in head
         return
     answers = {struct.__name__ for struct in STRUCTS if is_example_of(parse(body), struct)}
-    assert answers & {"Health", "NotifyResponse", "BatchResponse", "History", "Metrics", "Status"}
+    assert answers & {"Health", "NotifyResponse", "BatchResponse", "History", "Metrics", "Status"} or answers & {
+        "ConnectedClients",
+        "ConnectedUser",
+        "Online",
+        "FollowedTopics",
+    }
     assert ("-i " in command) == ("notification-id: " in head)
 
 

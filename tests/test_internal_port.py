@@ -14,7 +14,7 @@ from ws_clients import PATIENCE
 from notifyd import App, create_app
 from settings import Settings
 
-PRIVATE = ["/metrics", "/metrics/prometheus", "/status"]
+PRIVATE = ["/metrics", "/metrics/prometheus", "/status", "/clients", "/users/ann", "/topics"]
 PROBES = ["/health", "/health/live"]
 
 

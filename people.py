@@ -1,0 +1,108 @@
+"""The routes of the clients, users and topics that are there: looked at by an admin.
+
+Handlers as in routes.py: decode, call one method of the Hub's presence, encode.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+import schemas
+from answers import Endpoint, Handler, SegmentRoute, answer
+from bodies import body_of, content_of, json_in
+from guard_identity import Identity
+from hub import Hub
+from presence import Wanted
+from query import PARAMETERS, QUERY_KEY, Query, cursor, segment
+from schemas import timestamp
+
+if TYPE_CHECKING:
+    from guard_auth import Authenticator
+
+PAGE, MAX_PAGE = 100, 1000
+
+
+def people_route_table(hub: Hub, authenticator: Authenticator | None = None) -> list[BaseRoute]:
+    def endpoint(path: str, **handlers: Handler) -> Endpoint:
+        return Endpoint(hub, authenticator, Identity.check_admin, PARAMETERS[path], **handlers)
+
+    def segment_route(path: str, **handlers: Handler) -> SegmentRoute:
+        return SegmentRoute(path, endpoint(path, **handlers))
+
+    return [
+        Route("/clients", endpoint("/clients", GET=clients)),
+        segment_route("/clients/{client_id}", GET=client),
+        # Every other method is for a user of this name.
+        Route("/users/online", endpoint("/users/online", POST=online), methods=["POST", "OPTIONS"]),
+        segment_route("/users/{user}", GET=user),
+        Route("/topics", endpoint("/topics", GET=topics)),
+    ]
+
+
+# --- the parts of a request
+
+
+def _named(request: Request, name: str, kind: Any) -> str:
+    """Return the value of a segment of the path. Raises InvalidRequest."""
+    value: str = schemas.check(segment(request.path_params[name], name), kind, name)
+    return value
+
+
+def _filter(query: Query, name: str, kind: Any) -> str:
+    """Return a parameter, empty for none. Raises InvalidRequest."""
+    value: str = schemas.check(given, kind, name) if (given := query.get(name)) else ""
+    return value
+
+
+def _limit(query: Query) -> int:
+    return query.whole_number("limit", PAGE, least=1, most=MAX_PAGE)
+
+
+async def _json_of(hub: Hub, request: Request, kind: Any) -> Any:
+    return json_in(content_of(request, await body_of(request, hub.settings.max_message_size)), kind)
+
+
+# --- clients
+
+
+async def clients(hub: Hub, request: Request, sender: Identity | None) -> Response:
+    query: Query = request.scope[QUERY_KEY]
+    [topic] = schemas.stripped([_filter(query, "topic", schemas.Topic)])
+    wanted = Wanted(user=_filter(query, "user", schemas.User), topic=topic)
+    page, total, next = await hub.presence.clients(wanted, query.after(), _limit(query))
+    goes_on = None if next is None else cursor(next)
+    return answer(schemas.ConnectedClients(clients=page, total=total, next=goes_on, timestamp=timestamp()))
+
+
+async def client(hub: Hub, request: Request, sender: Identity | None) -> Response:
+    return answer(await hub.presence.client(_named(request, "client_id", schemas.ClientId)))
+
+
+# --- users
+
+
+async def user(hub: Hub, request: Request, sender: Identity | None) -> Response:
+    name = _named(request, "user", schemas.User)
+    [count] = await hub.presence.online([name])
+    return answer(schemas.ConnectedUser(user=name, online=count > 0, clients=count, timestamp=timestamp()))
+
+
+async def online(hub: Hub, request: Request, sender: Identity | None) -> Response:
+    wanted: schemas.OnlineRequest = await _json_of(hub, request, schemas.OnlineRequest)
+    counts = await hub.presence.online(wanted.users)
+    return answer(schemas.Online(online=dict(zip(wanted.users, counts, strict=True)), timestamp=timestamp()))
+
+
+# --- topics
+
+
+async def topics(hub: Hub, request: Request, sender: Identity | None) -> Response:
+    query: Query = request.scope[QUERY_KEY]
+    found, next = await hub.presence.topics(query.get("prefix") or "", query.after(), _limit(query))
+    page = [schemas.FollowedTopic(topic=name, clients=count) for name, count in found.items()]
+    goes_on = None if next is None else cursor(next)
+    return answer(schemas.FollowedTopics(topics=page, next=goes_on, timestamp=timestamp()))

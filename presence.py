@@ -1,0 +1,184 @@
+"""Presence: the clients, users and topics of all processes.
+
+Each process knows its own clients whole, so a page is made of the parts of all of them. The number of clients that a
+user has is in the registry of the store. Knows no HTTP.
+
+1. A page has the names behind a cursor, in their order. A process answers with its first names, and whether it has
+   more. The page ends at the first of these ends, so no client that stays is left out.
+2. Nothing holds the event loop in proportion to the number of clients: names are looked through in portions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+
+import schemas
+from clients import Client
+from errors import NotFound
+from guard_identity import shown_address
+from schemas import ConnectedClient, timestamp
+from slices import in_slices
+
+if TYPE_CHECKING:
+    from hub import Hub
+
+# Names are looked through in portions of this size: a fraction of a millisecond.
+PORTION = 1000
+# A part of a page is no longer than this, unless one client is.
+PART_BYTES = 1_048_576
+# The JSON of a client beside its topics, about.
+CLIENT_BYTES = 512
+
+
+class Wanted(Struct, frozen=True):
+    """The clients with all of these; empty is any."""
+
+    client_id: str = ""
+    user: str = ""
+    topic: str = ""
+
+
+class Part(Struct):
+    """The part of one process in a page: values by name, in the order of the names, and whether there are more."""
+
+    found: dict[str, Any]
+    more: bool = False
+    # Of all pages.
+    total: int = 0
+
+
+class Presence:
+    """Answers for all processes of a Hub, and for this one alone to the others."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+
+    async def answer(self, question: dict[str, Any]) -> Any:
+        """Return this process's answer to a question about its clients."""
+        match question:
+            case {"ask": "clients", "wanted": wanted, "after": after, "limit": limit}:
+                return await self._clients_here(schemas.check(wanted, Wanted), after, limit)
+            case {"ask": "topics", "prefix": prefix, "after": after, "limit": limit}:
+                return await self._topics_here(prefix, after, limit)
+        raise AssertionError(f"an unknown question: {question}")
+
+    async def _everywhere(self, question: dict[str, Any], kind: Any) -> list[Any]:
+        """Return the answers of all processes. Raises StoreUnavailable."""
+        await self._hub.start()
+        here, there = await self.answer(question), await self._hub.questions.ask_everyone(question)
+        return [here, *(schemas.check(answer, kind) for answer in there)]
+
+    # --- clients
+
+    async def clients(self, wanted: Wanted, after: str, limit: int) -> tuple[list[ConnectedClient], int, str | None]:
+        """Return the first clients behind a client_id, the number of all, and the client_id to go on from."""
+        question = {"ask": "clients", "wanted": schemas.to_plain(wanted), "after": after, "limit": limit}
+        parts = await self._everywhere(question, Part)
+        found: dict[str, Any] = {}
+        names, goes_on = _page(parts, found, limit)
+        page = [schemas.check(found[name], ConnectedClient) async for _, name in in_slices(names)]
+        return page, sum(part.total for part in parts), goes_on
+
+    async def client(self, client_id: str) -> ConnectedClient:
+        """Return a client. Raises NotFound."""
+        page, *_ = await self.clients(Wanted(client_id=client_id), "", 1)
+        if not page:
+            raise _unknown(client_id)
+        return page[0]
+
+    async def _clients_here(self, wanted: Wanted, after: str, limit: int) -> Part:
+        clients = self._matching(wanted)
+        part = Part({}, total=len(clients))
+        size = 0
+        async for number, client in in_slices(await _first(clients, attrgetter("client_id"), after, limit + 1)):
+            if number == limit or size > PART_BYTES:
+                part.more = True
+                break
+            part.found[client.client_id] = self._shown(client)
+            size += CLIENT_BYTES + sum(map(len, client.topics))
+        return part
+
+    def _matching(self, wanted: Wanted) -> Collection[Client]:
+        clients = self._hub.clients
+        groups: list[set[Client]] = []
+        if wanted.client_id:
+            client = clients.by_id.get(wanted.client_id)
+            groups.append(set() if client is None else {client})
+        if wanted.user:
+            groups.append(clients.by_user.get(wanted.user, set()))
+        if wanted.topic:
+            groups.append(clients.by_topic.get(wanted.topic, set()))
+        return groups[0].intersection(*groups[1:]) if groups else clients.by_id.values()
+
+    def _shown(self, client: Client) -> dict[str, Any]:
+        wall_time = self._hub.census.wall_time
+        return {
+            "client_id": client.client_id,
+            "user": client.user or None,
+            "topics": sorted(client.topics),
+            "connected_at": timestamp(wall_time(client.connected_at)),
+            "last_ping": timestamp(wall_time(client.heard_at)),
+            "user_agent": client.user_agent,
+            "address": shown_address(client.peer) if client.peer else None,
+            "transport": "sse" if client.connection.is_stream else "websocket",
+        }
+
+    # --- users
+
+    async def online(self, users: Sequence[str]) -> list[int]:
+        """Return the number of clients that each user has on all processes. Raises StoreUnavailable."""
+        await self._hub.start()
+        return await self._hub.store.online(users)
+
+    # --- topics
+
+    async def topics(self, prefix: str, after: str, limit: int) -> tuple[dict[str, int], str | None]:
+        """Return the first topics behind a name with the number of their clients, and the name to go on from."""
+        question = {"ask": "topics", "prefix": prefix, "after": after, "limit": limit}
+        found = Counter[str]()
+        names, goes_on = _page(await self._everywhere(question, Part), found, limit)
+        return {name: found[name] for name in names}, goes_on
+
+    async def _topics_here(self, prefix: str, after: str, limit: int) -> Part:
+        groups = self._hub.clients.by_topic
+        names = await _first(groups, lambda name: name, after, limit + 1, lambda name: name.startswith(prefix))
+        return Part({name: len(groups.get(name, ())) for name in names[:limit]}, len(names) > limit)
+
+
+def _unknown(client_id: str) -> NotFound:
+    return NotFound(f"Client {client_id} is not connected")
+
+
+async def _first(
+    items: Iterable[Any],
+    name_of: Callable[[Any], str],
+    after: str,
+    count: int,
+    fits: Callable[[str], bool] = lambda _: True,
+) -> list[Any]:
+    """Return the first items by name behind one, and let other tasks run."""
+    every, first = list(items), list[Any]()
+    async for _, start in in_slices(range(0, len(every), PORTION)):
+        last = name_of(first[-1]) if len(first) == count else None
+        for item in every[start : start + PORTION]:
+            name = name_of(item)
+            if name > after and (last is None or name < last) and fits(name):
+                first.append(item)
+        first = sorted(first, key=name_of)[:count]
+    return first
+
+
+def _page(parts: Sequence[Part], found: dict[str, Any], limit: int) -> tuple[list[str], str | None]:
+    """Join parts in `found`, and return the names of a page, and the one to go on from."""
+    end = min((next(reversed(part.found)) for part in parts if part.more), default=None)
+    for part in parts:
+        # Those of a Counter add up.
+        found.update(part.found)
+    names = sorted(name for name in found if end is None or name <= end)
+    page = names[:limit]
+    return page, page[-1] if end is not None or len(names) > limit else None
