@@ -274,13 +274,13 @@ def test_a_pause_of_the_process_does_not_count_as_silence(loop: VirtualLoop) -> 
     assert (alive.goodbye, dead.goodbye) == (None, (1011, "Ping timeout"))
 
 
-def test_after_a_long_pause_each_client_is_pinged_once(loop: VirtualLoop) -> None:
-    """The pings of the intervals that the process has missed are left out."""
+def test_the_pings_that_a_pause_has_delayed_are_not_made_up_for(loop: VirtualLoop) -> None:
+    """A hundred intervals are missed; a client gets the ping under way at most beside its next one."""
     hub = hub_on(loop, ping_interval=6, ping_timeout=25)
     client = join(loop, hub, "ann")
     loop.pause(600)
-    loop.run_until_complete(asyncio.sleep(2))
-    assert [message["type"] for message in client.messages] == ["welcome", "ping"]
+    loop.run_until_complete(asyncio.sleep(0.1))
+    assert [message["type"] for message in client.messages[:2]] == ["welcome", "ping"] and len(client.messages) < 4
 
 
 def test_a_pause_is_told_once(loop: VirtualLoop, caplog: pytest.LogCaptureFixture) -> None:
