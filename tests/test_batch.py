@@ -71,18 +71,20 @@ def test_clients_receive_them_in_order(server: Server) -> None:
 
 def test_each_request_is_as_on_notify(server: Server) -> None:
     """Each request of a batch has a type, data and targets of its own."""
-    client = server.join(query="client_id=ann&topics=red")
+    client = server.join(query="client_id=ann&topics=red&user=eve")
     batch(
         server,
         [
             {"message": "one", "type": "alert", "data": {"priority": "high"}},
             {"message": "for bob", "clients": ["bob"]},
             {"message": "red", "topics": ["red"]},
+            {"message": "eve", "users": ["eve"]},
         ],
     )
-    first, second = client.receive_many(2)
+    first, second, third = client.receive_many(3)
     assert (first["type"], first["data"]) == ("alert", {"message": "one", "priority": "high"})
     assert (second["data"], second["topics"]) == ({"message": "red"}, ["red"])
+    assert third["data"] == {"message": "eve"}
 
 
 def test_one_is_enough(server: Server) -> None:

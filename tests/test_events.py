@@ -201,17 +201,19 @@ def test_an_empty_since_tells_the_position(server: Server) -> None:
 
 
 def test_a_stream_gets_only_notifications_addressed_to_it(server: Server) -> None:
-    """A stream gets notifications for its client_id, its topics and everyone."""
-    stream = join(server, "client_id=ann&topics=red,blue")
+    """A stream gets notifications for its client_id, its user, its topics and everyone."""
+    stream = join(server, "client_id=ann&topics=red,blue&user=eve")
     recipients = [
         server.notify("own", clients=["ann"])["recipients"],
         server.notify("bob's", clients=["bob"])["recipients"],
+        server.notify("eve's", users=["eve"])["recipients"],
+        server.notify("ann's", users=["ann"])["recipients"],
         server.notify("blue", topics=["blue"])["recipients"],
         server.notify("grey", topics=["grey"])["recipients"],
         server.notify("all")["recipients"],
     ]
-    assert recipients == [1, 0, 1, 0, 1]
-    assert texts(stream.events(3)) == ["own", "blue", "all"]
+    assert recipients == [1, 0, 1, 0, 1, 0, 1]
+    assert texts(stream.events(4)) == ["own", "eve's", "blue", "all"]
 
 
 # It counts as a connection.

@@ -84,17 +84,20 @@ def test_an_empty_log_has_a_position_too(start_server: StartServer) -> None:
         ({"topics": "red"}, ["red", "both", "all"]),
         ({"topics": "green,red"}, ["red", "both", "all"]),
         ({"client_id": "ann", "topics": "red"}, ["ann", "red", "both", "all"]),
-        ({"client_id": "", "topics": ""}, ["all"]),
+        ({"user": "auth0|eve"}, ["eve", "both", "all"]),
+        ({"user": "red", "client_id": "auth0|eve", "topics": "ann"}, ["all"]),
+        ({"client_id": "", "topics": "", "user": ""}, ["all"]),
     ],
 )
 def test_it_holds_the_notifications_for_such_a_client(
     server: Server, parameters: dict[str, str], expected: list[str]
 ) -> None:
-    """The filter keeps notifications for the client_id, for the topics and for everyone, and nothing else."""
+    """The filter keeps notifications for the client_id, the user, the topics and everyone, and nothing else."""
     start = now(server)
     server.publish("ann", clients=["ann"])
     server.publish("red", topics=["red"])
-    server.publish("both", clients=["ann"], topics=["red"])
+    server.publish("eve", users=["auth0|eve"])
+    server.publish("both", clients=["ann"], topics=["red"], users=["auth0|eve"])
     server.publish("all")
     assert texts(history(server, since=start, **parameters)) == expected
 
@@ -105,10 +108,11 @@ def test_the_answer_and_a_resume_agree(server: Server) -> None:
     server.publish("one")
     server.publish("ann", clients=["ann"])
     server.publish("bob", clients=["bob"])
-    answer = history(server, since=start, client_id="ann")
-    client = server.join(query=f"since={start}&client_id=ann")
-    assert client.receive()["data"] == {"position": answer["position"], "replayed": 2, "complete": answer["complete"]}
-    assert client.receive_many(2) == answer["notifications"]
+    server.publish("eve", users=["eve"])
+    answer = history(server, since=start, client_id="ann", user="eve")
+    client = server.join(query=f"since={start}&client_id=ann&user=eve")
+    assert client.receive()["data"] == {"position": answer["position"], "replayed": 3, "complete": answer["complete"]}
+    assert client.receive_many(3) == answer["notifications"]
 
 
 def test_test_notifications_are_not_in_it(start_server: StartServer) -> None:

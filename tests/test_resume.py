@@ -123,15 +123,17 @@ def test_the_last_id_may_be_of_a_notification_for_another_client(server: Server)
 
 
 def test_only_notifications_for_the_client_are_replayed(server: Server) -> None:
-    """The replay has notifications for the client_id, its topics and everyone."""
+    """The replay has notifications for the client_id, its user, its topics and everyone."""
     [start] = server.publish("start")
     server.publish("for ann", clients=["ann"])
     server.publish("for bob", clients=["bob"])
+    server.publish("for eve", users=["eve"])
+    server.publish("for fay", users=["fay", "ann", "red"])
     server.publish("red", topics=["red"])
     server.publish("blue", topics=["blue"])
     server.publish("for all")
-    data, replayed, _ = resumed(server, start, "&client_id=ann&topics=red")
-    assert (data["replayed"], replayed) == (3, ["for ann", "red", "for all"])
+    data, replayed, _ = resumed(server, start, "&client_id=ann&topics=red&user=eve")
+    assert (data["replayed"], replayed) == (4, ["for ann", "for eve", "red", "for all"])
 
 
 def test_a_resume_can_be_repeated(server: Server) -> None:

@@ -133,6 +133,18 @@ def test_nothing_that_came_otherwise_is_replayed(server: Server) -> None:
     assert rest(client) == []
 
 
+def test_nothing_that_came_for_the_user_is_replayed_again(server: Server) -> None:
+    """A notification for the user and a topic came at once; one from before the connection comes by the topic."""
+    [before] = server.publish("before")
+    server.publish("absent", users=["eve"], topics=["red"])
+    client = server.join(query="user=eve")
+    server.publish("both", users=["eve"], topics=["red"])
+    server.publish("red", topics=["red"])
+    assert rest(client, 1) == ["both"]
+    assert subscribe(client, before, "red")["replayed"] == 2
+    assert rest(client, 2) == ["absent", "red"]
+
+
 def test_an_earlier_subscription_that_has_ended_counts(server: Server) -> None:
     """A topic's notifications from between two subscriptions are replayed alone."""
     [before] = server.publish("before")
