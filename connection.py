@@ -305,7 +305,7 @@ STREAM_HEADERS = [
     # Without it, nginx collects events until its buffer is full.
     (b"x-accel-buffering", b"no"),
 ]
-_NAMED = (b"welcome", b"resume", b"position", b"shutdown")
+_NAMED = (b"welcome", b"resume", b"position", b"subscribed", b"shutdown")
 # A notification begins with its id, every other message with its type.
 _ID_START, _ID_END = len(b'{"id":"'), len(b'{"id":"') + 36
 _TYPE_START = len(b'{"type":"')

@@ -1,11 +1,12 @@
-"""Messages from clients and their answers.
+"""Messages from clients and their answers, and the changes of topics that an admin makes.
 
 Owns the protocol from client to server (the API reference, "Message Formats"). A bad message is answered with an error
 and changes nothing. Too many messages, or answers that the client does not read, end its connection.
 
 1. A client gets its answers in the order of its messages. A message that needs the store waits for it; every other is
    answered at once, unless an earlier one still waits.
-2. A client's topics change only here, and one message at a time: they stay the same during an await.
+2. A client's topics change only here, and one message at a time: they stay the same during an await. The change of an
+   admin takes its turn among the messages.
 3. A refused renewal of a token changes nothing.
 """
 
@@ -14,9 +15,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec import UNSET, Struct
 
@@ -43,6 +44,21 @@ Answer = tuple[Struct, ...]
 Work = Callable[[], Awaitable[Answer]]
 
 
+class Change(NamedTuple):
+    """The change of a client's topics by an admin. `done` is cancelled if the client leaves first."""
+
+    subscribe: frozenset[str]
+    unsubscribe: frozenset[str]
+    done: asyncio.Future[None]
+
+    @classmethod
+    def of(cls, subscribe: Collection[str], unsubscribe: Collection[str]) -> Change:
+        return cls(frozenset(subscribe), frozenset(unsubscribe), asyncio.get_running_loop().create_future())
+
+    def applied(self, topics: frozenset[str]) -> frozenset[str]:
+        return (topics | self.subscribe) - self.unsubscribe
+
+
 class Conversation:
     """Answers the clients of this process."""
 
@@ -50,8 +66,8 @@ class Conversation:
         self._hub = hub
         self._clients = hub.clients
         self._types = schemas.CLIENT_TYPES if hub.renew is not None else schemas.CLIENT_TYPES - {"auth"}
-        # By client: the messages that wait for the answer to an earlier message.
-        self._waiting: dict[Client, deque[str | bytes]] = {}
+        # By client: the messages and changes that wait for the answer to an earlier message.
+        self._waiting: dict[Client, deque[str | bytes | Change]] = {}
         self._answering: set[asyncio.Task[None]] = set()
 
     def receive(self, client: Client, message: str | bytes) -> None:
@@ -59,7 +75,15 @@ class Conversation:
         client.speaks = True
         if not client.take_token():
             self._hub.admission.dismiss(client, POLICY_VIOLATION, "Message rate exceeded")
-        elif (waiting := self._waiting.get(client)) is not None:
+        else:
+            self._take(client, message)
+
+    def change_topics(self, client: Client, change: Change) -> None:
+        """Change the topics of a client; it hears `subscribed`. `done` may get StoreUnavailable or InvalidRequest."""
+        self._take(client, change)
+
+    def _take(self, client: Client, message: str | bytes | Change) -> None:
+        if (waiting := self._waiting.get(client)) is not None:
             waiting.append(message)
         elif isinstance(answer := self._answer(client, message), tuple):
             self._reply(client, answer)
@@ -70,8 +94,10 @@ class Conversation:
             self._answering.add(task)
             task.add_done_callback(self._answering.discard)
 
-    def _answer(self, client: Client, message: str | bytes) -> Answer | Work:
+    def _answer(self, client: Client, message: str | bytes | Change) -> Answer | Work:
         """Return the answer to a message, or the work that finds it."""
+        if isinstance(message, Change):
+            return partial(self._change, client, message)
         try:
             return self._act(client, schemas.read_message(message, self._types))
         except InvalidRequest as error:
@@ -108,7 +134,9 @@ class Conversation:
                     return
                 answer = self._answer(client, waiting.popleft())
         finally:
-            del self._waiting[client]
+            for left in self._waiting.pop(client):
+                if isinstance(left, Change):
+                    left.done.cancel()
 
     async def _outcome(self, work: Work) -> Answer:
         """Do the work and return the answer that it finds, or its error."""
@@ -152,6 +180,21 @@ class Conversation:
 
     async def _unsubscribe(self, client: Client, named: frozenset[str]) -> Answer:
         return await self._change_topics(client, client.topics - named)
+
+    async def _change(self, client: Client, change: Change) -> Answer:
+        topics = change.applied(client.topics)
+        try:
+            schemas.check_topic_count(topics)
+            answer = await self._change_topics(client, topics)
+        except (InvalidRequest, StoreUnavailable) as error:
+            if not change.done.done():
+                change.done.set_exception(error)
+            # The client has not asked for anything.
+            return ()
+        client.granted |= change.subscribe & topics
+        if not change.done.done():
+            change.done.set_result(None)
+        return answer
 
     async def _change_topics(self, client: Client, topics: frozenset[str]) -> Answer:
         """Set the topics of a client, here and in the store. Where the store is away, they stay as they are."""

@@ -1,4 +1,4 @@
-"""The routes of the clients, users and topics that are there: looked at by an admin.
+"""The routes of the clients, users and topics that are there: looked at and changed by an admin.
 
 Handlers as in routes.py: decode, call one method of the Hub's presence, encode.
 """
@@ -39,6 +39,7 @@ def people_route_table(hub: Hub, authenticator: Authenticator | None = None) -> 
         # Every other method is for a user of this name.
         Route("/users/online", endpoint("/users/online", POST=online), methods=["POST", "OPTIONS"]),
         segment_route("/users/{user}", GET=user),
+        segment_route("/users/{user}/topics", POST=change_topics),
         Route("/topics", endpoint("/topics", GET=topics)),
     ]
 
@@ -95,6 +96,13 @@ async def online(hub: Hub, request: Request, sender: Identity | None) -> Respons
     wanted: schemas.OnlineRequest = await _json_of(hub, request, schemas.OnlineRequest)
     counts = await hub.presence.online(wanted.users)
     return answer(schemas.Online(online=dict(zip(wanted.users, counts, strict=True)), timestamp=timestamp()))
+
+
+async def change_topics(hub: Hub, request: Request, sender: Identity | None) -> Response:
+    name = _named(request, "user", schemas.User)
+    wanted: schemas.TopicsRequest = await _json_of(hub, request, schemas.TopicsRequest)
+    count = await hub.presence.change_topics(name, wanted.subscribe, wanted.unsubscribe)
+    return answer(schemas.TopicsChanged(clients=count, timestamp=timestamp()))
 
 
 # --- topics

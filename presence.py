@@ -10,6 +10,7 @@ user has is in the registry of the store. Knows no HTTP.
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from operator import attrgetter
@@ -19,9 +20,10 @@ from msgspec import Struct
 
 import schemas
 from clients import Client
-from errors import NotFound
+from conversation import Change
+from errors import InvalidRequest, NotFound, StoreUnavailable
 from guard_identity import shown_address
-from schemas import ConnectedClient, timestamp
+from schemas import MAX_TOPICS, ConnectedClient, timestamp
 from slices import in_slices
 
 if TYPE_CHECKING:
@@ -65,6 +67,11 @@ class Presence:
                 return await self._clients_here(schemas.check(wanted, Wanted), after, limit)
             case {"ask": "topics", "prefix": prefix, "after": after, "limit": limit}:
                 return await self._topics_here(prefix, after, limit)
+            case {"ask": "most", "user": user, "subscribe": subscribe, "unsubscribe": unsubscribe}:
+                change, clients = Change.of(subscribe, unsubscribe), self._matching(Wanted(user=user))
+                return max((len(change.applied(client.topics)) for client in clients), default=0)
+            case {"ask": "change", "user": user, "subscribe": subscribe, "unsubscribe": unsubscribe}:
+                return await self._change_here(user, subscribe, unsubscribe)
         raise AssertionError(f"an unknown question: {question}")
 
     async def _everywhere(self, question: dict[str, Any], kind: Any) -> list[Any]:
@@ -103,7 +110,7 @@ class Presence:
             size += CLIENT_BYTES + sum(map(len, client.topics))
         return part
 
-    def _matching(self, wanted: Wanted) -> Collection[Client]:
+    def _matching(self, wanted: Wanted) -> list[Client]:
         clients = self._hub.clients
         groups: list[set[Client]] = []
         if wanted.client_id:
@@ -113,7 +120,7 @@ class Presence:
             groups.append(clients.by_user.get(wanted.user, set()))
         if wanted.topic:
             groups.append(clients.by_topic.get(wanted.topic, set()))
-        return groups[0].intersection(*groups[1:]) if groups else clients.by_id.values()
+        return list(groups[0].intersection(*groups[1:]) if groups else clients)
 
     def _shown(self, client: Client) -> dict[str, Any]:
         wall_time = self._hub.census.wall_time
@@ -129,6 +136,28 @@ class Presence:
         }
 
     # --- users
+
+    async def change_topics(self, user: str, subscribe: Collection[str], unsubscribe: Collection[str]) -> int:
+        """Change the topics of all clients that a user has now, and return their number.
+
+        Raises InvalidRequest where a client would have too many topics; none is changed then. Raises StoreUnavailable.
+        """
+        question = {"ask": "change", "user": user, "subscribe": [*subscribe], "unsubscribe": [*unsubscribe]}
+        most = max(await self._everywhere({**question, "ask": "most"}, int))
+        if most > MAX_TOPICS:
+            raise InvalidRequest(f"subscribe: at most {MAX_TOPICS} topics a client, and this would make {most}")
+        return sum(await self._everywhere(question, int))
+
+    async def _change_here(self, user: str, subscribe: Collection[str], unsubscribe: Collection[str]) -> int:
+        changes = []
+        async for _, client in in_slices(self._matching(Wanted(user=user))):
+            changes.append(Change.of(subscribe, unsubscribe))
+            self._hub.conversation.change_topics(client, changes[-1])
+        outcomes = await asyncio.gather(*(change.done for change in changes), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, StoreUnavailable):
+                raise outcome
+        return sum(outcome is None for outcome in outcomes)
 
     async def online(self, users: Sequence[str]) -> list[int]:
         """Return the number of clients that each user has on all processes. Raises StoreUnavailable."""

@@ -36,6 +36,7 @@ PARAMETERS: dict[str, Set[str]] = {
     "/clients": _CREDENTIALS | {"user", "topic", "limit", "after"},
     "/clients/{client_id}": _CREDENTIALS,
     "/users/{user}": _CREDENTIALS,
+    "/users/{user}/topics": _CREDENTIALS,
     "/users/online": _CREDENTIALS,
     "/topics": _CREDENTIALS | {"prefix", "limit", "after"},
     # Addressees stand in the body: in the URL they would be ignored, and the notification go to everyone.

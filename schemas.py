@@ -94,6 +94,18 @@ class OnlineRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     users: Annotated[list[User], Meta(min_length=1, max_length=MAX_TARGET_USERS)]
 
 
+class TopicsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The body of POST /users/{user}/topics."""
+
+    subscribe: Annotated[list[Topic], Meta(max_length=MAX_TOPICS)] = []
+    unsubscribe: Annotated[list[Topic], Meta(max_length=MAX_TOPICS)] = []
+
+    def __post_init__(self) -> None:
+        if not (self.subscribe or self.unsubscribe):
+            raise ValueError("subscribe: expected a topic here or in unsubscribe")
+        self.subscribe, self.unsubscribe = stripped(self.subscribe), stripped(self.unsubscribe)
+
+
 # The body of POST /notify/batch: requests, each to be checked by itself.
 NotifyRequests = Annotated[list[Any], Meta(min_length=1, max_length=MAX_BATCH)]
 
@@ -422,6 +434,14 @@ class Online(Struct, kw_only=True):
     """The answer of POST /users/online: by user, the number of clients."""
 
     online: dict[str, int]
+    timestamp: str
+
+
+class TopicsChanged(Struct, kw_only=True):
+    """The answer of POST /users/{user}/topics."""
+
+    status: str = "success"
+    clients: int
     timestamp: str
 
 

@@ -260,7 +260,9 @@ def test_a_mistake_is_named(server: Server, path: str, said: str) -> None:
     assert answered(server.get(path)) == invalid(said)
 
 
-@pytest.mark.parametrize("path", ["/clients/", "/users/", "/users/ann/", "/clients/a/b", "/users/ann/x", "/users//a"])
+@pytest.mark.parametrize(
+    "path", ["/clients/", "/users/", "/users/ann/", "/users/ann/topics/", "/clients/a/b", "/users/ann/x", "/users//a"]
+)
 def test_other_paths_are_404(server: Server, path: str) -> None:
     assert server.get(path).status_code == 404
 
@@ -303,6 +305,7 @@ def test_a_user_in_a_path_is_one_segment(server: Server, segment: str, user: str
         ("/clients", "GET, HEAD, OPTIONS"),
         ("/clients/ann", "GET, HEAD, OPTIONS"),
         ("/users/ann", "GET, HEAD, OPTIONS"),
+        ("/users/ann/topics", "POST, OPTIONS"),
         ("/users/online", "POST, OPTIONS"),
         ("/topics", "GET, HEAD, OPTIONS"),
     ],
@@ -384,3 +387,85 @@ def test_long_lists_are_looked_through_in_portions(
             return len(found)
 
     assert asyncio.run(listed()) == 10 and had_turns > 50
+
+
+# The topics of a user.
+
+
+def change(server: Server, user: str, **body: object) -> Any:
+    return server.http.post(f"/users/{quote(user, safe='')}/topics", json=body)
+
+
+def test_an_admin_changes_the_topics_of_a_user(together: Together) -> None:
+    """Of all clients that the user has now, on every process; each hears it, a stream by an event."""
+    streams = [join(server, "user=a%2Fb&topics=old") for server in together]
+    clients = [server.join(query="user=a%2Fb&topics=own") for server in together]
+    other = together.first.join(query="user=b")
+    changed = change(together.last, "a/b", subscribe=["new", " builds "], unsubscribe=["old"])
+    assert answered(changed) == (200, {"status": "success", "clients": 4, "timestamp": TIME})
+    for client in clients:
+        assert client.receive() == {"type": "subscribed", "topics": ["builds", "new", "own"], "timestamp": TIME}
+    for stream in streams:
+        event = stream.event()
+        assert (event.name, event.id, event.data["topics"]) == ("subscribed", None, ["builds", "new"])
+    assert together.last.notify("for new", topics=["new"])["recipients"] == 4
+    assert together.last.notify("for old", topics=["old"])["recipients"] == 0
+    assert [client.receive()["data"]["message"] for client in clients] == ["for new"] * 2
+    assert [stream.event().data["data"]["message"] for stream in streams] == ["for new"] * 2
+    assert other.ask({"type": "ping"})["type"] == "pong"
+    for stream in streams:
+        stream.leave()
+
+
+def test_an_absent_user_has_no_topics_to_change(server: Server) -> None:
+    assert answered(change(server, "nobody", subscribe=["a"])) == (
+        200,
+        {"status": "success", "clients": 0, "timestamp": TIME},
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({}, "subscribe: expected a topic here or in unsubscribe"),
+        ({"subscribe": [], "unsubscribe": []}, "subscribe: expected a topic here or in unsubscribe"),
+        ({"subscribe": ["a,b"]}, "subscribe[0]"),
+        ({"unsubscribe": [""]}, "unsubscribe[0]"),
+        ({"subscribe": [str(number) for number in range(101)]}, "subscribe: expected array of length <= 100"),
+        ({"topics": ["a"]}, "topics: unknown field"),
+    ],
+)
+def test_a_bad_change_is_refused(server: Server, body: dict[str, object], said: str) -> None:
+    assert answered(change(server, "ann", **body)) == invalid(said)
+
+
+def test_no_client_gets_too_many_topics(together: Together) -> None:
+    """Then nothing is changed, for none of the user's clients."""
+    few = together.first.join(query="user=ann&topics=few")
+    together.last.join(query=f"user=ann&topics={','.join(map(str, range(99)))}")
+    said = "subscribe: at most 100 topics a client, and this would make 101"
+    assert answered(change(together.last, "ann", subscribe=["a", "b"])) == invalid(said)
+    assert few.ask({"type": "subscribe", "topics": ["c"]})["topics"] == ["c", "few"]
+    assert change(together.last, "ann", subscribe=["a", "b"], unsubscribe=["1"]).json()["clients"] == 2
+
+
+def test_a_change_takes_its_turn_among_the_clients_own(together: Together) -> None:
+    """However they meet, the topics at the end are those of all of them."""
+    client = together.first.join(query="user=ann")
+    for number in range(20):
+        client.send({"type": "subscribe", "topics": [f"own{number}"]})
+        assert change(together.last, "ann", subscribe=[f"set{number}"]).status_code == 200
+    topics = [client.receive()["topics"] for _ in range(40)][-1]
+    assert topics == sorted(f"{kind}{number}" for kind in ("own", "set") for number in range(20))
+    assert together.last.read("/clients?user=ann")["clients"][0]["topics"] == topics
+
+
+def test_topics_that_an_admin_has_set_outlive_a_renewal(start_server: StartServer) -> None:
+    """The token need not allow them, now or later."""
+    server = start_server("--jwt-secret", SECRET, "--api-key", "ci:a-key")
+    client = server.join(additional_headers=bearer(token(sub="ann", topics=["own"])), query="topics=own")
+    server.http.headers["X-API-Key"] = "a-key"
+    assert change(server, "ann", subscribe=["set"]).status_code == 200
+    assert client.receive()["topics"] == ["own", "set"]
+    assert client.ask({"type": "auth", "token": token(sub="ann")})["type"] == "authenticated"
+    assert client.receive()["topics"] == ["set"]
