@@ -925,7 +925,8 @@ def test_every_route_needs_a_right_or_is_open_on_purpose() -> None:
             return {path: (await client.post(path)).status_code if head[path] == 405 else head[path] for path in paths}
 
     opened = {"/health": 200, "/health/live": 200, "/events": 200, "/ws": 426}
-    assert asyncio.run(answers()) == dict.fromkeys([*ADMIN_PATHS, "/notify", "/notify/batch"], 403) | opened
+    people = ["/clients", "/clients/{client_id}", "/users/online", "/users/{user}", "/users/{user}/topics", "/topics"]
+    assert asyncio.run(answers()) == dict.fromkeys([*ADMIN_PATHS, *people, "/notify", "/notify/batch"], 403) | opened
 
 
 def test_every_key_is_compared_even_after_a_match(monkeypatch: pytest.MonkeyPatch) -> None:
