@@ -37,7 +37,7 @@ AUDIENCES_REMEMBERED = 8
 UNTOLD = -2
 # How often expired clients are looked for.
 SWEEP_SECONDS = 1.0
-# The ended subscriptions of a client that are remembered, so that a later replay does not repeat what came by them.
+# The ended subscriptions of a client that are remembered, so that a later replay does not repeat their notifications.
 ENDED_KEPT = 256
 
 
@@ -92,11 +92,11 @@ class Client:
         self.owns_pending = False
         # Whether it resumes by itself, and so is told its position while it receives nothing.
         self.takes_positions = newcomer.since is not None or connection.is_stream
-        # The newest sequence of which the client knows the position, or will when it has been handed its pending
+        # The newest sequence with a position that the client knows, or will know when it has been handed its pending
         # entries; it knows those of broadcasts as well.
         self.told = UNTOLD
         self.topics: frozenset[str] = frozenset()
-        # Those among them that it need not be allowed: they were set by its token or by an admin.
+        # The topics among them that its token or an admin has set: it keeps them without a right.
         self.granted = frozenset[str]() if newcomer.identity is None else newcomer.identity.subscribe
         # The sequence of the first entry that it was owed, and its topics since then, once they have changed.
         self.follows = 0
@@ -128,7 +128,7 @@ class Client:
         return tokens >= 1
 
     def subscriptions(self) -> Followed:
-        """Return the sequences of which it is handed each topic's notifications."""
+        """Return, for each topic, the sequences from a subscription on, up to its end."""
         if self.followed is None:
             self.followed = Followed(self.topics, self.follows)
         return self.followed
@@ -143,7 +143,7 @@ class Client:
 
 
 class Followed:
-    """The sequences of which a client is handed a topic's notifications: from a subscription on, up to its end."""
+    """For each topic the sequences that a client is handed: from a subscription on, up to its end."""
 
     __slots__ = ("_ended", "_since")
 
@@ -163,7 +163,7 @@ class Followed:
                 self._ended.append((topic, start, sequence))
 
     def includes(self, sequence: int, topics: Set[str]) -> bool:
-        """Return whether the client is handed the entry of this sequence, which is for these topics."""
+        """Return whether the client is handed the entry of this sequence for these topics."""
         return any(sequence >= self._since[topic] for topic in topics & self._since.keys()) or any(
             topic in topics and start <= sequence < end for topic, start, end in self._ended
         )
@@ -239,7 +239,7 @@ def _part(groups: dict[str, set[Client]], name: str, client: Client) -> None:
 
 
 class ExpiringClients:
-    """Closes clients whose identity has expired. One sweep looks for them; it runs only while any client can expire."""
+    """Closes clients when their identity expires, by one sweep for all that runs only while any client can expire."""
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub

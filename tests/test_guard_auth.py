@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hmac
+import json
 import re
 import subprocess
 import sys
@@ -18,12 +19,12 @@ from urllib.parse import quote
 import httpx
 import jwt
 import pytest
-from carriers import first_quick, granian, host, hypercorn, uvicorn
+from carriers import client_of, first_quick, granian, host, hypercorn, uvicorn
 from conftest import StartServer
 from credentials import SECRET, bearer, part, token, unsigned
 from expected import CLIENT_ID, TIME, Like, Record, answered, http_error, notification, welcome, ws_error
 from processes import QUIET, ROOT, Server, call, environment, eventually, free_port, node_with, program
-from starlette.authentication import AuthCredentials, AuthenticationBackend, BaseUser, SimpleUser
+from starlette.authentication import AuthCredentials, AuthenticationBackend, BaseUser, SimpleUser, UnauthenticatedUser
 from starlette.requests import HTTPConnection
 from starlette.routing import Route
 from ws_clients import PATIENCE, Client
@@ -927,6 +928,35 @@ def test_every_route_needs_a_right_or_is_open_on_purpose() -> None:
     opened = {"/health": 200, "/health/live": 200, "/events": 200, "/ws": 426}
     people = ["/clients", "/clients/{client_id}", "/users/online", "/users/{user}", "/users/{user}/topics", "/topics"]
     assert asyncio.run(answers()) == dict.fromkeys([*ADMIN_PATHS, *people, "/notify", "/notify/batch"], 403) | opened
+
+
+class Host(AuthenticationBackend):
+    """A host's backend to which everybody is this user."""
+
+    def __init__(self, user: BaseUser) -> None:
+        self.user = user
+
+    async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, BaseUser]:
+        return AuthCredentials(["subscribe"]), self.user
+
+
+@pytest.mark.parametrize(
+    ("user", "query", "outcome"),
+    [
+        (SimpleUser("auth0|5f7c"), "", welcome(CLIENT_ID, 10, "auth0|5f7c")),
+        (SimpleUser("x" * 256), "", INVALID),
+        (SimpleUser("a\nb"), "", INVALID),
+        (SimpleUser("alice"), "user=bob", "Not allowed: user"),
+        (UnauthenticatedUser(), "client_id=alice", welcome("alice", 10)),
+        (UnauthenticatedUser(), "user=alice", "Not allowed: user"),
+    ],
+    ids=["any text", "too long", "control character", "another", "stranger", "stranger with a name"],
+)
+def test_a_hosts_user_has_the_form_of_a_user(user: BaseUser, query: str, outcome: Any) -> None:
+    """A stranger with a right belongs to no user, and may not name one."""
+    with client_of(create_app(Settings(), Host(user))).websocket_connect(f"/ws?{query}") as websocket:
+        first = websocket.receive()
+    assert (first["reason"] if "reason" in first else json.loads(first["text"])) == outcome
 
 
 def test_every_key_is_compared_even_after_a_match(monkeypatch: pytest.MonkeyPatch) -> None:
