@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help run test test-slow test-stores test-bounds test-all check format bench bench-quick autobahn fuzz soak clean
+.PHONY: help run test test-slow test-long test-stores test-bounds test-all check format bench bench-quick autobahn fuzz soak clean
 
 help:
 	@echo "make run [PORT=8000] [ARGS=...]  serve      make test [ARGS='-k health']  run the tests"
@@ -18,15 +18,19 @@ run: $(VENV)/run
 	@exec $(BIN)/python notifyd.py $(if $(PORT),--port $(PORT)) $(ARGS)
 
 # Hundreds of short processes import the same modules: keep them compiled, whatever the machine does by default.
-test test-slow test-stores: export PYTHONDONTWRITEBYTECODE :=
+test test-slow test-long test-stores: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/dev
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 # What takes many processes, many seconds or other programs: faults, chaos, workers, Redis, nginx, browsers, bench.
 test-slow: $(VENV)/dev
-	@$(BIN)/python -m pytest -m slow $(ARGS)
+	@$(BIN)/python -m pytest -m "slow and not long" $(ARGS)
 
-test-all: test test-slow test-stores test-bounds
+# More failovers of Redis, with 500 clients on four processes. Each has nine processes and a machine's attention.
+test-long: $(VENV)/dev
+	@$(BIN)/python -m pytest -n 1 -m long $(ARGS)
+
+test-all: test test-slow test-long test-stores test-bounds
 
 # What clients and publishers see, again for each store, and with several processes.
 API := $(addprefix tests/test_,$(addsuffix .py,batch drain events health heartbeat history hostile http_errors \

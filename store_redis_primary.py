@@ -29,7 +29,7 @@ from settings import SettingsError
 
 WATCH_SECONDS = 0.25
 # How long the other witnesses may take longer than the first.
-ANSWER_SECONDS = 0.5
+ANSWER_SECONDS = 0.3
 # The nodes of a cluster that are asked: the primary, its replicas, and some others.
 MOST_NODES = 6
 
@@ -97,7 +97,7 @@ class Primary:
 
     async def find(self) -> Address:
         """Return the address of the primary. Raises an exception of redis-py, OSError or TimeoutError."""
-        answers = await self._ask_all()
+        answers = await self._ask_all(self._timeout)
         named = [answer for answer in answers if isinstance(answer, Named)]
         if named:
             self._last = max(named, key=_epoch)
@@ -112,7 +112,7 @@ class Primary:
         assert self._last
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            named = [answer for answer in await self._ask_all() if isinstance(answer, Named)]
+            named = [answer for answer in await self._ask_all(0) if isinstance(answer, Named)]
             if any(one.epoch > self._last.epoch and one.address != self._last.address for one in named):
                 raise PrimaryMoved("another primary has been named")
 
@@ -122,13 +122,16 @@ class Primary:
             await connection.disconnect(nowait=True)
         self._connections.clear()
 
-    async def _ask_all(self) -> list[Named | BaseException | None]:
-        """Return the answers of the witnesses: None for an ignorant one, an exception for one that is away."""
+    async def _ask_all(self, patience: float) -> list[Named | BaseException | None]:
+        """Return the answers of the witnesses: None for an ignorant one, an exception for one that is away.
+
+        Where none answers within ANSWER_SECONDS, wait for the first for so many seconds more.
+        """
         asked = [asyncio.ensure_future(self._ask(address)) for address in self._witnesses]
         try:
             _, missing = await asyncio.wait(asked, timeout=ANSWER_SECONDS)
             if len(missing) == len(asked):
-                await asyncio.wait(asked, timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(asked, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for one in asked:
                 one.cancel()

@@ -79,7 +79,7 @@ class Member:
     """A process that uses the store, as far as the store sees it."""
 
     def __init__(self, url: str, **settings: Any) -> None:
-        self.store = make(url, Settings(**settings))
+        self.store = make(url, Settings(store=url, **settings))
         self.openings: list[Opening] = []
         self.records: list[Record] = []
         self.mail: list[tuple[str, bytes]] = []

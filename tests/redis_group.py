@@ -12,9 +12,12 @@ from typing import Any
 
 import redis
 from processes import free_port, program
+from redis.crc import key_slot
 from redis_server import RedisServer
 
 SERVICE = "main"
+# Of the default prefix.
+SLOT = key_slot(b"{notifyd}")
 # How long a server may be silent before the others take it for dead, in milliseconds.
 SILENCE = 1000
 READY_SECONDS = 20.0
@@ -118,18 +121,37 @@ class Cluster:
 
     def __init__(self) -> None:
         flags = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(SILENCE), "--repl-diskless-sync-delay", "0")
-        self.servers = [RedisServer(flags=flags) for _ in range(6)]
+        # By default 10,000 above the other port, which may be no port.
+        self.servers = [RedisServer(flags=("--cluster-port", str(free_port()), *flags)) for _ in range(6)]
         places = [f"127.0.0.1:{server.port}" for server in self.servers]
         create = (program("redis-cli"), "--cluster", "create", *places, "--cluster-replicas", "1", "--cluster-yes")
         subprocess.run(create, check=True, stdout=subprocess.DEVNULL)
-        until(lambda: all("cluster_state:ok" in self.info(server) for server in self.servers))
-        until(lambda: all(len(self.shard(server)) for server in self.servers))
+        until(lambda: all("cluster_state:ok" in str(server.command("CLUSTER", "INFO")) for server in self.servers))
+        until(lambda: len(self.replicas(self.primary)) == 1)
 
-    def info(self, server: RedisServer) -> str:
-        return str(server.command("CLUSTER", "INFO"))
+    @property
+    def primary(self) -> RedisServer:
+        """Return the server with the slot, by the newest word of all."""
+        owners = {(epoch, port) for server in self.servers for epoch, port in self._owners(server)}
+        _, port = max(owners)
+        return next(server for server in self.servers if server.port == port)
 
-    def shard(self, server: RedisServer) -> Any:
-        return server.command("CLUSTER", "NODES")
+    def _owners(self, server: RedisServer) -> Iterator[tuple[int, int]]:
+        with contextlib.suppress(redis.RedisError):
+            for line in server.command("CLUSTER", "NODES").splitlines():
+                _, place, _, _, _, _, epoch, _, *slots = line.split()
+                bounds = [slot.split("-") for slot in slots if slot[0] != "["]
+                if any(int(bound[0]) <= SLOT <= int(bound[-1]) for bound in bounds):
+                    yield int(epoch), int(place.partition("@")[0].rpartition(":")[2])
+
+    def promoted(self, old: RedisServer) -> RedisServer:
+        """Wait until another server than the old one has the slot, and return it."""
+        until(lambda: self.primary is not old)
+        return self.primary
+
+    def replicas(self, primary: RedisServer) -> list[RedisServer]:
+        roles = {server: server.command("ROLE") for server in self.servers}
+        return [server for server, role in roles.items() if role[0] == "slave" and role[2] == primary.port]
 
     @property
     def url(self) -> str:

@@ -1,22 +1,35 @@
-"""A Redis that fails over: with sentinels, as a cluster, and behind one address."""
+"""A Redis that fails over: with sentinels, as a cluster, and behind one address.
+
+Each test ends with the verdict that everything answered 200 is at everyone, once and in one order; where a minority
+went on by itself, its clients are told instead. The tests marked `long` run in `make test-all` alone.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count
+from signal import SIGCONT, SIGSTOP
+from typing import NamedTuple
 
+import hiredis
 import pytest
+from conftest import StartServer
+from history import Publish
 from members import SOMETHING, Member, members, on_loop
-from redis_group import SERVICE, Group
+from processes import eventually
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis_group import SERVICE, SLOT, Cluster, Group, until
 from redis_server import RedisServer
+from traffic import Traffic
 
 from errors import StoreUnavailable
 from settings import Settings, SettingsError
 from store import Once
 from store_redis import RedisStore
+from store_redis_primary import Primary, PrimaryMoved
 
 # Seconds after the promotion within which publishing is answered again.
 LEVEL = 5.0
@@ -54,14 +67,106 @@ def test_only_redis_has_replicas(store: str) -> None:
         Settings(store=store, store_replicas=1)
 
 
-# Sentinels.
+# Witnesses.
 
 
-@pytest.fixture
-def group() -> Iterator[Group]:
-    made = Group()
-    yield made
-    made.close()
+class FakeSentinel:
+    """A sentinel that says what it is told to: an epoch and a port, nothing about the service, or nothing at all."""
+
+    def __init__(self, word: tuple[int, int] | str) -> None:
+        self.word = word
+
+    async def start(self) -> FakeSentinel:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        if self.word == "dead":
+            self._server.close()
+        return self
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        commands = hiredis.Reader()
+        while data := await reader.read(1000):
+            commands.feed(data)
+            while command := commands.gets():
+                writer.write(self._answer(b" ".join(command)))
+        writer.close()
+
+    def _answer(self, command: bytes) -> bytes:
+        if self.word == "silent":
+            return b""
+        if not command.startswith(b"SENTINEL"):
+            return b"+OK\r\n"
+        if isinstance(self.word, str):
+            return b"-ERR No such master with that name\r\n"
+        if command.startswith(b"SENTINEL MASTER"):
+            return b"*2\r\n+config-epoch\r\n+%d\r\n" % self.word[0]
+        return b"*2\r\n+127.0.0.1\r\n+%d\r\n" % self.word[1]
+
+    def close(self) -> None:
+        self._server.close()
+
+
+Words = list[tuple[int, int] | str]
+
+
+@contextlib.asynccontextmanager
+async def primary_of(words: Words) -> AsyncIterator[tuple[Primary, list[FakeSentinel]]]:
+    sentinels = [await FakeSentinel(word).start() for word in words]
+    hosts = ",".join(f"127.0.0.1:{one.port}" for one in sentinels)
+    primary = Primary(f"redis+sentinel://{hosts}/main", "{n}", 1.0)
+    try:
+        yield primary, sentinels
+    finally:
+        await primary.release()
+        for one in sentinels:
+            one.close()
+        # The connections end.
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("words", "port"),
+    [
+        ([(1, 7001)], 7001),
+        (["dead", (1, 7001)], 7001),
+        (["silent", (1, 7001)], 7001),
+        (["ignorant", (1, 7001)], 7001),
+        ([(1, 7001), (2, 7002), (1, 7001)], 7002),
+    ],
+)
+@on_loop
+async def test_the_newest_word_of_all_sentinels_counts(words: Words, port: int) -> None:
+    """A sentinel that is dead, silent, ignorant or behind misleads nobody."""
+    async with primary_of(words) as (primary, _):
+        assert await primary.find() == ("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("word", ["dead", "silent", "ignorant"])
+@on_loop
+async def test_no_sentinel_names_a_primary(word: str) -> None:
+    async with primary_of([word, word]) as (primary, _):
+        with pytest.raises((RedisConnectionError, OSError)):
+            await primary.find()
+
+
+@on_loop
+async def test_a_primary_is_left_for_a_newer_one_alone() -> None:
+    """Neither for another name of it, nor because the sentinels are behind or away."""
+    async with primary_of([(2, 7001), (2, 7001)]) as (primary, sentinels):
+        await primary.find()
+        watch = asyncio.create_task(primary.watch())
+        for words in ([(1, 7002), (2, 7009)], ["silent", "silent"]):
+            sentinels[0].word, sentinels[1].word = words
+            await asyncio.sleep(1)
+            assert not watch.done()
+        sentinels[1].word = (3, 7002)
+        began = time.monotonic()
+        with pytest.raises(PrimaryMoved):
+            await watch
+        assert time.monotonic() - began < 1
+
+
+# Stores without a server.
 
 
 class Publisher:
@@ -106,24 +211,42 @@ async def is_whole(publishers: list[Publisher], everyone: list[Member]) -> None:
         assert member.times_missed == 0
 
 
+def kill(group: Group | Cluster, old: RedisServer) -> None:
+    old.kill()
+
+
+def stop(group: Group | Cluster, old: RedisServer) -> None:
+    old.stop()
+
+
+def order(group: Group | Cluster, old: RedisServer) -> None:
+    if isinstance(group, Group):
+        group.sentinels[0].command("SENTINEL", "FAILOVER", SERVICE)
+    else:
+        group.replicas(old)[0].command("CLUSTER", "FAILOVER")
+
+
+@pytest.fixture(params=[Group, Cluster])
+def group(request: pytest.FixtureRequest) -> Iterator[Group | Cluster]:
+    made = request.param()
+    yield made
+    made.close()
+
+
+only_sentinels = pytest.mark.parametrize("group", [Group], indirect=True)
+only_cluster = pytest.mark.parametrize("group", [Cluster], indirect=True)
+
+
 def serves(redis: RedisServer) -> bool:
     """Whether the log goes on in this Redis."""
     run, restoring = redis.command("HMGET", "{notifyd}:meta", "run", "restoring")
     return bool(run == redis.command("INFO", "server")["run_id"] and restoring is None)
 
 
-def kill(group: Group, old: RedisServer) -> None:
-    old.kill()
-
-
-def order(group: Group, old: RedisServer) -> None:
-    group.sentinels[0].command("SENTINEL", "FAILOVER", SERVICE)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [kill, order])
 @on_loop
-async def test_another_primary_is_found(group: Group, fault: Callable[[Group, RedisServer], None]) -> None:
+async def test_another_primary_is_found(group: Group | Cluster, fault: Callable[..., None]) -> None:
     """All that was answered is put back, and publishing is answered again soon after the promotion."""
     async with members(group.url, 3) as everyone:
         publishers = [Publisher(member, str(number)) for number, member in enumerate(everyone)]
@@ -136,3 +259,302 @@ async def test_another_primary_is_found(group: Group, fault: Callable[[Group, Re
         await publishers[0].is_answered_after(time.monotonic())
         assert time.monotonic() - promoted_at < LEVEL
         await is_whole(publishers, everyone)
+
+
+@pytest.mark.slow
+@only_sentinels
+@on_loop
+async def test_credentials_and_a_database(group: Group) -> None:
+    """A wrong secret is a reason, without the secret."""
+    group.sentinels[0].command("ACL", "SETUSER", "default", "resetpass", ">watch")
+    group.primary.command("ACL", "SETUSER", "notifyd", "on", ">pa@ss", "~*", "&*", "+@all")
+    url = f"redis+sentinel://notifyd:pa%40ss@localhost:{group.sentinels[0].port}/{SERVICE}/3?sentinel_password="
+    async with members(url + "watch") as [one]:
+        await one.publish()
+        assert group.primary.keys(3)
+    for wrong in (url + "guess", url.replace("pa%40ss", "guess") + "watch"):
+        async with members(wrong) as [one]:
+            assert one.store.failure and "guess" not in one.store.failure and "password" in one.store.failure
+
+
+@pytest.mark.slow
+@only_sentinels
+@pytest.mark.parametrize("replicas", [0, 1])
+@on_loop
+async def test_an_old_primary_that_goes_on_makes_no_second_order(group: Group, replicas: int) -> None:
+    """A partition leaves it alone with one process. Without --store-replicas that process begins anew afterwards.
+
+    The partition: nobody but the process's own user may use the old primary, and its sentinel is stopped.
+    """
+    old, sentinel = group.primary, group.sentinels[0]
+    for server in group.servers:
+        server.command("ACL", "SETUSER", "minority", "on", "nopass", "~*", "&*", "+@all")
+    url = f"redis+sentinel://minority:any@127.0.0.1:{sentinel.port}/{SERVICE}"
+    async with members(url, store_replicas=replicas) as [alone], members(group.url, 2) as [one, other]:
+        common = [await one.publish() for _ in range(5)]
+        await alone.until(lambda: alone.ids == common)
+        sentinel.process.send_signal(SIGSTOP)
+        old.command("ACL", "SETUSER", "default", "off")
+        old.command("CLIENT", "KILL", "USER", "default", user="minority")
+        publishers = [Publisher(alone, "alone"), Publisher(one, "one")]
+        await one.until(lambda: one.store.failure)
+        await one.until(lambda: one.store.failure is None)
+        await publishers[1].is_answered_after(time.monotonic())
+        answered = bool(publishers[0].answered)
+        assert answered == (replicas == 0) == (len(alone.ids) > len(common))
+        old.command("ACL", "SETUSER", "default", "on", user="minority")
+        sentinel.process.send_signal(SIGCONT)
+        await alone.until(lambda: alone.times_missed or (replicas and alone.store.failure is None))
+        lost = await publishers[0].stop()
+        answered_by_most = await publishers[1].stop()
+        newest = await one.publish()
+        for member in (alone, one, other):
+            await member.until(lambda member=member: member.ids[-1:] == [newest])
+            assert member.ids == sorted(set(member.ids))
+        assert alone.ids == one.ids
+        assert one.ids == other.ids and answered_by_most <= set(one.ids)
+        assert (alone.times_missed, one.times_missed, other.times_missed) == (int(replicas == 0), 0, 0)
+        if replicas:
+            assert lost <= set(one.ids)
+
+
+# A slot that moves.
+
+
+@pytest.mark.slow
+@only_cluster
+@on_loop
+async def test_a_slot_that_is_moved(group: Cluster) -> None:
+    """Redis refuses all while keys are on both sides, and nothing stays behind."""
+    async with members(group.url, 2) as everyone:
+        publishers = [Publisher(member, str(number)) for number, member in enumerate(everyone)]
+        await publishers[0].is_answered_after(time.monotonic())
+        old = group.primary
+        new = next(one for one in group.servers if one is not old and one.command("ROLE")[0] == "master")
+        new.command("CLUSTER", "SETSLOT", SLOT, "IMPORTING", old.command("CLUSTER", "MYID"))
+        old.command("CLUSTER", "SETSLOT", SLOT, "MIGRATING", new.command("CLUSTER", "MYID"))
+        while keys := old.command("CLUSTER", "GETKEYSINSLOT", SLOT, 1):
+            old.command("MIGRATE", "127.0.0.1", new.port, *keys, 0, 5000)
+            await asyncio.sleep(0.02)
+        for server in (new, old):
+            server.command("CLUSTER", "SETSLOT", SLOT, "NODE", new.command("CLUSTER", "MYID"))
+        await everyone[0].until(lambda: serves(new))
+        await is_whole(publishers, everyone)
+        assert old.command("DBSIZE") == 0
+
+
+# One address.
+
+
+class Endpoint:
+    """A managed address: a proxy to the present primary, that is told of another."""
+
+    def __init__(self, target: RedisServer) -> None:
+        self.target = target
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def start(self) -> Endpoint:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"redis://localhost:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            other_reader, other_writer = await asyncio.open_connection("127.0.0.1", self.target.port)
+            self._writers += writer, other_writer
+            await asyncio.gather(self._pass(reader, other_writer), self._pass(other_reader, writer))
+        writer.close()
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65_536):
+                writer.write(data)
+        writer.close()
+
+    def close(self) -> None:
+        self._server.close()
+        for writer in self._writers:
+            writer.close()
+
+
+def demote(_: object, old: RedisServer) -> None:
+    """Old connections stay, and are answered READONLY."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [kill, stop, demote])
+@on_loop
+async def test_the_server_behind_an_address_changes(fault: Callable[..., None]) -> None:
+    """Whether the address drops the connections, is silent, or answers as a replica."""
+    old = RedisServer()
+    new = RedisServer(flags=("--replicaof", f"127.0.0.1 {old.port}", "--repl-diskless-sync-delay", "0"))
+    until(lambda: new.command("ROLE")[3] == "connected")
+    endpoint = await Endpoint(old).start()
+    async with members(endpoint.url, 2) as everyone:
+        publishers = [Publisher(member, str(number)) for number, member in enumerate(everyone)]
+        await publishers[0].is_answered_after(time.monotonic())
+        fault(None, old)
+        await asyncio.sleep(0.5)
+        new.command("REPLICAOF", "NO", "ONE")
+        if fault is demote:
+            old.command("REPLICAOF", "127.0.0.1", new.port)
+        await asyncio.sleep(0.5)
+        endpoint.target, changed_at = new, time.monotonic()
+        await everyone[0].until(lambda: serves(new))
+        await publishers[0].is_answered_after(time.monotonic())
+        assert time.monotonic() - changed_at < LEVEL
+        await is_whole(publishers, everyone)
+    endpoint.close()
+    old.close()
+    new.close()
+
+
+# Replicas that are waited for.
+
+
+@pytest.mark.slow
+@on_loop
+async def test_nothing_is_delivered_before_the_replica_has_it() -> None:
+    """A refused publish is answered with its first id once the replica goes on."""
+    primary = RedisServer()
+    async with members(primary.url, 2, store_replicas=1) as [one, other]:
+        assert one.store.failure == "The store is away: 1 replicas are needed, and 0 have answered"
+        flags = ("--replicaof", f"127.0.0.1 {primary.port}", "--repl-diskless-sync-delay", "0")
+        replica = RedisServer(flags=flags)
+        await one.until(lambda: one.openings and other.openings)
+        first = await one.publish()
+        replica.stop()
+        with pytest.raises(StoreUnavailable, match="replica"):
+            await one.store.append([SOMETHING], Once("key", b""))
+        assert primary.command("XLEN", "{notifyd}:log") == 2
+        await asyncio.sleep(1)
+        assert one.ids == other.ids == [first]
+        replica.resume()
+        await one.until(lambda: one.store.failure is None)
+        again = await one.store.append([SOMETHING], Once("key", b""))
+        await other.until(lambda: len(other.ids) == 2)
+        assert again.repeated and one.ids == other.ids == [first, again.receipts[0].id]
+    replica.close()
+    primary.close()
+
+
+@pytest.mark.slow
+def test_a_server_without_enough_replicas_answers_503(start_server: StartServer, redis: RedisServer) -> None:
+    server = start_server("--store", redis.url, "--store-replicas", "1")
+    answer = server.post({"message": "m"})
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+    assert answer.json()["error"]["message"] == "The store is away: 1 replicas are needed, and 0 have answered"
+    assert server.get("/health/live").status_code == 200
+
+
+# Servers with clients.
+
+
+class Crowd(NamedTuple):
+    """The size of a test: processes, clients, and the pause of each publisher."""
+
+    servers: int
+    clients: int
+    pause: float
+
+
+SMALL = Crowd(2, 20, 0.02)
+LARGE = Crowd(4, 500, 0.2)
+in_both_sizes = pytest.mark.parametrize(
+    "crowd", [SMALL, pytest.param(LARGE, marks=pytest.mark.long)], ids=["20", "500"]
+)
+
+
+def traffic(start_server: StartServer, group: Group | Cluster, crowd: Crowd) -> Traffic:
+    flags = ("--store", group.url, "--history-size", "100000")
+    servers = [start_server(*flags) for _ in range(crowd.servers)]
+    return Traffic(*servers, clients=crowd.clients, pause=crowd.pause)
+
+
+def answered_after(running: Traffic, moment: float) -> float:
+    """Wait for the first answer after a moment; return how long after."""
+
+    def answers() -> list[float]:
+        publishes = [event for event in list(running.history) if isinstance(event, Publish)]
+        return [one.ended for one in publishes if one.id is not None and one.ended > moment]
+
+    eventually(answers, 20)
+    return min(answers()) - moment
+
+
+@pytest.mark.slow
+@in_both_sizes
+def test_clients_stay_while_the_primary_is_killed(
+    start_server: StartServer, group: Group | Cluster, crowd: Crowd
+) -> None:
+    """Publishers are answered 503 with the reason, and then 200 soon after the promotion."""
+    with traffic(start_server, group, crowd) as running:
+        old = group.primary
+        old.kill()
+        group.promoted(old)
+        assert answered_after(running, time.monotonic()) < LEVEL
+        running.is_whole(connections=1)
+        assert running.reasons and all(reason.startswith("The store is away: ") for reason in running.reasons)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@in_both_sizes
+def test_clients_stay_during_a_failover_by_order(
+    start_server: StartServer, group: Group | Cluster, crowd: Crowd
+) -> None:
+    with traffic(start_server, group, crowd) as running:
+        old = group.primary
+        order(group, old)
+        group.promoted(old)
+        running.is_whole(connections=1)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@in_both_sizes
+def test_the_primary_is_stopped_for_20_s_and_comes_back(
+    start_server: StartServer, group: Group | Cluster, crowd: Crowd
+) -> None:
+    """What it takes then is no second order: it is demoted, and nobody listens to it."""
+    with traffic(start_server, group, crowd) as running:
+        old = group.primary
+        old.stop()
+        stopped_at = time.monotonic()
+        group.promoted(old)
+        assert answered_after(running, time.monotonic()) < LEVEL
+        time.sleep(max(0.0, stopped_at + 20 - time.monotonic()))
+        old.resume()
+        until(lambda: old.command("ROLE")[0] == "slave")
+        running.is_whole(connections=1)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@only_sentinels
+@in_both_sizes
+def test_all_sentinels_are_away_while_the_primary_is_well(
+    start_server: StartServer, group: Group, crowd: Crowd
+) -> None:
+    """Nobody notices."""
+    with traffic(start_server, group, crowd) as running:
+        for sentinel in group.sentinels:
+            sentinel.kill()
+        time.sleep(3)
+        group.servers[0].command("CLIENT", "KILL", "TYPE", "normal")
+        running.is_whole(connections=1)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@only_sentinels
+def test_a_server_starts_without_sentinels(start_server: StartServer, group: Group) -> None:
+    """It answers 503 until they are there."""
+    for sentinel in group.sentinels:
+        sentinel.kill()
+    server = start_server("--store", group.url)
+    assert server.post({"message": "m"}).status_code == 503
+    for sentinel in group.sentinels:
+        sentinel.start()
+    eventually(lambda: server.get("/health").status_code == 200, 20)
+    server.notify("m")

@@ -1,0 +1,134 @@
+"""The history of a run, and its faults: every publish with its answer, every delivery with its client and time.
+
+    python tests/history.py FILE      a history as write() leaves it, one event a line; prints its faults
+
+Every message is published under a text of its own. A publish that is repeated with its key is one event, from the first
+request to the last answer. Times are of one clock.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import msgspec
+
+# Enough to understand a fault.
+MOST_SHOWN = 5
+
+
+class Publish(msgspec.Struct, frozen=True, tag=True):
+    """A message, when it was first sent and last answered, and its id if that answer was 200."""
+
+    message: str
+    began: float
+    ended: float
+    id: str | None = None
+
+
+class Joined(msgspec.Struct, frozen=True, tag=True):
+    """A client listens: everything that is published from now on is for it."""
+
+    client: str
+    at: float
+
+
+class Delivery(msgspec.Struct, frozen=True, tag=True):
+    client: str
+    at: float
+    id: str
+    message: str
+
+
+class Told(msgspec.Struct, frozen=True, tag=True):
+    """A client is told that something before this moment may be missing."""
+
+    client: str
+    at: float
+
+
+Event = Publish | Joined | Delivery | Told
+
+
+def write(path: Path, events: Iterable[Event]) -> None:
+    path.write_bytes(b"".join(msgspec.json.encode(event) + b"\n" for event in events))
+
+
+def read(path: Path) -> list[Event]:
+    decode = msgspec.json.Decoder(Event).decode  # type: ignore[var-annotated]
+    return [decode(line) for line in path.read_bytes().splitlines()]
+
+
+def faults(events: Iterable[Event]) -> list[str]:
+    """Return a line for each fault, of events in any order."""
+    publishes = dict[str, Publish]()
+    joined = dict[str, float]()
+    told = defaultdict[str, float](float)
+    deliveries = defaultdict[str, list[Delivery]](list)
+    found = []
+    for event in events:
+        match event:
+            case Publish(message=message):
+                if message in publishes:
+                    found.append(f"bad history: {message} is published twice")
+                publishes[message] = event
+            case Joined(client=client, at=at):
+                joined[client] = min(at, joined.get(client, at))
+            case Told(client=client, at=at):
+                told[client] = max(at, told[client])
+            case Delivery(client=client):
+                deliveries[client].append(event)
+    answered = [one for one in publishes.values() if one.id is not None]
+    found += _unordered(answered)
+    ids = {one.message: (one.id or "", "the publisher's answer") for one in answered}
+    for client in sorted(joined.keys() | deliveries.keys()):
+        mine = sorted(deliveries[client], key=lambda one: one.at)
+        found += _wrong(client, mine, publishes, ids)
+        found += _lost(client, mine, answered, max(joined.get(client, float("inf")), told[client]))
+    return found
+
+
+def _unordered(answered: list[Publish]) -> Iterator[str]:
+    """Yield each publish that began after the answer of another, and yet has the smaller id."""
+    newest = ""
+    moments = [(one.ended, False, one) for one in answered] + [(one.began, True, one) for one in answered]
+    for _, begins, one in sorted(moments, key=lambda moment: moment[:2]):
+        assert one.id is not None
+        if begins and one.id <= newest:
+            yield f"disorder: {one.message} got {one.id} after {newest} had been answered"
+        if not begins:
+            newest = max(newest, one.id)
+
+
+def _wrong(
+    client: str, mine: list[Delivery], publishes: dict[str, Publish], ids: dict[str, tuple[str, str]]
+) -> Iterator[str]:
+    seen = dict[str, str]()
+    for one in mine:
+        if one.message not in publishes:
+            yield f"invented: {client} got {one.message}, which nobody published"
+        if one.message in seen:
+            yield f"double: {client} got {one.message} as {seen[one.message]} and as {one.id}"
+        seen.setdefault(one.message, one.id)
+        id, witness = ids.setdefault(one.message, (one.id, client))
+        if id != one.id:
+            yield f"divergent: {one.message} is {one.id} for {client}, and {id} for {witness}"
+    for first, second in pairwise(mine):
+        if second.id <= first.id:
+            yield f"disorder: {client} got {second.message} ({second.id}) after {first.message} ({first.id})"
+
+
+def _lost(client: str, mine: list[Delivery], answered: list[Publish], since: float) -> Iterator[str]:
+    received = {one.message for one in mine}
+    for one in answered:
+        if one.began > since and one.message not in received:
+            yield f"lost: {client} never got {one.message} ({one.id})"
+
+
+if __name__ == "__main__":
+    all_faults = faults(read(Path(sys.argv[1])))
+    print("\n".join([*all_faults[:MOST_SHOWN], f"{len(all_faults)} faults"]))
+    sys.exit(bool(all_faults))
