@@ -190,6 +190,7 @@ async def test_it_may_come_later(start_redis: StartRedis, caplog: pytest.LogCapt
 @on_loop
 async def test_it_may_come_later_with_a_log(start_redis: StartRedis, caplog: pytest.LogCaptureFixture) -> None:
     """That takes several reads; the store is away until the last."""
+    caplog.set_level(logging.WARNING, "notifyd")
     redis = start_redis(append_only=True)
     async with members(redis.url) as [one]:
         await one.publish(*[SOMETHING] * 1000)
