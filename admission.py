@@ -73,7 +73,8 @@ class Newcomer(Struct, frozen=True):
         if not schemas.CLIENT_ID.match(client_id):
             raise InvalidRequest("Invalid client_id")
         since = None if self.since is None else schemas.position_of(self.since)
-        topics = schemas.topics_of(self.topics, () if identity is None else identity.subscribe)
+        given = () if identity is None else identity.subscribe
+        topics = schemas.topics_of(self.topics, given) if self.topics or given else frozenset()
         if identity is not None:
             identity.check_topics(topics)
         return Newcomer(client_id, since, topics, self.user_agent, identity, self.address, self.peer, user)

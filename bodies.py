@@ -33,7 +33,12 @@ async def body_of(request: Request, limit: int) -> bytes:
         raise _too_large(limit)
     parts, size = [], 0
     try:
-        async for part in request.stream():
+        more = True
+        while more:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            part, more = message.get("body", b""), message.get("more_body", False)
             parts.append(part)
             size += len(part)
             if size > limit:

@@ -35,6 +35,11 @@ SUBSCRIBER = "notifyd.subscriber"
 # that it sent last. It returns a Pipe, or None where that part has not reached the wire as it was: then a middleware of
 # the host changes or delays the response.
 STREAM_EXTENSION = "notifyd.stream"
+# In scope["extensions"] of a request that came whole, to an app that has the server to itself: a handler calls it with
+# the function that answers the next request with the same head, but for its Content-Length, from the body alone. That
+# returns status, headers and body of the answer, or None where the app has to be asked after all. A middleware that
+# tells such requests apart, or adds to their answers, has to remove it.
+REPEAT_EXTENSION = "notifyd.repeat"
 CLOSE_DEADLINE_SECONDS = 5.0
 # A connection reads this much per loop iteration. In frames of 6 bytes these are 2 to 5 ms of work; without the limit
 # uvloop hands over megabytes at a time, and a flooding peer starves the others for seconds.

@@ -17,8 +17,9 @@ from clients import Client
 from errors import StoreUnavailable
 from fanout import NOBODY, payload
 from log import frame
+from positions import Positions
 from schemas import GOING_AWAY, encode, timestamp
-from store import Draft, Once, Positions
+from store import Draft, Once
 
 if TYPE_CHECKING:
     from hub import Hub

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from answers import refuse
-from connection import SUBSCRIBER, WIRE_EXTENSION
+from connection import REPEAT_EXTENSION, SUBSCRIBER, WIRE_EXTENSION
 from errors import Forbidden, InvalidRequest, NotifydError, RateExceeded, StoreUnavailable
 from guard_peers import MAX_ADDRESS_LENGTH, UNIX, Address, RefusalLog, parsed, subscriber
 from settings import Settings, is_origin, named_origin, normal_origin
@@ -89,7 +89,9 @@ def _drop_added_slash(scope: Scope) -> None:
 
 def _telling(headers: Headers, scope: Scope, send: Send) -> Send:
     """Return a `send` that adds these headers to the answer."""
-    if (wire := (scope.get("extensions") or {}).get(WIRE_EXTENSION)) is not None:
+    extensions = scope.get("extensions") or {}
+    extensions.pop(REPEAT_EXTENSION, None)
+    if (wire := extensions.get(WIRE_EXTENSION)) is not None:
         # The fast wire accepts a handshake without `send`, and adds them to every answer itself.
         wire.tell(headers)
         return send

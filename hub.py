@@ -261,7 +261,8 @@ class Hub:
         `sender`, raises Forbidden for a request that it may not publish. The log names its `address`, None for this
         process. Errors of `numbered` requests name the place, counted from 0.
         """
-        await self.start()
+        if not self.is_ready or self._loop is not asyncio.get_running_loop():
+            await self.start()
         if sender is not None:
             sender.check_publish(requests)
         if numbered:
@@ -281,6 +282,21 @@ class Hub:
             source = "this process" if address is None else origin_of(address, sender)
             logger.debug("%s %s (%d) from %s", done, appended.receipts[-1].id, len(appended.receipts), source)
         return appended
+
+    @property
+    def publishes_at_once(self) -> bool:
+        """Whether publish_at_once() is worth a try: the store never waits, and nothing is logged."""
+        return self.store.append_at_once is not None and not logger.isEnabledFor(logging.DEBUG)
+
+    def publish_at_once(self, request: schemas.NotifyRequest) -> Appended | None:
+        """Publish a checked request without an await; None where that takes publish(), or publish() says why not.
+
+        Raises InvalidRequest or TooLarge as publish() does.
+        """
+        append = self.store.append_at_once
+        if append is None or not self.is_ready or self._loop is not asyncio.get_running_loop():
+            return None
+        return append(self._draft(request))
 
     def _draft(self, request: schemas.NotifyRequest, place: str = "") -> Draft:
         data = {"message": request.message, **request.data}

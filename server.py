@@ -159,7 +159,7 @@ class Server(uvicorn.Server):
             config.load()
         self.servers.append(
             await asyncio.get_running_loop().create_server(
-                lambda: HttpProtocol(config, self.server_state, self.lifespan.state),
+                lambda: HttpProtocol(config, self.server_state, self.lifespan.state, repeats=True),
                 sock=listener,
                 ssl=context,
                 ssl_handshake_timeout=REQUEST_SECONDS if context else None,

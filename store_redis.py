@@ -83,6 +83,8 @@ class _Operation(NamedTuple):
 class RedisStore:
     """One process's side of a log and a registry in Redis."""
 
+    append_at_once = None
+
     def __init__(self, settings: Settings, url: str) -> None:
         """Raises SettingsError if the URL is none."""
         self._link = RedisLink(settings, url)

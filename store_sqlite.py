@@ -57,6 +57,8 @@ NOTHING = Outcome()
 class SqliteStore:
     """The Store of one process, on its event loop."""
 
+    append_at_once = None
+
     def __init__(self, settings: Settings, path: str) -> None:
         self.node_id = ""
         self.failure: str | None = CLOSED

@@ -24,6 +24,7 @@ from msgspec import Struct, field
 
 from errors import ConnectionRefused, StoreUnavailable
 from log import Audience
+from positions import Positions
 from settings import Settings, SettingsError
 from store import (
     LEASE_SECONDS,
@@ -36,7 +37,6 @@ from store import (
     Draw,
     Once,
     Opening,
-    Positions,
     Rate,
     Receipt,
     Record,

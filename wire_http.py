@@ -19,15 +19,16 @@ import enum
 import fcntl
 import sys
 import termios
+from functools import partial
 from typing import Any, cast
 
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from connection import STREAM_EXTENSION, TURN_BYTES
+from connection import REPEAT_EXTENSION, STREAM_EXTENSION, TURN_BYTES
 from schemas import GOING_AWAY
 from wire import WireProtocol
-from wire_exchange import COMPLETE, Exchange, error_response
+from wire_exchange import COMPLETE, AnswerAtOnce, Exchange, Repeat, error_response
 from wire_handshake import check_handshake
 from wire_message import BLANK_LINE, MAX_HEAD_BYTES, Headers, Peer, RequestError, RequestParser, peer_of
 
@@ -75,6 +76,8 @@ class HttpProtocol(asyncio.Protocol):
         "_loop",
         "_peer",
         "_phase",
+        "_repeat",
+        "_repeats",
         "_searched",
         "_stalled",
         "_unread",
@@ -92,7 +95,10 @@ class HttpProtocol(asyncio.Protocol):
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        repeats: bool = False,
     ) -> None:
+        """With `repeats` the app is known to have no other app before it, and is offered to answer repeats at once."""
         if not config.loaded:
             config.load()
         self._config = config
@@ -105,6 +111,8 @@ class HttpProtocol(asyncio.Protocol):
         self._phase = IDLE
         # The last request with its response; it may be over.
         self._exchange: Exchange | None = None
+        self._repeats = repeats and config.limit_concurrency is None
+        self._repeat: Repeat | None = None
         # Bytes that have arrived and are not parsed yet, and the length of their beginning without a blank line.
         self._unread = b""
         self._searched = 0
@@ -201,6 +209,9 @@ class HttpProtocol(asyncio.Protocol):
         # Taken, so that nothing is parsed twice where an app runs at once (asyncio.eager_task_factory).
         data, self._unread = self._unread, b""
         start = 0
+        if self._repeat is not None and self._phase <= HEAD and not self.is_full:
+            start = self._answer_repeats(self._repeat, data)
+            allowed -= start
         try:
             while start < len(data) and allowed > 0 and self._phase < WHOLE:
                 is_sized = self._phase is BODY and self.parser.body_left > 0
@@ -226,6 +237,16 @@ class HttpProtocol(asyncio.Protocol):
         if self._unread or self.is_paused or len(self.parser.body) > MAX_WAITING_BYTES:
             self.pace()
 
+    def _answer_repeats(self, repeat: Repeat, data: bytes) -> int:
+        """Answer the requests that repeat at the beginning, as far as this iteration allows; return where they end."""
+        end, responses = repeat.answers(data, TURN_BYTES, self.server_state.default_headers)
+        if responses:
+            self.server_state.total_requests += len(responses)
+            self.transport.write(b"".join(responses))
+            self._searched = 0
+            self._be_idle()
+        return end
+
     def _go_on(self) -> None:
         self._goes_on = False
         if self._phase < WHOLE and not self.transport.is_closing():
@@ -241,6 +262,8 @@ class HttpProtocol(asyncio.Protocol):
                 self._be_idle()
             return start + 2
         self._phase = HEAD
+        if self._repeat is not None and self._repeat.awaits_body(data, start):
+            return start
         end = data.find(BLANK_LINE, start + self._searched) + len(BLANK_LINE)
         is_whole = end >= len(BLANK_LINE)
         if (end if is_whole else len(data)) - start > MAX_HEAD_BYTES:
@@ -265,12 +288,19 @@ class HttpProtocol(asyncio.Protocol):
         self._phase = WHOLE if parser.is_complete else BODY
         scope = parser.scope("http", self._peer, config.root_path, self._app_state)
         scope["method"] = parser.method.decode("ascii")
+        has_answered = self._exchange is not None and parser.keeps_alive and end - start <= TURN_BYTES
         exchange = self._exchange = Exchange(self)
         scope["extensions"] = {STREAM_EXTENSION: exchange.be_taken_by}
+        # From the second request on: a connection for a single request remembers no head.
+        if has_answered and self._repeats and parser.body and parser.is_complete and not parser.expects_continue:
+            scope["extensions"][REPEAT_EXTENSION] = partial(self._remember, data[start:end])
         task = self._loop.create_task(exchange.run(config.loaded_app, scope))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
         return read
+
+    def _remember(self, head: bytes, answer: AnswerAtOnce) -> None:
+        self._repeat = Repeat(head, answer)
 
     def _read_body(self, data: bytes, start: int) -> int:
         exchange, parser = self._exchange, self.parser

@@ -32,9 +32,10 @@ from connection import ConnectionState
 from errors import DuplicateClient
 from hub import Hub
 from log import Audience
+from positions import Positions
 from schemas import NotifyRequest
 from settings import Settings
-from store import Draft, Once, Positions
+from store import Draft, Once
 
 QUICK = settings(
     max_examples=int(os.environ.get("HUB_EXAMPLES", "50")),

@@ -10,7 +10,7 @@ import pytest
 
 import log as log_module
 from log import BATCHES_KEPT, NAME_BYTES, Audience, Batch, Log
-from store import Positions
+from positions import Positions
 
 FIRST = "id-00"
 ANN = Audience(frozenset({"ann"}), frozenset())
