@@ -186,9 +186,11 @@ class Member:
 async def members(url: str, count: int = 1, **settings: Any) -> AsyncIterator[list[Member]]:
     """Open so many members in this process; close them at the end."""
     opened = [await Member(url, **settings).open() for _ in range(count)]
-    yield opened
-    for member in opened:
-        await member.store.close()
+    try:
+        yield opened
+    finally:
+        for member in opened:
+            await member.store.close()
 
 
 class Process:

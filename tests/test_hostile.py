@@ -119,7 +119,7 @@ def test_a_flood_of_little_things_is_read_in_turns(server: Server, flood: bytes)
             other.send_frame(Opcode.PING, b"")
             other.next_frame(Opcode.PONG)
             answered += 1
-    assert answered > 40
+    assert answered > 20
 
 
 def send_and_read_all(connection: socket.socket, data: bytes) -> None:

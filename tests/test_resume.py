@@ -272,6 +272,7 @@ def test_the_close_of_a_slow_consumer_names_the_id_to_resume_from(start_server: 
     while server.active():
         server.publish(str(count), data={"pad": "x" * 60_000})
         count += 1
+        assert count < 2000, "the client is not closed"
     received = texts(slow.rest())
     code, reason = slow.closed()
     named = SLOW.fullmatch(str(reason))

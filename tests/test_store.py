@@ -123,7 +123,7 @@ async def test_a_wake_up_takes_milliseconds(shared: str) -> None:
             await one.publish()
             await other.until(lambda count=count: len(other.records) == count)
             times.append(time.monotonic() - began)
-        assert sorted(times)[25] < 0.02
+        assert sorted(times)[25] < 0.1
 
 
 # Its bounds.
@@ -433,9 +433,9 @@ async def test_a_key_belongs_to_its_request(any_store: str) -> None:
 @on_loop
 async def test_a_key_is_forgotten_with_the_history(any_store: str) -> None:
     """By its age."""
-    async with members(any_store, history_ttl=0.1) as [one]:
+    async with members(any_store, history_ttl=0.5) as [one]:
         await one.store.append([SOMETHING], Once("key", b"request"))
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(0.55)
         assert not (await one.store.append([SOMETHING], Once("key", b"another"))).repeated
         assert (await one.store.append([SOMETHING], Once("key", b"another"))).repeated
 
@@ -563,7 +563,7 @@ async def test_a_message_takes_milliseconds(shared: str) -> None:
             await one.store.post(other.store.node_id, b"probe")
             await other.until(lambda count=count: len(other.mail) == count)
             times.append(time.monotonic() - began)
-        assert sorted(times)[10] < 0.02
+        assert sorted(times)[10] < 0.1
 
 
 @on_loop
@@ -718,7 +718,7 @@ async def test_a_store_that_is_closed_while_it_counts_counts_on(shared: str) -> 
 @on_loop
 async def test_a_store_that_is_opened_again_has_missed_nothing(shared: str) -> None:
     """That holds although all later notifications have left the log for their age."""
-    async with members(shared, 2, history_ttl=0.1) as [one, other]:
+    async with members(shared, 2, history_ttl=SHORT_LEASE / 2) as [one, other]:
         await one.publish()
         await one.store.close()
         await asyncio.sleep(SHORT_LEASE)

@@ -15,7 +15,8 @@ from functools import partial
 
 import pytest
 import uvicorn
-from bytes import HANDSHAKE, handshake, masked, read_until, rest
+from bytes import HANDSHAKE, handshake, masked, read_to_end, read_until, rest
+from conftest import StartServer
 from processes import QUIET, Server, eventually, needs_proc
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
@@ -225,6 +226,12 @@ def test_a_request_is_answered_once(impatient: Server, length: bytes, then: byte
     assert read_until(connection, b"}}\n").startswith(b"HTTP/1.1 413 ")
     connection.sendall(then)
     assert rest(connection) == b""
+
+
+def test_the_end_behind_a_refusal_is_seen_at_once(start_server: StartServer) -> None:
+    """Our side ends behind the answer, though a peer that is still sending is read on for a while."""
+    server = start_server(constants={"wire_http.LINGER_SECONDS": 10 * PATIENCE})
+    assert read_to_end(server.raw(HALF_A_POST.replace(b"1000", b"x"))).startswith(b"HTTP/1.1 400 ")
 
 
 # A peer that takes its time.

@@ -126,7 +126,7 @@ class BareClient:
     def rest(self) -> list[Any]:
         """Read to the server's close or the end of the stream, and return every message before it."""
         messages = []
-        deadline = time.monotonic() + 2 * PATIENCE
+        deadline = time.monotonic() + 4 * PATIENCE
         while (frame := self.frame()) is not None and frame.opcode is not Opcode.CLOSE:
             assert time.monotonic() < deadline, "the server neither closes nor ends the stream"
             if frame.opcode is Opcode.TEXT:
