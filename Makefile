@@ -39,6 +39,7 @@ test-stores: $(VENV)/dev
 	@$(BIN)/python -m pytest --server-args='--workers 2 --store-timeout 10' $(API) $(ARGS)
 	@$(BIN)/python -m pytest --store sqlite $(API) $(ARGS)
 	@$(BIN)/python -m pytest --store redis $(API) $(ARGS)
+	@$(BIN)/python -m pytest --store sentinel $(addprefix tests/test_,batch.py health.py publish_once.py resume.py) $(ARGS)
 
 # The servers of some tests, with both ends of the ranges in pyproject.toml.
 test-bounds: export PYTHONDONTWRITEBYTECODE :=

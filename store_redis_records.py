@@ -24,7 +24,7 @@ _unpack_audience = msgspec.msgpack.Decoder(Audience).decode
 
 
 def whole_batches(entries: list[Entry]) -> int:
-    """Return the number of entries without those at the end whose batch continues."""
+    """Return the number of entries up to the end of the last whole batch."""
     return next((count for count in range(len(entries), 0, -1) if entries[count - 1][1][ANSWER] != b"+"), 0)
 
 

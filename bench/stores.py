@@ -1,11 +1,11 @@
 """How much do two workers on a shared store cost, compared with one process without one?
 
-Method: three notifyd take turns (turns.py): one process with its log in memory, two workers on a SQLite file, and two
-on a redis-server (appendonly yes, appendfsync everysec). Latency is from the first byte of the publish to the last
-byte at the last of 32 clients, which the kernel spreads over both workers; the publisher is connected to one of them.
-CPU time is that of the parent and its workers together; that of Redis is shown separately. For deliveries it is
-measured one notification at a time, and in a burst as in burst.py; for handshakes as in handshake.py; publishes per
-second as in publish.py.
+Method: four notifyd take turns (turns.py): one process with its log in memory, two workers on a SQLite file, two on a
+redis-server (appendonly yes, appendfsync everysec), and two with --store-replicas 1 on another that has a replica.
+Latency is from the first byte of the publish to the last byte at the last of 32 clients, which the kernel spreads over
+both workers; the publisher is connected to one of them. CPU time is that of the parent and its workers together; that
+of Redis is shown separately, without its replica. For deliveries it is measured one notification at a time, and in a
+burst as in burst.py; for handshakes as in handshake.py; publishes per second as in publish.py.
 
 Workers and Redis share one core, as all servers do in the bench.
 
@@ -13,6 +13,7 @@ Not measured: more workers, and a Redis on another machine, with the network's r
 """
 
 import contextlib
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -60,7 +61,18 @@ def _servers() -> Iterator[Servers]:
         if REDIS.prepare() is None:
             redis = stack.enter_context(Server(REDIS))
             peers["redis"] = notifyd_on(f"redis://127.0.0.1:{redis.port}", WORKERS), redis
+            primary, replica = stack.enter_context(Server(REDIS)), stack.enter_context(Server(REDIS))
+            _follow(replica, primary)
+            url = f"redis://127.0.0.1:{primary.port}"
+            peers["redis, 1 replica"] = notifyd_on(url, WORKERS, "--store-replicas", "1"), primary
         yield {name: (stack.enter_context(Server(peer)), store) for name, (peer, store) in peers.items()}
+
+
+def _follow(replica: Server, primary: Server) -> None:
+    """Make a Redis the replica of another."""
+    with socket.create_connection(("127.0.0.1", replica.port)) as connection:
+        connection.sendall(b"REPLICAOF 127.0.0.1 %d\r\n" % primary.port)
+        connection.recv(100)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from expected import Record, order_differs
 from forks import WarmProcess
 from members import SHORT_LEASE, Process, shorten_leases
 from processes import QUIET, Server, program, use_extra_flags
+from redis_group import Group
 from redis_server import RedisServer
 
 from store import LEASE_SECONDS
@@ -33,7 +34,9 @@ gc.disable()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--server-args", default="", help="flags to append to the command line of every server")
     parser.addoption("--server-python", default=sys.executable, help="the interpreter of every server")
-    parser.addoption("--store", choices=["sqlite", "redis"], help="the store of every server, each with its own")
+    parser.addoption(
+        "--store", choices=["sqlite", "redis", "sentinel"], help="the store of every server, each with its own"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -80,7 +83,7 @@ def _store(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
     store = pytestconfig.getoption("--store")
     if store == "sqlite":
         use_extra_flags(f"--store sqlite:{tmp_path_factory.mktemp('stores')}/{{new}}")
-    redis = RedisServer() if store == "redis" else None
+    redis = RedisServer() if store == "redis" else Group(replicas=0, sentinels=1) if store == "sentinel" else None
     if redis is not None:
         use_extra_flags(f"--store {redis.url} --store-prefix {{new}}:")
     if store is not None:

@@ -17,16 +17,19 @@ import orjson
 import pytest
 import yaml
 from processes import ROOT, Server, call, free_port, program
+from redis import Redis
+from redis_group import until
 from redis_server import RedisServer
 from wheels import build, install
 
 from settings import Settings, from_environ
+from store_redis import RedisStore
 
 pytestmark = pytest.mark.slow
 
 DEPLOY = ROOT / "deploy"
 DOCKERFILE, UNIT = (DEPLOY / "Dockerfile").read_text(), (DEPLOY / "notifyd.service").read_text()
-COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+COMPOSE, HA = (yaml.safe_load((DEPLOY / name).read_text()) for name in ("compose.yaml", "compose.ha.yaml"))
 NODES = ("node-1", "node-2")
 # Beside shutdown_timeout: the last closes, and the requests under way.
 SPARE_SECONDS = 20
@@ -57,9 +60,9 @@ def image_variables() -> dict[str, str]:
     return dict(word.split("=", 1) for word in shlex.split(block.replace("\\\n", " ")))
 
 
-def node_variables() -> dict[str, str]:
-    """Return the variables of a node in the compose file."""
-    variables = [COMPOSE["services"][node]["environment"] for node in NODES]
+def node_variables(compose: Any = COMPOSE) -> dict[str, str]:
+    """Return the variables of a node in a compose file."""
+    variables = [compose["services"][node]["environment"] for node in NODES]
     assert variables[0] == variables[1]
     return image_variables() | variables[0]
 
@@ -68,7 +71,7 @@ def unit_variables() -> dict[str, str]:
     return dict(line.split("=", 1) for line in re.findall(r"^#?Environment=(.*)$", UNIT, re.MULTILINE))
 
 
-@pytest.mark.parametrize("variables", [image_variables(), node_variables(), unit_variables()])
+@pytest.mark.parametrize("variables", [image_variables(), node_variables(), node_variables(HA), unit_variables()])
 def test_every_value_is_valid_for_its_setting(variables: dict[str, str]) -> None:
     """The server would start with it, and warns of nothing."""
     _, warnings = from_environ(variables)
@@ -79,9 +82,10 @@ def test_systemd_and_docker_wait_longer_than_the_drain() -> None:
     """Otherwise clients that leave in their own time are cut off."""
     [unit_patience] = re.findall(r"^TimeoutStopSec=(\d+)$", UNIT, re.MULTILINE)
     assert float(unit_patience) >= from_environ(unit_variables())[0].shutdown_timeout + SPARE_SECONDS
-    for node in NODES:
-        patience = seconds(COMPOSE["services"][node]["stop_grace_period"])
-        assert patience >= from_environ(node_variables())[0].shutdown_timeout + SPARE_SECONDS
+    for compose in (COMPOSE, HA):
+        for node in NODES:
+            patience = seconds(compose["services"][node]["stop_grace_period"])
+            assert patience >= from_environ(node_variables(compose))[0].shutdown_timeout + SPARE_SECONDS
 
 
 # The image.
@@ -208,12 +212,55 @@ def test_the_compose_file_names_existing_files() -> None:
         assert (address, inside) == ("127.0.0.1", "8000")
 
 
-def test_compose_takes_the_file() -> None:
+def test_the_compose_file_of_a_failover_names_what_is_there() -> None:
+    """Services, volumes, and an address for each sentinel."""
+    services: dict[str, Any] = HA["services"]
+    volumes = {volume.split(":")[0] for service in services.values() for volume in service.get("volumes", ())}
+    assert volumes == set(HA["volumes"])
+    for service in services.values():
+        assert set(service.get("depends_on", ())) <= set(services)
+    store = RedisStore(Settings(), node_variables(HA)["NOTIFYD_STORE"])
+    assert store.failure is None
+    sentinels = {name for name in services if name.startswith("sentinel-")}
+    assert set(re.findall(r"sentinel-\d", node_variables(HA)["NOTIFYD_STORE"])) == sentinels and len(sentinels) == 3
+
+
+def test_the_sentinels_of_the_compose_file_find_the_primary(redis: RedisServer, tmp_path: Path) -> None:
+    """Their command makes a configuration that redis-server takes."""
+    port = free_port()
+    shell, flag, script = HA["services"]["sentinel-1"]["command"]
+    for name, here in (("$$", "$"), ("/data", str(tmp_path)), ("redis-1 6379", f"localhost {redis.port}")):
+        script = script.replace(name, here)
+    script = script.replace("--sentinel", f"--sentinel --port {port}").replace("redis-server", program("redis-server"))
+    process = subprocess.Popen([shell, flag, script], stdout=subprocess.DEVNULL)
+    try:
+        with Redis(port=port, decode_responses=True) as client:
+            until(lambda: client.execute_command("SENTINEL GET-MASTER-ADDR-BY-NAME", "notifyd"))
+            address = client.execute_command("SENTINEL GET-MASTER-ADDR-BY-NAME", "notifyd")
+        assert tuple(map(str, address)) == ("localhost", str(redis.port))
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_nginx_takes_the_configuration_of_the_compose_file(tmp_path: Path) -> None:
+    content = HA["configs"]["nginx"]["content"].replace("$$", "$")
+    for node in NODES:
+        content = content.replace(node, "127.0.0.1")
+    path = tmp_path / "nginx.conf"
+    own = f"pid {tmp_path}/pid; error_log stderr emerg; events {{}}\n"
+    path.write_text(f"{own}http {{ access_log off; {content} }}")
+    ended = subprocess.run([program("nginx"), "-t", "-q", "-c", path], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.ha.yaml"])
+def test_compose_takes_the_file(name: str) -> None:
     """Its own check, where it is installed."""
     docker = shutil.which("docker")
     if docker is None or subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode:
         pytest.skip("needs docker compose")
-    lint(docker, "compose", "-f", DEPLOY / "compose.yaml", "config", "--quiet")
+    lint(docker, "compose", "-f", DEPLOY / name, "config", "--quiet")
 
 
 # The unit.

@@ -171,12 +171,12 @@ FLOOR = Peer(
 NOTIFYD = Peer("notifyd", command=_notifyd_command, prepare=_nothing_missing, version=_notifyd_version, greetings=1)
 
 
-def notifyd_on(store: str, workers: int) -> Peer:
+def notifyd_on(store: str, workers: int, *flags: str) -> Peer:
     """So many workers with that store in common; {folder} in it is a folder of their own."""
 
     def command(port: int, folder: Path) -> list[str]:
-        flags = ["--workers", str(workers), "--store", store.format(folder=folder)]
-        return [*_notifyd_command(port, folder), *flags]
+        shared = ["--workers", str(workers), "--store", store.format(folder=folder)]
+        return [*_notifyd_command(port, folder), *shared, *flags]
 
     return replace(NOTIFYD, command=command, ready="listens on")
 
