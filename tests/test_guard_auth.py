@@ -563,6 +563,16 @@ def test_a_renewal_drops_topics_that_are_not_allowed_any_more(
         assert answer["type"] == "subscribed" if topic in may else answer == ws_error(f"Not allowed: topic {topic}")
 
 
+def test_a_topic_that_the_client_has_left_is_no_longer_set(signed: Server) -> None:
+    """Where it comes back to the topic by itself, the next token has to allow the topic."""
+    client = listener(signed, sub="alice", subscribe=["news"])
+    assert client.ask({"type": "unsubscribe", "topics": ["news"]})["topics"] == []
+    assert client.ask({"type": "auth", "token": token(sub="alice", topics=["news"])})["type"] == "authenticated"
+    assert client.ask({"type": "subscribe", "topics": ["news"]})["topics"] == ["news"]
+    assert client.ask({"type": "auth", "token": token(sub="alice")})["type"] == "authenticated"
+    assert client.receive()["topics"] == []
+
+
 def test_a_renewal_with_too_many_topics_changes_nothing(signed: Server) -> None:
     """A client has a hundred topics at most, wherever they come from."""
     client = listener(signed, sub="alice", topics=["builds"], subscribe=[f"a{number}" for number in range(60)])
