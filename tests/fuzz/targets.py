@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,6 +79,8 @@ REQUESTS = [
     b"GET http://x/metrics HTTP/1.1\r\nHost: x\r\nOrigin: null\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n",
     b"HEAD /metrics/prometheus HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
     b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n\x16\x03",
+    post(b"/notify", NOTIFICATION) * 3,
+    post(b"/notify", b'{"message":"x"}') * 4 + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n",
     post(b"/notify", NOTIFICATION, b"Idempotency-Key: k\r\n"),
     post(b"/notify", b"disk full", b"Content-Type: text/plain\r\nExpect: 100-continue\r\n"),
     post(b"/notify/batch", b"[%s,%s]" % (NOTIFICATION, NOTIFICATION)),
@@ -122,7 +125,8 @@ class App:
         """Send the bytes, end our side, take all that is answered, and wait until nothing is left."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        await self.loop.connect_accepted_socket(lambda: wire_http.HttpProtocol(self.config, self.state, {}), theirs)
+        serve = partial(wire_http.HttpProtocol, self.config, self.state, {}, repeats=True)
+        await self.loop.connect_accepted_socket(serve, theirs)
         with ours, suppress(ConnectionError):
             await self.loop.sock_sendall(ours, data)
             ours.shutdown(socket.SHUT_WR)
