@@ -8,6 +8,7 @@ the sender's identity.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Set
 from functools import partial
 from typing import TYPE_CHECKING
@@ -253,7 +254,8 @@ def _newcomer(hub: Hub, scope: Scope, query: Query, since: str | None, identity:
         user=query.get("user") or "",
         since=since,
         topics=query.topics() if "topics" in query else (),
-        user_agent=user_agent and user_agent[:MAX_USER_AGENT],
+        # Interned: among thousands of clients there are a few programs.
+        user_agent=user_agent and sys.intern(user_agent[:MAX_USER_AGENT]),
         identity=identity,
         address=scope.get(SUBSCRIBER, "") if hub.settings.max_connections_per_ip else "",
         peer=(scope.get("client") or ("",))[0],
