@@ -353,9 +353,10 @@ def test_a_missing_extra_is_an_error_of_the_settings_in_a_host(bare: Path, setti
     assert command(bare / "python", "-c", host) == f"{MISSING[setting]}\n"
 
 
-def test_the_fast_wire_without_a_server_is_such_an_error(bare: Path) -> None:
+@pytest.mark.parametrize("use", ["notifyd.WireProtocol", "exec('from notifyd import *')"])
+def test_the_fast_wire_without_a_server_is_such_an_error(bare: Path, use: str) -> None:
     """The other names need no extra."""
-    host = "import notifyd\ntry: notifyd.WireProtocol\nexcept notifyd.SettingsError as error: print(error)"
+    host = f"import notifyd\ntry: {use}\nexcept notifyd.SettingsError as error: print(error)"
     line = "WireProtocol: needs uvicorn; pip install 'notifyd-server[server]'\n"
     assert command(bare / "python", "-c", host) == line
 
