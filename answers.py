@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Awaitable, Callable, Set
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Collection, Set
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from msgspec import Struct
 from starlette.datastructures import Headers
@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import schemas
 from connection import STREAM_HEADERS, closed
-from errors import MethodNotAllowed, NotFound, NotifydError, StoreUnavailable
+from errors import Category, MethodNotAllowed, NotFound, NotifydError, StoreUnavailable
 from guard_identity import Identity, Right
 from hub import Hub
 from query import NO_PARAMETERS, QUERY_KEY, Query, segments
@@ -47,6 +47,9 @@ Handler = Callable[[Hub, Request, Identity | None], Awaitable[ASGIApp]]
 SocketHandler = Callable[[Hub, "Authenticator | None", Set[str], Scope, Receive, Send], Awaitable[None]]
 
 
+Body = TypeVar("Body", bound=Struct)
+
+
 class ReceiveError(Exception):
     """Reading a request has failed outside of this app: in a host's middleware that limits bodies, for example."""
 
@@ -63,15 +66,15 @@ class Endpoint:
         hub: Hub,
         authenticator: Authenticator | None = None,
         right: Right | None = None,
-        parameters: Set[str] | None = None,
+        parameters: Collection[str] | None = None,
         **handlers: Handler,
     ) -> None:
         """Without an authenticator the path is open to everybody; without parameters it ignores its query."""
         self._hub = hub
-        self._authenticator = authenticator
-        self._right = right
-        self._parameters = None if parameters is None else known(parameters, authenticator)
-        self._handlers = handlers
+        self.authenticator = authenticator
+        self.right = right
+        self.parameters = None if parameters is None else known(parameters, authenticator)
+        self.handlers = handlers
         if "GET" in handlers:
             handlers["HEAD"] = handlers["GET"]
         self._allow = ", ".join([*handlers, "OPTIONS"])
@@ -81,13 +84,13 @@ class Endpoint:
         try:
             if method == "OPTIONS":
                 response: ASGIApp = self._options(Headers(scope=scope))
-            elif (handler := self._handlers.get(method)) is None:
+            elif (handler := self.handlers.get(method)) is None:
                 raise MethodNotAllowed(f"Method {method[:32]} is not allowed here", {"Allow": self._allow})
             else:
-                ignores_query = self._parameters is None or not query
-                scope[QUERY_KEY] = NO_PARAMETERS if ignores_query else Query(query, self._parameters)
-                if self._authenticator is not None:
-                    identity = await self._authenticator.identify(scope, self._right)
+                ignores_query = self.parameters is None or not query
+                scope[QUERY_KEY] = NO_PARAMETERS if ignores_query else Query(query, self.parameters)
+                if self.authenticator is not None:
+                    identity = await self.authenticator.identify(scope, self.right)
                 response = await handler(self._hub, Request(scope, receive), identity)
         except ClientDisconnect:
             # The client left before its request was complete, so nobody reads an answer.
@@ -111,9 +114,9 @@ class Endpoint:
         return Response(status_code=204, headers=headers)
 
 
-def known(parameters: Set[str], authenticator: Authenticator | None) -> Set[str]:
+def known(parameters: Collection[str], authenticator: Authenticator | None) -> Set[str]:
     """Return the parameters of a path together with those that authentication reads."""
-    return parameters if authenticator is None else parameters | authenticator.parameters
+    return frozenset(parameters).union(() if authenticator is None else authenticator.parameters)
 
 
 class SegmentRoute(Route):
@@ -142,7 +145,7 @@ class Socket:
     """The WebSocket path as an ASGI app: an unexpected error ends one connection, and is logged."""
 
     def __init__(
-        self, hub: Hub, authenticator: Authenticator | None, parameters: Set[str], handler: SocketHandler
+        self, hub: Hub, authenticator: Authenticator | None, parameters: Collection[str], handler: SocketHandler
     ) -> None:
         self._hub = hub
         self._authenticator = authenticator
@@ -159,12 +162,16 @@ class Socket:
 # --- the answers
 
 
-def answer(body: Struct, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+class Answer(Response, Generic[Body]):
+    """A response that carries this Struct as JSON; the contracts read its type off the handlers."""
+
+
+def answer(body: Body, status: int = 200, headers: dict[str, str] | None = None) -> Answer[Body]:
     # The line end is for readers at a terminal.
-    return Response(encode(body) + b"\n", status, headers, "application/json")
+    return Answer(encode(body) + b"\n", status, headers, "application/json")
 
 
-def error_response(error: NotifydError, category: str | None = None, error_id: str | None = None) -> Response:
+def error_response(error: NotifydError, category: Category | None = None, error_id: str | None = None) -> Response:
     body = schemas.error_body(error.message, category or error.category, error_id)
     retry = {"Retry-After": str(RETRY_AFTER_SECONDS)} if error.status in (429, 503) else {}
     return answer(body, error.status, retry | error.headers)

@@ -7,14 +7,17 @@ the field and the limit, and never holds a secret or a traceback.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+# In the documented body of an HTTP error.
+Category = Literal["validation", "application", "system", "connection"]
 
 
 class NotifydError(Exception):
     """The root of the tree; raised as itself, an unexpected failure of the server."""
 
     status: ClassVar[int] = 500
-    category: ClassVar[str] = "system"
+    category: ClassVar[Category] = "system"
     close_code: ClassVar[int] = 1011
 
     def __init__(self, message: str, headers: dict[str, str] | None = None) -> None:

@@ -29,14 +29,9 @@ from settings import number
 async def health(hub: Hub) -> Health:
     await hub.start()
     census = await hub.census.take()
-    status, message = "healthy", "WebSocket Notification Server is running"
-    if not hub.is_ready:
-        status, message = "shutting_down", "WebSocket Notification Server is shutting down"
-    elif hub.store.failure is not None:
-        status, message = "unhealthy", hub.store.failure
-    return Health(
-        status=status,
-        message=message,
+    health = Health(
+        status="healthy",
+        message="WebSocket Notification Server is running",
         timestamp=timestamp(),
         connections=HealthConnections(
             active=census.active,
@@ -47,6 +42,11 @@ async def health(hub: Hub) -> Health:
             workers=hub.settings.workers, notification_interval=number(hub.settings.notification_interval)
         ),
     )
+    if not hub.is_ready:
+        health.status, health.message = "shutting_down", "WebSocket Notification Server is shutting down"
+    elif hub.store.failure is not None:
+        health.status, health.message = "unhealthy", hub.store.failure
+    return health
 
 
 async def metrics(hub: Hub) -> Metrics:

@@ -8,22 +8,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 import schemas
-from answers import Endpoint, Handler, SegmentRoute, answer
+from answers import Answer, Endpoint, Handler, SegmentRoute, answer
 from bodies import body_of, content_of, json_in
 from guard_identity import Identity
 from hub import Hub
 from presence import Wanted
-from query import PARAMETERS, QUERY_KEY, Query, cursor, segment
+from query import PAGE_LIMIT, PARAMETERS, QUERY_KEY, Query, cursor, segment
 from schemas import timestamp
 
 if TYPE_CHECKING:
     from guard_auth import Authenticator
-
-PAGE, MAX_PAGE = 100, 1000
 
 
 def people_route_table(hub: Hub, authenticator: Authenticator | None = None) -> list[BaseRoute]:
@@ -59,10 +56,6 @@ def _filter(query: Query, name: str, kind: Any) -> str:
     return value
 
 
-def _limit(query: Query) -> int:
-    return query.whole_number("limit", PAGE, least=1, most=MAX_PAGE)
-
-
 async def _json_of(hub: Hub, request: Request, kind: Any) -> Any:
     return json_in(content_of(request, await body_of(request, hub.settings.max_message_size)), kind)
 
@@ -70,35 +63,40 @@ async def _json_of(hub: Hub, request: Request, kind: Any) -> Any:
 # --- clients
 
 
-async def clients(hub: Hub, request: Request, sender: Identity | None) -> Response:
+async def clients(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.ConnectedClients]:
+    """Return the clients of all processes, page by page."""
     query: Query = request.scope[QUERY_KEY]
     [topic] = schemas.stripped([_filter(query, "topic", schemas.Topic)])
     wanted = Wanted(user=_filter(query, "user", schemas.User), topic=topic)
-    page, total, next = await hub.presence.clients(wanted, query.after(), _limit(query))
+    page, total, next = await hub.presence.clients(wanted, query.after(), query.limit(PAGE_LIMIT))
     goes_on = None if next is None else cursor(next)
     return answer(schemas.ConnectedClients(clients=page, total=total, next=goes_on, timestamp=timestamp()))
 
 
-async def client(hub: Hub, request: Request, sender: Identity | None) -> Response:
+async def client(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.ConnectedClient]:
+    """Return one client."""
     return answer(await hub.presence.client(_named(request, "client_id", schemas.ClientId)))
 
 
 # --- users
 
 
-async def user(hub: Hub, request: Request, sender: Identity | None) -> Response:
+async def user(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.ConnectedUser]:
+    """Tell whether a user is online."""
     name = _named(request, "user", schemas.User)
     [count] = await hub.presence.online([name])
     return answer(schemas.ConnectedUser(user=name, online=count > 0, clients=count, timestamp=timestamp()))
 
 
-async def online(hub: Hub, request: Request, sender: Identity | None) -> Response:
+async def online(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.Online]:
+    """Return how many clients each of many users has."""
     wanted: schemas.OnlineRequest = await _json_of(hub, request, schemas.OnlineRequest)
     counts = await hub.presence.online(wanted.users)
     return answer(schemas.Online(online=dict(zip(wanted.users, counts, strict=True)), timestamp=timestamp()))
 
 
-async def change_topics(hub: Hub, request: Request, sender: Identity | None) -> Response:
+async def change_topics(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.TopicsChanged]:
+    """Change the topics of a user's clients."""
     name = _named(request, "user", schemas.User)
     wanted: schemas.TopicsRequest = await _json_of(hub, request, schemas.TopicsRequest)
     count = await hub.presence.change_topics(name, wanted.subscribe, wanted.unsubscribe)
@@ -108,9 +106,10 @@ async def change_topics(hub: Hub, request: Request, sender: Identity | None) -> 
 # --- topics
 
 
-async def topics(hub: Hub, request: Request, sender: Identity | None) -> Response:
+async def topics(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.FollowedTopics]:
+    """Return the topics of all processes, page by page."""
     query: Query = request.scope[QUERY_KEY]
-    found, next = await hub.presence.topics(query.get("prefix") or "", query.after(), _limit(query))
+    found, next = await hub.presence.topics(query.get("prefix") or "", query.after(), query.limit(PAGE_LIMIT))
     page = [schemas.FollowedTopic(topic=name, clients=count) for name, count in found.items()]
     goes_on = None if next is None else cursor(next)
     return answer(schemas.FollowedTopics(topics=page, next=goes_on, timestamp=timestamp()))

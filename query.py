@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Set
+from collections.abc import Container, Mapping
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote
 
 from errors import InvalidRequest
-from schemas import MAX_SHOWN
+from schemas import MAX_SHOWN, ClientId, Cursor, Since, Topic, Topics, User
 
 # A URL has room for tens of thousands of parameters, and reading those would take 50 ms.
 MAX_PARAMETERS = 100
@@ -24,21 +25,39 @@ _BROKEN = re.compile("%(?![0-9A-Fa-f]{2})")
 # In the scope of a request: its Query.
 QUERY_KEY = "notifyd.query"
 
+
+class Limit(NamedTuple):
+    """The values of `limit` on one path."""
+
+    default: int
+    least: int
+    most: int
+
+
+HISTORY_LIMIT, STATUS_LIMIT, PAGE_LIMIT = Limit(100, 1, 1000), Limit(1000, 0, 1_000_000), Limit(100, 1, 1000)
+
 # Known also without authentication, so that a client needs no other URL for it.
-_CREDENTIALS = frozenset(("token",))
-_FOLLOWING = frozenset(("client_id", "user", "since", "lastEventId", "topics")) | _CREDENTIALS
-# By path. Every other path ignores its query, for the sake of probes and scrapers.
-PARAMETERS: dict[str, Set[str]] = {
+_CREDENTIALS = {"token": str}
+_FOLLOWING = {
+    "client_id": ClientId,
+    "user": User,
+    "since": Since,
+    "lastEventId": Since,
+    "topics": Topics,
+    **_CREDENTIALS,
+}
+# By path, each with the type of its value. Every other path ignores its query, for the sake of probes and scrapers.
+PARAMETERS: dict[str, Mapping[str, Any]] = {
     "/ws": _FOLLOWING,
     "/events": _FOLLOWING,
-    "/notifications": _FOLLOWING | {"limit"},
-    "/status": _CREDENTIALS | {"limit"},
-    "/clients": _CREDENTIALS | {"user", "topic", "limit", "after"},
+    "/notifications": _FOLLOWING | {"limit": HISTORY_LIMIT},
+    "/status": _CREDENTIALS | {"limit": STATUS_LIMIT},
+    "/clients": _CREDENTIALS | {"user": User, "topic": Topic, "limit": PAGE_LIMIT, "after": Cursor},
     "/clients/{client_id}": _CREDENTIALS,
     "/users/{user}": _CREDENTIALS,
     "/users/{user}/topics": _CREDENTIALS,
     "/users/online": _CREDENTIALS,
-    "/topics": _CREDENTIALS | {"prefix", "limit", "after"},
+    "/topics": _CREDENTIALS | {"prefix": str, "limit": PAGE_LIMIT, "after": Cursor},
     # Addressees stand in the body: in the URL they would be ignored, and the notification go to everyone.
     "/notify": _CREDENTIALS,
     "/notify/batch": _CREDENTIALS,
@@ -50,7 +69,7 @@ class Query(dict[str, str]):
 
     __slots__ = ()
 
-    def __init__(self, encoded: bytes, known: Set[str] | None = None) -> None:
+    def __init__(self, encoded: bytes, known: Container[str] | None = None) -> None:
         """Decode a query with no other than the known parameters; None is any. Raises InvalidRequest."""
         if encoded.count(b"&") >= MAX_PARAMETERS:
             raise InvalidRequest(f"Query: more than {MAX_PARAMETERS} parameters")
@@ -76,13 +95,13 @@ class Query(dict[str, str]):
         names = self.get("topics")
         return names.split(",") if names else []
 
-    def whole_number(self, name: str, default: int, *, least: int, most: int) -> int:
-        """Return the number that is the parameter's value. Raises InvalidRequest."""
-        given = self.get(name)
+    def limit(self, limit: Limit) -> int:
+        """Return the number in `limit`. Raises InvalidRequest."""
+        given, (default, least, most) = self.get("limit"), limit
         if given is None:
             return default
         if not (given.isascii() and given.isdecimal() and len(given) <= 9 and least <= int(given) <= most):
-            raise InvalidRequest(f"{name}: expected a whole number from {least} to {most}, got {given[:MAX_SHOWN]!r}")
+            raise InvalidRequest(f"limit: expected a whole number from {least} to {most}, got {given[:MAX_SHOWN]!r}")
         return int(given)
 
     def after(self) -> str:

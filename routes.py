@@ -11,7 +11,7 @@ import hashlib
 import sys
 from collections.abc import Set
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import figures
 import schemas
 from admission import Newcomer
-from answers import Endpoint, Handler, Socket, answer, refuse_handshake, stream_of
+from answers import Answer, Endpoint, Handler, Socket, answer, refuse_handshake, stream_of
 from bodies import TEXT_TYPE, UTF_8, Content, body_of, content_of, json_in, text_in
 from connection import (
     REPEAT_EXTENSION,
@@ -45,7 +45,7 @@ from errors import (
 from guard_identity import Identity, Right
 from hub import Hub, HubState
 from people import people_route_table
-from query import PARAMETERS, QUERY_KEY, Query
+from query import HISTORY_LIMIT, PARAMETERS, QUERY_KEY, STATUS_LIMIT, Query
 from schemas import SUBPROTOCOL, TRY_AGAIN_LATER, encode, timestamp
 from slices import in_slices
 from store import Appended, Once
@@ -91,8 +91,6 @@ def _route(
 
 
 PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-STATUS_DETAILS, MAX_STATUS_DETAILS = 1000, 1_000_000
-HISTORY_LIMIT, MAX_HISTORY_LIMIT = 100, 1000
 MAX_BATCH_BYTES = 1_048_576
 # Its request may be a repeat, so it is read also during the drain.
 KEY_HEADER, MAX_KEY_LENGTH = "idempotency-key", 255
@@ -103,7 +101,8 @@ MAX_USER_AGENT = 256
 # --- publishing
 
 
-async def notify(hub: Hub, request: Request, sender: Identity | None) -> Response:
+async def notify(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.NotifyResponse]:
+    """Publish a notification."""
     body = await _body_of(hub, request, hub.settings.max_message_size)
     content = content_of(request, body)
     once = _once(request, content, body) if KEY_HEADER in request.headers else None
@@ -137,7 +136,8 @@ def _notify_again(hub: Hub, body: bytes) -> tuple[int, list[tuple[bytes, bytes]]
     return answered.status_code, answered.raw_headers, bytes(answered.body)
 
 
-async def notify_batch(hub: Hub, request: Request, sender: Identity | None) -> Response:
+async def notify_batch(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.BatchResponse]:
+    """Publish many notifications: all of them, or none."""
     body = await _body_of(hub, request, MAX_BATCH_BYTES)
     content = content_of(request, body)
     once = _once(request, content, body) if KEY_HEADER in request.headers else None
@@ -173,10 +173,10 @@ def _once(request: Request, content: Content, body: bytes) -> Once:
     return Once(key, hashlib.sha256(b"\0".join(stated)).digest())
 
 
-def _published(response: bytes, appended: Appended) -> Response:
+def _published(response: bytes, appended: Appended) -> Answer[Any]:
     """Return the answer to a publisher, the same for each repetition of its request."""
     # Starlette would take 3 us to make the headers.
-    answered = Response()
+    answered: Answer[Any] = Answer()
     answered.body = response + b"\n"
     answered.raw_headers = [
         (b"notification-id", appended.receipts[-1].id.encode()),
@@ -228,11 +228,12 @@ async def _admit_or_close(
 
 
 async def upgrade_required(hub: Hub, request: Request, sender: Identity | None) -> Response:
+    """Refuse a request without a WebSocket handshake."""
     raise UpgradeRequired("Expected a WebSocket handshake", {"Upgrade": "websocket", "Connection": "Upgrade"})
 
 
 async def events(hub: Hub, request: Request, sender: Identity | None) -> ASGIApp:
-    """Admit a stream; the stream is the response."""
+    """Follow notifications as Server-Sent Events; the stream is the response."""
     last_id = request.headers.get("last-event-id")
     if last_id == REPLACED_ID:
         return Response(status_code=204)
@@ -265,31 +266,37 @@ def _newcomer(hub: Hub, scope: Scope, query: Query, since: str | None, identity:
 # --- reading
 
 
-async def notifications(hub: Hub, request: Request, sender: Identity | None) -> Response:
+async def notifications(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.History]:
+    """Return the history: the notifications that a client with these parameters would be replayed."""
     query: Query = request.scope[QUERY_KEY]
-    limit = query.whole_number("limit", HISTORY_LIMIT, least=1, most=MAX_HISTORY_LIMIT)
+    limit = query.limit(HISTORY_LIMIT)
     user = query.get("user") or ""
     return answer(await hub.history(query.since(), limit, query.topics(), query.get("client_id") or None, user))
 
 
-async def metrics(hub: Hub, request: Request, sender: Identity | None) -> Response:
+async def metrics(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.Metrics]:
+    """Return the counters of all processes."""
     return answer(await figures.metrics(hub))
 
 
 async def prometheus(hub: Hub, request: Request, sender: Identity | None) -> Response:
+    """Return the counters of all processes, and more, in Prometheus' text format."""
     return Response(await figures.prometheus(hub), media_type=PROMETHEUS_TYPE)
 
 
-async def status(hub: Hub, request: Request, sender: Identity | None) -> Response:
+async def status(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.Status]:
+    """Return the state of the server, with a list of its clients."""
     query: Query = request.scope[QUERY_KEY]
-    limit = query.whole_number("limit", STATUS_DETAILS, least=0, most=MAX_STATUS_DETAILS)
+    limit = query.limit(STATUS_LIMIT)
     return answer(await figures.status(hub, limit))
 
 
-async def health(hub: Hub, request: Request, sender: Identity | None) -> Response:
+async def health(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.Health]:
+    """Tell whether the server takes notifications and clients."""
     body = await figures.health(hub)
     return answer(body, 200 if body.status == "healthy" else 503)
 
 
-async def live(hub: Hub, request: Request, sender: Identity | None) -> Response:
+async def live(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.Live]:
+    """Tell whether the process can answer at all."""
     return answer(schemas.Live(timestamp=timestamp()))

@@ -13,14 +13,14 @@ import typing
 from collections.abc import Collection, Set
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import orjson
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 from msgspec.structs import asdict
 
-from errors import InvalidRequest
+from errors import Category, InvalidRequest
 from settings import VERSION
 
 # Close codes, RFC 6455 section 7.4.1.
@@ -44,6 +44,7 @@ RESERVED_TYPES = frozenset(
         "authenticated",
     )
 )
+_NOT_RESERVED = {"not": {"enum": sorted(RESERVED_TYPES)}}
 MAX_TOPICS = 100  # of a client
 MAX_TARGET_CLIENTS, MAX_TARGET_TOPICS, MAX_TARGET_USERS = 1000, 100, 1000  # of a notification
 MAX_USER = 255  # characters
@@ -58,10 +59,36 @@ _USER = rf"^[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{{0,{MAX_USER}}}\Z"
 _TOPIC = r"^ *[^ ,\x00-\x1f\x7f\ud800-\udfff][^,\x00-\x1f\x7f\ud800-\udfff]*\Z"
 _POSITION = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z")
 CLIENT_ID, USER = re.compile(_CLIENT_ID), re.compile(_USER)
-ClientId = Annotated[str, Meta(pattern=_CLIENT_ID)]
-User = Annotated[str, Meta(min_length=1, pattern=_USER)]
-Topic = Annotated[str, Meta(min_length=1, max_length=128, pattern=_TOPIC)]
+# Values from outside, which are checked. `extra_json_schema` is for the contracts alone (contract.py).
+ClientId = Annotated[
+    str, Meta(pattern=_CLIENT_ID, examples=["alice"], extra_json_schema={"minLength": 1, "maxLength": 128})
+]
+User = Annotated[str, Meta(min_length=1, pattern=_USER, examples=["alice"], extra_json_schema={"maxLength": MAX_USER})]
+Topic = Annotated[str, Meta(min_length=1, max_length=128, pattern=_TOPIC, examples=["builds"])]
 Topics = Annotated[list[Topic], Meta(min_length=1, max_length=MAX_TOPICS)]
+
+
+def _form(pattern: str, example: str) -> Meta:
+    return Meta(extra_json_schema={"pattern": pattern}, examples=[example])
+
+
+# Values that the server tells, with their forms for the contracts; nothing checks these.
+_UUID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_ID = "019c13b5-7a00-7c3e-9d27-6f4b1e0a8c57"
+Id = Annotated[str, _form(f"^{_UUID}$", _ID)]
+Since = Annotated[str, _form(f"^({_UUID.replace('a-f', 'A-Fa-f')})?$", _ID)]
+ErrorId = Annotated[str, _form("^error_[0-9a-f]{8,}$", "error_7c1f04be9a25d386")]
+Time = Annotated[str, _form(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$", "2026-01-31T12:00:00.000Z")]
+ToldClientId = Annotated[str, _form(_CLIENT_ID, "client_5f0c9a1be2d34876")]
+ToldUser = Annotated[str, _form(_USER, "alice")]
+ToldTopic = Annotated[str, _form(_TOPIC, "builds")]
+Cursor = Annotated[str, _form("^[A-Za-z0-9_-]+$", "Y2xpZW50XzVmMGM5YTFiZTJkMzQ4NzY")]
+Version = Annotated[str, Meta(examples=[VERSION])]
+UserAgent = Annotated[str, Meta(examples=["Mozilla/5.0"])]
+Count = Annotated[int, Meta(extra_json_schema={"minimum": 0}, examples=[42])]
+Seconds = Annotated[float, Meta(extra_json_schema={"minimum": 0}, examples=[10])]
+Uptime = Annotated[float, Meta(extra_json_schema={"minimum": 0}, examples=[3600.5])]
+Sender = Literal["notification_service", "system"]
 
 
 def stripped(topics: Collection[str]) -> list[str]:
@@ -75,9 +102,11 @@ def stripped(topics: Collection[str]) -> list[str]:
 class NotifyRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """The body of POST /notify."""
 
-    message: Annotated[str, Meta(min_length=1, max_length=8192)]
-    type: Annotated[str, Meta(min_length=1, max_length=64)] = "custom"
-    data: dict[str, Any] = field(default_factory=dict)
+    message: Annotated[str, Meta(min_length=1, max_length=8192, examples=["disk full"])]
+    type: Annotated[str, Meta(min_length=1, max_length=64, examples=["alert"], extra_json_schema=_NOT_RESERVED)] = (
+        "custom"
+    )
+    data: Annotated[dict[str, Any], Meta(examples=[{"priority": "high"}])] = field(default_factory=dict)
     clients: Annotated[list[ClientId], Meta(min_length=1, max_length=MAX_TARGET_CLIENTS)] | UnsetType = UNSET
     topics: Annotated[list[Topic], Meta(min_length=1, max_length=MAX_TARGET_TOPICS)] | UnsetType = UNSET
     users: Annotated[list[User], Meta(min_length=1, max_length=MAX_TARGET_USERS)] | UnsetType = UNSET
@@ -126,7 +155,7 @@ class StatusRequest(Struct, tag_field="type", tag="status_request"):
 class Subscribe(Struct, tag_field="type", tag="subscribe", kw_only=True):
     topics: Topics
     # The position after which the topics' earlier notifications are replayed.
-    since: str | UnsetType = UNSET
+    since: Since | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         self.topics = stripped(self.topics)
@@ -142,7 +171,7 @@ class Unsubscribe(Struct, tag_field="type", tag="unsubscribe", kw_only=True):
 class Authenticate(Struct, tag_field="type", tag="auth", kw_only=True):
     """The renewal of a client's token."""
 
-    token: str
+    token: Annotated[str, Meta(examples=["TOKEN"])]
 
 
 # Fields that a Struct does not have are ignored, so that a newer client may say more.
@@ -154,193 +183,197 @@ CLIENT_TYPES = frozenset(each.__struct_config__.tag for each in typing.get_args(
 
 
 class Welcome(Struct, kw_only=True):
-    type: str = "welcome"
-    message: str = "Connected to WebSocket Notification Server"
-    client_id: str
-    server_time: str
-    notification_interval: float
-    user: str | UnsetType = UNSET
+    type: Literal["welcome"] = "welcome"
+    message: Literal["Connected to WebSocket Notification Server"] = "Connected to WebSocket Notification Server"
+    client_id: ToldClientId
+    server_time: Time
+    notification_interval: Seconds
+    user: ToldUser | UnsetType = UNSET
 
 
 class Notification(Struct, kw_only=True):
     """A custom, test or system notification. The store gives the id."""
 
-    id: str = ""
-    type: str
-    timestamp: str
-    data: Any
-    topics: list[str] | UnsetType = UNSET
-    sender: str = "notification_service"
+    id: Id = ""
+    type: Annotated[str, Meta(examples=["custom"], extra_json_schema=_NOT_RESERVED)]
+    timestamp: Time
+    data: Annotated[dict[str, Any], Meta(examples=[{"message": "disk full"}])]
+    topics: list[ToldTopic] | UnsetType = UNSET
+    sender: Sender = "notification_service"
 
 
-def compose(type: str, data: Any, sender: str = "notification_service", topics: list[str] | UnsetType = UNSET) -> bytes:
+def compose(
+    type: str, data: Any, sender: Sender = "notification_service", topics: list[ToldTopic] | UnsetType = UNSET
+) -> bytes:
     """Return a notification's JSON behind its id, which the store gives."""
     notification = Notification(type=type, timestamp=timestamp(), data=data, topics=topics, sender=sender)
     return encode(notification).removeprefix(b'{"id":""')
 
 
 class TestData(Struct, kw_only=True):
-    message: str
-    counter: int
-    uptime_seconds: float
-    active_connections: int
-    server_time: str
+    message: Annotated[str, Meta(examples=["Test notification #42"])]
+    counter: Count
+    uptime_seconds: Uptime
+    active_connections: Count
+    server_time: Time
 
 
 class SystemData(Struct, kw_only=True):
-    message: str = "Server is shutting down. Please reconnect later."
-    priority: str = "high"
-    system_time: str
+    message: Literal["Server is shutting down. Please reconnect later."] = (
+        "Server is shutting down. Please reconnect later."
+    )
+    priority: Literal["high"] = "high"
+    system_time: Time
 
 
 class Ping(Struct, kw_only=True):
-    type: str = "ping"
-    timestamp: str
+    type: Literal["ping"] = "ping"
+    timestamp: Time
 
 
 class Pong(Struct, kw_only=True):
-    type: str = "pong"
-    timestamp: str
+    type: Literal["pong"] = "pong"
+    timestamp: Time
 
 
 class StatusData(Struct, kw_only=True):
-    active_connections: int
-    total_connections: int
-    server_time: str
+    active_connections: Count
+    total_connections: Count
+    server_time: Time
 
 
 class StatusMessage(Struct, kw_only=True):
-    type: str = "status_response"
+    type: Literal["status_response"] = "status_response"
     data: StatusData
-    timestamp: str
+    timestamp: Time
 
 
 class ResumeData(Struct, kw_only=True):
-    position: str
-    replayed: int
+    position: Id
+    replayed: Count
     complete: bool
 
 
 class Resume(Struct, kw_only=True):
-    type: str = "resume"
-    timestamp: str
+    type: Literal["resume"] = "resume"
+    timestamp: Time
     data: ResumeData
 
 
 class Position(Struct, kw_only=True):
-    type: str = "position"
-    position: str
-    timestamp: str
+    type: Literal["position"] = "position"
+    position: Id
+    timestamp: Time
 
 
 class Subscribed(Struct, kw_only=True):
-    type: str = "subscribed"
-    topics: list[str]
-    timestamp: str
+    type: Literal["subscribed"] = "subscribed"
+    topics: list[ToldTopic]
+    timestamp: Time
 
 
 class Authenticated(Struct, kw_only=True):
-    type: str = "authenticated"
-    expires_at: str | None
-    timestamp: str
+    type: Literal["authenticated"] = "authenticated"
+    expires_at: Time | None
+    timestamp: Time
 
 
 class ErrorMessage(Struct, kw_only=True):
-    type: str = "error"
-    error_id: str
-    message: str
-    code: int = POLICY_VIOLATION
-    timestamp: str
+    type: Literal["error"] = "error"
+    error_id: ErrorId
+    message: Annotated[str, Meta(examples=["Unknown message type: hello"])]
+    code: Literal[1008] = 1008
+    timestamp: Time
 
 
 class ShutdownMessage(Struct, kw_only=True):
-    type: str = "shutdown"
-    message: str = "Server is shutting down"
-    timestamp: str
+    type: Literal["shutdown"] = "shutdown"
+    message: Literal["Server is shutting down"] = "Server is shutting down"
+    timestamp: Time
 
 
 class Closed(Struct, kw_only=True):
     """The end of a stream."""
 
-    code: int
-    reason: str
+    code: Annotated[int, Meta(examples=[GOING_AWAY])]
+    reason: Annotated[str, Meta(examples=["Server shutting down"])]
 
 
 # --- answers over HTTP
 
 
 class HealthConnections(Struct, kw_only=True):
-    active: int
-    total: int
-    max_allowed: int
+    active: Count
+    total: Count
+    max_allowed: Count
 
 
 class ServerInfo(Struct, kw_only=True):
-    version: str = VERSION
-    workers: int
-    notification_interval: float
+    version: Version = VERSION
+    workers: Count
+    notification_interval: Seconds
 
 
 class Health(Struct, kw_only=True):
-    status: str
-    message: str
-    timestamp: str
+    status: Literal["healthy", "unhealthy", "shutting_down"]
+    message: Annotated[str, Meta(examples=["WebSocket Notification Server is running"])]
+    timestamp: Time
     connections: HealthConnections
     server_info: ServerInfo
 
 
 class Live(Struct, kw_only=True):
-    status: str = "alive"
-    timestamp: str
+    status: Literal["alive"] = "alive"
+    timestamp: Time
 
 
 class NotifyResponse(Struct, kw_only=True):
-    status: str = "success"
-    message: str = "Notification sent successfully"
-    recipients: int
+    status: Literal["success"] = "success"
+    message: Literal["Notification sent successfully"] = "Notification sent successfully"
+    recipients: Count
     # The request as it was understood.
     notification: orjson.Fragment
-    timestamp: str
+    timestamp: Time
 
 
 class BatchReceipt(Struct, kw_only=True):
-    id: str
-    recipients: int
+    id: Id
+    recipients: Count
 
 
 class BatchResponse(Struct, kw_only=True):
-    status: str = "success"
-    message: str = "Notifications sent successfully"
-    count: int
+    status: Literal["success"] = "success"
+    message: Literal["Notifications sent successfully"] = "Notifications sent successfully"
+    count: Count
     notifications: list[BatchReceipt]
-    timestamp: str
+    timestamp: Time
 
 
 class History(Struct, kw_only=True):
     """The answer of GET /notifications; the notifications stand in it as they were sent."""
 
     notifications: list[orjson.Fragment]
-    position: str
+    position: Id
     complete: bool
 
 
 class MetricsConnections(Struct, kw_only=True):
-    active_connections: int
-    total_connections: int
-    messages_sent: int
-    uptime_seconds: float
+    active_connections: Count
+    total_connections: Count
+    messages_sent: Count
+    uptime_seconds: Uptime
 
 
 class MetricsService(Struct, kw_only=True):
     is_running: bool
-    notification_interval: float
-    start_time: str
+    notification_interval: Seconds
+    start_time: Time
 
 
 class MetricsServer(Struct, kw_only=True):
-    version: str = VERSION
-    workers: int
-    max_connections: int
+    version: Version = VERSION
+    workers: Count
+    max_connections: Count
     debug_mode: bool
 
 
@@ -348,48 +381,48 @@ class Metrics(Struct, kw_only=True):
     connections: MetricsConnections
     notification_service: MetricsService
     server: MetricsServer
-    timestamp: str
+    timestamp: Time
 
 
 class StatusServer(Struct, kw_only=True):
-    status: str
-    version: str = VERSION
-    uptime_seconds: float
-    start_time: str
-    current_time: str
+    status: Literal["running", "shutting_down"]
+    version: Version = VERSION
+    uptime_seconds: Uptime
+    start_time: Time
+    current_time: Time
 
 
 class ClientDetails(Struct, kw_only=True):
-    client_id: str
-    connected_at: str
-    last_ping: str
-    user_agent: str | None
+    client_id: ToldClientId
+    connected_at: Time
+    last_ping: Time
+    user_agent: UserAgent | None
 
 
 class StatusConnections(Struct, kw_only=True):
-    active: int
-    total: int
-    max_allowed: int
+    active: Count
+    total: Count
+    max_allowed: Count
     details: list[ClientDetails]
 
 
 class StatusService(Struct, kw_only=True):
     is_running: bool
-    notifications_sent: int
-    notification_interval: float
+    notifications_sent: Count
+    notification_interval: Seconds
 
 
 class StatusShutdown(Struct, kw_only=True):
     shutdown_requested: bool
-    shutdown_timeout: float
+    shutdown_timeout: Seconds
 
 
 class StatusConfiguration(Struct, kw_only=True):
-    host: str
-    port: int
-    workers: int
+    host: Annotated[str, Meta(examples=["127.0.0.1"])]
+    port: Annotated[int, Meta(examples=[8000])]
+    workers: Count
     debug: bool
-    log_level: str
+    log_level: Annotated[str, Meta(examples=["INFO"])]
 
 
 class Status(Struct, kw_only=True):
@@ -403,67 +436,67 @@ class Status(Struct, kw_only=True):
 class ConnectedClient(Struct, kw_only=True):
     """The answer of GET /clients/{client_id}."""
 
-    client_id: str
-    user: str | None
-    topics: list[str]
-    connected_at: str
-    last_ping: str
-    user_agent: str | None
-    address: str | None
-    transport: str
+    client_id: ToldClientId
+    user: ToldUser | None
+    topics: list[ToldTopic]
+    connected_at: Time
+    last_ping: Time
+    user_agent: UserAgent | None
+    address: Annotated[str | None, Meta(examples=["203.0.113.7"])]
+    transport: Literal["websocket", "sse"]
 
 
 class ConnectedClients(Struct, kw_only=True):
     """The answer of GET /clients."""
 
     clients: list[ConnectedClient]
-    total: int
-    next: str | None
-    timestamp: str
+    total: Count
+    next: Cursor | None
+    timestamp: Time
 
 
 class ConnectedUser(Struct, kw_only=True):
     """The answer of GET /users/{user}."""
 
-    user: str
+    user: ToldUser
     online: bool
-    clients: int
-    timestamp: str
+    clients: Count
+    timestamp: Time
 
 
 class Online(Struct, kw_only=True):
     """The answer of POST /users/online: by user, the number of clients."""
 
-    online: dict[str, int]
-    timestamp: str
+    online: Annotated[dict[str, Count], Meta(examples=[{"alice": 2}])]
+    timestamp: Time
 
 
 class TopicsChanged(Struct, kw_only=True):
     """The answer of POST /users/{user}/topics."""
 
-    status: str = "success"
-    clients: int
-    timestamp: str
+    status: Literal["success"] = "success"
+    clients: Count
+    timestamp: Time
 
 
 class FollowedTopic(Struct, kw_only=True):
-    topic: str
-    clients: int
+    topic: ToldTopic
+    clients: Count
 
 
 class FollowedTopics(Struct, kw_only=True):
     """The answer of GET /topics."""
 
     topics: list[FollowedTopic]
-    next: str | None
-    timestamp: str
+    next: Cursor | None
+    timestamp: Time
 
 
 class ErrorBody(Struct, kw_only=True):
-    id: str
-    message: str
-    category: str
-    timestamp: str
+    id: ErrorId
+    message: Annotated[str, Meta(examples=["message: expected string, got integer"])]
+    category: Category
+    timestamp: Time
 
 
 class ErrorResponse(Struct, kw_only=True):
@@ -535,7 +568,7 @@ def notify_response(recipients: int, understood: bytes, at: str) -> bytes:
     return _NOTIFY_RESPONSE % (recipients, understood, at.encode())
 
 
-def error_body(message: str, category: str, error_id: str | None = None) -> ErrorResponse:
+def error_body(message: str, category: Category, error_id: str | None = None) -> ErrorResponse:
     """Return the documented body of an HTTP error."""
     body = ErrorBody(id=error_id or new_error_id(), message=message, category=category, timestamp=timestamp())
     return ErrorResponse(error=body)

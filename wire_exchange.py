@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from starlette.types import ASGIApp, Message, Scope
 
 from connection import Pipe, Stream
+from errors import Category
 from schemas import encode, error_body
 from wire_message import ClientDisconnected, Headers
 
@@ -333,14 +334,14 @@ def http_response(status: int, body: bytes = b"", headers: Headers = (), default
 
 
 def error_response(
-    status: int, message: str, category: str, headers: Headers = (), default_headers: Headers = ()
+    status: int, message: str, category: Category, headers: Headers = (), default_headers: Headers = ()
 ) -> bytes:
     """Return a whole response with the documented body of an HTTP error."""
     own, body = _error(message, category)
     return http_response(status, body, [*own, *headers], default_headers)
 
 
-def _error(message: str, category: str) -> tuple[list[tuple[bytes, bytes]], bytes]:
+def _error(message: str, category: Category) -> tuple[list[tuple[bytes, bytes]], bytes]:
     """Return the headers and the documented body of an HTTP error."""
     body = encode(error_body(message, category))
     return [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))], body

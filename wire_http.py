@@ -26,6 +26,7 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from connection import REPEAT_EXTENSION, STREAM_EXTENSION, TURN_BYTES
+from errors import Category
 from schemas import GOING_AWAY
 from wire import WireProtocol
 from wire_exchange import COMPLETE, AnswerAtOnce, Exchange, Repeat, error_response
@@ -222,7 +223,9 @@ class HttpProtocol(asyncio.Protocol):
                 start = end
         except RequestError as error:
             self._unread = data[start:]
-            category = "connection" if self.parser.is_upgrade else "system" if error.status == 503 else "validation"
+            category: Category = (
+                "connection" if self.parser.is_upgrade else "system" if error.status == 503 else "validation"
+            )
             self.refuse(error.status, str(error), category, error.headers)
         if self._phase > WHOLE:
             return
@@ -429,7 +432,7 @@ class HttpProtocol(asyncio.Protocol):
 
     # --- the end
 
-    def refuse(self, status: int, message: str, category: str = "validation", headers: Headers = ()) -> None:
+    def refuse(self, status: int, message: str, category: Category = "validation", headers: Headers = ()) -> None:
         """Answer in the place of the app, unless it has begun to, and end the connection."""
         exchange = self._exchange
         if exchange is None or self._phase not in (BODY, WHOLE) or not exchange.has_begun:

@@ -30,7 +30,6 @@ import errors
 import guard_auth
 import guard_tokens
 import heartbeat
-import people
 import query
 import routes
 import schemas
@@ -175,8 +174,11 @@ def test_every_metric_is_documented_with_its_type(server: Server) -> None:
 
 def longest(struct: Any, name: str) -> int:
     """Return how many characters a Struct allows its field, or each item of it."""
+    kind: Any
     [kind] = [field.type for field in msgspec.inspect.type_info(struct).fields if field.name == name]
-    return int(getattr(kind, "item_type", kind).max_length)
+    kind = getattr(kind, "type", kind)
+    item = getattr(kind, "item_type", kind)
+    return int(getattr(item, "type", item).max_length)
 
 
 def test_limits_are_the_codes_own() -> None:
@@ -194,11 +196,11 @@ def test_limits_are_the_codes_own() -> None:
         routes.MAX_USER_AGENT,
         schemas.MAX_BATCH,
         routes.MAX_BATCH_BYTES,
-        routes.MAX_HISTORY_LIMIT,
-        routes.HISTORY_LIMIT,
+        query.HISTORY_LIMIT.most,
+        query.HISTORY_LIMIT.default,
         schemas.MAX_TARGET_USERS,
-        people.MAX_PAGE,
-        people.PAGE,
+        query.PAGE_LIMIT.most,
+        query.PAGE_LIMIT.default,
         connection.RETRY_MILLISECONDS,
         answers.RETRY_AFTER_SECONDS,
         clients.MESSAGE_BURST,
@@ -211,7 +213,7 @@ def test_limits_are_the_codes_own() -> None:
         wire_message.MAX_HEAD_BYTES,
         wire_message.MAX_HEAD_LINES,
         query.MAX_PARAMETERS,
-        routes.STATUS_DETAILS,
+        query.STATUS_LIMIT.default,
     ]
 
 
@@ -227,11 +229,11 @@ def test_limits_are_the_codes_own() -> None:
         f"cut to {routes.MAX_USER_AGENT} characters",
         f"the same key (1 to {routes.MAX_KEY_LENGTH} characters)",
         f"An array of 1 to {schemas.MAX_BATCH} requests as for `/notify`, of {routes.MAX_BATCH_BYTES} bytes at most",
-        f"1 to {routes.MAX_HISTORY_LIMIT} notifications at most, {routes.HISTORY_LIMIT} unless told",
-        f"1 to {people.MAX_PAGE} clients at most, {people.PAGE} unless told",
+        f"1 to {query.HISTORY_LIMIT.most} notifications at most, {query.HISTORY_LIMIT.default} unless told",
+        f"1 to {query.PAGE_LIMIT.most} clients at most, {query.PAGE_LIMIT.default} unless told",
         f"`users` has 1 to {schemas.MAX_TARGET_USERS} users",
         f"it is dead after {store.LEASE_SECONDS:.0f} seconds",
-        f"lists N clients at most, {routes.STATUS_DETAILS} unless told",
+        f"lists N clients at most, {query.STATUS_LIMIT.default} unless told",
         f"more than {clients.MESSAGES_PER_SECOND:.0f} messages a second over "
         f"{clients.MESSAGE_BURST / clients.MESSAGES_PER_SECOND:.0f} seconds",
         f"heard from within {heartbeat.PROBE_SECONDS:.0f} seconds",
