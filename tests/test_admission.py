@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from virtual import FakeConnection, VirtualLoop, virtually
 
+import heartbeat
 from admission import Newcomer
 from connection import ConnectionState, Receiver
-from errors import ConnectionRefused, NotifydError, ShuttingDown
+from errors import ConnectionRefused, DuplicateClient, NotifydError, ShuttingDown
 from hub import Hub, HubState
 from settings import Settings
 from store import Appended, Draft, MemoryStore, Node, Once, Registration
@@ -148,6 +149,24 @@ async def test_a_newcomer_that_leaves_during_the_probe_is_not_registered(loop: V
     assert isinstance(await outcome(admission), ConnectionRefused)
     assert incumbent.goodbye == (1011, "Ping timeout")
     assert (store_of(hub).registered, len(hub.clients)) == ([], 0)
+
+
+@virtually
+async def test_so_many_newcomers_wait_for_a_probe_and_no_more(
+    loop: VirtualLoop, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next is refused at once."""
+    monkeypatch.setattr(heartbeat, "MAX_WAITING", 2)
+    incumbent = FakeConnection()
+    await hub.admit(incumbent, Newcomer("ann"))
+    incumbent.is_alive = False
+    waiting = [asyncio.ensure_future(hub.admit(FakeConnection(), Newcomer("ann"))) for _ in range(2)]
+    await asyncio.sleep(0.1)
+    began = loop.time()
+    with pytest.raises(DuplicateClient):
+        await hub.admit(FakeConnection(), Newcomer("ann"))
+    assert loop.time() - began < 0.1
+    await asyncio.gather(*waiting, return_exceptions=True)
 
 
 @virtually
