@@ -170,6 +170,8 @@ class Admission:
             position = await self._hub.store.admit(registration)
             try:
                 self._check_open(connection)
+                if newcomer.identity is not None:
+                    self._hub.check_revoked(newcomer.identity)
                 return self._join(connection, newcomer, position)
             except BaseException:
                 self._withdraw(client_id)

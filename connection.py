@@ -300,9 +300,9 @@ class WebSocketCarrier:
 
 # A browser waits this long before it reconnects, and up to as long again: a fleet must not return in one wave.
 RETRY_MILLISECONDS = 3000
-# A stream that was replaced leaves with this id. Its browser comes back with it, and gets the status that keeps a
-# browser away (204). Otherwise two tabs with one client_id would replace each other for ever.
-REPLACED, REPLACED_ID = "Replaced by a new connection", "replaced"
+# A stream that was replaced or put out leaves with such an id. Its browser comes back with it, and gets the status that
+# keeps a browser away (204). Otherwise two tabs with one client_id would replace each other for ever.
+REPLACED, REPLACED_ID, PUT_OUT_ID = "Replaced by a new connection", "replaced", "disconnected"
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     # A proxy that compresses collects events until it has a block of them.
@@ -342,9 +342,20 @@ def first_lines(position: str) -> bytes:
     return b"retry: %d\nid: %s\n" % (_retry(), position.encode())
 
 
+class PutOut(str):
+    """The reason of a close for good. It is told by its type, since an admin chooses the text."""
+
+    __slots__ = ()
+
+    def __new__(cls, reason: str) -> PutOut:
+        """Cut the reason to the size of a close frame."""
+        return super().__new__(cls, reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore"))
+
+
 def closed(code: int, reason: str, wait_seconds: int = 0) -> bytes:
     """Return the end of a stream as an event, since pages cannot see comments."""
-    id = b"id: %s\n" % REPLACED_ID.encode() if reason == REPLACED else b""
+    last_id = PUT_OUT_ID if isinstance(reason, PutOut) else REPLACED_ID if reason == REPLACED else ""
+    id = b"id: %s\n" % last_id.encode() if last_id else b""
     data = encode(Closed(code=code, reason=reason))
     return b"retry: %d\n%sevent: closed\ndata: %s\n\n" % (_retry(wait_seconds), id, data)
 

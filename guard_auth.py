@@ -28,6 +28,7 @@ from starlette.types import Scope
 from errors import Unauthorized
 from guard_identity import ALL, Identity, Right, shown_address
 from guard_peers import RefusalLog, subscriber
+from revocations import Revocations
 from schemas import SUBPROTOCOL, USER, stripped
 from settings import Settings, SettingsError, extra, is_api_key
 
@@ -47,9 +48,16 @@ Find = Callable[[HTTPConnection], Awaitable[Identity | None]]
 class Authenticator:
     """Finds the Identity of a request, a handshake or a renewed token, and refuses the ones that have expired."""
 
-    def __init__(self, find: Find, settings: Settings, parameters: Iterable[str] = ()) -> None:
-        """`parameters`: those that `find` reads from the query beside `token`."""
+    def __init__(
+        self,
+        find: Find,
+        settings: Settings,
+        parameters: Iterable[str] = (),
+        revocations: Revocations | None = None,
+    ) -> None:
+        """`parameters`: those that `find` reads from the query beside `token`; `revocations`: of its tokens."""
         self._find = find
+        self.revocations = revocations
         self.parameters = frozenset(parameters)
         self._ipv6_prefix = settings.ipv6_prefix
         # By reason, so that none hides another. deploy/fail2ban.conf reads this.
@@ -67,6 +75,8 @@ class Authenticator:
                 raise Unauthorized("Token expired")
             if identity is None:
                 raise Unauthorized("Authentication required")
+            if self.revocations is not None:
+                await self.revocations.check_newest(identity)
             if right is not None:
                 right(identity)
         except Unauthorized as refusal:
@@ -98,6 +108,7 @@ class KeysAndTokens:
         self._keys = {name: (_digest(secret), _digest(f"{name}:{secret}")) for name, secret in keys}
         self._holders = {name: structs.replace(KEY_HOLDER, name=name) for name in self._keys}
         self._tokens = tokens
+        self.reads_tokens = tokens is not None
 
     async def find(self, conn: HTTPConnection) -> Identity | None:
         if (token := _credentials(conn, self._keys)) is None:
@@ -198,7 +209,10 @@ def authenticator_of(settings: Settings, backend: AuthenticationBackend | None =
     if backend is not None:
         return Authenticator(adapted(backend), settings, getattr(backend, "query_parameters", ()))
     found = keys_and_tokens_of(settings)
-    return None if found is None else Authenticator(found.find, settings)
+    if found is None:
+        return None
+    revocations = Revocations(settings.revocation_ttl) if found.reads_tokens else None
+    return Authenticator(found.find, settings, revocations=revocations)
 
 
 def keys_and_tokens_of(settings: Settings) -> KeysAndTokens | None:

@@ -33,8 +33,9 @@ class Identity(Struct, frozen=True, kw_only=True):
     publishes: bool = False
     publish_topics: Patterns = ()
     admin: bool = False
-    # Seconds since the epoch, None for never.
+    # Seconds since the epoch, None for never and for unknown.
     expires_at: float | None = None
+    issued_at: float | None = None
 
     def check_admin(self) -> None:
         """Raise Forbidden, or Unauthorized, unless it may read the figures and the history."""

@@ -96,6 +96,7 @@ class Claims(Struct):
     publish: bool | list[Annotated[str, Meta(min_length=1)]] = False
     admin: bool = False
     exp: Annotated[float, Meta(ge=0, le=_LAST_SECOND)] | None = None
+    iat: float | None = None
 
 
 class Tokens:
@@ -129,6 +130,7 @@ class Tokens:
             publish_topics=() if isinstance(claims.publish, bool) else tuple(stripped(claims.publish)),
             admin=claims.admin,
             expires_at=claims.exp,
+            issued_at=claims.iat,
         )
 
     async def _proven(self, token: str) -> tuple[str, Claims]:

@@ -35,6 +35,7 @@ from guard_identity import Identity, origin_of
 from heartbeat import Heartbeat
 from log import Audience, payloads
 from presence import Presence
+from revocations import Revocations
 from schemas import GOING_AWAY, POLICY_VIOLATION, TRY_AGAIN_LATER
 from settings import Settings
 from slices import in_slices
@@ -83,12 +84,19 @@ class Hub:
         store: Store | None = None,
         clock: Callable[[], float] = time.monotonic,
         renew: Renew | None = None,
+        revocations: Revocations | None = None,
     ) -> None:
-        """With `renew`, clients may send a token again; it returns the identity that the token stands for."""
+        """With `renew`, clients may send a token again; it returns the identity that the token stands for.
+
+        With `revocations`, tokens can be revoked.
+        """
         self.settings = settings
         self.store = store or MemoryStore(settings, clock)
         self.clock = clock
         self.renew = renew
+        self.revocations = revocations
+        if revocations is not None:
+            revocations.follow(self.store)
         self.state = HubState.STARTING
         # Whether clients and notifications are taken.
         self.is_ready = False
@@ -167,6 +175,8 @@ class Hub:
         yield self.fanout.run
         yield self.fanout.trim_regularly
         yield self.census.report_regularly
+        if self.revocations is not None:
+            yield self.presence.follow_revocations
         if self.settings.ping_interval:
             yield self.heartbeat.run
         if self.settings.notification_interval:
@@ -265,6 +275,7 @@ class Hub:
             await self.start()
         if sender is not None:
             sender.check_publish(requests)
+            self.check_revoked(sender)
         if numbered:
             drafts = [self._draft(request, f"[{place}].") async for place, request in in_slices(requests)]
         else:
@@ -313,6 +324,11 @@ class Hub:
         if not (clients or topics or users):
             return Draft(rest)
         return Draft(rest, Audience(frozenset(clients), frozenset(topics), frozenset(users)))
+
+    def check_revoked(self, identity: Identity) -> None:
+        """Raise Unauthorized where the token has been revoked since it was read."""
+        if self.revocations is not None:
+            self.revocations.check(identity)
 
     async def history(
         self, since: str | None, limit: int, topics: Collection[str], client_id: str | None, user: str = ""

@@ -103,8 +103,10 @@ def create_app(settings: Settings | None = None, auth: AuthenticationBackend | N
         for warning in warnings:
             logger.warning(warning)
     authenticator = authenticator_of(settings, auth)
-    renew = None if authenticator is None else authenticator.renew
-    return App(Hub(settings, _shared_store(settings), renew=renew), authenticator)
+    renew = revocations = None
+    if authenticator is not None:
+        renew, revocations = authenticator.renew, authenticator.revocations
+    return App(Hub(settings, _shared_store(settings), renew=renew, revocations=revocations), authenticator)
 
 
 @contextlib.asynccontextmanager

@@ -13,6 +13,7 @@ from starlette.routing import BaseRoute, Route
 import schemas
 from answers import Answer, Endpoint, Handler, SegmentRoute, answer
 from bodies import body_of, content_of, json_in
+from errors import InvalidRequest
 from guard_identity import Identity
 from hub import Hub
 from presence import Wanted
@@ -32,10 +33,10 @@ def people_route_table(hub: Hub, authenticator: Authenticator | None = None) -> 
 
     return [
         Route("/clients", endpoint("/clients", GET=clients)),
-        segment_route("/clients/{client_id}", GET=client),
+        segment_route("/clients/{client_id}", GET=client, DELETE=disconnect_client),
         # Every other method is for a user of this name.
         Route("/users/online", endpoint("/users/online", POST=online), methods=["POST", "OPTIONS"]),
-        segment_route("/users/{user}", GET=user),
+        segment_route("/users/{user}", GET=user, DELETE=disconnect_user),
         segment_route("/users/{user}/topics", POST=change_topics),
         Route("/topics", endpoint("/topics", GET=topics)),
     ]
@@ -60,6 +61,12 @@ async def _json_of(hub: Hub, request: Request, kind: Any) -> Any:
     return json_in(content_of(request, await body_of(request, hub.settings.max_message_size)), kind)
 
 
+async def _disconnect_request(hub: Hub, request: Request) -> schemas.DisconnectRequest:
+    body = await body_of(request, hub.settings.max_message_size)
+    wanted: schemas.DisconnectRequest = json_in(content_of(request, body or b"{}"), schemas.DisconnectRequest)
+    return wanted
+
+
 # --- clients
 
 
@@ -78,7 +85,25 @@ async def client(hub: Hub, request: Request, sender: Identity | None) -> Answer[
     return answer(await hub.presence.client(_named(request, "client_id", schemas.ClientId)))
 
 
+async def disconnect_client(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.Disconnected]:
+    """Put a client out."""
+    client_id = _named(request, "client_id", schemas.ClientId)
+    wanted = await _disconnect_request(hub, request)
+    if wanted.revoke:
+        raise InvalidRequest("revoke: only for a user")
+    await hub.presence.disconnect(client_id, wanted.reason)
+    return answer(schemas.Disconnected(disconnected=1, timestamp=timestamp()))
+
+
 # --- users
+
+
+async def disconnect_user(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.Disconnected]:
+    """Put all clients of a user out, and revoke tokens."""
+    name = _named(request, "user", schemas.User)
+    wanted = await _disconnect_request(hub, request)
+    count = await hub.presence.disconnect_user(name, wanted.reason, revoke=wanted.revoke)
+    return answer(schemas.Disconnected(disconnected=count, timestamp=timestamp()))
 
 
 async def user(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.ConnectedUser]:

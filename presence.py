@@ -11,6 +11,7 @@ user has is in the registry of the store. Knows no HTTP.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from operator import attrgetter
@@ -20,10 +21,11 @@ from msgspec import Struct
 
 import schemas
 from clients import Client
+from connection import PutOut
 from conversation import Change
-from errors import InvalidRequest, NotFound, StoreUnavailable
+from errors import InvalidRequest, NotFound, StoreUnavailable, Unauthorized
 from guard_identity import shown_address
-from schemas import MAX_TOPICS, ConnectedClient, timestamp
+from schemas import MAX_TOPICS, POLICY_VIOLATION, ConnectedClient, timestamp
 from slices import in_slices
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 PORTION = 1000
 # A part of a page is no longer than this, unless one client is.
 PART_BYTES = 1_048_576
+# How often revocations are read from the store.
+FOLLOW_SECONDS = 1.0
 # The JSON of a client beside its topics, about.
 CLIENT_BYTES = 512
 
@@ -67,6 +71,8 @@ class Presence:
                 return await self._clients_here(schemas.check(wanted, Wanted), after, limit)
             case {"ask": "topics", "prefix": prefix, "after": after, "limit": limit}:
                 return await self._topics_here(prefix, after, limit)
+            case {"ask": "disconnect", "wanted": wanted, "reason": reason, "revoked": revoked}:
+                return await self._disconnect_here(schemas.check(wanted, Wanted), reason, revoked)
             case {"ask": "most", "user": user, "subscribe": subscribe, "unsubscribe": unsubscribe}:
                 change, clients = Change.of(subscribe, unsubscribe), self._matching(Wanted(user=user))
                 return max((len(change.applied(client.topics)) for client in clients), default=0)
@@ -135,7 +141,58 @@ class Presence:
             "transport": "sse" if client.connection.is_stream else "websocket",
         }
 
+    async def disconnect(self, client_id: str, reason: str) -> None:
+        """Close a client for good. Raises NotFound or StoreUnavailable."""
+        if not await self._disconnect(Wanted(client_id=client_id), reason):
+            raise _unknown(client_id)
+
+    async def _disconnect(self, wanted: Wanted, reason: str, revoked: int | None = None) -> int:
+        question = {"ask": "disconnect", "wanted": schemas.to_plain(wanted), "reason": reason, "revoked": revoked}
+        return sum(await self._everywhere(question, int))
+
+    async def _disconnect_here(self, wanted: Wanted, reason: str, revoked: int | None) -> int:
+        hub, count = self._hub, 0
+        # First: a newcomer with a revoked token must not join behind the others.
+        if revoked is not None and hub.revocations is not None:
+            hub.revocations.add(wanted.user, revoked)
+        async for _, client in in_slices(self._matching(wanted)):
+            if client in hub.clients:
+                hub.admission.dismiss(client, POLICY_VIOLATION, PutOut(reason))
+                count += 1
+        return count
+
     # --- users
+
+    async def disconnect_user(self, user: str, reason: str, *, revoke: bool = False) -> int:
+        """Close all clients of a user for good, and return their number; with `revoke` refuse the user's tokens.
+
+        These are the tokens that were issued up to now. Raises InvalidRequest where the server reads no tokens, or
+        StoreUnavailable.
+        """
+        await self._hub.start()
+        revoked = None
+        if revoke:
+            if self._hub.revocations is None:
+                raise InvalidRequest("revoke: there are no tokens, so none can be revoked")
+            revoked = await self._hub.revocations.revoke(user)
+        return await self._disconnect(Wanted(user=user), reason, revoked)
+
+    async def follow_revocations(self) -> None:
+        """Read revocations from the store for ever, and close clients that no question has closed."""
+        hub, revocations = self._hub, self._hub.revocations
+        assert revocations is not None
+        while True:
+            # A question comes within a second of its revocation, and with a reason.
+            due, revocations.learned = revocations.learned, []
+            with contextlib.suppress(StoreUnavailable):
+                await revocations.read()
+            for client in [client for user in due for client in hub.clients.by_user.get(user, ())]:
+                try:
+                    if client.identity is not None:
+                        revocations.check(client.identity)
+                except Unauthorized:
+                    hub.admission.dismiss(client, POLICY_VIOLATION, PutOut("Token revoked"))
+            await asyncio.sleep(FOLLOW_SECONDS)
 
     async def change_topics(self, user: str, subscribe: Collection[str], unsubscribe: Collection[str]) -> int:
         """Change the topics of all clients that a user has now, and return their number.

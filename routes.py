@@ -25,6 +25,7 @@ from admission import Newcomer
 from answers import Answer, Endpoint, Handler, Socket, answer, refuse_handshake, stream_of
 from bodies import TEXT_TYPE, UTF_8, Content, body_of, content_of, json_in, text_in
 from connection import (
+    PUT_OUT_ID,
     REPEAT_EXTENSION,
     REPLACED_ID,
     SUBSCRIBER,
@@ -235,7 +236,7 @@ async def upgrade_required(hub: Hub, request: Request, sender: Identity | None) 
 async def events(hub: Hub, request: Request, sender: Identity | None) -> ASGIApp:
     """Follow notifications as Server-Sent Events; the stream is the response."""
     last_id = request.headers.get("last-event-id")
-    if last_id == REPLACED_ID:
+    if last_id in (REPLACED_ID, PUT_OUT_ID):
         return Response(status_code=204)
     query: Query = request.scope[QUERY_KEY]
     newcomer = _newcomer(hub, request.scope, query, query.since(last_id), sender)

@@ -55,6 +55,7 @@ MAX_SHOWN = 64
 _CLIENT_ID = r"^[A-Za-z0-9._:@|+/=~-]{1,128}\Z"
 # Of any script. Half a surrogate pair, as JSON may have it, is no character.
 _USER = rf"^[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{{0,{MAX_USER}}}\Z"
+_REASON = r"^[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+\Z"
 # A comma separates names in a URL, and no name has a control character. Spaces around a name do not count.
 _TOPIC = r"^ *[^ ,\x00-\x1f\x7f\ud800-\udfff][^,\x00-\x1f\x7f\ud800-\udfff]*\Z"
 _POSITION = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z")
@@ -122,6 +123,14 @@ class OnlineRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """The body of POST /users/online."""
 
     users: Annotated[list[User], Meta(min_length=1, max_length=MAX_TARGET_USERS)]
+
+
+class DisconnectRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The body of DELETE /clients/{client_id} and DELETE /users/{user}."""
+
+    reason: Annotated[str, Meta(pattern=_REASON, examples=["Disconnected"])] = "Disconnected"
+    # The user's tokens.
+    revoke: bool = False
 
 
 class TopicsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -471,6 +480,14 @@ class Online(Struct, kw_only=True):
     timestamp: Time
 
 
+class Disconnected(Struct, kw_only=True):
+    """The answer of DELETE /clients/{client_id} and DELETE /users/{user}."""
+
+    status: Literal["success"] = "success"
+    disconnected: Count
+    timestamp: Time
+
+
 class TopicsChanged(Struct, kw_only=True):
     """The answer of POST /users/{user}/topics."""
 
@@ -655,6 +672,7 @@ _JSON_NAMES = {"`str`": "string", "`int`": "integer", "`float`": "number", "`boo
 _RULES = {
     _CLIENT_ID: "1 to 128 of letters, digits and ._:@|+/=~-",
     _USER: f"1 to {MAX_USER} characters without control characters",
+    _REASON: "a text without control characters",
     _TOPIC: "1 to 128 characters without comma and control characters, and not spaces alone",
 }
 

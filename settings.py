@@ -147,6 +147,14 @@ class Settings(Struct, frozen=True, kw_only=True):
     jwt_audience: Annotated[str, Meta(description="`aud` that tokens must have; none: tokens must have none")] = ""
     jwt_issuer: Annotated[str, Meta(description="`iss` that tokens must have; none: any")] = ""
     jwt_user_claim: Annotated[str, Meta(min_length=1, description="claim of tokens that holds the user")] = "sub"
+    revocation_ttl: Annotated[
+        float,
+        Meta(
+            ge=1,
+            le=31_536_000,
+            description="seconds for which a revocation of tokens is kept; no less than tokens are valid for",
+        ),
+    ] = 86_400
     jwt_algorithms: Annotated[
         tuple[str, ...],
         Meta(description="algorithms allowed for tokens, such as RS256,ES256; none: those of the key"),

@@ -99,6 +99,12 @@ class Store(Protocol):
     async def online(self, users: Sequence[str]) -> list[int]:
         """Return the number of clients that each user has, in one step."""
 
+    async def revoke(self, user: str, second: int | None = None) -> int:
+        """Keep for revocation_ttl that a user's tokens of up to this second, or up to now, are refused; return it."""
+
+    async def revocations(self, place: str) -> tuple[str, dict[str, int]]:
+        """Return revocations behind a place LOG/NUMBER, in another LOG the first, and the place behind them."""
+
     def leave(self, client_id: str) -> None:
         """Remove a client of this process, soon and in order: before any admission that is requested later."""
 
@@ -350,6 +356,12 @@ class MemoryStore:
     async def online(self, users: Sequence[str]) -> list[int]:
         nobody = frozenset[str]()
         return [self._node.recipients(Audience(nobody, nobody, frozenset((user,)))) for user in users]
+
+    async def revoke(self, user: str, second: int | None = None) -> int:  # noqa: ARG002
+        return int(time.time()) if second is None else second
+
+    async def revocations(self, place: str) -> tuple[str, dict[str, int]]:
+        return place, {}
 
     def leave(self, client_id: str) -> None:
         for limit in self._limits.pop(client_id, ()):

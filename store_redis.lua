@@ -20,6 +20,7 @@
 --   group:NODE:NAME    set  its clients in this group: of a topic, of a user or, where limited, of an address
 --   dead           set     nodes with clients to remove; these count for nothing, and their ids are free
 --   bucket:NAME    string  when it is full; expires then
+--   revoked        hash    by user, the second up to which tokens are refused;  revocations  zset  the users, numbered
 --   offers         hash    records to refill the log with;  offered  zset  their ids, in order
 --   awaited        set     nodes that may still offer some
 
@@ -48,6 +49,7 @@ local META, LOG, NODES, TAILS = P..'meta', P..'log', P..'nodes', P..'tails'
 local CLIENTS, GROUPS, DEAD = P..'clients', P..'groups', P..'dead'
 local OFFERS, OFFERED, AWAITED = P..'offers', P..'offered', P..'awaited'
 local NODE, MEMBERS, POSTS = P..'node:', P..'members:', P..'posts:'
+local REVOKED, REVOCATIONS = P..'revoked', P..'revocations'
 local GROUP, BUCKET, ONCE = P..'group:', P..'bucket:', P..'once:'
 
 -- Where an entry has the values of its fields: i, t, r, a, p, o, z and w.
@@ -478,6 +480,27 @@ function ops.online()
   local counts = {}
   for k = 1, number_arg() do counts[k] = members('user:'..arg()) end
   return counts
+end
+
+function ops.revoke()
+  local user, second = arg(), number_arg() or math.floor(now / 1000000)
+  if second > tonumber(call('HGET', REVOKED, user) or -1) then
+    call('HSET', REVOKED, user, second)
+    call('ZADD', REVOCATIONS, call('HINCRBY', META, 'revoked', 1), user)
+  end
+  return second
+end
+
+function ops.revocations()
+  local number, ttl = number_arg(), number_arg()
+  for _, user in ipairs(call('ZRANGE', REVOCATIONS, 0, 99)) do
+    if call('HGET', REVOKED, user) * 1000000 + ttl >= now then break end
+    call('HDEL', REVOKED, user)
+    call('ZREM', REVOCATIONS, user)
+  end
+  local found = call('ZRANGEBYSCORE', REVOCATIONS, '('..text(number), '+inf', 'WITHSCORES', 'LIMIT', 0, 1000)
+  for k = 1, #found, 2 do number, found[k + 1] = tonumber(found[k + 1]), tonumber(call('HGET', REVOKED, found[k])) end
+  return {number, unpack(found)}
 end
 
 function ops.register()

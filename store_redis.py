@@ -382,9 +382,8 @@ class RedisStore:
 
     async def admit(self, client: Registration) -> str:
         limits = limits_of(self._settings, client)
-        numbers = [part for limit in limits for part in limit]
         try:
-            reply = await self._perform("admit", *packing.registration(client), len(limits), *numbers)
+            reply = await self._perform("admit", *packing.registration(client), *packing.bounds(limits))
         except asyncio.CancelledError:
             # The admission may be in flight already.
             self.leave(client.client_id)
@@ -392,12 +391,18 @@ class RedisStore:
         return packing.admitted(reply, limits, self._settings.max_connections)
 
     async def subscribe(self, client: Registration) -> str:
-        newest: bytes = await self._perform("subscribe", *packing.registration(client))
-        return newest.decode()
+        return bytes(await self._perform("subscribe", *packing.registration(client))).decode()
 
     async def online(self, users: Sequence[str]) -> list[int]:
-        counts: list[int] = await self._perform("online", len(users), *users)
-        return counts
+        return list(await self._perform("online", len(users), *users))
+
+    async def revoke(self, user: str, second: int | None = None) -> int:
+        return int(await self._perform("revoke", user, "" if second is None else second))
+
+    async def revocations(self, place: str) -> tuple[str, dict[str, int]]:
+        log, ttl = f"{self._epoch}/", round(self._settings.revocation_ttl * 1e6)
+        number = place.removeprefix(log) if place.startswith(log) else 0
+        return packing.revoked(await self._perform("revocations", number, ttl), log)
 
     def leave(self, client_id: str) -> None:
         self._enqueue(_Operation(("leave", client_id), None))

@@ -60,6 +60,10 @@ def registration(client: Registration) -> tuple[Argument, ...]:
     return client.client_id, msgspec.msgpack.encode(groups) if groups else b""
 
 
+def bounds(limits: Sequence[Limit]) -> tuple[Argument, ...]:
+    return len(limits), *(part for limit in limits for part in limit)
+
+
 def admitted(reply: Any, limits: Sequence[Limit], most: int) -> str:
     """Return the newest id at an admission, or raise its refusal."""
     if isinstance(reply, bytes):
@@ -69,3 +73,9 @@ def admitted(reply: Any, limits: Sequence[Limit], most: int) -> str:
     if reply[0] == b"limit":
         limits[reply[1] - 1].check(reply[2])
     raise ConnectionRefused(f"Connection limit exceeded: {reply[1]}/{most}")
+
+
+def revoked(reply: list[Any], log: str) -> tuple[str, dict[str, int]]:
+    """Return revocations with their place; if the epoch in `log` has ended meanwhile, no place of the next."""
+    number, *found = reply
+    return f"{log}{number}", {found[k].decode(): found[k + 1] for k in range(0, len(found), 2)}

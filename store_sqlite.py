@@ -134,6 +134,12 @@ class SqliteStore:
     async def online(self, users: Sequence[str]) -> list[int]:
         return await self._perform(Transaction.online, users)
 
+    async def revoke(self, user: str, second: int | None = None) -> int:
+        return await self._perform(Transaction.revoke, user, second)
+
+    async def revocations(self, place: str) -> tuple[str, dict[str, int]]:
+        return await self._perform(Transaction.revocations, place)
+
     def leave(self, client_id: str) -> None:
         self._enqueue(Operation(Transaction.leave, (client_id,)))
 

@@ -58,6 +58,8 @@ ADDED_TABLES = (
     "CREATE TABLE IF NOT EXISTS member (name TEXT NOT NULL, client TEXT NOT NULL REFERENCES client ON DELETE CASCADE,"
     " PRIMARY KEY (name, client)) WITHOUT ROWID",
     "CREATE INDEX IF NOT EXISTS member_client ON member (client)",
+    "CREATE TABLE IF NOT EXISTS revoked (number INTEGER PRIMARY KEY AUTOINCREMENT, user TEXT NOT NULL UNIQUE,"
+    " second INTEGER NOT NULL)",
 )
 
 # Errors of a path that was wrong from the start, as opposed to a store that is away.

@@ -50,6 +50,7 @@ from store import (
 from store_sqlite_file import CHECKPOINT_PAGES, PAGE_BYTES, File
 
 TRIM_SECONDS = 1.0
+REVOCATIONS_AT_ONCE = 5000
 # Messages kept for all nodes together; a node reads its own within milliseconds.
 MAX_MAIL = 10_000
 # The longest time until a bucket is full, in microseconds.
@@ -408,6 +409,23 @@ class Transaction:
         sql = "SELECT name, count(*) FROM member WHERE name IN (SELECT value FROM json_each(?)) GROUP BY name"
         counts = dict(self._run(sql, (names,)).fetchall())
         return [counts.get(USER + user, 0) for user in users]
+
+    def revoke(self, user: str, second: int | None) -> int:
+        second = int(self._wall) if second is None else second
+        known = self._run("SELECT second FROM revoked WHERE user = ?", (user,)).fetchone()
+        if known is None or known[0] < second:
+            self._run("INSERT OR REPLACE INTO revoked (user, second) VALUES (?, ?)", (user, second))
+        return second
+
+    def revocations(self, place: str) -> tuple[str, dict[str, int]]:
+        sql = (
+            "DELETE FROM revoked WHERE number IN (SELECT number FROM revoked ORDER BY number LIMIT 100) AND second < ?"
+        )
+        self._run(sql, (int(self._wall - self._settings.revocation_ttl),))
+        sql = "SELECT number, user, second FROM revoked WHERE number > ? ORDER BY number LIMIT ?"
+        number = int(place.removeprefix("file/")) if place.startswith("file/") else 0
+        rows = self._run(sql, (number, REVOCATIONS_AT_ONCE)).fetchall()
+        return f"file/{rows[-1][0] if rows else number}", {user: second for _, user, second in rows}
 
     def leave(self, client_id: str) -> None:
         gone = self._run("DELETE FROM client WHERE id = ? AND node = ?", (client_id, self._node_id))

@@ -49,6 +49,7 @@ REASONED = (
     "guard_identity.py",
     "guard_auth.py",
     "guard_tokens.py",
+    "revocations.py",
     "query.py",
     "schemas.py",
     "store.py",
@@ -192,6 +193,7 @@ def test_limits_are_the_codes_own() -> None:
         schemas.MAX_TARGET_TOPICS,
         schemas.MAX_TARGET_USERS,
         schemas.MAX_USER,
+        connection.MAX_REASON_BYTES,
         routes.MAX_KEY_LENGTH,
         routes.MAX_USER_AGENT,
         schemas.MAX_BATCH,
@@ -231,6 +233,7 @@ def test_limits_are_the_codes_own() -> None:
         f"An array of 1 to {schemas.MAX_BATCH} requests as for `/notify`, of {routes.MAX_BATCH_BYTES} bytes at most",
         f"1 to {query.HISTORY_LIMIT.most} notifications at most, {query.HISTORY_LIMIT.default} unless told",
         f"1 to {query.PAGE_LIMIT.most} clients at most, {query.PAGE_LIMIT.default} unless told",
+        f"cut to the {connection.MAX_REASON_BYTES} bytes of a close frame",
         f"`users` has 1 to {schemas.MAX_TARGET_USERS} users",
         f"it is dead after {store.LEASE_SECONDS:.0f} seconds",
         f"lists N clients at most, {query.STATUS_LIMIT.default} unless told",
@@ -375,6 +378,7 @@ def reasons_in(module: str) -> Iterator[tuple[int, str]]:
 
 def reasons() -> set[tuple[int, str]]:
     found = {reason for module in MODULES for reason in reasons_in(module)}
+    found.add((schemas.POLICY_VIOLATION, schemas.DisconnectRequest().reason))
     return found | {(errors.ShuttingDown.close_code, errors.ShuttingDown().message)}
 
 
@@ -407,11 +411,12 @@ def test_no_close_is_documented_that_does_not_exist() -> None:
 def test_the_example_clients_give_up_where_coming_back_does_not_help() -> None:
     """Both know the same reasons of 1008 as final, and none of the others."""
     [in_script] = re.findall(r"const FINAL = /(.+)/;", (ROOT / "examples" / "client.js").read_text())
-    [beginnings] = re.findall(r"^FINAL = (\(.+?\))$", (ROOT / "examples" / "client.py").read_text(), re.M | re.S)
+    in_python: dict[str, Any] = {}
+    exec("\n".join(re.findall(r"^FINAL .+", (ROOT / "examples" / "client.py").read_text(), re.M)), in_python)
     for code, reasons, _, helps in rows(PROTOCOL, "Code", "Reason", "When"):
         for reason in spans(reasons) if code == "1008" else ():
             is_final = helps.startswith(("no", "with another", "it would replace"))
-            found = bool(re.match(in_script, reason)), reason.startswith(ast.literal_eval(beginnings))
+            found = bool(re.match(in_script, reason)), reason.startswith(in_python["FINAL"])
             assert found == (is_final, is_final), reason
 
 
@@ -479,12 +484,8 @@ def test_a_curl_line_works_as_written(server: Server, command: str) -> None:
         assert "websocket_active_connections " in head
         return
     answers = {struct.__name__ for struct in STRUCTS if is_example_of(parse(body), struct)}
-    assert answers & {"Health", "NotifyResponse", "BatchResponse", "History", "Metrics", "Status"} or answers & {
-        "ConnectedClients",
-        "ConnectedUser",
-        "Online",
-        "FollowedTopics",
-    }
+    known = {"Health", "NotifyResponse", "BatchResponse", "History", "Metrics", "Status", "ConnectedClients"}
+    assert answers & (known | {"ConnectedUser", "FollowedTopics", "Disconnected"})
     assert ("-i " in command) == ("notification-id: " in head)
 
 

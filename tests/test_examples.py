@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -221,6 +222,41 @@ def test_leaves_a_server_that_shuts_down(start_server: StartServer, site: str, l
 
 def test_gives_up_when_the_real_server_refuses_its_id(start_server: StartServer, site: str, listen: Listen) -> None:
     listen(start_server("--allow-origin", site).address("not an id")).wait_until("refused")
+
+
+@pytest.mark.slow
+def test_a_user_is_put_out_of_all_tabs_for_good(start_server: StartServer, site: str, browser: Browser) -> None:
+    """Two tabs and a stream with one token receive what is for the user. One DELETE ends them, and none comes back."""
+    secret = "a secret of 32 characters or more"
+    server = start_server("--allow-origin", site, "--jwt-secret", secret, "--api-key", "ci:a-key")
+    user, ends = "auth0|5f7c", "window.said = [], window.ends = []"
+    shown = jwt.encode({"sub": user, "iat": int(time.time())}, secret)
+    tabs = [browser.open(site) for _ in range(3)]
+    for tab in tabs:
+        eventually(lambda tab=tab: tab.evaluate("document.readyState === 'complete'"))
+    options = f"""{{ token: {json.dumps(shown)}, onNotification: ({{ data }}) => said.push(data.message),
+        onState: (state, {{ reason }}) => ends.push(reason ? `${{state}}: ${{reason}}` : state) }}"""
+    for tab in tabs[:2]:
+        tab.evaluate(f"""{ends}; import("/client.js").then(({{ NotifydClient }}) =>
+            window.client = new NotifydClient({json.dumps(server.ws_url)}, {options})); 1""")
+    tabs[2].evaluate(f"""{ends}; window.source = new EventSource({json.dumps(f"{server.url}/events?token={shown}")});
+        source.onmessage = ({{ data }}) => said.push(JSON.parse(data).data.message);
+        source.addEventListener("closed", ({{ data }}) => ends.push(JSON.parse(data).reason));
+        source.onerror = () => ends.push(source.readyState); 1""")
+    server.http.headers["X-API-Key"] = "a-key"
+    path = f"/users/{quote(user, safe='')}"
+    eventually(lambda: server.read(path)["clients"] == 3)
+    assert server.notify("for all tabs", users=[user])["recipients"] == 3
+    for tab in tabs:
+        eventually(lambda tab=tab: tab.evaluate("said.join()") == "for all tabs")
+    assert server.request("DELETE", path, json={"revoke": True}).json()["disconnected"] == 3
+    for tab in tabs[:2]:
+        eventually(lambda tab=tab: tab.evaluate("ends.join()") == "connecting,open,closed: Disconnected")
+    # It comes back once after its wait, is refused, and is CLOSED.
+    eventually(lambda: tabs[2].evaluate("ends.join()") == "Disconnected,0,2", 2 * PATIENCE)
+    assert server.read(path)["clients"] == 0
+    for tab in tabs:
+        tab.stop()
 
 
 @pytest.mark.parametrize("example", ["client.py", "listen.js"])

@@ -303,8 +303,8 @@ def test_a_user_in_a_path_is_one_segment(server: Server, segment: str, user: str
     ("path", "allow"),
     [
         ("/clients", "GET, HEAD, OPTIONS"),
-        ("/clients/ann", "GET, HEAD, OPTIONS"),
-        ("/users/ann", "GET, HEAD, OPTIONS"),
+        ("/clients/ann", "GET, DELETE, HEAD, OPTIONS"),
+        ("/users/ann", "GET, DELETE, HEAD, OPTIONS"),
         ("/users/ann/topics", "POST, OPTIONS"),
         ("/users/online", "POST, OPTIONS"),
         ("/topics", "GET, HEAD, OPTIONS"),

@@ -10,6 +10,7 @@ import pytest
 from expected import UUID7
 from members import SHORT_LEASE, SOMETHING, Member, Process, audience, members, on_loop, registration, threads_left
 
+import store_sqlite_transaction
 from errors import ConnectionRefused, KeyReused
 from store import ClientIdTaken, Draft, Once, Record, Report
 
@@ -780,3 +781,47 @@ async def test_processes_together_deliver_everything_once(shared: str, start_pro
         for process in processes:
             process.ask("member.until(lambda: len(member.records) == 1000)")
             assert process.ask("member.ids") == ids
+
+
+# Revocations.
+
+
+@on_loop
+async def test_every_process_reads_all_revocations_once(shared: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pages, and from a place on the later ones, those of another process too."""
+    monkeypatch.setattr(store_sqlite_transaction, "REVOCATIONS_AT_ONCE", 1000)
+
+    async def read(member: Member, place: str = "") -> tuple[str, dict[str, int]]:
+        there: dict[str, int] = {}
+        while (page := await member.store.revocations(place))[1]:
+            place, found = page
+            there |= found
+        return place, there
+
+    async with members(shared, 2) as [one, other]:
+        at = await one.store.revoke("ann")
+        assert abs(at - time.time()) < 5
+        place, there = await read(other)
+        assert there == {"ann": at}
+        many = {f"user {number}": at for number in range(1500)}
+        await asyncio.gather(*(one.store.revoke(user, second) for user, second in many.items()))
+        assert await one.store.revoke("ann", at - 1) == at - 1
+        assert (await read(other, place))[1] == many
+        assert await one.store.revoke("ann", at + 1) == at + 1
+        async with members(shared) as [late]:
+            place, there = await read(late)
+            assert there == many | {"ann": at + 1}
+            assert await read(late, place) == (place, {})
+            assert (await read(late, "another log/5"))[1] == there
+
+
+@on_loop
+async def test_revocations_are_forgotten_in_time(shared: str) -> None:
+    async with members(shared, revocation_ttl=2) as [one]:
+        at = await one.store.revoke("ann")
+        await one.store.revoke("bob", at - 100)
+
+        async def are_forgotten() -> bool:
+            return (await one.store.revocations(""))[1] == {}
+
+        await one.eventually(are_forgotten)
