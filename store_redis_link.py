@@ -155,7 +155,7 @@ class RedisLink:
         """Return a short text for people."""
         if isinstance(error, TimeoutError | exceptions.TimeoutError):
             return f"no answer within {self._timeout:g} s"
-        if isinstance(error, exceptions.AskError):
+        if isinstance(error, exceptions.AskError | exceptions.TryAgainError):
             return "the slot of its keys is moving"
         cause = error.__context__
         if isinstance(cause, ssl.SSLError):

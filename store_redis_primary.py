@@ -27,7 +27,7 @@ from redis.crc import key_slot
 
 from settings import SettingsError
 
-WATCH_SECONDS = 0.25
+WATCH_SECONDS = 0.35
 # How long the other witnesses may take longer than the first.
 ANSWER_SECONDS = 0.3
 # The nodes of a cluster that are asked: the primary, its replicas, and some others.
@@ -158,13 +158,11 @@ class Primary:
 
     async def _ask_sentinel(self, connection: AbstractConnection, _: Address) -> Named | None:
         # The epoch first: should the primary change in between, the address is newer than the epoch, and not older.
+        # During a failover the address is that of the new primary as soon as it is one; the rest of the state follows
+        # when the replicas do.
         await connection.send_command("SENTINEL", "MASTER", self._service)
-        state = await connection.read_response()
-        # During a failover this names the new primary as soon as it is one; the state above, when the replicas follow.
         await connection.send_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
-        address = await connection.read_response()
-        if address is None:
-            return None
+        state, address = [await connection.read_response() for _ in range(2)]
         epoch = dict(zip(state[::2], state[1::2], strict=True))[b"config-epoch"]
         return Named(int(epoch), (address[0].decode(), int(address[1])))
 

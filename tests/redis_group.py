@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from signal import SIGCONT, SIGSTOP
 from typing import Any
 
 import redis
@@ -111,6 +112,22 @@ class Group:
             return bool(server.command("ROLE")[0] == "master")
         return False
 
+    def url_behind_a_partition(self) -> str:
+        """Return a URL for processes that stay with the primary when cut_off() leaves it alone."""
+        for server in self.servers:
+            server.command("ACL", "SETUSER", "minority", "on", "nopass", "~*", "&*", "+@all")
+        return f"redis+sentinel://minority:any@127.0.0.1:{self.sentinels[0].port}/{SERVICE}"
+
+    def cut_off(self, primary: RedisServer) -> None:
+        """Let nobody but the user of url_behind_a_partition() reach the primary; that user reaches no sentinel."""
+        self.sentinels[0].process.send_signal(SIGSTOP)
+        primary.command("ACL", "SETUSER", "default", "off")
+        primary.command("CLIENT", "KILL", "USER", "default", user="minority")
+
+    def heal(self, primary: RedisServer) -> None:
+        primary.command("ACL", "SETUSER", "default", "on", user="minority")
+        self.sentinels[0].process.send_signal(SIGCONT)
+
     def close(self) -> None:
         for one in (*self.sentinels, *self.servers):
             one.close()
@@ -153,6 +170,19 @@ class Cluster:
         roles = {server: server.command("ROLE") for server in self.servers}
         return [server for server, role in roles.items() if role[0] == "slave" and role[2] == primary.port]
 
+    def move(self) -> tuple[RedisServer, RedisServer]:
+        """Move the slot to another primary, a key at a time, while it is used; return both."""
+        old = self.primary
+        new = next(one for one in self.servers if one is not old and one.command("ROLE")[0] == "master")
+        new.command("CLUSTER", "SETSLOT", SLOT, "IMPORTING", old.command("CLUSTER", "MYID"))
+        old.command("CLUSTER", "SETSLOT", SLOT, "MIGRATING", new.command("CLUSTER", "MYID"))
+        while keys := old.command("CLUSTER", "GETKEYSINSLOT", SLOT, 1):
+            old.command("MIGRATE", "127.0.0.1", new.port, *keys, 0, 5000)
+            time.sleep(0.02)
+        for server in (new, old):
+            server.command("CLUSTER", "SETSLOT", SLOT, "NODE", new.command("CLUSTER", "MYID"))
+        return old, new
+
     @property
     def url(self) -> str:
         return f"redis+cluster://{','.join(f'127.0.0.1:{server.port}' for server in self.servers[:2])}"
@@ -160,12 +190,3 @@ class Cluster:
     def close(self) -> None:
         for server in self.servers:
             server.close()
-
-
-@contextlib.contextmanager
-def group(**options: Any) -> Iterator[Group]:
-    made = Group(**options)
-    try:
-        yield made
-    finally:
-        made.close()

@@ -11,7 +11,6 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count
-from signal import SIGCONT, SIGSTOP
 from typing import NamedTuple
 
 import hiredis
@@ -21,14 +20,14 @@ from history import Publish
 from members import SOMETHING, Member, members, on_loop
 from processes import eventually
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis_group import SERVICE, SLOT, Cluster, Group, until
+from redis_group import SERVICE, Cluster, Group, until
 from redis_server import RedisServer
 from traffic import Traffic
 
 from errors import StoreUnavailable
 from settings import Settings, SettingsError
 from store import Once
-from store_redis import RedisStore
+from store_redis import LOST_DATA, RedisStore
 from store_redis_primary import Primary, PrimaryMoved
 
 # Seconds after the promotion within which publishing is answered again.
@@ -174,6 +173,7 @@ class Publisher:
 
     def __init__(self, member: Member, name: str) -> None:
         self.answered: list[tuple[float, str]] = []
+        self.reasons: set[str] = set()
         self._member, self._name = member, name
         self._stopped = False
         self._task = asyncio.create_task(self._run())
@@ -185,8 +185,10 @@ class Publisher:
             answer = None
             while answer is None:
                 began = time.monotonic()
-                with contextlib.suppress(StoreUnavailable):
+                try:
                     answer = await self._member.store.append([SOMETHING], Once(f"{self._name}-{number}", b""))
+                except StoreUnavailable as error:
+                    self.reasons.add(str(error).removeprefix("The store is away: "))
                 await asyncio.sleep(0.005)
             self.answered.append((began, answer.receipts[0].id))
 
@@ -202,12 +204,12 @@ class Publisher:
 
 
 async def is_whole(publishers: list[Publisher], everyone: list[Member]) -> None:
-    """Every member was delivered the same, once and in order, and all that was answered."""
+    """Every member was delivered all that was answered and nothing else, once and in order."""
     answered = set[str]().union(*[await publisher.stop() for publisher in publishers])
     for member in everyone:
         await member.until(lambda member=member: member.ids[-1:] >= [max(answered)])
         assert member.ids == sorted(set(member.ids)) == everyone[0].ids
-        assert answered <= set(member.ids)
+        assert answered == set(member.ids)
         assert member.times_missed == 0
 
 
@@ -282,28 +284,19 @@ async def test_credentials_and_a_database(group: Group) -> None:
 @pytest.mark.parametrize("replicas", [0, 1])
 @on_loop
 async def test_an_old_primary_that_goes_on_makes_no_second_order(group: Group, replicas: int) -> None:
-    """A partition leaves it alone with one process. Without --store-replicas that process begins anew afterwards.
-
-    The partition: nobody but the process's own user may use the old primary, and its sentinel is stopped.
-    """
-    old, sentinel = group.primary, group.sentinels[0]
-    for server in group.servers:
-        server.command("ACL", "SETUSER", "minority", "on", "nopass", "~*", "&*", "+@all")
-    url = f"redis+sentinel://minority:any@127.0.0.1:{sentinel.port}/{SERVICE}"
+    """A partition leaves it alone with one process. Without --store-replicas that process begins anew afterwards."""
+    old, url = group.primary, group.url_behind_a_partition()
     async with members(url, store_replicas=replicas) as [alone], members(group.url, 2) as [one, other]:
         common = [await one.publish() for _ in range(5)]
         await alone.until(lambda: alone.ids == common)
-        sentinel.process.send_signal(SIGSTOP)
-        old.command("ACL", "SETUSER", "default", "off")
-        old.command("CLIENT", "KILL", "USER", "default", user="minority")
+        group.cut_off(old)
         publishers = [Publisher(alone, "alone"), Publisher(one, "one")]
         await one.until(lambda: one.store.failure)
         await one.until(lambda: one.store.failure is None)
         await publishers[1].is_answered_after(time.monotonic())
         answered = bool(publishers[0].answered)
         assert answered == (replicas == 0) == (len(alone.ids) > len(common))
-        old.command("ACL", "SETUSER", "default", "on", user="minority")
-        sentinel.process.send_signal(SIGCONT)
+        group.heal(old)
         await alone.until(lambda: alone.times_missed or (replicas and alone.store.failure is None))
         lost = await publishers[0].stop()
         answered_by_most = await publishers[1].stop()
@@ -329,18 +322,11 @@ async def test_a_slot_that_is_moved(group: Cluster) -> None:
     async with members(group.url, 2) as everyone:
         publishers = [Publisher(member, str(number)) for number, member in enumerate(everyone)]
         await publishers[0].is_answered_after(time.monotonic())
-        old = group.primary
-        new = next(one for one in group.servers if one is not old and one.command("ROLE")[0] == "master")
-        new.command("CLUSTER", "SETSLOT", SLOT, "IMPORTING", old.command("CLUSTER", "MYID"))
-        old.command("CLUSTER", "SETSLOT", SLOT, "MIGRATING", new.command("CLUSTER", "MYID"))
-        while keys := old.command("CLUSTER", "GETKEYSINSLOT", SLOT, 1):
-            old.command("MIGRATE", "127.0.0.1", new.port, *keys, 0, 5000)
-            await asyncio.sleep(0.02)
-        for server in (new, old):
-            server.command("CLUSTER", "SETSLOT", SLOT, "NODE", new.command("CLUSTER", "MYID"))
+        old, new = await asyncio.to_thread(group.move)
         await everyone[0].until(lambda: serves(new))
         await is_whole(publishers, everyone)
         assert old.command("DBSIZE") == 0
+        assert publishers[0].reasons <= {"the slot of its keys is moving", LOST_DATA}
 
 
 # One address.
@@ -371,10 +357,15 @@ class Endpoint:
                 writer.write(data)
         writer.close()
 
-    def close(self) -> None:
-        self._server.close()
+    def turn_to(self, target: RedisServer) -> None:
+        """Drop all connections, and lead new ones to another server."""
+        self.target = target
         for writer in self._writers:
             writer.close()
+
+    def close(self) -> None:
+        self._server.close()
+        self.turn_to(self.target)
 
 
 def demote(_: object, old: RedisServer) -> None:
@@ -407,6 +398,61 @@ async def test_the_server_behind_an_address_changes(fault: Callable[..., None]) 
     endpoint.close()
     old.close()
     new.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("meet", ["on the old primary", "on the new primary", "on a third server"])
+@on_loop
+async def test_two_histories_are_never_merged(meet: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes went on apart. One of them begins anew with the history of the other, and says so."""
+    monkeypatch.setattr("store_redis.RESTORE_SECONDS", 0.5)
+    old = RedisServer()
+    copies = ("--replicaof", f"127.0.0.1 {old.port}", "--repl-diskless-sync-delay", "0")
+    new, third = RedisServer(flags=copies), RedisServer(flags=copies)
+    ends = [await Endpoint(old).start() for _ in range(2)]
+    async with members(ends[0].url) as [one], members(ends[1].url) as [other]:
+        await one.publish()
+        until(lambda: old.command("WAIT", 2, 1000) == 2)
+        for server in (new, third):
+            server.command("REPLICAOF", "NO", "ONE")
+        ends[1].turn_to(new)
+        await other.until(lambda: serves(new) and other.store.failure is None)
+        for member in (one, other, one, other) if meet == "on the old primary" else (other, one, other, one):
+            await member.publish()
+        first, second = one.ids, other.ids
+        assert len(first) == len(second) == 3 and first[0] == second[0]
+        if meet == "on the old primary":
+            ends[1].turn_to(old)
+        elif meet == "on the new primary":
+            ends[0].turn_to(new)
+        else:
+            for end in ends:
+                end.turn_to(third)
+        beginner, kept = (other, first) if meet == "on the old primary" else (one, second)
+        await one.until(lambda: beginner.times_missed and not (one.store.failure or other.store.failure))
+        newest = await one.publish()
+        await other.until(lambda: other.ids[-1:] == one.ids[-1:] == [newest])
+        assert one.ids == other.ids == [*kept, newest]
+        assert one.times_missed + other.times_missed == 1
+    for closes in (*ends, old, new, third):
+        closes.close()
+
+
+@pytest.mark.slow
+@on_loop
+async def test_another_redis_behind_the_same_connection_is_noticed(redis: RedisServer) -> None:
+    """Its data names the run of the Redis that it was copied from. The next call joins, and nothing is lost."""
+    async with members(redis.url, 2) as [one, other]:
+        answered = [await one.publish()]
+        epoch = redis.command("HGET", "{notifyd}:meta", "epoch")
+        redis.command("HSET", "{notifyd}:meta", "run", "the old primary")
+        with pytest.raises(StoreUnavailable):
+            await one.publish()
+        await one.until(lambda: one.store.failure is None)
+        assert redis.command("HGET", "{notifyd}:meta", "epoch") > epoch
+        answered.append((await one.store.append([SOMETHING])).receipts[0].id)
+        await other.until(lambda: other.ids[-1:] == answered[-1:])
+        assert one.ids == other.ids and set(answered) <= set(one.ids)
 
 
 # Replicas that are waited for.
@@ -506,7 +552,8 @@ def test_clients_stay_during_a_failover_by_order(
     with traffic(start_server, group, crowd) as running:
         old = group.primary
         order(group, old)
-        group.promoted(old)
+        new = group.promoted(old)
+        eventually(lambda: serves(new))
         running.is_whole(connections=1)
 
 
@@ -527,6 +574,62 @@ def test_the_primary_is_stopped_for_20_s_and_comes_back(
         old.resume()
         until(lambda: old.command("ROLE")[0] == "slave")
         running.is_whole(connections=1)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@only_cluster
+@in_both_sizes
+def test_clients_stay_while_the_slot_moves(start_server: StartServer, group: Cluster, crowd: Crowd) -> None:
+    with traffic(start_server, group, crowd) as running:
+        _, new = group.move()
+        eventually(lambda: serves(new))
+        running.is_whole(connections=1)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@only_sentinels
+@in_both_sizes
+def test_clients_behind_a_partition_stay_and_lose_nothing(
+    start_server: StartServer, group: Group, crowd: Crowd
+) -> None:
+    """With --store-replicas: the old primary is left alone with a server, which answers 503."""
+    old, flags = group.primary, ("--store-replicas", "1", "--history-size", "100000")
+    urls = [group.url_behind_a_partition(), *[group.url] * (crowd.servers - 1)]
+    servers = [start_server("--store", url, *flags) for url in urls]
+    with Traffic(*servers, clients=crowd.clients, pause=crowd.pause) as running:
+        group.cut_off(old)
+        group.promoted(old)
+        assert answered_after(running, time.monotonic()) < LEVEL
+        assert servers[0].post({"message": "to the old primary"}).status_code == 503
+        group.heal(old)
+        running.is_whole(connections=1)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@only_sentinels
+def test_clients_of_a_minority_that_went_on_are_told(start_server: StartServer, group: Group) -> None:
+    """Without --store-replicas: a client that resumes from there is told that something is missing."""
+    old = group.primary
+    alone, other = start_server("--store", group.url_behind_a_partition()), start_server("--store", group.url)
+    clients = alone.join("a"), other.join("b")
+    alone.notify("common")
+    group.cut_off(old)
+    group.promoted(old)
+    [lost] = alone.publish("for the minority")
+    eventually(lambda: other.post({"message": "for the majority"}).status_code == 200, 20)
+    assert [client.receive()["data"]["message"] for client in clients] == ["common"] * 2
+    assert clients[0].receive()["data"]["message"] == "for the minority"
+    assert clients[1].receive()["data"]["message"] == "for the majority"
+    group.heal(old)
+    assert clients[0].closed() == (1013, "Notifications are missing; connect again and resume")
+    resumed = alone.join("a", query=f"client_id=a&since={lost}")
+    assert resumed.receive()["data"]["complete"] is False
+    assert [one["data"]["message"] for one in resumed.receive_many(2)] == ["common", "for the majority"]
+    alone.notify("for all")
+    assert resumed.receive()["data"]["message"] == clients[1].receive()["data"]["message"] == "for all"
 
 
 @pytest.mark.slow
