@@ -256,11 +256,11 @@ def _newcomer(hub: Hub, scope: Scope, query: Query, since: str | None, identity:
         user=query.get("user") or "",
         since=since,
         topics=query.topics() if "topics" in query else (),
-        # Interned: among thousands of clients there are a few programs.
+        # Interned, as the address of a proxy is: among thousands of clients there are a few programs.
         user_agent=user_agent and sys.intern(user_agent[:MAX_USER_AGENT]),
         identity=identity,
         address=scope.get(SUBSCRIBER, "") if hub.settings.max_connections_per_ip else "",
-        peer=(scope.get("client") or ("",))[0],
+        peer=sys.intern(str((scope.get("client") or ("",))[0] or "")),
     )
 
 
