@@ -29,10 +29,10 @@ from connection import Connection, ConnectionState
 from errors import ConnectionRefused, DuplicateClient, InvalidRequest, NotifydError, ShuttingDown
 from guard_identity import Identity, origin_of
 from heartbeat import PROBE_SECONDS
-from log import frame
+from log import frame, interest_of
 from schemas import INTERNAL_ERROR, POLICY_VIOLATION, encode, timestamp
 from settings import number
-from store import ClientIdTaken, Registration
+from store import ClientIdTaken, Reach, Registration
 
 if TYPE_CHECKING:
     from hub import Hub
@@ -169,10 +169,12 @@ class Admission:
             registration = Registration(client_id, newcomer.user, newcomer.topics, newcomer.address)
             position = await self._hub.store.admit(registration)
             try:
+                interest = interest_of(client_id, newcomer.user, newcomer.topics)
+                reach = await self._hub.replay.reach(newcomer.since, interest)
                 self._check_open(connection)
                 if newcomer.identity is not None:
                     self._hub.check_revoked(newcomer.identity)
-                return self._join(connection, newcomer, position)
+                return self._join(connection, newcomer, position, reach)
             except BaseException:
                 self._withdraw(client_id)
                 raise
@@ -182,7 +184,7 @@ class Admission:
             fanout.admitting.pop(claim, None)
             claim.set()
 
-    def _join(self, connection: Connection, newcomer: Newcomer, position: str) -> Client:
+    def _join(self, connection: Connection, newcomer: Newcomer, position: str, reach: Reach | None) -> Client:
         """Add a registered newcomer to the directory, and welcome it as a client."""
         # Without await: the client is in the directory, its cursor is set and its replay is fixed before anything else
         # can be delivered. So nothing is missing at the seam, and nothing comes twice.
@@ -192,7 +194,7 @@ class Admission:
         self.empty.clear()
         if newcomer.identity is not None:
             hub.expiring.watch(client)
-        resume = hub.fanout.follow(client, newcomer.since, position)
+        resume = hub.replay.follow(client, newcomer.since, position, reach)
         welcome = schemas.Welcome(
             client_id=client.client_id,
             server_time=timestamp(),

@@ -17,13 +17,14 @@ from collections.abc import Iterable, Iterator, Set
 from typing import TYPE_CHECKING
 
 from connection import Connection
-from log import Audience
+from log import Audience, interest_of
 from schemas import POLICY_VIOLATION
 from store import Registration
 
 if TYPE_CHECKING:
     from admission import Newcomer
     from hub import Hub
+    from readers import Reading
 
 # Messages that a client may send at once, and per second after that (a token bucket).
 MESSAGE_BURST = 100.0
@@ -59,10 +60,12 @@ class Client:
         "granted",
         "heard_at",
         "identity",
+        "listed_until",
         "owns_pending",
         "peer",
         "pending",
         "phase",
+        "reading",
         "speaks",
         "takes_positions",
         "told",
@@ -90,6 +93,11 @@ class Client:
         # those of its replay. Only the fan-out changes the list, and only one that the client owns.
         self.pending: list[int] | None = None
         self.owns_pending = False
+        # Entries before this sequence are owed to it if they are pending or broadcasts from its cursor on; from there
+        # on all are that it follows.
+        self.listed_until = 0
+        # Set while the client stands too far behind for a cursor, and is handed the log page by page.
+        self.reading: Reading | None = None
         # Whether it resumes by itself, and so is told its position while it receives nothing.
         self.takes_positions = newcomer.since is not None or connection.is_stream
         # The newest sequence with a position that the client knows, or will know when it has been handed its pending
@@ -98,8 +106,8 @@ class Client:
         self.topics: frozenset[str] = frozenset()
         # The topics among them that its token or an admin has set: it keeps them without a right.
         self.granted = frozenset[str]() if newcomer.identity is None else newcomer.identity.subscribe
-        # The sequence of the first entry that it was owed, and its topics since then, once they have changed.
-        self.follows = 0
+        # The position from which on it is owed its notifications, and its topics since then, once they have changed.
+        self.follows = ""
         self.followed: Followed | None = None
         self.connected_at = self.heard_at = self._tokens_at = hub.clock()
         self.phase = phase % HEARTBEAT_PHASES
@@ -127,8 +135,20 @@ class Client:
         self._tokens = tokens - 1
         return tokens >= 1
 
+    def interest(self) -> Audience:
+        """Return the names under which notifications for it may be addressed."""
+        topics = self.topics if self.followed is None else self.topics | self.followed.topics()
+        return interest_of(self.client_id, self.user, topics)
+
+    def is_owed(self, position: str, audience: Audience | None) -> bool:
+        """Return whether it follows the notification at this position of the log, which is for this audience."""
+        if audience is None or self.followed is None:
+            return audience is None or audience.includes(self.client_id, self.user, self.topics)
+        is_named = audience.includes(self.client_id, self.user, ())
+        return is_named or self.followed.includes(position, audience.topics)
+
     def subscriptions(self) -> Followed:
-        """Return, for each topic, the sequences from a subscription on, up to its end."""
+        """Return, for each topic, the positions from a subscription on, up to its end."""
         if self.followed is None:
             self.followed = Followed(self.topics, self.follows)
         return self.followed
@@ -143,29 +163,38 @@ class Client:
 
 
 class Followed:
-    """For each topic the sequences that a client is handed: from a subscription on, up to its end."""
+    """For each topic the positions that a client is handed: after that of a subscription, up to that of its end."""
 
     __slots__ = ("_ended", "_since")
 
-    def __init__(self, topics: Iterable[str], sequence: int) -> None:
-        self._since = dict.fromkeys(topics, sequence)
-        self._ended: deque[tuple[str, int, int]] = deque(maxlen=ENDED_KEPT)
+    def __init__(self, topics: Iterable[str], position: str) -> None:
+        self._since = dict.fromkeys(topics, position)
+        self._ended: deque[tuple[str, str, str]] = deque(maxlen=ENDED_KEPT)
 
-    def begin(self, topics: Iterable[str], sequence: int) -> None:
-        """Note that the client is handed the notifications for these topics from this sequence on."""
+    def copy(self) -> Followed:
+        copied = Followed((), "")
+        copied._since, copied._ended = self._since.copy(), self._ended.copy()
+        return copied
+
+    def begin(self, topics: Iterable[str], position: str) -> None:
+        """Note that the client is handed the notifications for these topics after this position."""
         for topic in topics:
-            self._since[topic] = min(sequence, self._since.get(topic, sequence))
+            self._since[topic] = min(position, self._since.get(topic, position))
 
-    def end(self, topics: Iterable[str], sequence: int) -> None:
-        """Note that the client is handed those for these topics up to this sequence."""
+    def end(self, topics: Iterable[str], position: str) -> None:
+        """Note that the client is handed those for these topics up to this position."""
         for topic in topics:
-            if (start := self._since.pop(topic, sequence)) < sequence:
-                self._ended.append((topic, start, sequence))
+            if (start := self._since.pop(topic, position)) < position:
+                self._ended.append((topic, start, position))
 
-    def includes(self, sequence: int, topics: Set[str]) -> bool:
-        """Return whether the client is handed the entry of this sequence for these topics."""
-        return any(sequence >= self._since[topic] for topic in topics & self._since.keys()) or any(
-            topic in topics and start <= sequence < end for topic, start, end in self._ended
+    def topics(self) -> frozenset[str]:
+        """Return all topics, the ended ones too."""
+        return frozenset((*self._since, *(topic for topic, _, _ in self._ended)))
+
+    def includes(self, position: str, topics: Set[str]) -> bool:
+        """Return whether the client is handed the notification at this position for these topics."""
+        return any(position > self._since[topic] for topic in topics & self._since.keys()) or any(
+            topic in topics and start < position <= end for topic, start, end in self._ended
         )
 
 

@@ -167,13 +167,14 @@ class Conversation:
     async def _subscribe_since(self, client: Client, named: frozenset[str], since: str) -> Answer:
         topics = client.topics | named
         with self._hub.fanout.keeping():
+            reach = await self._hub.replay.reach_topics(client, named, since) if since else None
             # In the store first: no notification for the topics may come before their replay.
             position = await self._hub.store.subscribe(client.registration(topics))
             if client not in self._clients:
                 return ()
             # Without await until the answer is written: all that has been delivered is in the replay, and all that
             # comes later finds the client subscribed. So nothing is missing at the seam, and nothing comes twice.
-            resume = self._hub.fanout.follow_topics(client, named, since, position)
+            resume = self._hub.replay.follow_topics(client, named, since, position, reach)
             self._set_topics(client, topics)
         subscribed = schemas.Subscribed(topics=sorted(topics), timestamp=timestamp())
         return subscribed, schemas.Resume(timestamp=timestamp(), data=resume)
@@ -212,10 +213,11 @@ class Conversation:
 
     def _set_topics(self, client: Client, topics: frozenset[str]) -> None:
         if client in self._clients:
-            subscriptions, sequence = client.subscriptions(), self._hub.fanout.log.next_sequence
-            subscriptions.end(client.topics - topics, sequence)
-            subscriptions.begin(topics - client.topics, sequence)
+            subscriptions, position = client.subscriptions(), self._hub.fanout.log.position
+            subscriptions.end(client.topics - topics, position)
+            subscriptions.begin(topics - client.topics, position)
             self._clients.subscribe(client, topics)
+            self._hub.fanout.readers.widen(client)
 
     async def _authenticate(self, client: Client, token: str) -> Answer:
         assert self._hub.renew is not None, "auth is an unknown type then"

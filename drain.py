@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import schemas
 from clients import Client
 from errors import StoreUnavailable
-from fanout import NOBODY, payload
-from log import frame
+from fanout import NOBODY
+from log import frame, payload
 from positions import Positions
 from schemas import GOING_AWAY, encode, timestamp
 from store import Draft, Once

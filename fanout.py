@@ -3,8 +3,9 @@
 Owns the log, the passes over the clients, the lists of pending entries, and the end of a client that falls too far
 behind. Knows neither HTTP nor the messages of clients.
 
-1. A client's place, its cursor and its pending entries, is in the log. `trim` closes a client before it removes the
-   entry at its place; only a client that cannot be written to can be so far behind.
+1. A client's place, its cursor and its pending entries, is in memory. Before `trim` removes the entry at its place, the
+   client becomes a reader of the store (readers.py), or is closed where memory has the whole log; only a client that
+   cannot be written to can be so far behind.
 2. The inner body of the pass never blocks, never raises and never changes the set of clients.
 3. A client's place moves together with the write: no await between the two.
 4. A notification is framed once. Clients that are owed the same entries share one list of them, and so one batch.
@@ -16,14 +17,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from clients import UNTOLD, Client
-from log import Audience, Batch, Entry, Log, frame, payloads
-from schemas import POLICY_VIOLATION, ResumeData
+from clients import Client
+from log import Audience, Batch, Entry, Log, frame, payload, payloads
+from readers import Readers
+from schemas import POLICY_VIOLATION
 from store import Record
 
 if TYPE_CHECKING:
@@ -46,13 +49,14 @@ SHARED_ENTRIES = 256
 # The number of longer lists that a publish may make for clients to share. Beyond that each client gets its own.
 SHARED_LISTS = 16
 
+# Of the log in memory, the part beyond the bounds that may wait for more: removing costs a step for each entry that is
+# left, so it is done for many at once.
+TRIMMED_PART = 64
+# The cursor of a reader: no turn of the log.
+NO_CURSOR = -1
+
 # In the log for its position alone.
 NOBODY = Audience(frozenset(), frozenset())
-
-
-def payload(id: str, rest: bytes) -> bytes:
-    """Return a notification as it is sent; `rest` is its JSON behind the id."""
-    return b'{"id":"%s"%s' % (id.encode(), rest)
 
 
 class PendingLists:
@@ -95,7 +99,8 @@ class FanOut:
 
     def __init__(self, hub: Hub) -> None:
         settings = hub.settings
-        self.log = Log(settings.history_size, settings.history_bytes, settings.history_ttl)
+        memory = math.inf if hub.store.log is None else settings.cache_bytes
+        self.log = Log(settings.history_size, settings.history_bytes, settings.history_ttl, memory)
         self.messages_sent = 0
         self.slow_consumers = 0
         self._hub = hub
@@ -120,6 +125,7 @@ class FanOut:
         # The sequence at which each admission and subscription under way began. Nothing from there on is trimmed: the
         # client may be owed it, and has no place yet that would keep it.
         self.admitting: dict[object, int] = {}
+        self.readers = Readers(self._hub, self)
 
     def begin(self, before: str, records: Sequence[Record]) -> None:
         """Fill the log with the store's records; `before` is the position before the first."""
@@ -149,6 +155,9 @@ class FanOut:
         if targeted:
             lists = PendingLists()
             for client, sequences in self._addressees(targeted):
+                if client.reading is not None:
+                    client.reading.count += len(sequences)
+                    continue
                 lists.owe(client, sequences)
                 self._owed.add(client)
         self._published.set()
@@ -192,62 +201,8 @@ class FanOut:
             for entry in list(self.log.since(self.log.first_sequence))
         )
 
-    def follow(self, client: Client, since: str | None, position: str) -> ResumeData:
-        """Put a newcomer at the end of the log, owe it the earlier entries that are its, and return what these are.
-
-        With `since` they are its replay. Otherwise they are those after the `position` at which the store admitted it:
-        another process may have been faster than this one.
-        """
-        log = self.log
-        client.cursor = log.next_turn
-        client.told = log.next_sequence - 1 if (since or position) == log.position else UNTOLD
-        start, complete = self._start(since, position)
-        client.follows = start
-        owed: list[Entry] = []
-        if start < log.next_sequence:
-            owed = [one for one in log.since(start) if one.is_for(client.client_id, client.user, client.topics)]
-            if since:
-                owed = [one for one in owed if one.replayed]
-            self._owe(client, owed)
-        if since:
-            return ResumeData(position=log.position, replayed=len(owed), complete=complete)
-        return ResumeData(position=position, replayed=0, complete=True)
-
-    def follow_topics(self, client: Client, topics: frozenset[str], since: str, position: str) -> ResumeData:
-        """Owe a client the earlier entries for topics that it subscribes to now, and return what these are.
-
-        Only entries for these topics, and none that the client is handed for another reason: in person, by a topic
-        that it follows already, or by an earlier subscription. With an empty `since` they are those after `position`.
-        """
-        log, subscriptions = self.log, client.subscriptions()
-        start, complete = self._start(since, position)
-        if not self.advance(client):
-            # A client with a backlog must not resume behind it.
-            position = min(position, log.position_before(log.backlog_start(client.cursor, client.pending)))
-        elif since:
-            position = log.position
-        owed = []
-        for entry in log.since(start):
-            if (audience := entry.audience) is None or audience.topics.isdisjoint(topics):
-                continue
-            is_named = audience.includes(client.client_id, client.user, ()) and entry.sequence >= client.follows
-            if not is_named and not subscriptions.includes(entry.sequence, audience.topics):
-                owed.append(entry)
-        subscriptions.begin(topics, start)
-        self._owe(client, owed)
-        client.takes_positions = True
-        if position == log.position:
-            client.told = log.next_sequence - 1
-        return ResumeData(position=position, replayed=len(owed) if since else 0, complete=complete)
-
-    def _start(self, since: str | None, position: str) -> tuple[int, bool]:
-        """Return the sequence from which a client is owed entries, and whether it is provably the one after `since`."""
-        if since:
-            return self.log.reach(since, self._clock())
-        start = None if position == self.log.position else self.log.find(position)
-        return self.log.next_sequence if start is None else start, True
-
-    def _owe(self, client: Client, entries: list[Entry]) -> None:
+    def owe(self, client: Client, entries: list[Entry]) -> None:
+        """Owe a client these entries beside its cursor."""
         sequences = [entry.sequence for entry in entries]
         if client.pending is not None:
             # These may be older than pending entries.
@@ -270,6 +225,21 @@ class FanOut:
         """Owe a client that leaves nothing more. A pass that is under way may still hold it."""
         client.pending = None
         self._owed.discard(client)
+        self.readers.forget(client)
+
+    def unplace(self, client: Client) -> None:
+        """Let go of the place of a client that reads."""
+        client.cursor, client.pending = NO_CURSOR, None
+        self._owed.discard(client)
+
+    def place(self, client: Client, cursor: int, listed_until: int, pending: list[int]) -> None:
+        """Put a client that has read up to here at a cursor, owe it these entries as well, and hand them over."""
+        client.cursor, client.listed_until = cursor, listed_until
+        if pending:
+            PendingLists().owe(client, pending)
+            self._owed.add(client)
+        if not self.advance(client):
+            self._behind.append(client)
 
     # --- the pass
 
@@ -298,6 +268,8 @@ class FanOut:
         reached = self.log.next_sequence
         full, self._for_everyone = self._for_everyone, False
         clients = list(self._clients.by_id.values() if full else self._owed)
+        if self.readers:
+            clients = [client for client in clients if client.reading is None]
         behind: list[Client] = []
         start = 0
         try:
@@ -360,6 +332,9 @@ class FanOut:
 
         Also called when a client's transport has drained.
         """
+        if client.reading is not None:
+            self.readers.go_on(client)
+            return False
         connection, was_owed = client.connection, client.pending is not None
         while connection.writable and (batch := self.log.batch(client.cursor, client.pending)) is not None:
             client.cursor, client.pending = batch.cursor, batch.pending
@@ -381,30 +356,40 @@ class FanOut:
 
     def clients_behind(self) -> int:
         end = self.log.next_turn
-        return sum(client.cursor != end or client.pending is not None for client in self._clients)
+        return sum(
+            client.cursor != end or client.pending is not None
+            if client.reading is None
+            else self.readers.backlog(client) > 0
+            for client in self._clients
+        )
 
     # --- the slow consumer
 
     def trim(self) -> None:
-        """Trim the log to its bounds, after closing the clients whose place would be removed.
+        """Trim the log in memory to its bounds, after the clients whose place would be removed have given that up.
 
         Only a client that the last full pass left behind, or that is owed entries, can have a place before
         `_passed_before`.
         """
         # Without await: no client comes, and none moves, between the check of its place and the removal.
-        until = self.log.expired(self._clock(), min([self._passed_before, *self.admitting.values()]))
-        if until == self.log.first_sequence:
+        log = self.log
+        until = log.expired(self._clock(), min([self._passed_before, *self.admitting.values()]))
+        if until - log.first_sequence <= len(log) // TRIMMED_PART:
             return
         for client in {*self._behind, *self._owed}:
-            if client in self._clients and self.log.backlog_start(client.cursor, client.pending) < until:
-                self._close_slow_consumer(client)
-        self.log.trim(until)
+            is_placed = client in self._clients and client.reading is None
+            if is_placed and (start := log.backlog_start(client.cursor, client.pending)) < until:
+                if self._hub.store.log is not None:
+                    self.readers.fall(client)
+                else:
+                    backlog = log.next_turn - client.cursor + len(client.pending or ())
+                    self.close_slow_consumer(client, backlog, log.position_before(start))
+        self.readers.before_trim(until)
+        log.trim(until)
 
-    def _close_slow_consumer(self, client: Client) -> None:
-        backlog = self.log.next_turn - client.cursor + len(client.pending or ())
+    def close_slow_consumer(self, client: Client, backlog: int, position: str) -> None:
         self.slow_consumers += 1
         logger.warning("Client %s is %d notifications behind and is closed", client.client_id, backlog)
-        position = self.log.position_before(self.log.backlog_start(client.cursor, client.pending))
         reason = f"Slow consumer: {backlog} notifications behind; resume with since={position}"
         self._hub.admission.dismiss(client, POLICY_VIOLATION, reason)
 
@@ -415,3 +400,4 @@ class FanOut:
             async with self.passing:
                 self._passed_before = self._passed
                 self.trim()
+                self.readers.close_late()

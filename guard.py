@@ -23,11 +23,12 @@ from typing import NamedTuple
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from answers import refuse
+from buckets import SECOND, Buckets, Draw, Rate
 from connection import REPEAT_EXTENSION, SUBSCRIBER, WIRE_EXTENSION
 from errors import Forbidden, InvalidRequest, NotifydError, RateExceeded, StoreUnavailable
 from guard_peers import MAX_ADDRESS_LENGTH, UNIX, Address, RefusalLog, parsed, subscriber
 from settings import Settings, is_origin, named_origin, normal_origin
-from store import SECOND, Buckets, Draw, Rate, Store
+from store import Store
 
 HANDSHAKES, REQUESTS = Rate(5, 10), Rate(10, 20)
 EXEMPT = ("/health", "/health/live")

@@ -17,6 +17,7 @@ import enum
 import logging
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import orjson
@@ -33,8 +34,9 @@ from errors import InvalidRequest, ShuttingDown, StoreUnavailable, TooLarge
 from fanout import FanOut
 from guard_identity import Identity, origin_of
 from heartbeat import Heartbeat
-from log import Audience, payloads
+from log import Audience, Entry, interest_of, payloads
 from presence import Presence
+from replay import Replay
 from revocations import Revocations
 from schemas import GOING_AWAY, POLICY_VIOLATION, TRY_AGAIN_LATER
 from settings import Settings
@@ -104,6 +106,7 @@ class Hub:
         # The Node's; the directory answers.
         self.recipients = self.clients.count
         self.fanout = FanOut(self)
+        self.replay = Replay(self)
         self.census = CensusTaker(self)
         self.presence = Presence(self)
         self.test_notifications = TestNotifications(self)
@@ -174,6 +177,7 @@ class Hub:
     def _works(self) -> Iterator[Work]:
         yield self.fanout.run
         yield self.fanout.trim_regularly
+        yield self.fanout.readers.run
         yield self.census.report_regularly
         if self.revocations is not None:
             yield self.presence.follow_revocations
@@ -331,31 +335,48 @@ class Hub:
             self.revocations.check(identity)
 
     async def history(
-        self, since: str | None, limit: int, topics: Collection[str], client_id: str | None, user: str = ""
+        self,
+        since: str | None,
+        limit: int,
+        topics: Collection[str],
+        client_id: str | None,
+        user: str = "",
+        before: str | None = None,
+        *,
+        newest_first: bool = False,
     ) -> schemas.History:
-        """Return the replay for a client with these parameters, oldest first, `limit` notifications at most."""
+        """Return a page of the replay for a client with these parameters: `limit` notifications at most.
+
+        Only those before the id `before`, where it is given. Raises InvalidRequest, or StoreUnavailable.
+        """
         await self.start()
         if client_id is not None and not schemas.CLIENT_ID.match(client_id):
             raise InvalidRequest("Invalid client_id")
         if not schemas.USER.match(user):
             raise InvalidRequest("Invalid user")
-        wanted, names = None if since is None else schemas.position_of(since), schemas.topics_of(topics)
+        after = None if since is None else schemas.position_of(since)
+        before = schemas.position_of(before, "before") if before else ""
+        interest = interest_of(client_id, user, schemas.topics_of(topics))
         # Also without an answer of the store: by then this process has read the log up to now.
         with contextlib.suppress(StoreUnavailable):
             await self.census.report()
-        log = self.fanout.log
-        entries, complete = log.replay(wanted, client_id, user, names, self.clock())
-        page, size = entries[:limit], 0
-        for count, entry in enumerate(page):
-            size += len(entry.frame)
-            if count and size > PAGE_BYTES:
-                del page[count:]
-                break
-        return schemas.History(
-            notifications=[orjson.Fragment(next(payloads(entry.frame))) for entry in page],
-            position=page[-1].id if len(page) < len(entries) else log.position,
-            complete=complete,
-        )
+        end = min(before or self.fanout.log.position, self.fanout.log.position)
+        pages = self.fanout.readers.pages
+        start, complete = await pages.front(after)
+        read = partial(pages.read_back, interest, start) if newest_first else partial(pages.read, interest, until=end)
+        at, finish = (end, start) if newest_first else (start, end)
+        found: list[Entry] = []
+        size = 0
+        while at != finish and (at < finish) != newest_first:
+            page = await read(at)
+            for entry in page.entries:
+                if entry.replayed and entry.id != before:
+                    size += len(entry.frame)
+                    if len(found) == limit or (found and size > PAGE_BYTES):
+                        return _history(found, found[-1].id, complete)
+                    found.append(entry)
+            at = page.until
+        return _history(found, (found[-1].id if found else end) if newest_first else end, complete)
 
     # --- the store's Node
 
@@ -397,6 +418,11 @@ class Hub:
         for client_id in client_ids:
             if (client := self.clients.by_id.get(client_id)) is not None:
                 self.admission.dismiss(client, POLICY_VIOLATION, "Replaced by a new connection")
+
+
+def _history(entries: list[Entry], position: str, complete: bool) -> schemas.History:
+    fragments = [orjson.Fragment(next(payloads(entry.frame))) for entry in entries]
+    return schemas.History(notifications=fragments, position=position, complete=complete)
 
 
 async def _start_again(work: Work) -> None:

@@ -1,6 +1,7 @@
-"""The log in memory: entries in the order of their ids, each with its ready-made frame.
+"""The hot end of the log, in memory: entries in the order of their ids, each with its ready-made frame.
 
-Owns the numbering of entries and the bounds of the history. Knows no client, no socket and no clock.
+Owns the numbering of entries and their bounds. A shared store has the rest of the log; with the store in memory this is
+all of it. Knows no client, no socket and no clock.
 
 A *position* is a notification's id, as a place in the log. A *sequence* numbers all entries. A *turn* numbers the
 broadcasts alone, and a *cursor* is the turn of the next broadcast for a client:
@@ -19,23 +20,33 @@ broadcasts alone, and a *cursor* is the turn of the next broadcast for a client:
 3. The farewell is one entry of two frames. It takes a turn and no sequence; its position is that of another entry.
 4. A batch is joined once for all clients with the same cursor and the same list of sequences beside it, and is
    forgotten at the next append.
+5. No call does work in proportion to the length of the log.
 """
 
 from __future__ import annotations
 
+import math
 import struct
-from bisect import bisect_left
-from collections.abc import Collection, Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Collection, Iterator
+from itertools import islice
 from operator import attrgetter
 from typing import NamedTuple
 
 # The memory that a name in an audience takes beside its letters: a str object and its place in the set.
 NAME_BYTES = 64
+# The memory that an entry takes beside its frame: the tuple, its id and numbers, and its places in two lists.
+ENTRY_BYTES = 340
 # The size of a batch, unless a single entry is larger: a client that is far behind must not pin a copy of the whole
 # log in its transport.
 BATCH_BYTES = 262_144
 # The batches that are kept for the next client at the same place: nearly all clients stand at a few places.
 BATCHES_KEPT = 64
+# A page of the log has at most so many entries and bytes of frames, unless a single entry is larger: a reader must not
+# hold the event loop, nor pin much memory in its transport.
+PAGE_ENTRIES, PAGE_BYTES = 500, 131_072
+# The entries that one page passes over in memory, and that one call finds beyond the bounds: a millisecond or two.
+SCANNED_ENTRIES, EXPIRED_AT_ONCE = 2000, 20_000
 
 
 # --- frames
@@ -64,7 +75,16 @@ def payloads(frames: bytes) -> Iterator[bytes]:
         start += size
 
 
+def payload(id: str, rest: bytes) -> bytes:
+    """Return a notification as it is sent; `rest` is its JSON behind the id."""
+    return b'{"id":"%s"%s' % (id.encode(), rest)
+
+
 # --- entries
+
+
+# Before the names of an audience, in the order of its fields.
+KINDS = ("c:", "t:", "u:")
 
 
 class Audience(NamedTuple):
@@ -83,6 +103,24 @@ class Audience(NamedTuple):
 
     def includes(self, client_id: str | None, user: str, topics: Collection[str]) -> bool:
         return client_id in self.clients or user in self.users or not self.topics.isdisjoint(topics)
+
+    def meets(self, interest: Audience) -> bool:
+        """Return whether a client with these names is an addressee."""
+        return any(not names.isdisjoint(others) for names, others in zip(self, interest, strict=True))
+
+    def names(self) -> list[str]:
+        """Return the names, each with its kind, as a store files the notification under them."""
+        return [kind + name for kind, names in zip(KINDS, self, strict=True) for name in names]
+
+    def only(self, has: Callable[[str], bool]) -> Audience:
+        """Return the part of it that a store has notifications for."""
+        kinds = zip(KINDS, self, strict=True)
+        return Audience(*(frozenset(name for name in names if has(kind + name)) for kind, names in kinds))
+
+
+def interest_of(client_id: str | None, user: str, topics: Collection[str]) -> Audience:
+    """Return the names under which notifications for such a client are addressed."""
+    return Audience(frozenset((client_id,) if client_id else ()), frozenset(topics), frozenset((user,) if user else ()))
 
 
 class Entry(NamedTuple):
@@ -113,7 +151,7 @@ class Batch(NamedTuple):
 
 
 class Log:
-    """Entries bounded by count, bytes and age."""
+    """Entries bounded by count, bytes and age, and by the memory that they take."""
 
     __slots__ = (
         "_batches",
@@ -121,11 +159,14 @@ class Log:
         "_entries",
         "_first_turn",
         "_position_before",
-        "_replayed",
+        "_within",
+        "_within_bytes",
+        "_within_replayed",
         "first_sequence",
         "max_age",
         "max_bytes",
         "max_entries",
+        "max_memory",
         "newest_broadcast",
         "next_sequence",
         "next_turn",
@@ -133,10 +174,11 @@ class Log:
         "size",
     )
 
-    def __init__(self, max_entries: int, max_bytes: int, max_age: float) -> None:
+    def __init__(self, max_entries: int, max_bytes: int, max_age: float, max_memory: float = math.inf) -> None:
         self.max_entries = max_entries
         self.max_bytes = max_bytes
         self.max_age = max_age
+        self.max_memory = max_memory
         # The newest id; before the first notification, an id that is older than any.
         self.position = ""
         # The cursor of a client that has been handed every broadcast.
@@ -150,7 +192,9 @@ class Log:
         self._broadcasts: list[Entry] = []
         self._first_turn = 0  # of _broadcasts[0]
         self._position_before = ""  # of _entries[0]
-        self._replayed = 0  # entries that count towards max_entries
+        # The sequence of the first entry within the bounds, as far as it is known; the bytes from there on, and the
+        # number of entries that count towards max_entries.
+        self._within = self._within_bytes = self._within_replayed = 0
         # By cursor, with pending entries also by the identity and length of their list. The list is kept beside its
         # batch, so that no other list takes its id().
         self._batches: dict[int | tuple[int, int, int], tuple[list[int] | None, Batch]] = {}
@@ -177,7 +221,8 @@ class Log:
             self.newest_broadcast = entry.sequence
         self._batches.clear()
         self.size += size
-        self._replayed += replayed
+        self._within_bytes += size
+        self._within_replayed += replayed
         return entry.sequence
 
     def append_farewell(self, notification: bytes, message: bytes) -> None:
@@ -232,10 +277,21 @@ class Log:
         start = self._broadcasts[index].sequence if index < len(self._broadcasts) else self.next_sequence
         return min(start, pending[0]) if pending else start
 
+    def turn_of(self, sequence: int) -> int:
+        """Return the turn of the first broadcast from this sequence on."""
+        return self._first_turn + bisect_left(self._broadcasts, sequence, key=attrgetter("sequence"))
+
     def position_before(self, sequence: int) -> str:
         """Return the position just before the entry of this sequence: a client that resumes there gets that entry."""
         index = sequence - self.first_sequence - 1
         return self._entries[index].id if index >= 0 else self._position_before
+
+    def entry(self, sequence: int) -> Entry:
+        return self._entries[sequence - self.first_sequence]
+
+    def sequence_after(self, position: str) -> int:
+        """Return the sequence of the first entry after a position, of this log or of another."""
+        return self.first_sequence + bisect_right(self._entries, position, key=attrgetter("id"))
 
     def since(self, sequence: int) -> Iterator[Entry]:
         """Yield the entries from this sequence on."""
@@ -248,13 +304,6 @@ class Log:
         if index < len(self._entries) and self._entries[index].id == position:
             return self.first_sequence + index + 1
         return self.first_sequence if position == self._position_before else None
-
-    def replay(
-        self, since: str | None, client_id: str | None, user: str, topics: Collection[str], now: float
-    ) -> tuple[list[Entry], bool]:
-        """Return the entries after `since` for such a client, and whether these are provably all, as reach() does."""
-        start, complete = self.reach(since, now)
-        return [one for one in self.since(start) if one.replayed and one.is_for(client_id, user, topics)], complete
 
     def reach(self, since: str | None, now: float) -> tuple[int, bool]:
         """Return the sequence after `since`, or where the history begins, and whether nothing between is missing.
@@ -270,19 +319,43 @@ class Log:
         complete = after is not None and after >= first
         return (after if after is not None and complete else first), complete
 
+    def page(self, start: int, end: int, interest: Audience) -> tuple[list[Entry], int]:
+        """Return the entries for such a client from `start` on, and the sequence up to which these are all, or `end`.
+
+        With a smaller `end` they are those before `start`, newest first, down to `end`.
+        """
+        found: list[Entry] = []
+        start, end = max(start, self.first_sequence), max(end, self.first_sequence)
+        step = 1 if start <= end else -1
+        first, last = sorted((start - self.first_sequence, end - self.first_sequence))
+        size, reached = 0, start
+        for index in islice(range(first, last)[::step], SCANNED_ENTRIES):
+            entry = self._entries[index]
+            if entry.audience is None or entry.audience.meets(interest):
+                size += len(entry.frame)
+                if len(found) == PAGE_ENTRIES or (found and size > PAGE_BYTES):
+                    break
+                found.append(entry)
+            reached += step
+        return found, reached
+
     def expired(self, now: float, limit: int) -> int:
         """Return the sequence up to which the bounds ask to trim, at most `limit`."""
-        drop, replayed, size = 0, self._replayed, self.size
-        last = min(limit - self.first_sequence, len(self._entries))
-        while drop < last:
-            entry = self._entries[drop]
-            within = replayed <= self.max_entries and size <= self.max_bytes and now - entry.at <= self.max_age
-            if within:
+        count = len(self._entries) - (self._within - self.first_sequence)
+        for entry in islice(self.since(self._within), EXPIRED_AT_ONCE):
+            fits = (
+                self._within_replayed <= self.max_entries
+                and self._within_bytes <= self.max_bytes
+                and now - entry.at <= self.max_age
+                and self._within_bytes + ENTRY_BYTES * count <= self.max_memory
+            )
+            if fits:
                 break
-            replayed -= entry.replayed
-            size -= entry.size
-            drop += 1
-        return self.first_sequence + drop
+            self._within_replayed -= entry.replayed
+            self._within_bytes -= entry.size
+            self._within += 1
+            count -= 1
+        return min(self._within, max(limit, self.first_sequence))
 
     def trim(self, sequence: int) -> None:
         """Forget the entries before `sequence`. The farewell goes only with the entry that follows it."""
@@ -293,8 +366,11 @@ class Log:
         self.first_sequence = sequence
         self._position_before = gone[-1].id
         self.size -= sum(entry.size for entry in gone)
-        self._replayed -= sum(entry.replayed for entry in gone)
-        turns = bisect_left(self._broadcasts, sequence, key=attrgetter("sequence"))
+        for entry in gone[max(0, self._within - gone[0].sequence) :]:
+            self._within_replayed -= entry.replayed
+            self._within_bytes -= entry.size
+        self._within = max(self._within, sequence)
+        turns = self.turn_of(sequence) - self._first_turn
         del self._broadcasts[:turns]
         self._first_turn += turns
         self._batches.clear()

@@ -11,7 +11,7 @@ import hashlib
 import sys
 from collections.abc import Set
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -47,7 +47,7 @@ from guard_identity import Identity, Right
 from hub import Hub, HubState
 from people import people_route_table
 from query import HISTORY_LIMIT, PARAMETERS, QUERY_KEY, STATUS_LIMIT, Query
-from schemas import SUBPROTOCOL, TRY_AGAIN_LATER, encode, timestamp
+from schemas import MAX_SHOWN, SUBPROTOCOL, TRY_AGAIN_LATER, Order, encode, timestamp
 from slices import in_slices
 from store import Appended, Once
 
@@ -270,9 +270,13 @@ def _newcomer(hub: Hub, scope: Scope, query: Query, since: str | None, identity:
 async def notifications(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.History]:
     """Return the history: the notifications that a client with these parameters would be replayed."""
     query: Query = request.scope[QUERY_KEY]
-    limit = query.limit(HISTORY_LIMIT)
-    user = query.get("user") or ""
-    return answer(await hub.history(query.since(), limit, query.topics(), query.get("client_id") or None, user))
+    limit, order = query.limit(HISTORY_LIMIT), query.get("order", "asc")
+    if order not in get_args(Order):
+        raise InvalidRequest(f"order: expected asc or desc, got {order[:MAX_SHOWN]!r}")
+    client_id, user, before = query.get("client_id") or None, query.get("user") or "", query.get("before")
+    is_descending = order == "desc"
+    found = await hub.history(query.since(), limit, query.topics(), client_id, user, before, newest_first=is_descending)
+    return answer(found)
 
 
 async def metrics(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.Metrics]:

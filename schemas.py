@@ -83,6 +83,8 @@ Time = Annotated[str, _form(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$", "2026-0
 ToldClientId = Annotated[str, _form(_CLIENT_ID, "client_5f0c9a1be2d34876")]
 ToldUser = Annotated[str, _form(_USER, "alice")]
 ToldTopic = Annotated[str, _form(_TOPIC, "builds")]
+# The order of GET /notifications by id: oldest first, or newest first.
+Order = Literal["asc", "desc"]
 Cursor = Annotated[str, _form("^[A-Za-z0-9_-]+$", "Y2xpZW50XzVmMGM5YTFiZTJkMzQ4NzY")]
 Version = Annotated[str, Meta(examples=[VERSION])]
 UserAgent = Annotated[str, Meta(examples=["Mozilla/5.0"])]
@@ -659,10 +661,10 @@ def check_topic_count(topics: Collection[str]) -> None:
         raise InvalidRequest(f"topics: at most {MAX_TOPICS} a client, and this would make {len(topics)}")
 
 
-def position_of(parameter: str) -> str:
+def position_of(parameter: str, name: str = "since") -> str:
     """Read `?since=ID`; empty is now. Raises InvalidRequest unless the form is that of an id."""
     if parameter and not _POSITION.match(parameter.lower()):
-        raise InvalidRequest("Invalid since")
+        raise InvalidRequest(f"Invalid {name}")
     return parameter.lower()
 
 

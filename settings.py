@@ -134,6 +134,13 @@ class Settings(Struct, frozen=True, kw_only=True):
         Meta(ge=LEAST_SECONDS, le=31_536_000, description="seconds for which a notification is kept, at most"),
     ] = 300
     history_bytes: Annotated[Positive, Meta(description="bytes of notifications kept, at most")] = 67_108_864
+    cache_bytes: Annotated[
+        Positive,
+        Meta(
+            description="memory for the newest of them in each process on a shared store, in bytes; the store has the "
+            "rest"
+        ),
+    ] = 67_108_864
     max_message_size: Annotated[
         Positive, Meta(description="bytes of a request body or a message, at most, in both directions")
     ] = 65_536

@@ -1,7 +1,8 @@
 """The seam between a Hub and its store: one log and one registry, shared by any number of processes.
 
-Owns that seam, the values that cross it, the ids, and the store in memory, for a single process. The shared stores are
-store_sqlite.py and store_redis.py. Knows ids, payloads and audiences; no socket and no frame.
+A process has the newest end of the log in memory; a shared store has all of it, as a StoredLog. Owns that seam, the
+values that cross it, the ids, and the store in memory, for a single process. The shared stores are store_sqlite.py and
+store_redis.py. Knows ids, payloads and audiences; no socket and no frame.
 
 1. The store gives the ids. They increase strictly over all processes, even when a clock is put back.
 2. Every process is delivered every record once, its own included, in the one order of the log. Before a coroutine
@@ -17,10 +18,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
+from buckets import SECOND, Buckets, Draw, Rate
 from errors import ConnectionRefused, KeyReused, TooManyClients, TooManyConnections
 from log import Audience
 from positions import Positions
@@ -59,8 +61,30 @@ class Node(Protocol):
         """Return the number of this process's clients that such a notification is addressed to; None: all of them."""
 
 
+class StoredLog(Protocol):
+    """The whole log, to be read in pages. The coroutines may raise StoreUnavailable; no call depends on its length."""
+
+    @property
+    def before(self) -> str:
+        """Return the id before the first record, as last known: the records up to it are gone."""
+
+    async def reach(self, since: str | None, interest: Audience, until: str) -> Reach:
+        """Return where a reader since this id begins, and the number of notifications for it up to another id.
+
+        That is after `since` if the log gave that id and has everything after it, else where the history begins by its
+        bounds. `since` None asks for the whole history, and is complete if nothing has left the log since the start.
+        """
+
+    async def read(self, interest: Audience, after: str, until: str, *, newest_first: bool = False) -> Found:
+        """Return records for everyone or for these names, after one id and up to another: as many as fit in a page."""
+
+
 class Store(Protocol):
     """One log and one registry. Every coroutine may raise StoreUnavailable."""
+
+    @property
+    def log(self) -> StoredLog | None:
+        """Return the log beyond the memory of this process; None where the memory has all of it."""
 
     # This process's name in the store; another one after each open().
     node_id: str
@@ -144,6 +168,28 @@ class Record(NamedTuple):
     at: float
 
 
+class Reach(NamedTuple):
+    """The position at which a reader begins, whether that is proven to be complete, and its replay.
+
+    The replay has so many notifications. Of the names that the reader asked for, some may be left out of `interest`:
+    the replay, which goes up to `until`, has nothing for them alone.
+    """
+
+    position: str
+    complete: bool
+    replayed: int
+    interest: Audience
+    until: str
+
+
+class Found(NamedTuple):
+    """A page of records, the id up to which these are all, and the id before the first record of the log."""
+
+    records: list[Record]
+    until: str
+    before: str
+
+
 class Once(NamedTuple):
     """An Idempotency-Key, and a fingerprint of its request."""
 
@@ -167,7 +213,10 @@ class Appended(NamedTuple):
 
 
 class Opening(NamedTuple):
-    """The log as a process finds it, the id before its first record, and the start of the server: when and how old."""
+    """The newest end of the log as a process finds it, and the start of the server: when and how old.
+
+    `before` is the id before the first of the records. These fit in cache_bytes.
+    """
 
     before: str
     records: list[Record]
@@ -261,6 +310,7 @@ class MemoryStore:
 
     node_id = ""
     failure: str | None = None
+    log = None
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
@@ -389,6 +439,9 @@ class MemoryStore:
 # --- idempotency
 
 
+FORGOTTEN_AT_ONCE = 1000
+
+
 class _Kept(NamedTuple):
     fingerprint: bytes
     appended: Appended
@@ -396,32 +449,39 @@ class _Kept(NamedTuple):
 
 
 class IdempotencyKeys:
-    """Appends by their key, oldest first: at most `max_receipts` receipts, each for at most `max_age` seconds."""
+    """Appends by their key, oldest first: at most `max_receipts` receipts, each for at most `max_age` seconds.
+
+    Each call forgets a few of those beyond the bounds.
+    """
 
     def __init__(self, max_receipts: int, max_age: float) -> None:
         self._max_receipts = max_receipts
         self._max_age = max_age
-        self._kept: dict[str, _Kept] = {}
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._receipts = 0
 
     def find(self, once: Once, now: float) -> Appended | None:
         """Return the append of an earlier request with the key. Raises KeyReused if that request was another."""
-        while self._kept and now - next(iter(self._kept.values())).at > self._max_age:
+        for _ in range(FORGOTTEN_AT_ONCE):
+            if not self._kept or now - next(iter(self._kept.values())).at <= self._max_age:
+                break
             self._forget_oldest()
-        if (known := self._kept.get(once.key)) is None:
+        if (known := self._kept.get(once.key)) is None or now - known.at > self._max_age:
             return None
         check_reuse(once, known.fingerprint)
         return known.appended._replace(repeated=True)
 
     def keep(self, once: Once, appended: Appended, now: float) -> None:
         """Remember an append that find() did not know. The newest is kept even if it exceeds the limit alone."""
+        if (expired := self._kept.pop(once.key, None)) is not None:
+            self._receipts -= len(expired.appended.receipts)
         self._kept[once.key] = _Kept(once.fingerprint, appended, now)
         self._receipts += len(appended.receipts)
         while self._receipts > self._max_receipts and len(self._kept) > 1:
             self._forget_oldest()
 
     def _forget_oldest(self) -> None:
-        oldest = self._kept.pop(next(iter(self._kept)))
+        _, oldest = self._kept.popitem(last=False)
         self._receipts -= len(oldest.appended.receipts)
 
 
@@ -429,66 +489,3 @@ def check_reuse(once: Once, fingerprint: bytes) -> None:
     """Raise KeyReused unless the fingerprint is that of the request."""
     if once.fingerprint != fingerprint:
         raise KeyReused("Idempotency-Key: already used for another request")
-
-
-# --- token buckets. A bucket is one integer: the microsecond at which it is full again.
-
-SECOND = 1_000_000
-
-
-class Rate:
-    """Requests a second, and how many at once from a full bucket.
-
-    `cost` is the microseconds that refill one request, `depth` those that fill an empty bucket.
-    """
-
-    __slots__ = ("burst", "cost", "depth", "per_second")
-
-    def __init__(self, per_second: int, burst: int) -> None:
-        self.per_second = per_second
-        self.burst = burst
-        self.cost = SECOND // per_second
-        self.depth = burst * self.cost
-
-
-class Draw(NamedTuple):
-    """Whether a request was let through, and the microseconds until its bucket is full."""
-
-    allowed: bool
-    until_full: int
-
-
-def draw(full_at: int, now: int, rate: Rate) -> Draw:
-    """Take one request out of the bucket that is full at `full_at`."""
-    # After the clock was put back the bucket is empty, and no worse.
-    left = min(max(full_at - now, 0), rate.depth)
-    return Draw(True, left + rate.cost) if left + rate.cost <= rate.depth else Draw(False, left)
-
-
-class Buckets:
-    """The buckets of one process, by name. A full bucket is forgotten within a second."""
-
-    def __init__(self) -> None:
-        self._full_at: dict[str, int] = {}
-        self._swept = 0
-
-    def draw(self, name: str, rate: Rate, now: int) -> Draw:
-        drawn = draw(self._full_at.get(name, 0), now, rate)
-        self.put(name, drawn, now)
-        return drawn
-
-    def put(self, name: str, drawn: Draw, now: int) -> None:
-        """Set a bucket to the result of a draw elsewhere."""
-        # Sweeping bounds the buckets by the requests of the last seconds.
-        if now - self._swept > SECOND:
-            self._swept = now
-            self._full_at = {name: at for name, at in self._full_at.items() if at > now}
-        self._full_at[name] = now + drawn.until_full
-
-    def refusal(self, name: str, rate: Rate, now: int) -> Draw | None:
-        """Return a refusal if the bucket is known to hold no whole request."""
-        drawn = draw(self._full_at.get(name, 0), now, rate)
-        return None if drawn.allowed else drawn
-
-    def __len__(self) -> int:
-        return len(self._full_at)

@@ -38,23 +38,10 @@ from redis import exceptions
 from redis.asyncio.connection import AbstractConnection
 
 import store_redis_records as packing
+from buckets import Draw, Rate
 from errors import KeyReused, StoreUnavailable
 from settings import Settings
-from store import (
-    LEASE_SECONDS,
-    Appended,
-    Census,
-    Draft,
-    Draw,
-    Node,
-    Once,
-    Opening,
-    Rate,
-    Record,
-    Registration,
-    Report,
-    limits_of,
-)
+from store import LEASE_SECONDS, Appended, Census, Draft, Node, Once, Opening, Record, Registration, Report, limits_of
 from store_redis_link import Argument, RedisLink, send
 
 logger = logging.getLogger("notifyd")
@@ -84,6 +71,7 @@ class RedisStore:
     """One process's side of a log and a registry in Redis."""
 
     append_at_once = None
+    log = None
 
     def __init__(self, settings: Settings, url: str) -> None:
         """Raises SettingsError if the URL is none."""

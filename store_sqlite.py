@@ -30,10 +30,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from buckets import Draw, Rate
 from errors import ConnectionRefused, KeyReused, StoreUnavailable
 from settings import Settings, SettingsError, number
-from store import Appended, Census, ClientIdTaken, Draft, Draw, Node, Once, Rate, Registration, Report
+from store import Appended, Census, ClientIdTaken, Draft, Node, Once, Registration, Report
 from store_sqlite_file import File, away, failure_of
+from store_sqlite_log import SqliteLog
+from store_sqlite_state import newest_end
 from store_sqlite_transaction import Operation, Outcome, Progress, Transaction
 
 logger = logging.getLogger("notifyd")
@@ -64,6 +67,7 @@ class SqliteStore:
         self.failure: str | None = CLOSED
         self._timeout = settings.store_timeout
         self._database = Database(settings, path)
+        self.log = SqliteLog(settings, self._database.file, self._database.progress)
         # The newest id that was delivered to the node; empty before the opening.
         self._delivered = ""
         self._keeper: asyncio.Task[None] | None = None
@@ -108,6 +112,7 @@ class SqliteStore:
             self._enqueue(None)
             self._detach()
             self._bell.close()
+            self.log.close()
 
     def _detach(self) -> None:
         """Give later operations a queue that no thread reads."""
@@ -280,9 +285,9 @@ class Database:
 
     def __init__(self, settings: Settings, path: str) -> None:
         self._settings = settings
-        self._file = File(path, settings.store_timeout)
+        self.file = File(path, settings.store_timeout)
         self._in_use = threading.Lock()
-        self._progress = Progress()
+        self.progress = Progress()
 
     @contextlib.contextmanager
     def used_by(self, node_id: str, delivered: str) -> Iterator[Database]:
@@ -292,27 +297,27 @@ class Database:
         """
         with self._in_use:
             self._node_id, self._has_tried = node_id, False
-            self._progress.newest, self._progress.sequence = delivered, -1
+            self.progress.newest, self.progress.sequence = delivered, -1
             try:
                 yield self
             finally:
-                self._file.close()
+                self.file.close()
 
     def wait(self, loop_socket: socket.socket) -> None:
         """Sleep until the event loop or another node wakes the thread."""
-        self._file.wait(loop_socket)
+        self.file.wait(loop_socket)
 
     def look(self) -> Outcome:
         """Read new records and mail, without the lock."""
         outcome = Outcome()
-        if self._file.is_open and self._progress.newest:
+        if self.file.is_open and self.progress.newest:
             try:
-                self._file.run("BEGIN")
+                self.file.run("BEGIN")
                 transaction = self._transaction()
                 transaction.read(outcome)
-                self._file.run("COMMIT")
+                self.file.run("COMMIT")
                 transaction.save_progress()
-                self._progress.has_mail = self._progress.has_mail or bool(outcome.mail)
+                self.progress.has_mail = self.progress.has_mail or bool(outcome.mail)
             except Exception as error:
                 outcome = Outcome(failure=self._failure(error))
         return outcome
@@ -321,7 +326,7 @@ class Database:
         """Run all operations in one transaction, and answer those with a future. After an error none has been done."""
         outcome = Outcome()
         try:
-            self._file.begin()
+            self.file.begin()
             transaction = self._transaction()
             transaction.begin(outcome)
             for operation in operations:
@@ -332,7 +337,12 @@ class Database:
                         answer = refusal
                     outcome.answers.append((operation, answer))
             transaction.finish(len(operations))
-            self._file.commit()
+            self.file.commit()
+            if (opening := outcome.opening) is not None:
+                self.file.run("BEGIN")
+                before, records = newest_end(self.file.run, self._settings, opening.before)
+                self.file.run("COMMIT")
+                outcome.opening = opening._replace(before=before, records=records)
         except Exception as error:
             failure = self._failure(error)
             waiting = [operation for operation in operations if operation.future is not None]
@@ -344,20 +354,20 @@ class Database:
             return outcome
         outcome.records += transaction.appended
         transaction.save_progress()
-        progress, self._has_tried = self._progress, True
+        progress, self._has_tried = self.progress, True
         progress.has_mail = False
         # Not after a mere read: a node that was removed is in the sums of the start that it last took part in.
         progress.started, progress.counted = transaction.state.started, transaction.node.report
-        self._file.wake(transaction.to_wake)
+        self.file.wake(transaction.to_wake)
         return outcome
 
     def _transaction(self) -> Transaction:
-        return Transaction(self._file, self._settings, self._node_id, self._progress)
+        return Transaction(self.file, self._settings, self._node_id, self.progress)
 
     def _failure(self, error: Exception) -> StoreUnavailable | SettingsError:
         """Roll back, and return the error for the callers: on the first attempt a wrong path is a wrong setting."""
         is_first, self._has_tried = not self._has_tried, True
-        self._file.roll_back()
+        self.file.roll_back()
         if isinstance(error, StoreUnavailable):
             return error
         if isinstance(error, SettingsError):
@@ -367,7 +377,7 @@ class Database:
             return away("internal error")
         reason, is_wrong_path = failure_of(error)
         if is_first and is_wrong_path:
-            return SettingsError(f"store: cannot use {self._file.path}: {reason}")
+            return SettingsError(f"store: cannot use {self.file.path}: {reason}")
         return away(reason)
 
 

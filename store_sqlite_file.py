@@ -35,15 +35,20 @@ MAX_WAL_PAGES = 16_000
 # The longest path that a socket is bound to, in bytes: the limit in unix(7), and of other systems.
 MAX_SOCKET_PATH = 100
 
-SCHEMA_VERSION = 1
-# replayed_before and bytes_before are the sums over all earlier records, so that trimming finds the first record to
-# keep without reading the others; receipts_total is the sum over the keys up to and including this one.
+SCHEMA_VERSION = 2
+# replayed_before, everyone_before and bytes_before are the sums over all earlier records: of those that are replayed,
+# of those of them that are for everyone, and of their sizes. So the bounds and the length of a replay are found without
+# reading the log. `addressed` has the other records under each name of their audience, and log_everyone those for
+# everyone. receipts_total is the sum over the keys up to and including this one.
 SCHEMA = """
 CREATE TABLE state (json BLOB NOT NULL);
 CREATE TABLE log (
     sequence INTEGER PRIMARY KEY, id TEXT NOT NULL, replayed INTEGER NOT NULL, at REAL NOT NULL,
-    replayed_before INTEGER NOT NULL, bytes_before INTEGER NOT NULL, audience BLOB, rest BLOB NOT NULL
+    replayed_before INTEGER NOT NULL, everyone_before INTEGER NOT NULL, bytes_before INTEGER NOT NULL,
+    audience BLOB, rest BLOB NOT NULL
 );
+CREATE INDEX log_everyone ON log (sequence) WHERE audience IS NULL;
+CREATE TABLE addressed (name TEXT NOT NULL, sequence INTEGER NOT NULL, PRIMARY KEY (name, sequence)) WITHOUT ROWID;
 CREATE TABLE once (
     number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, fingerprint BLOB NOT NULL, receipts BLOB NOT NULL,
     at REAL NOT NULL, receipts_total INTEGER NOT NULL
@@ -51,7 +56,22 @@ CREATE TABLE once (
 CREATE TABLE client (id TEXT PRIMARY KEY, node TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE mail (number INTEGER PRIMARY KEY, node TEXT NOT NULL, sender TEXT NOT NULL, message BLOB NOT NULL);
 """
-# Tables that an older file of this version lacks. A bucket is full at `full_at` microseconds of CLOCK_MONOTONIC. A
+# From a file of version 1, whose log had no index.
+UPGRADE = """
+ALTER TABLE log ADD COLUMN everyone_before INTEGER NOT NULL DEFAULT 0;
+UPDATE log SET everyone_before = earlier.number FROM (
+    SELECT sequence, coalesce(sum(audience IS NULL AND replayed) OVER (
+        ORDER BY sequence ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS number FROM log
+) AS earlier WHERE log.sequence = earlier.sequence;
+UPDATE state SET json = json_set(CAST(json AS TEXT), '$.everyone',
+    (SELECT count(*) FROM log WHERE audience IS NULL AND replayed));
+CREATE INDEX log_everyone ON log (sequence) WHERE audience IS NULL;
+CREATE TABLE addressed (name TEXT NOT NULL, sequence INTEGER NOT NULL, PRIMARY KEY (name, sequence)) WITHOUT ROWID;
+INSERT OR IGNORE INTO addressed SELECT 'c:' || value, sequence FROM log, json_each(CAST(audience AS TEXT), '$[0]');
+INSERT OR IGNORE INTO addressed SELECT 't:' || value, sequence FROM log, json_each(CAST(audience AS TEXT), '$[1]');
+INSERT OR IGNORE INTO addressed SELECT 'u:' || value, sequence FROM log, json_each(CAST(audience AS TEXT), '$[2]');
+"""
+# Tables that an older file lacks. A bucket is full at `full_at` microseconds of CLOCK_MONOTONIC. A
 # client is a `member` of groups: its topics, its user and, where addresses are limited, its address.
 ADDED_TABLES = (
     "CREATE TABLE IF NOT EXISTS bucket (name TEXT PRIMARY KEY, full_at INTEGER NOT NULL) WITHOUT ROWID",
@@ -106,14 +126,18 @@ class File:
 
         Raises SettingsError where the file is no store, and StoreUnavailable where it was replaced.
         """
-        if self._identity not in ("", _identity(self.path)):
-            raise away("the file was replaced; restart")
+        self.check_identity()
         if not self._is_sound:
             self._disconnect()
             self._connect()
             self._is_sound = True
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.run("BEGIN IMMEDIATE")
+
+    def check_identity(self) -> None:
+        """Raise StoreUnavailable where the path leads to another file than before."""
+        if self._identity not in ("", _identity(self.path)):
+            raise away("the file was replaced; restart")
 
     def commit(self) -> None:
         self.run("COMMIT")
@@ -160,8 +184,9 @@ class File:
         # Otherwise some COMMIT runs the checkpoint, and every process waits for its two fsyncs.
         self.run("PRAGMA wal_autocheckpoint = 0")
         self.run("PRAGMA foreign_keys = ON")
-        if version == 0:
-            self._db.executescript(f"BEGIN; {SCHEMA}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT")
+        if version < SCHEMA_VERSION:
+            changes = UPGRADE if version else SCHEMA
+            self._db.executescript(f"BEGIN; {changes}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT")
         for statement in ADDED_TABLES:
             self.run(statement)
 

@@ -20,34 +20,32 @@ from operator import sub
 from typing import Any, NamedTuple
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import Struct
 
+from buckets import SECOND, Draw, Rate, draw
 from errors import ConnectionRefused, StoreUnavailable
 from log import Audience
 from positions import Positions
 from settings import Settings, SettingsError
 from store import (
     LEASE_SECONDS,
-    SECOND,
     USER,
     Appended,
     Census,
     ClientIdTaken,
     Draft,
-    Draw,
     Once,
     Opening,
-    Rate,
     Receipt,
     Record,
     Registration,
     Report,
     check_reuse,
-    draw,
     groups_of,
     limits_of,
 )
 from store_sqlite_file import CHECKPOINT_PAGES, PAGE_BYTES, File
+from store_sqlite_state import NodeState, front_of, last_up_to, record_of, state_of, total_of
 
 TRIM_SECONDS = 1.0
 REVOCATIONS_AT_ONCE = 5000
@@ -56,54 +54,14 @@ MAX_MAIL = 10_000
 # The longest time until a bucket is full, in microseconds.
 LONGEST_BUCKET = 3600 * SECOND
 
+# Records, keys and names of audiences that one transaction removes: a few milliseconds each.
+TRIMMED_AT_ONCE, NAMES_AT_ONCE = 1000, 5000
+
 APPEND = (
-    "INSERT INTO log (sequence, replayed_before, bytes_before, id, rest, audience, replayed, at)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+    "INSERT INTO log (sequence, replayed_before, everyone_before, bytes_before, id, rest, audience, replayed, at)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
-RECORDS = "SELECT sequence, id, rest, audience, replayed, at FROM log WHERE sequence > ? ORDER BY sequence"
-
-
-class NodeState(Struct):
-    """A node: its lease on CLOCK_MONOTONIC, and the last sequence that it has read."""
-
-    renewed: float
-    read: int
-    clients: int = 0
-    report: Report = Report(0, 0)
-
-
-class State(Struct):
-    """The row that every transaction changes. `started` is on CLOCK_MONOTONIC, `started_at` in seconds since the epoch.
-
-    `replayed`, `bytes` and `receipts` are sums over everything ever kept, the `dropped` fields over the part trimmed.
-    """
-
-    last: str
-    before: str
-    sequence: int = 0
-    replayed: int = 0
-    replayed_dropped: int = 0
-    bytes: int = 0
-    bytes_dropped: int = 0
-    receipts: int = 0
-    mail: int = 0
-    unsaved_pages: int = 0
-    started: float = 0.0
-    started_at: float = 0.0
-    total: int = 0
-    notifications_sent: int = 0
-    # Counted by nodes that are gone.
-    report: Report = Report(0, 0)
-    leader: str = ""
-    led: float = 0.0
-    counter: int = 0
-    nodes: dict[str, NodeState] = field(default_factory=dict)
-
-    def active(self) -> int:
-        return sum(node.clients for node in self.nodes.values())
-
-    def counted(self) -> Report:
-        return _sum([self.report, *(node.report for node in self.nodes.values())])
+RECORDS = "SELECT id, rest, audience, replayed, at FROM log WHERE sequence > ? ORDER BY sequence"
 
 
 class Operation(NamedTuple):
@@ -134,6 +92,8 @@ class Progress(Struct):
     # The newest record read: its id, empty before the opening, and its sequence, -1 where only the id is known.
     newest: str = ""
     sequence: int = -1
+    # The id before the first record of the log.
+    before: str = ""
     # The number of the newest message read, and whether messages that were read are still in the file.
     mail: int = 0
     has_mail: bool = False
@@ -155,10 +115,11 @@ class Transaction:
         self._settings = settings
         self._node_id = node_id
         self._progress = progress
-        self.state = _load(file)
+        self.state = state_of(file.run)
         self._now, self._wall = time.monotonic(), time.time()
         self._bytes = self.state.bytes
         self._rows: list[tuple[Any, ...]] = []
+        self._addressed: list[tuple[str, int]] = []
         self._is_to_restore, self._trimmed_at = progress.is_to_restore, progress.trimmed_at
         # Records to deliver and nodes to wake after the commit.
         self.appended: list[Record] = []
@@ -170,12 +131,11 @@ class Transaction:
         """Put the records and messages that are new to this process into the outcome."""
         state, sequence = self.state, self._progress.sequence
         if sequence < 0:
-            found = self._run("SELECT coalesce(max(sequence), 0) FROM log WHERE id <= ?", (self._progress.newest,))
-            (sequence,) = found.fetchone()
+            sequence = last_up_to(self._progress.newest, self._run, state)
         if state.last > self._progress.newest and state.sequence > sequence:
             rows = self._run(RECORDS, (sequence,)).fetchall()
             outcome.missed = state.before if state.before > self._progress.newest else ""
-            outcome.records = [_record(row) for row in rows]
+            outcome.records = list(map(record_of, rows))
         if state.mail > self._progress.mail:
             sql = "SELECT sender, message FROM mail WHERE node = ? AND number > ? ORDER BY number"
             outcome.mail = self._run(sql, (self._node_id, self._progress.mail)).fetchall()
@@ -189,7 +149,7 @@ class Transaction:
                 self._remove_node(node_id)
         if self._progress.newest:
             self.read(outcome)
-        if self._node_id not in state.nodes:
+        if self._node_id not in state.nodes or not self._progress.newest:
             self._add_node(outcome)
         # Kept here for a node that leaves in this transaction.
         self.node = state.nodes[self._node_id]
@@ -202,8 +162,9 @@ class Transaction:
         """Write the rows and the state, so that the transaction can be committed; trim and checkpoint where due."""
         state, settings = self.state, self._settings
         self._file.run_many(APPEND, self._rows)
+        self._file.run_many("INSERT INTO addressed VALUES (?, ?)", self._addressed)
         self.node.read = state.sequence
-        excess = max(settings.history_size // 10, 100)
+        excess = max(min(settings.history_size // 10, TRIMMED_AT_ONCE), 100)
         if (
             self._now - self._trimmed_at > TRIM_SECONDS
             or state.replayed - state.replayed_dropped > settings.history_size + excess
@@ -220,6 +181,7 @@ class Transaction:
         """Note how far the process has got, after the commit."""
         progress, state = self._progress, self.state
         progress.newest, progress.sequence, progress.mail = state.last, state.sequence, state.mail
+        progress.before = state.before
         progress.is_to_restore, progress.trimmed_at = self._is_to_restore, self._trimmed_at
 
     # --- nodes
@@ -239,15 +201,14 @@ class Transaction:
         if progress.newest:
             outcome.evicted = self._is_to_restore = True
         else:
-            self._trim()
-            records = [_record(row) for row in self._run(RECORDS, (0,))]
-            outcome.opening = Opening(state.before, records, state.started_at, self._now - state.started)
+            # The records follow after the commit: the other processes do not wait for them.
+            outcome.opening = Opening(state.last, [], state.started_at, self._now - state.started)
 
     def _remove_node(self, node_id: str) -> None:
         """Remove a node with its clients; its report stays in the sums."""
         state = self.state
         gone = state.nodes.pop(node_id)
-        state.report = _sum([state.report, gone.report])
+        state.report = total_of([state.report, gone.report])
         if state.leader == node_id:
             state.leader = ""
         self._run("DELETE FROM client WHERE node = ?", (node_id,))
@@ -292,9 +253,11 @@ class Transaction:
             if record.audience is not None:
                 audience = msgspec.json.encode(record.audience)
                 size += sum(len(name) for names in record.audience for name in names)
-            counts = state.sequence, state.replayed, state.bytes
+                self._addressed += [(name, state.sequence) for name in record.audience.names()]
+            counts = state.sequence, state.replayed, state.everyone, state.bytes
             self._rows.append((*counts, record.id, record.rest, audience, record.replayed, at))
             state.replayed += record.replayed
+            state.everyone += record.replayed and audience is None
             state.bytes += size
         state.notifications_sent += len(drafts)
         if once is not None and drafts:
@@ -335,31 +298,44 @@ class Transaction:
         return int(found.fetchone()[0])
 
     def _trim(self) -> None:
-        """Delete the records, keys and buckets beyond the bounds, but no record that a living node has yet to read."""
+        """Delete some of the records, keys and buckets beyond the bounds, but none that a living node has yet to read.
+
+        If more are left, the next transaction goes on.
+        """
         state, settings, expired = self.state, self._settings, self._wall - self._settings.history_ttl
-        self._trimmed_at = self._now
         read = min(node.read for node in state.nodes.values()) if state.nodes else state.sequence
-        bounds = read, state.replayed - settings.history_size, state.bytes - settings.history_bytes, expired
-        front = self._run(
-            "SELECT sequence, replayed_before, bytes_before FROM log"
-            " WHERE sequence > ? OR (replayed_before >= ? AND bytes_before >= ? AND at >= ?) ORDER BY sequence LIMIT 1",
-            bounds,
-        ).fetchone()
-        if front is None:
-            front = state.sequence + 1, state.replayed, state.bytes
-        sequence, state.replayed_dropped, state.bytes_dropped = front
-        last = self._run("SELECT id FROM log WHERE sequence = ?", (sequence - 1,)).fetchone()
-        if last is not None:
-            (state.before,) = last
-            self._run("DELETE FROM log WHERE sequence < ?", (sequence,))
+        (first,) = self._run("SELECT min(sequence) FROM log").fetchone()
+        self._trimmed_at = self._now
+        if first is not None:
+            front = min(front_of(self._run, state, settings, self._wall), read + 1)
+            if front > first + TRIMMED_AT_ONCE:
+                front, self._trimmed_at = first + TRIMMED_AT_ONCE, 0.0
+            self._delete(first, front)
         self._run(
-            "DELETE FROM once WHERE number < (SELECT coalesce(min(number), 9e18) FROM"
-            " (SELECT number FROM once WHERE receipts_total > ? AND at >= ? ORDER BY number LIMIT 1))",
-            (state.receipts - settings.history_size, expired),
+            "DELETE FROM once WHERE number < (SELECT min(number) FROM once) + ? AND (receipts_total <= ? OR at < ?)",
+            (TRIMMED_AT_ONCE, state.receipts - settings.history_size, expired),
         )
         # A bucket from the future dates from before the last boot.
         now = int(self._now * SECOND)
         self._run("DELETE FROM bucket WHERE full_at NOT BETWEEN ? AND ?", (now, now + LONGEST_BUCKET))
+
+    def _delete(self, first: int, front: int) -> None:
+        """Delete the records before the one at `front`, or fewer if they have very many names."""
+        state, gone = self.state, list[tuple[str, int]]()
+        sql = "SELECT sequence, audience FROM log WHERE sequence < ? AND audience IS NOT NULL ORDER BY sequence"
+        for sequence, audience in self._run(sql, (front,)):
+            gone += [(name, sequence) for name in msgspec.json.decode(audience, type=Audience).names()]
+            if len(gone) > NAMES_AT_ONCE:
+                front = sequence + 1
+                break
+        if front <= first:
+            return
+        sql = "SELECT replayed_before, bytes_before FROM log WHERE sequence = ?"
+        kept = self._run(sql, (front,)).fetchone()
+        state.replayed_dropped, state.bytes_dropped = kept or (state.replayed, state.bytes)
+        (state.before,) = self._run("SELECT id FROM log WHERE sequence = ?", (front - 1,)).fetchone()
+        self._file.run_many("DELETE FROM addressed WHERE name = ? AND sequence = ?", gone)
+        self._run("DELETE FROM log WHERE sequence < ?", (front,))
 
     # --- the registry
 
@@ -463,21 +439,3 @@ class Transaction:
             self._run("INSERT INTO mail VALUES (?, ?, ?, ?)", (state.mail, node_id, self._node_id, message))
             self._run("DELETE FROM mail WHERE number <= ?", (state.mail - MAX_MAIL,))
             self.to_wake.add(node_id)
-
-
-def _load(file: File) -> State:
-    row = file.run("SELECT json FROM state").fetchone()
-    if row is not None:
-        return msgspec.json.decode(row[0], type=State)
-    first = Positions().next()
-    return State(last=first, before=first)
-
-
-def _record(row: tuple[Any, ...]) -> Record:
-    _, id, rest, audience, replayed, at = row
-    audience = audience and msgspec.json.decode(audience, type=Audience)
-    return Record(id, rest, audience, bool(replayed), at)
-
-
-def _sum(reports: Iterable[Report]) -> Report:
-    return Report(*map(sum, zip(*reports, strict=True)))

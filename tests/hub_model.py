@@ -24,14 +24,16 @@ from virtual import FakeConnection, VirtualLoop
 
 import fanout as fanout_module
 import log as log_module
+import readers as readers_module
+import replay as replay_module
 from admission import Newcomer
 from connection import ConnectionState, Receiver
 from errors import ConnectionRefused, DuplicateClient, NotifydError, ShuttingDown, TooManyClients
 from hub import Hub
-from log import payloads
+from log import Audience, payloads
 from schemas import NotifyRequest
 from settings import Settings
-from store import Appended, Draft, MemoryStore, Once, Receipt, Record, Registration
+from store import Appended, Draft, Found, MemoryStore, Once, Reach, Receipt, Record, Registration
 
 logger = logging.getLogger("notifyd")
 
@@ -317,6 +319,9 @@ class Model:
         lacks_entries = backlog and backlog[0] in ids and backlog[1:] != [SHUTDOWN]
         position = ids[ids.index(backlog[0]) - 1] if lacks_entries else self.position
         promised = {"position": position, "replayed": len(replay), "complete": complete}
+        if readers_module.NEAR_ENTRIES < 1000 and resume["position"] < position:
+            # A reader resumes from its place, and between that and its backlog may be notifications for others.
+            promised["position"] = position = resume["position"]
         self.fault_unless(resume == promised, f"{resume} instead of {promised}")
         session.position, session.has_resumed = max(position, session.position), True
         del session.owed[len(session.received) :]
@@ -456,9 +461,21 @@ class HubMachine(RuleBasedStateMachine):
     @initialize(
         crowd=st.dictionaries(names, st.tuples(users, topic_sets, kinds), min_size=2, max_size=4),
         batch_bytes=st.sampled_from([1, 500]),
+        near_entries=st.sampled_from([0, 2, 1000]),
+        page_entries=st.sampled_from([1, 3, 500]),
     )
-    def open(self, crowd: dict[str, tuple[str, frozenset[str], dict[str, Any]]], batch_bytes: int) -> None:
+    def open(
+        self,
+        crowd: dict[str, tuple[str, frozenset[str], dict[str, Any]]],
+        batch_bytes: int,
+        near_entries: int,
+        page_entries: int,
+    ) -> None:
         self.stack.enter_context(mock.patch.object(log_module, "BATCH_BYTES", batch_bytes))
+        # With few of them, clients read the log page by page.
+        self.stack.enter_context(mock.patch.object(log_module, "PAGE_ENTRIES", page_entries))
+        for module in (replay_module, readers_module):
+            self.stack.enter_context(mock.patch.object(module, "NEAR_ENTRIES", near_entries))
         for client_id, (user, topics, kind) in crowd.items():
             self.join(Session(self.model, client_id, user, topics, None, **kind))
 
@@ -539,6 +556,8 @@ class HubMachine(RuleBasedStateMachine):
             session.asked = (topics, since) if kind == "subscribe" and since is not None else None
             self.loop.call(session.say, json.dumps(message))
             self.loop.turn(1)
+            while session.asked is not None and self.model.sessions.get(session.client_id) is session:
+                self.loop.turn(1)  # The replay is counted page by page.
             if self.model.sessions.get(session.client_id) is not session:
                 return  # A slow consumer, closed before its turn.
             assert session.asked is None
@@ -691,6 +710,64 @@ class _Alarm(logging.Handler):
 # --- a Hub with a shared store
 
 
+class ListedLog:
+    """A StoredLog in a list: the contract in its plainest form."""
+
+    def __init__(self, origin: str, settings: Settings, lag: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self.before = origin
+        self.settings = settings
+        self.lag = lag
+        self.records: list[Record] = []
+        self.gone = 0
+
+    def trim(self, now: float) -> None:
+        """Let go of the records beyond the bounds."""
+        self.gone += self.front(now)
+        for record in self.records[: self.front(now)]:
+            self.before = record.id
+        del self.records[: self.front(now)]
+
+    def front(self, now: float) -> int:
+        """Return the index of the first record within the bounds."""
+        count = size = 0
+        for index in range(len(self.records) - 1, -1, -1):
+            record = self.records[index]
+            count += record.replayed
+            size += len(record.rest) + sum(len(name) for names in record.audience or () for name in names)
+            too_old = now - record.at > self.settings.history_ttl
+            if too_old or count > self.settings.history_size or size > self.settings.history_bytes:
+                return index + 1
+        return 0
+
+    def for_interest(self, interest: Audience, after: str, until: str) -> list[Record]:
+        def is_for(record: Record) -> bool:
+            return record.audience is None or record.audience.meets(interest)
+
+        return [one for one in self.records if after < one.id <= until and is_for(one)]
+
+    def reach_at(self, now: float, since: str | None, interest: Audience, until: str) -> Reach:
+        front = self.front(now)
+        ids = [self.before, *(record.id for record in self.records)]
+        place = ids.index(since) if since in ids else -1
+        complete = front == self.gone == 0 if since is None else place >= front
+        position = ids[place if since is not None and complete else front]
+        found = [one for one in self.for_interest(interest, position, until) if one.replayed]
+        return Reach(position, complete, len(found), interest, until)
+
+    async def reach(self, since: str | None, interest: Audience, until: str) -> Reach:
+        reach = self.reach_at(0.0, since, interest, until)
+        await self.lag()
+        return reach
+
+    async def read(self, interest: Audience, after: str, until: str, *, newest_first: bool = False) -> Found:
+        found = self.for_interest(interest, after, until)
+        page, before = found[-2:][::-1] if newest_first else found[:2], self.before
+        await self.lag()
+        if len(page) == len(found):
+            return Found(page, after if newest_first else until, before)
+        return Found(page, found[-3].id if newest_first else page[-1].id, before)
+
+
 class Registered(NamedTuple):
     """A client in the registry, and the ids of the notifications addressed to it since."""
 
@@ -707,6 +784,7 @@ class LaggingStore(MemoryStore):
     def __init__(self, settings: Settings, clock: Callable[[], float], chance: Random) -> None:
         super().__init__(settings, clock)
         self.chance = chance
+        self.log = ListedLog(self._newest, settings, self.lag)  # type: ignore[assignment]
         self.registered: dict[str, Registered] = {}
         self.tail: list[Record] = []
 
@@ -717,6 +795,8 @@ class LaggingStore(MemoryStore):
         """Append, as another process does."""
         records = [Record(self._positions.next(), *draft, 0.0) for draft in drafts]
         self._newest = records[-1].id
+        self.log.records += records
+        self.log.trim(0.0)
         receipts = []
         for record in records:
             audience = record.audience

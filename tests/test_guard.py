@@ -14,10 +14,10 @@ from expected import http_error, naming, parse
 from processes import Server, worker_count
 from websockets.exceptions import InvalidStatus
 
+from buckets import Buckets, Draw, Rate
 from errors import StoreUnavailable
 from guard import Guard
 from settings import Settings, SettingsError
-from store import Buckets, Draw, Rate
 
 
 class FakeStore:

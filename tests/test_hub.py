@@ -25,6 +25,8 @@ from virtual import FakeConnection, VirtualLoop
 
 import fanout as fanout_module
 import log as log_module
+import readers as readers_module
+import replay as replay_module
 import schemas
 import store as store_module
 from admission import Newcomer
@@ -32,7 +34,6 @@ from connection import ConnectionState
 from errors import DuplicateClient
 from hub import Hub
 from log import Audience
-from positions import Positions
 from schemas import NotifyRequest
 from settings import Settings
 from store import Draft, Once
@@ -60,11 +61,13 @@ AUDIENCES = [
 
 
 @settings(max_examples=int(os.environ.get("HUB_EXAMPLES", "100")), deadline=None)
-@given(seed=st.integers(0, 2**32), history_size=st.sampled_from([2, 1000]))
-def test_with_a_shared_store_each_client_gets_its_notifications(seed: int, history_size: int) -> None:
+@given(
+    seed=st.integers(0, 2**32), history_size=st.sampled_from([2, 1000]), cache_bytes=st.sampled_from([1, 2000, 10**8])
+)
+def test_with_a_shared_store_each_client_gets_its_notifications(seed: int, history_size: int, cache_bytes: int) -> None:
     """Each gets its own, however slowly the store answers and the log comes, and despite publishes elsewhere."""
     chance, loop = Random(seed), VirtualLoop()
-    quiet = Settings(notification_interval=0, ping_interval=0, history_size=history_size)
+    quiet = Settings(notification_interval=0, ping_interval=0, history_size=history_size, cache_bytes=cache_bytes)
     store = LaggingStore(quiet, loop.time, chance)
     hub = Hub(quiet, store, loop.time)
     met: list[tuple[FakeConnection, Registered]] = []
@@ -98,6 +101,64 @@ def test_with_a_shared_store_each_client_gets_its_notifications(seed: int, histo
             is_there = connection.state is ConnectionState.OPEN
             assert received == (registration.owed if is_there else registration.owed[: len(received)])
         loop.run_until_complete(hub.stop())
+    finally:
+        loop.close()
+
+
+@settings(max_examples=int(os.environ.get("HUB_EXAMPLES", "100")), deadline=None)
+@given(seed=st.integers(0, 2**32), cache_bytes=st.sampled_from([1, 3000]), near=st.sampled_from([0, 3]))
+def test_a_client_that_comes_and_goes_misses_nothing_of_a_log_larger_than_memory(
+    seed: int, cache_bytes: int, near: int
+) -> None:
+    """Whatever it reads from the store, from memory or live: each of its own once and in order, as was promised."""
+    chance, loop = Random(seed), VirtualLoop()
+    quiet = Settings(notification_interval=0, ping_interval=0, cache_bytes=cache_bytes)
+    store = LaggingStore(quiet, loop.time, chance)
+    hub = Hub(quiet, store, loop.time)
+    received: list[str] = []
+    began: list[str] = []
+
+    async def come_and_go() -> None:
+        position = ""
+        while True:
+            connection = FakeConnection(one_at_a_time=chance.random() < 0.5, room=chance.choice([1, 3, 9, 10**6]))
+            await hub.admit(connection, Newcomer("ann", position, ["red"]))
+            await asyncio.sleep(chance.choice([0.001, 0.1, 1]))
+            if connection.room < 1:
+                connection.read_on()
+                await asyncio.sleep(chance.choice([0.001, 0.5]))
+            _, resume, *rest = connection.messages
+            received.extend(message["id"] for message in rest)
+            assert resume["data"]["complete"]
+            began.append(resume["data"]["position"])
+            position = received[-1] if received else began[0]
+            connection.end()
+            await asyncio.sleep(chance.choice([0, 0.3]))
+
+    async def scenario() -> list[str]:
+        await hub.start()
+        coming = asyncio.ensure_future(come_and_go())
+        await asyncio.sleep(0.9)
+
+        for number in range(80):
+            rest = b',"type":"custom","data":{"message":"%d"}}' % number
+            audience = chance.choice([*AUDIENCES, Audience(frozenset(["bob"]), frozenset(["blue"]))])
+            store.add([Draft(rest, audience)] * chance.choice([1, 1, 5]))
+            await asyncio.sleep(chance.choice([0, 0, 0.001, 0.05]))
+        await asyncio.sleep(30)
+        assert not coming.done()
+        coming.cancel()
+        ann = Audience(frozenset(["ann"]), frozenset(["red"]))
+        return [one.id for one in store.log.for_interest(ann, began[0], "g")]
+
+    try:
+        with (
+            mock.patch.object(readers_module, "NEAR_ENTRIES", near),
+            mock.patch.object(replay_module, "NEAR_ENTRIES", near),
+        ):
+            expected = loop.run_until_complete(scenario())
+            assert received == expected
+            loop.run_until_complete(hub.stop())
     finally:
         loop.close()
 
@@ -402,10 +463,13 @@ def test_a_batch_lets_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_after_a_gap_in_the_log_no_resume_is_complete(loop: VirtualLoop) -> None:
     """A record that this process could not read is in no replay, and the resume is not called complete."""
-    hub = hub_on(loop)
+    quiet = Settings(notification_interval=0, ping_interval=0)
+    store = LaggingStore(quiet, loop.time, Random(1))
+    hub = Hub(quiet, store, loop.time)
     client = join(loop, hub, "ann")
     before = loop.run_until_complete(hub.notify("before"))
-    loop.call(lambda: hub.missed(Positions(before.id).next()))
+    store.log.records, store.log.before = [], store._positions.next()
+    loop.call(lambda: hub.missed(store.log.before))
     assert client.goodbye == (1013, "Notifications are missing; connect again and resume")
     after = loop.run_until_complete(hub.notify("after"))
     history = loop.run_until_complete(hub.history(before.id, 9, [], None))

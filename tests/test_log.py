@@ -319,8 +319,9 @@ def test_a_log_that_was_trimmed_to_nothing_goes_on() -> None:
 
 def replayed(log: Log, since: str | None, now: float = 0) -> tuple[list[str], bool]:
     """Return the ids of the entries for ann, with the topic blue, after this position, and whether that is complete."""
-    entries, complete = log.replay(since, "ann", "", ["blue"], now)
-    return [entry.id for entry in entries], complete
+    start, complete = log.reach(since, now)
+    entries, _ = log.page(start, log.next_sequence, Audience(frozenset({"ann"}), frozenset({"blue"})))
+    return [entry.id for entry in entries if entry.replayed], complete
 
 
 def test_a_replay_has_the_addressed_entries_after_the_position() -> None:

@@ -14,9 +14,9 @@ from expected import answered, http_error, limits, parse
 from processes import QUIET, Server, eventually, worker_count
 from websockets.exceptions import InvalidStatus
 
+from buckets import SECOND, Buckets, Rate, draw
 from guard import Proxies, subscriber
 from settings import Settings, SettingsError
-from store import SECOND, Buckets, Rate, draw
 
 HANDSHAKES, REQUESTS = (5, 10), (10, 20)
 ALICE, BOB = {"X-Forwarded-For": "203.0.113.1"}, {"X-Forwarded-For": "203.0.113.2"}

@@ -12,8 +12,9 @@ import pytest
 from members import SHORT_LEASE, Member, Process, audience, members, on_loop, registration
 from redis_server import RedisServer
 
+from buckets import SECOND, Rate
 from errors import ConnectionRefused, StoreUnavailable
-from store import SECOND, ClientIdTaken, Draft, Rate
+from store import ClientIdTaken, Draft
 
 RATE = Rate(1, 3)
 
