@@ -8,10 +8,12 @@ import socket
 from collections.abc import Callable, Iterator
 from signal import Signals
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
 from carriers import CARRIERS, QUIET, client_of, first_quick, granian, gunicorn, host, uvicorn
+from event_stream import closed, join
 from expected import (
     CLIENT_ID,
     COUNT,
@@ -106,6 +108,19 @@ def test_status_lists_the_clients(embedded: Server) -> None:
     assert embedded.read("/status")["connections"]["details"] == [
         {"client_id": "alice", "connected_at": TIME, "last_ping": TIME, "user_agent": "agent/1.0"}
     ]
+
+
+def test_a_user_in_a_path_is_one_segment(embedded: Server) -> None:
+    """The path comes as it was sent; a WebSocket and a stream are put out by it."""
+    for user in ("a/b", "a/topics", "..", "J\u00fcrgen %2F", "online"):
+        name = quote(user, safe="").replace(".", "%2E")
+        client, stream = embedded.join(query=f"user={name}"), join(embedded, f"user={name}")
+        assert embedded.read(f"/users/{name}") == {"user": user, "online": True, "clients": 2, "timestamp": TIME}
+        assert embedded.http.post(f"/users/{name}/topics", json={"subscribe": ["t"]}).json()["clients"] == 2
+        assert embedded.request("DELETE", f"/users/{name}", json={"reason": "Bye"}).json()["disconnected"] == 2
+        assert client.closed() == (1008, "Bye")
+        assert stream.rest()[-1] == closed(1008, "Bye", "disconnected")
+    assert embedded.get("/users/a/b").status_code == 404
 
 
 def test_errors_have_the_documented_body(embedded: Server) -> None:

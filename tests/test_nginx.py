@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -156,6 +157,17 @@ def test_a_request_goes_through(nginx: Nginx) -> None:
     response = nginx.http.post("/notify", json={"message": "x" * 8192})
     assert response.status_code == 200
     assert limits(response.headers)[:2] == (10, 19)
+
+
+def test_a_user_in_a_path_goes_through_as_it_was_sent(nginx: Nginx, backend: Server) -> None:
+    """With %2F and %2E, which nginx decodes to choose its own location."""
+    for user in ("a/b", "..", "a//b", "/"):
+        name = quote(user, safe="").replace(".", "%2E")
+        client = nginx.connect(backend, f"/ws?user={name}")
+        assert client.receive()["user"] == user
+        assert parse(nginx.http.get(f"/users/{name}").content)["user"] == user
+        assert nginx.http.request("DELETE", f"/users/{name}", json={"reason": "Bye"}).json()["disconnected"] == 1
+        assert client.closed() == (1008, "Bye")
 
 
 def test_nginx_refuses_as_the_server_does(nginx: Nginx) -> None:

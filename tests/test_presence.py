@@ -339,9 +339,10 @@ def test_only_an_admin_may_look(start_server: StartServer, path: str) -> None:
 # Processes that stand still, and long lists.
 
 
-def test_a_process_that_stands_still_leaves_no_gap(start_server: StartServer) -> None:
-    """A page waits for its clients: each process lives for a while without a sign of life."""
-    server = start_server("--workers", "2")
+@pytest.mark.parametrize(("patience", "status"), [(10.0, 200), (0.5, 503)])
+def test_a_process_that_stands_still_leaves_no_gap(start_server: StartServer, patience: float, status: int) -> None:
+    """A page waits for its clients, or is refused: each process lives for a while without a sign of life."""
+    server = start_server("--workers", "2", constants={"census.EVERYONE_SECONDS": patience})
     for number in range(12):
         server.join(f"c{number}")
     connection, asked = connected(server)
@@ -350,9 +351,22 @@ def test_a_process_that_stands_still_leaves_no_gap(start_server: StartServer) ->
     wake = threading.Timer(ANSWER_SECONDS + 0.5, os.kill, (other, SIGCONT))
     wake.start()
     connection.sendall(b"GET /clients HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-    answer = parse(rest(connection).partition(b"\r\n\r\n")[2])
+    head, _, body = rest(connection).partition(b"\r\n\r\n")
     wake.join()
-    assert (answer["total"], len(answer["clients"])) == (12, 12)
+    assert int(head.split()[1]) == status
+    if status == 200:
+        assert (parse(body)["total"], len(parse(body)["clients"])) == (12, 12)
+
+
+def test_a_part_that_is_too_long_shortens_the_page(start_server: StartServer) -> None:
+    """And no client behind it is left out, of whichever process."""
+    server = start_server("--workers", "2", constants={"presence.PART_BYTES": 1500})
+    names = [f"c{number:02}" for number in range(20)]
+    for name in names:
+        server.join(query=f"client_id={name}&topics={name * 40}")
+    found = pages(server, "/clients?limit=1000", "clients")
+    assert [client["client_id"] for page in found for client in page] == names
+    assert len(found) > 3
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import time
@@ -17,11 +18,28 @@ from event_stream import Event, join
 from expected import TIME, answered, http_error, invalid
 from processes import QUIET, Server, connected, eventually
 from redis_server import RedisServer
+from virtual import FakeConnection
+
+from admission import Newcomer
+from errors import Unauthorized
+from guard_identity import Identity
+from hub import Hub
+from revocations import Revocations
+from settings import Settings
+from store import MemoryStore, Registration
 
 KEY = {"X-API-Key": "a-key"}
 FLAGS = ("--jwt-secret", SECRET, "--api-key", "ci:a-key")
 # As Auth0 names its users.
 USER = "auth0|5f7c"
+
+
+class SlowStore(MemoryStore):
+    """Takes a moment for each admission."""
+
+    async def admit(self, client: Registration) -> str:
+        await asyncio.sleep(0.05)
+        return await super().admit(client)
 
 
 @pytest.fixture(scope="module", params=["memory", "workers", "sqlite", "redis"])
@@ -166,20 +184,21 @@ def test_a_revoked_token_is_refused_everywhere(together: list[Server]) -> None:
     client = joined(together[0], shown)
     renewing = joined(together[0], named("somebody else"))
     assert answered(put_out(together[-1], user, revoke=True)) == disconnected(1)
-    assert client.closed() == (1008, "Disconnected")
     for server in together:
-        for old in (shown, without):
-            # Several connections, so that each worker is asked.
-            for _ in range(4):
-                refused = server.connect(additional_headers=bearer(old))
-                assert refused.closed() == (1008, "Token revoked")
+        # Each time over another connection, so that each worker is asked.
+        for old in [shown, without] * 4:
+            headers = bearer(old) | {"Connection": "close"}
             for response in (
-                server.get("/events", headers=bearer(old) | {"Connection": "close"}),
-                server.get("/status", headers=bearer(old) | {"Connection": "close"}),
-                server.post({"message": "x"}, headers=bearer(old) | {"Connection": "close"}),
+                server.get("/status", headers=headers),
+                server.get("/events", headers=headers),
+                server.post({"message": "x"}, headers=headers),
             ):
                 assert answered(response) == (401, http_error("application", "Token revoked"))
                 assert 'error_description="Token revoked"' in response.headers["WWW-Authenticate"]
+    for server in together:
+        for old in (shown, without):
+            assert server.connect(additional_headers=bearer(old)).closed() == (1008, "Token revoked")
+    assert client.closed() == (1008, "Disconnected")
     assert renewing.ask({"type": "auth", "token": shown})["message"] == "Token revoked"
 
 
@@ -251,6 +270,37 @@ def test_a_process_that_was_taken_for_dead_reads_on_first(start_server: StartSer
     connection.sendall(request.encode() + b'{"message":"x"}')
     os.kill(stopped, SIGCONT)
     assert b" 401 " in connection.recv(4096)
+
+
+def test_a_newcomer_that_is_being_admitted_does_not_slip_through() -> None:
+    """Its token was good when it was read, and is revoked while the store admits it."""
+    revocations = Revocations(60)
+    hub = Hub(Settings(), SlowStore(Settings()), revocations=revocations)
+
+    async def admitted() -> None:
+        async with hub:
+            identity = Identity(user=USER, name=USER)
+            newcomer = asyncio.ensure_future(hub.admit(FakeConnection(), Newcomer(identity=identity)))
+            await asyncio.sleep(0)
+            assert await hub.presence.disconnect_user(USER, "Disconnected", revoke=True) == 0
+            with pytest.raises(Unauthorized, match="Token revoked"):
+                await newcomer
+            assert not hub.clients
+
+    asyncio.run(admitted())
+
+
+def test_a_body_that_comes_late_is_not_published(start_server: StartServer) -> None:
+    """The token was good when the head came."""
+    server = start_server(*FLAGS)
+    shown = named(USER, publish=True)
+    head = f"POST /notify HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {shown}\r\nContent-Length: 15\r\n"
+    connection = server.raw(f"{head}Expect: 100-continue\r\n\r\n".encode())
+    # The server asks for the body of a request that it has let in.
+    assert connection.recv(4096).startswith(b"HTTP/1.1 100 ")
+    put_out(server, revoke=True)
+    connection.sendall(b'{"message":"x"}')
+    assert connection.recv(4096).startswith(b"HTTP/1.1 401 ")
 
 
 def test_a_refused_token_is_in_the_log(start_server: StartServer) -> None:
