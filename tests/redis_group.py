@@ -22,6 +22,8 @@ SLOT = key_slot(b"{notifyd}")
 # How long a server may be silent before the others take it for dead, in milliseconds.
 SILENCE = 1000
 READY_SECONDS = 20.0
+# By default a primary waits for five seconds, in case more replicas come.
+AT_ONCE = ("--repl-diskless-sync-delay", "0")
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -33,6 +35,10 @@ def until(condition: Callable[[], object]) -> None:
                 return
         assert time.monotonic() < deadline, "the group of Redis servers is not ready"
         time.sleep(0.02)
+
+
+def replica_of(primary: RedisServer, *flags: str) -> RedisServer:
+    return RedisServer(flags=("--replicaof", f"127.0.0.1 {primary.port}", *AT_ONCE, *flags))
 
 
 class Sentinel:
@@ -73,12 +79,8 @@ class Group:
     """A primary, replicas and sentinels."""
 
     def __init__(self, replicas: int = 2, sentinels: int = 3, flags: tuple[str, ...] = ()) -> None:
-        # A replica that serves its data without disk writes starts within a second.
-        quick = ("--repl-diskless-sync-delay", "0", *flags)
-        first = RedisServer(flags=quick)
-        self.servers = [first]
-        for _ in range(replicas):
-            self.servers.append(RedisServer(flags=("--replicaof", f"127.0.0.1 {first.port}", *quick)))
+        first = RedisServer(flags=(*AT_ONCE, *flags))
+        self.servers = [first, *[replica_of(first, *flags) for _ in range(replicas)]]
         until(lambda: len(first.command("ROLE")[2]) == replicas)
         until(lambda: all(server.command("ROLE")[3] == "connected" for server in self.servers[1:]))
         self.sentinels = [Sentinel(first) for _ in range(sentinels)]
@@ -137,7 +139,7 @@ class Cluster:
     """Three primaries, each with one replica, and all slots."""
 
     def __init__(self) -> None:
-        flags = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(SILENCE), "--repl-diskless-sync-delay", "0")
+        flags = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(SILENCE), *AT_ONCE)
         # By default 10,000 above the other port, which may be no port.
         self.servers = [RedisServer(flags=("--cluster-port", str(free_port()), *flags)) for _ in range(6)]
         places = [f"127.0.0.1:{server.port}" for server in self.servers]

@@ -20,7 +20,7 @@ from history import Publish
 from members import SOMETHING, Member, members, on_loop
 from processes import eventually
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis_group import SERVICE, Cluster, Group, until
+from redis_group import AT_ONCE, SERVICE, Cluster, Group, replica_of, until
 from redis_server import RedisServer
 from traffic import Traffic
 
@@ -148,6 +148,7 @@ async def test_no_sentinel_names_a_primary(word: str) -> None:
             await primary.find()
 
 
+@pytest.mark.slow
 @on_loop
 async def test_a_primary_is_left_for_a_newer_one_alone() -> None:
     """Neither for another name of it, nor because the sentinels are behind or away."""
@@ -377,8 +378,8 @@ def demote(_: object, old: RedisServer) -> None:
 @on_loop
 async def test_the_server_behind_an_address_changes(fault: Callable[..., None]) -> None:
     """Whether the address drops the connections, is silent, or answers as a replica."""
-    old = RedisServer()
-    new = RedisServer(flags=("--replicaof", f"127.0.0.1 {old.port}", "--repl-diskless-sync-delay", "0"))
+    old = RedisServer(flags=AT_ONCE)
+    new = replica_of(old)
     until(lambda: new.command("ROLE")[3] == "connected")
     endpoint = await Endpoint(old).start()
     async with members(endpoint.url, 2) as everyone:
@@ -406,9 +407,8 @@ async def test_the_server_behind_an_address_changes(fault: Callable[..., None]) 
 async def test_two_histories_are_never_merged(meet: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes went on apart. One of them begins anew with the history of the other, and says so."""
     monkeypatch.setattr("store_redis.RESTORE_SECONDS", 0.5)
-    old = RedisServer()
-    copies = ("--replicaof", f"127.0.0.1 {old.port}", "--repl-diskless-sync-delay", "0")
-    new, third = RedisServer(flags=copies), RedisServer(flags=copies)
+    old = RedisServer(flags=AT_ONCE)
+    new, third = replica_of(old), replica_of(old)
     ends = [await Endpoint(old).start() for _ in range(2)]
     async with members(ends[0].url) as [one], members(ends[1].url) as [other]:
         await one.publish()
@@ -462,11 +462,10 @@ async def test_another_redis_behind_the_same_connection_is_noticed(redis: RedisS
 @on_loop
 async def test_nothing_is_delivered_before_the_replica_has_it() -> None:
     """A refused publish is answered with its first id once the replica goes on."""
-    primary = RedisServer()
+    primary = RedisServer(flags=AT_ONCE)
     async with members(primary.url, 2, store_replicas=1) as [one, other]:
         assert one.store.failure == "The store is away: 1 replicas are needed, and 0 have answered"
-        flags = ("--replicaof", f"127.0.0.1 {primary.port}", "--repl-diskless-sync-delay", "0")
-        replica = RedisServer(flags=flags)
+        replica = replica_of(primary)
         await one.until(lambda: one.openings and other.openings)
         first = await one.publish()
         replica.stop()
