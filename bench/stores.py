@@ -14,6 +14,7 @@ Not measured: more workers, and a Redis on another machine, with the network's r
 
 import contextlib
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -69,10 +70,12 @@ def _servers() -> Iterator[Servers]:
 
 
 def _follow(replica: Server, primary: Server) -> None:
-    """Make a Redis the replica of another."""
+    """Make a Redis the replica of another, and wait until it is."""
     with socket.create_connection(("127.0.0.1", replica.port)) as connection:
         connection.sendall(b"REPLICAOF 127.0.0.1 %d\r\n" % primary.port)
-        connection.recv(100)
+        while b"connected" not in connection.recv(1000):
+            time.sleep(0.1)
+            connection.sendall(b"ROLE\r\n")
 
 
 @contextlib.contextmanager
