@@ -13,9 +13,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from msgspec import Struct
 
@@ -39,6 +39,9 @@ PART_BYTES = 1_048_576
 FOLLOW_SECONDS = 1.0
 # The JSON of a client beside its topics, about.
 CLIENT_BYTES = 512
+_CLIENT_ID_OF = attrgetter("client_id")
+
+Item = TypeVar("Item")
 
 
 class Wanted(Struct, frozen=True):
@@ -47,6 +50,13 @@ class Wanted(Struct, frozen=True):
     client_id: str = ""
     user: str = ""
     topic: str = ""
+
+    def fits(self, client: Client) -> bool:
+        return (
+            (not self.client_id or client.client_id == self.client_id)
+            and (not self.user or client.user == self.user)
+            and (not self.topic or self.topic in client.topics)
+        )
 
 
 class Part(Struct):
@@ -74,8 +84,8 @@ class Presence:
             case {"ask": "disconnect", "wanted": wanted, "reason": reason, "revoked": revoked}:
                 return await self._disconnect_here(schemas.check(wanted, Wanted), reason, revoked)
             case {"ask": "most", "user": user, "subscribe": subscribe, "unsubscribe": unsubscribe}:
-                change, clients = Change.of(subscribe, unsubscribe), self._matching(Wanted(user=user))
-                return max((len(change.applied(client.topics)) for client in clients), default=0)
+                change, clients = Change.of(subscribe, unsubscribe), list(self._hub.clients.by_user.get(user, ()))
+                return max([len(change.applied(client.topics)) async for _, client in in_slices(clients)], default=0)
             case {"ask": "change", "user": user, "subscribe": subscribe, "unsubscribe": unsubscribe}:
                 return await self._change_here(user, subscribe, unsubscribe)
         raise AssertionError(f"an unknown question: {question}")
@@ -105,10 +115,9 @@ class Presence:
         return page[0]
 
     async def _clients_here(self, wanted: Wanted, after: str, limit: int) -> Part:
-        clients = self._matching(wanted)
-        part = Part({}, total=len(clients))
-        size = 0
-        async for number, client in in_slices(await _first(clients, attrgetter("client_id"), after, limit + 1)):
+        first, total = await _first(self._group(wanted), _CLIENT_ID_OF, after, limit + 1, wanted.fits)
+        part, size = Part({}, total=total), 0
+        async for number, client in in_slices(first):
             if number == limit or size > PART_BYTES:
                 part.more = True
                 break
@@ -116,17 +125,17 @@ class Presence:
             size += CLIENT_BYTES + sum(map(len, client.topics))
         return part
 
-    def _matching(self, wanted: Wanted) -> list[Client]:
-        clients = self._hub.clients
-        groups: list[set[Client]] = []
+    def _group(self, wanted: Wanted) -> Collection[Client]:
+        """Return clients among which all that are wanted are: the fewest that can be had at once."""
+        clients, groups = self._hub.clients, list[Collection[Client]]()
         if wanted.client_id:
             client = clients.by_id.get(wanted.client_id)
-            groups.append(set() if client is None else {client})
+            groups.append(() if client is None else (client,))
         if wanted.user:
-            groups.append(clients.by_user.get(wanted.user, set()))
+            groups.append(clients.by_user.get(wanted.user, ()))
         if wanted.topic:
-            groups.append(clients.by_topic.get(wanted.topic, set()))
-        return list(groups[0].intersection(*groups[1:]) if groups else clients)
+            groups.append(clients.by_topic.get(wanted.topic, ()))
+        return min(groups, key=len, default=clients.by_id.values())
 
     def _shown(self, client: Client) -> dict[str, Any]:
         wall_time = self._hub.census.wall_time
@@ -155,7 +164,7 @@ class Presence:
         # First: a newcomer with a revoked token must not join behind the others.
         if revoked is not None and hub.revocations is not None:
             hub.revocations.add(wanted.user, revoked)
-        async for _, client in in_slices(self._matching(wanted)):
+        async for _, client in in_slices(list(self._group(wanted))):
             if client in hub.clients:
                 hub.admission.dismiss(client, POLICY_VIOLATION, PutOut(reason))
                 count += 1
@@ -207,14 +216,19 @@ class Presence:
 
     async def _change_here(self, user: str, subscribe: Collection[str], unsubscribe: Collection[str]) -> int:
         changes = []
-        async for _, client in in_slices(self._matching(Wanted(user=user))):
+        async for _, client in in_slices(list(self._hub.clients.by_user.get(user, ()))):
             changes.append(Change.of(subscribe, unsubscribe))
             self._hub.conversation.change_topics(client, changes[-1])
-        outcomes = await asyncio.gather(*(change.done for change in changes), return_exceptions=True)
-        for outcome in outcomes:
-            if isinstance(outcome, StoreUnavailable):
-                raise outcome
-        return sum(outcome is None for outcome in outcomes)
+        count = 0
+        async for _, change in in_slices(changes):
+            if not change.done.done():
+                await asyncio.wait([change.done])
+            # Cancelled where the client has left, and refused where it has had other changes meanwhile.
+            refusal = None if change.done.cancelled() else change.done.exception()
+            if isinstance(refusal, StoreUnavailable):
+                raise refusal
+            count += not change.done.cancelled() and refusal is None
+        return count
 
     async def online(self, users: Sequence[str]) -> list[int]:
         """Return the number of clients that each user has on all processes. Raises StoreUnavailable."""
@@ -232,7 +246,7 @@ class Presence:
 
     async def _topics_here(self, prefix: str, after: str, limit: int) -> Part:
         groups = self._hub.clients.by_topic
-        names = await _first(groups, lambda name: name, after, limit + 1, lambda name: name.startswith(prefix))
+        names, _ = await _first(groups, str, after, limit + 1, lambda name: name.startswith(prefix))
         return Part({name: len(groups.get(name, ())) for name in names[:limit]}, len(names) > limit)
 
 
@@ -241,22 +255,17 @@ def _unknown(client_id: str) -> NotFound:
 
 
 async def _first(
-    items: Iterable[Any],
-    name_of: Callable[[Any], str],
-    after: str,
-    count: int,
-    fits: Callable[[str], bool] = lambda _: True,
-) -> list[Any]:
-    """Return the first items by name behind one, and let other tasks run."""
-    every, first = list(items), list[Any]()
+    items: Collection[Item], name_of: Callable[[Item], str], after: str, count: int, fits: Callable[[Item], bool]
+) -> tuple[list[Item], int]:
+    """Return the first items that fit, by name, behind a name, and the number of all that fit; let other tasks run."""
+    every, first, total = list(items), list[Item](), 0
     async for _, start in in_slices(range(0, len(every), PORTION)):
+        fitting = [item for item in every[start : start + PORTION] if fits(item)]
+        total += len(fitting)
         last = name_of(first[-1]) if len(first) == count else None
-        for item in every[start : start + PORTION]:
-            name = name_of(item)
-            if name > after and (last is None or name < last) and fits(name):
-                first.append(item)
+        first += [item for item in fitting if (name := name_of(item)) > after and (last is None or name < last)]
         first = sorted(first, key=name_of)[:count]
-    return first
+    return first, total
 
 
 def _page(parts: Sequence[Part], found: dict[str, Any], limit: int) -> tuple[list[str], str | None]:
