@@ -21,6 +21,10 @@ noeviction).
    that record, to re-offer both. A batch with a key is read whole or not at all, so a retry duplicates no part of it.
 7. A process joins with each new connection and registers its clients again. So an operation that failed half way
    leaves nothing behind, and a client that left meanwhile is removed.
+8. Two histories are never merged. Processes that went on apart, with an old primary and a new one, have records of
+   different epochs: only those of the later epoch are put back, and a process whose newest record is not in the log
+   begins anew with the log, which its clients are told.
+9. With store_replicas, a record is delivered once a later group of this process was confirmed by so many replicas.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Imported only for a URL of Sentinel or Cluster. Knows no key but for its slot, a
 
 1. All witnesses are asked at once. The primary named with the highest configuration epoch counts, so a witness that is
    behind, silent, dead or ignorant misleads nobody while another answers.
-2. A primary is left once the witnesses name another with a higher epoch, even if it still answers: noticed within
-   WATCH_SECONDS + ANSWER_SECONDS.
+2. A primary is left once the witnesses name another with a higher epoch, even if it still answers: noticed within a
+   second, WATCH_SECONDS after the end of one question and ANSWER_SECONDS for the next.
 3. Without any answer the primary that was named last stays. So the loss of all witnesses harms no healthy primary.
 4. A slot that moves is no primary to use: the script names a key that is never there, so Redis refuses every call of it
    until all keys are on one side.
