@@ -126,7 +126,7 @@ class Presence:
         return part
 
     def _group(self, wanted: Wanted) -> Collection[Client]:
-        """Return clients among which all that are wanted are: the fewest that can be had at once."""
+        """Return the smallest group of clients that includes all wanted ones."""
         clients, groups = self._hub.clients, list[Collection[Client]]()
         if wanted.client_id:
             client = clients.by_id.get(wanted.client_id)

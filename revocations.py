@@ -1,4 +1,4 @@
-"""Revoked tokens: by user, the second up to which the tokens that were issued are refused.
+"""Revoked tokens: for each user, tokens issued up to a certain second are refused.
 
 A copy of the store's revocations, so that a check costs a request nothing. A process hears of a revocation in a
 question, and answers it before the revocation counts as made. The store has all of them for processes that start later.
@@ -84,7 +84,7 @@ class Revocations:
                 break
         self.learned += [user for user, second in there.items() if self.add(user, second)]
         if place.partition("/")[0] != self._place.partition("/")[0]:
-            # A store that has lost its data gets back what it lacks.
+            # A store that has lost its data gets the missing revocations back.
             for user, second in list(self._seconds.items()):
                 if there.get(user, -1) < second:
                     await self._store.revoke(user, second)
