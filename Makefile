@@ -11,7 +11,7 @@ help:
 	@echo "make run [PORT=8000] [ARGS=...]  serve      make test [ARGS='-k health']  run the tests"
 	@echo "make test-all                  also what takes minutes: faults, chaos, other programs, and each store"
 	@echo "make check                     lint, types  make bench, make bench-quick  measure beside the peers"
-	@echo "make fuzz                      feed it made-up input for FUZZ_SECONDS (300)"
+	@echo "make fuzz                      feed it made-up input for FUZZ_SECONDS (300), and CONTRACT_SECONDS (120)"
 	@echo "make soak                      2,000 clients for SOAK_SECONDS (600)"
 
 run: $(VENV)/run
@@ -67,8 +67,10 @@ autobahn: $(VENV)/dev
 	@$(BIN)/python tests/autobahn/run.py $(ARGS)
 
 FUZZ_SECONDS ?= 300
+CONTRACT_SECONDS ?= 120
 fuzz: $(VENV)/fuzz
 	@$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS) $(ARGS)
+	@$(BIN)/python tests/fuzz/contract.py --seconds $(CONTRACT_SECONDS)
 
 SOAK_SECONDS ?= 600
 soak: $(VENV)/dev

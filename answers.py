@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Awaitable, Callable, Collection, Set
-from typing import TYPE_CHECKING, Generic, TypeVar
+from collections.abc import Awaitable, Callable, Collection, Mapping, Set
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from msgspec import Struct
 from starlette.datastructures import Headers
@@ -66,13 +66,14 @@ class Endpoint:
         hub: Hub,
         authenticator: Authenticator | None = None,
         right: Right | None = None,
-        parameters: Collection[str] | None = None,
+        parameters: Mapping[str, Any] | None = None,
         **handlers: Handler,
     ) -> None:
         """Without an authenticator the path is open to everybody; without parameters it ignores its query."""
         self._hub = hub
         self.authenticator = authenticator
         self.right = right
+        self.kinds = parameters or {}
         self.parameters = None if parameters is None else known(parameters, authenticator)
         self.handlers = handlers
         if "GET" in handlers:
@@ -145,16 +146,17 @@ class Socket:
     """The WebSocket path as an ASGI app: an unexpected error ends one connection, and is logged."""
 
     def __init__(
-        self, hub: Hub, authenticator: Authenticator | None, parameters: Collection[str], handler: SocketHandler
+        self, hub: Hub, authenticator: Authenticator | None, parameters: Mapping[str, Any], handler: SocketHandler
     ) -> None:
         self._hub = hub
-        self._authenticator = authenticator
-        self._parameters = known(parameters, authenticator)
+        self.authenticator = authenticator
+        self.kinds = parameters
+        self.parameters = known(parameters, authenticator)
         self._handler = handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self._handler(self._hub, self._authenticator, self._parameters, scope, receive, send)
+            await self._handler(self._hub, self.authenticator, self.parameters, scope, receive, send)
         except Exception as error:
             logger.error("Unexpected error %s", schemas.new_error_id(), exc_info=error)
 

@@ -310,7 +310,7 @@ STREAM_HEADERS = [
     # Without it, nginx collects events until its buffer is full.
     (b"x-accel-buffering", b"no"),
 ]
-_NAMED = (b"welcome", b"resume", b"position", b"subscribed", b"shutdown")
+NAMED_EVENTS = (b"welcome", b"resume", b"position", b"subscribed", b"shutdown")
 # A notification begins with its id, every other message with its type.
 _ID_START, _ID_END = len(b'{"id":"'), len(b'{"id":"') + 36
 _TYPE_START = len(b'{"type":"')
@@ -330,7 +330,7 @@ def event(payload: bytes) -> bytes:
     if payload.startswith(b'{"id":"'):
         return b"id: %s\nevent: message\ndata: %s\n\n" % (payload[_ID_START:_ID_END], payload)
     name = payload[_TYPE_START : payload.index(b'"', _TYPE_START)]
-    if name in _NAMED:
+    if name in NAMED_EVENTS:
         at = _POSITION.search(payload)
         return b"%sevent: %s\ndata: %s\n\n" % (b"id: %s\n" % at[1] if at else b"", name, payload)
     # Without an empty line, for which some clients make an event without data.

@@ -84,7 +84,7 @@ class Guard:
 def _drop_added_slash(scope: Scope) -> None:
     """Remove the slash that Litestar adds to a path under a mount. The client's own slash is in raw_path, too."""
     raw_path = (scope.get("raw_path") or b"/").partition(b"?")[0]
-    if scope["path"] != "/" and not raw_path.endswith((b"/", b"%2F", b"%2f")):
+    if scope["path"] != scope.get("root_path", "") + "/" and not raw_path.endswith((b"/", b"%2F", b"%2f")):
         scope["path"] = scope["path"].removesuffix("/")
 
 

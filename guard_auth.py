@@ -54,11 +54,14 @@ class Authenticator:
         settings: Settings,
         parameters: Iterable[str] = (),
         revocations: Revocations | None = None,
+        *,
+        lets_strangers_listen: bool = False,
     ) -> None:
         """`parameters`: those that `find` reads from the query beside `token`; `revocations`: of its tokens."""
         self._find = find
         self.revocations = revocations
         self.parameters = frozenset(parameters)
+        self.lets_strangers_listen = lets_strangers_listen
         self._ipv6_prefix = settings.ipv6_prefix
         # By reason, so that none hides another. deploy/fail2ban.conf reads this.
         self._logs = defaultdict[str, RefusalLog](lambda: RefusalLog("Credentials from %s are refused: %s", MAX_WARNED))
@@ -112,7 +115,7 @@ class KeysAndTokens:
 
     async def find(self, conn: HTTPConnection) -> Identity | None:
         if (token := _credentials(conn, self._keys)) is None:
-            return LISTENER if self._tokens is None else None
+            return None if self.reads_tokens else LISTENER
         if (name := self.holder(token)) is not None:
             return self._holders[name]
         if self._tokens is None:
@@ -212,7 +215,7 @@ def authenticator_of(settings: Settings, backend: AuthenticationBackend | None =
     if found is None:
         return None
     revocations = Revocations(settings.revocation_ttl) if found.reads_tokens else None
-    return Authenticator(found.find, settings, revocations=revocations)
+    return Authenticator(found.find, settings, revocations=revocations, lets_strangers_listen=not found.reads_tokens)
 
 
 def keys_and_tokens_of(settings: Settings) -> KeysAndTokens | None:

@@ -19,6 +19,7 @@ if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "notifyd" or sys.o
 
 import asyncio
 import contextlib
+import json
 import logging
 import threading
 from collections.abc import AsyncIterator
@@ -31,6 +32,7 @@ from starlette.middleware import Middleware
 from starlette.routing import Router
 
 from answers import not_found
+from contract_routes import described, servers_of
 from errors import InvalidRequest, NotifydError, ShuttingDown, StoreUnavailable, TooLarge
 from guard import Guard
 from guard_auth import Authenticator, authenticator_of
@@ -72,7 +74,7 @@ class App(Router):
 
         table = internal_route_table if internal else route_table
         super().__init__(
-            table(hub, authenticator),
+            described(hub, table(hub, authenticator)),
             redirect_slashes=False,
             default=not_found,
             middleware=[Middleware(Guard, settings=hub.settings, store=hub.store)],
@@ -86,6 +88,25 @@ class App(Router):
         """The Hub, for publishing: `await app.hub.notify(...)`."""
         hub: Hub = self.state.hub
         return hub
+
+    def openapi(self, mount: str = "") -> dict[str, Any]:
+        """Return the contract of the routes, in OpenAPI 3.1.
+
+        With a mount it is made for a host that shows these routes beside its own: the mount stands before each path,
+        and the operations and components have `notifyd.` before their names.
+        """
+        from contract import openapi  # noqa: PLC0415 - for the few that ask
+
+        made = openapi(self.hub.settings, self.routes, mount, "notifyd." if mount else "")
+        return {"servers": [{"url": "/"}], **made}
+
+    def asyncapi(self, mount: str = "") -> dict[str, Any]:
+        """Return the contract of the WebSocket and the streams, in AsyncAPI 3.0."""
+        from contract_messages import asyncapi  # noqa: PLC0415 - for the few that ask
+
+        settings = self.hub.settings
+        servers = servers_of(f"localhost:{settings.port}", mount, is_secure=bool(settings.ssl_certfile))
+        return {"servers": servers, **asyncapi(settings, self.routes)}
 
     def internal(self) -> App:
         """Return the app of the internal port: figures and health, on the same Hub."""
@@ -186,16 +207,29 @@ def _configure_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # The reader has seen enough; without this the rest in the buffer would fail at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> int:
     """Run the command line; return its exit status: 0 after a drain, 1 when it cannot listen, 2 for a bad setting."""
     from server_workers import read_start  # noqa: PLC0415 - a host does not serve
 
     try:
         start = read_start(os.environ)
-        settings, warnings = load(sys.argv[1:], os.environ) if start is None else (start.settings, ())
+        settings, warnings, contract = load(sys.argv[1:], os.environ) if start is None else (start.settings, (), "")
         _configure_logging(settings)
         for warning in warnings:
             logger.warning(warning)
+        if contract:
+            # With the Hub's own store, which opens nothing.
+            app = App(Hub(settings), authenticator_of(settings))
+            _print(json.dumps(app.openapi() if contract == "openapi" else app.asyncapi(), indent=2))
+            return 0
         with extra("server", "the command line"):
             from server import serve, work  # noqa: PLC0415 - needs uvicorn and httptools
 

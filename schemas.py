@@ -138,8 +138,8 @@ class DisconnectRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 class TopicsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """The body of POST /users/{user}/topics."""
 
-    subscribe: Annotated[list[Topic], Meta(max_length=MAX_TOPICS)] = []
-    unsubscribe: Annotated[list[Topic], Meta(max_length=MAX_TOPICS)] = []
+    subscribe: Annotated[list[Topic], Meta(max_length=MAX_TOPICS, examples=[["builds"]])] = []
+    unsubscribe: Annotated[list[Topic], Meta(max_length=MAX_TOPICS, examples=[["team.a"]])] = []
 
     def __post_init__(self) -> None:
         if not (self.subscribe or self.unsubscribe):
@@ -152,18 +152,20 @@ NotifyRequests = Annotated[list[Any], Meta(min_length=1, max_length=MAX_BATCH)]
 
 
 class ClientPing(Struct, tag_field="type", tag="ping"):
-    pass
+    """Ask for a pong."""
 
 
 class ClientPong(Struct, tag_field="type", tag="pong"):
-    pass
+    """Answer a ping of the server: the client is alive."""
 
 
 class StatusRequest(Struct, tag_field="type", tag="status_request"):
-    pass
+    """Ask how many clients there are."""
 
 
 class Subscribe(Struct, tag_field="type", tag="subscribe", kw_only=True):
+    """Follow topics, from now on or from a position."""
+
     topics: Topics
     # The position after which the topics' earlier notifications are replayed.
     since: Since | UnsetType = UNSET
@@ -173,6 +175,8 @@ class Subscribe(Struct, tag_field="type", tag="subscribe", kw_only=True):
 
 
 class Unsubscribe(Struct, tag_field="type", tag="unsubscribe", kw_only=True):
+    """Follow topics no longer."""
+
     topics: Topics
 
     def __post_init__(self) -> None:
@@ -180,7 +184,7 @@ class Unsubscribe(Struct, tag_field="type", tag="unsubscribe", kw_only=True):
 
 
 class Authenticate(Struct, tag_field="type", tag="auth", kw_only=True):
-    """The renewal of a client's token."""
+    """Renew the token."""
 
     token: Annotated[str, Meta(examples=["TOKEN"])]
 
@@ -194,6 +198,8 @@ CLIENT_TYPES = frozenset(each.__struct_config__.tag for each in typing.get_args(
 
 
 class Welcome(Struct, kw_only=True):
+    """The first message to a client."""
+
     type: Literal["welcome"] = "welcome"
     message: Literal["Connected to WebSocket Notification Server"] = "Connected to WebSocket Notification Server"
     client_id: ToldClientId
@@ -208,7 +214,13 @@ class Notification(Struct, kw_only=True):
     id: Id = ""
     type: Annotated[str, Meta(examples=["custom"], extra_json_schema=_NOT_RESERVED)]
     timestamp: Time
-    data: Annotated[dict[str, Any], Meta(examples=[{"message": "disk full"}])]
+    data: Annotated[
+        dict[str, Any],
+        Meta(
+            examples=[{"message": "disk full"}],
+            extra_json_schema={"properties": {"message": {"type": "string"}}, "required": ["message"]},
+        ),
+    ]
     topics: list[ToldTopic] | UnsetType = UNSET
     sender: Sender = "notification_service"
 
@@ -238,11 +250,15 @@ class SystemData(Struct, kw_only=True):
 
 
 class Ping(Struct, kw_only=True):
+    """Asks whether the client is alive."""
+
     type: Literal["ping"] = "ping"
     timestamp: Time
 
 
 class Pong(Struct, kw_only=True):
+    """The answer to a client's ping."""
+
     type: Literal["pong"] = "pong"
     timestamp: Time
 
@@ -254,6 +270,8 @@ class StatusData(Struct, kw_only=True):
 
 
 class StatusMessage(Struct, kw_only=True):
+    """The answer to a status request."""
+
     type: Literal["status_response"] = "status_response"
     data: StatusData
     timestamp: Time
@@ -266,30 +284,40 @@ class ResumeData(Struct, kw_only=True):
 
 
 class Resume(Struct, kw_only=True):
+    """Comes before the replay."""
+
     type: Literal["resume"] = "resume"
     timestamp: Time
     data: ResumeData
 
 
 class Position(Struct, kw_only=True):
+    """From here a silent client resumes."""
+
     type: Literal["position"] = "position"
     position: Id
     timestamp: Time
 
 
 class Subscribed(Struct, kw_only=True):
+    """All topics of the client now."""
+
     type: Literal["subscribed"] = "subscribed"
     topics: list[ToldTopic]
     timestamp: Time
 
 
 class Authenticated(Struct, kw_only=True):
+    """The token is renewed."""
+
     type: Literal["authenticated"] = "authenticated"
     expires_at: Time | None
     timestamp: Time
 
 
 class ErrorMessage(Struct, kw_only=True):
+    """The message before changed nothing."""
+
     type: Literal["error"] = "error"
     error_id: ErrorId
     message: Annotated[str, Meta(examples=["Unknown message type: hello"])]
@@ -298,6 +326,8 @@ class ErrorMessage(Struct, kw_only=True):
 
 
 class ShutdownMessage(Struct, kw_only=True):
+    """The server drains: leave, and come back later."""
+
     type: Literal["shutdown"] = "shutdown"
     message: Literal["Server is shutting down"] = "Server is shutting down"
     timestamp: Time
@@ -311,6 +341,14 @@ class Closed(Struct, kw_only=True):
 
 
 # --- answers over HTTP
+
+
+class Index(Struct, kw_only=True):
+    """The answer of GET / to programs: by name, the path of each route."""
+
+    name: Literal["notifyd"] = "notifyd"
+    version: Version = VERSION
+    links: Annotated[dict[str, str], Meta(examples=[{"notify": "/notify"}])]
 
 
 class HealthConnections(Struct, kw_only=True):

@@ -324,17 +324,19 @@ def number(seconds: float) -> int | float:
     return int(seconds) if float(seconds).is_integer() else seconds
 
 
-def load(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
+def load(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings, list[str], str]:
     """Read the settings from the command line and the variables.
 
-    Returns them with warnings for the log. Raises SettingsError, or SystemExit after --help and --version.
+    Returns them with warnings for the log, and the contract to print in the place of serving: openapi, asyncapi, or
+    none. Raises SettingsError, or SystemExit after --help and --version.
     """
     flags = vars(_parser().parse_args(list(argv)))
+    contract = flags.pop("print_contract")
     if flags["jwt_algorithms"] is not None:
         flags["jwt_algorithms"] = _split(",".join(flags["jwt_algorithms"]))
     given = {name: _Given(f"--{_dashed(name)}", value) for name, value in flags.items() if value is not None}
     variables, warnings = _variables(environ)
-    return Settings(**variables | given), warnings
+    return Settings(**variables | given), warnings, contract
 
 
 def from_environ(environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
@@ -413,6 +415,12 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"notifyd {VERSION}")
+    printing = parser.add_mutually_exclusive_group()
+    for name, what in (("openapi", "routes, in OpenAPI 3.1"), ("asyncapi", "messages, in AsyncAPI 3.0")):
+        text = f"print the contract of the {what}, with these settings, and end"
+        printing.add_argument(
+            f"--print-{name}", action="store_const", dest="print_contract", const=name, default="", help=text
+        )
     for field in msgspec.inspect.type_info(Settings).fields:  # type: ignore[attr-defined]
         kind, description = field.type, ""
         while isinstance(kind, msgspec.inspect.Metadata):

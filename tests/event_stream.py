@@ -6,6 +6,7 @@ from http.client import HTTPResponse
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from contract_oracle import check_message
 from expected import parse
 from processes import Server
 from ws_clients import PATIENCE
@@ -43,7 +44,9 @@ class Stream:
             if line == b"\n":
                 self.last_id = id or self.last_id
             if line == b"\n" and data:
-                return Event(name, parse("\n".join(data)), id)
+                message = parse("\n".join(data))
+                check_message(message, "closed" if name == "closed" else "")
+                return Event(name, message, id)
             if line == b"\n":
                 name, id = "message", None
             elif not field:

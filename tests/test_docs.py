@@ -19,12 +19,14 @@ import msgspec
 import orjson
 import pytest
 from expected import Record, parse
+from openapi_spec_validator import validate
 from processes import ROOT, Server, environment
 from ws_clients import PATIENCE
 
 import answers
 import clients
 import connection
+import contract_closes
 import conversation
 import errors
 import guard_auth
@@ -136,7 +138,12 @@ def test_the_readme_has_every_setting_with_its_default() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_no_page_names_a_setting_that_does_not_exist(page: str) -> None:
     """Every flag and every variable in the text is one of the settings'."""
-    known = {name.replace("_", "-") for name in settings.Settings.__struct_fields__} | {"help", "version"}
+    known = {name.replace("_", "-") for name in settings.Settings.__struct_fields__} | {
+        "help",
+        "version",
+        "print-openapi",
+        "print-asyncapi",
+    }
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]+)", PAGES[page])) - FOREIGN_FLAGS
     named |= {name.lower().replace("_", "-") for name in re.findall(r"NOTIFYD_([A-Z]\w*)", PAGES[page])}
     assert named <= known
@@ -152,6 +159,8 @@ def test_every_route_is_documented_and_no_other(server: Server) -> None:
         allowed = server.request("OPTIONS", path).headers["allow"].split(", ")
         there |= {f"{method} {path}" for method in set(allowed) - {"HEAD", "OPTIONS"}}
     assert {first_span(row[0]) for row in rows(PROTOCOL, "Route", "Answer")} == there
+    paths = create_app().openapi()["paths"]
+    assert there == {f"{verb.upper()} {path}" for path in paths for verb in paths[path] if verb != "parameters"}
 
 
 def test_every_route_of_http_has_a_section(server: Server) -> None:
@@ -382,6 +391,15 @@ def reasons() -> set[tuple[int, str]]:
     return found | {(errors.ShuttingDown.close_code, errors.ShuttingDown().message)}
 
 
+def test_the_closes_of_the_contract_are_the_documented_ones() -> None:
+    """The table is the one that the contract of the messages has."""
+    documented = [
+        (int(code), tuple(spans(reasons)), re.sub(r"\[(.+?)\]\(.+?\)", r"\1", when), helps)
+        for code, reasons, when, helps in rows(PROTOCOL, "Code", "Reason", "When")
+    ]
+    assert documented == [tuple(close) for close in contract_closes.CLOSES]
+
+
 def closes() -> set[tuple[int, str]]:
     """Return the documented codes and reasons."""
     table = rows(PROTOCOL, "Code", "Reason", "When")
@@ -413,11 +431,10 @@ def test_the_example_clients_give_up_where_coming_back_does_not_help() -> None:
     [in_script] = re.findall(r"const FINAL = /(.+)/;", (ROOT / "examples" / "client.js").read_text())
     in_python: dict[str, Any] = {}
     exec("\n".join(re.findall(r"^FINAL .+", (ROOT / "examples" / "client.py").read_text(), re.M)), in_python)
-    for code, reasons, _, helps in rows(PROTOCOL, "Code", "Reason", "When"):
-        for reason in spans(reasons) if code == "1008" else ():
-            is_final = helps.startswith(("no", "with another", "it would replace"))
+    for close in contract_closes.CLOSES:
+        for reason in close.reasons if close.code == schemas.POLICY_VIOLATION else ():
             found = bool(re.match(in_script, reason)), reason.startswith(in_python["FINAL"])
-            assert found == (is_final, is_final), reason
+            assert found == (close.is_final, close.is_final), reason
 
 
 def test_every_http_error_is_documented_and_no_other() -> None:
@@ -483,6 +500,9 @@ def test_a_curl_line_works_as_written(server: Server, command: str) -> None:
     if "/metrics/prometheus" in command:
         assert "websocket_active_connections " in head
         return
+    if "api.json" in command:
+        assert {"openapi", "asyncapi"} & set(parse(body))
+        return
     answers = {struct.__name__ for struct in STRUCTS if is_example_of(parse(body), struct)}
     known = {"Health", "NotifyResponse", "BatchResponse", "History", "Metrics", "Status", "ConnectedClients"}
     assert answers & (known | {"ConnectedUser", "FollowedTopics", "Disconnected"})
@@ -535,13 +555,15 @@ def test_a_python_snippet_runs(snippet: str) -> None:
     names: dict[str, Any] = {}
     exec(compile(snippet, "snippet", "exec", dont_inherit=True), names)
     if "app" in names:
-        asyncio.run(try_app(names["app"], publishes="/order" in snippet))
+        asyncio.run(try_app(names["app"], snippet))
 
 
-async def try_app(app: Any, *, publishes: bool) -> None:
+async def try_app(app: Any, snippet: str) -> None:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         assert (await client.get("/notifications/health")).json()["status"] == "healthy"
-        if publishes:
+        if "openapi = " in snippet:
+            validate((await client.get("/openapi.json")).json())
+        if "/order" in snippet:
             assert (await client.post("/order")).status_code == 200
             [order] = (await client.get("/notifications/notifications")).json()["notifications"]
             assert order["type"] == "order"

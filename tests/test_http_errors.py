@@ -23,7 +23,6 @@ def allowed(header: str) -> set[str]:
 @pytest.mark.parametrize(
     "path",
     [
-        "/",
         "/nothing",
         "/Health",
         "/health/",
@@ -38,7 +37,7 @@ def allowed(header: str) -> set[str]:
         "/metrics/prometheus/x",
         "/favicon.ico",
         "/docs",
-        "/openapi.json",
+        "/openapi.json/",
     ],
 )
 def test_an_unknown_path_is_404(server: Server, path: str) -> None:

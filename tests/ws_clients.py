@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
+from contract_oracle import check_message
 from expected import parse
 from websockets.asyncio.client import connect as connect_async
 from websockets.client import ClientProtocol
@@ -24,6 +25,15 @@ from websockets.uri import parse_uri
 PATIENCE = 8.0  # Seconds until an event that should come counts as missing; the machine may be busy.
 
 
+def parse_message(text: str | bytes) -> Any:
+    """Parse a message to a client. Fails for an object that is none of the contract's."""
+    message = parse(text)
+    if isinstance(message, dict):
+        # Other apps than notifyd's answer with other values.
+        check_message(message)
+    return message
+
+
 class Client:
     """A well-behaved client: `websockets` answers pings and closes for it."""
 
@@ -34,7 +44,7 @@ class Client:
         """Return the next message; the server's are text frames, each with one JSON object."""
         text = self.connection.recv(timeout)
         assert isinstance(text, str), f"not a text frame: {text!r}"
-        return parse(text)
+        return parse_message(text)
 
     def receive_many(self, count: int) -> list[Any]:
         return [self.receive() for _ in range(count)]
@@ -121,7 +131,7 @@ class BareClient:
 
     def receive(self) -> Any:
         """Return the next message."""
-        return parse(bytes(self.next_frame(Opcode.TEXT).data))
+        return parse_message(bytes(self.next_frame(Opcode.TEXT).data))
 
     def rest(self) -> list[Any]:
         """Read to the server's close or the end of the stream, and return every message before it."""
@@ -130,7 +140,7 @@ class BareClient:
         while (frame := self.frame()) is not None and frame.opcode is not Opcode.CLOSE:
             assert time.monotonic() < deadline, "the server neither closes nor ends the stream"
             if frame.opcode is Opcode.TEXT:
-                messages.append(parse(bytes(frame.data)))
+                messages.append(parse_message(bytes(frame.data)))
         return messages
 
     def closed(self) -> tuple[object, object]:
@@ -172,7 +182,7 @@ def claims(urls: Iterable[str]) -> list[str]:
 async def _claim(url: str, answered: asyncio.Barrier) -> str:
     async with connect_async(url, compression=None, ping_interval=None, proxy=None, close_timeout=2) as connection:
         try:
-            met = str(parse(await asyncio.wait_for(connection.recv(), PATIENCE))["type"])
+            met = str(parse_message(await asyncio.wait_for(connection.recv(), PATIENCE))["type"])
         except ConnectionClosed:
             met = str(connection.close_reason)
         await asyncio.wait_for(answered.wait(), 2 * PATIENCE)
