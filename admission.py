@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from msgspec import UNSET, Struct
@@ -86,8 +86,8 @@ class Admission:
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._notification_interval = number(hub.settings.notification_interval)
-        # The client_ids that newcomers of this process are registering.
-        self._claims: dict[str, asyncio.Event] = {}
+        # By client_id, the newcomers of this process that are being registered.
+        self._claims: dict[str, tuple[Newcomer, asyncio.Event]] = {}
         # Clients that have left the directory while their connections still close.
         self._closing: set[Client] = set()
         # Set while no such connection is left.
@@ -137,9 +137,15 @@ class Admission:
             if (incumbent := self._hub.clients.by_id.get(client_id)) is not None:
                 await self._contest_incumbent(incumbent)
             elif (claim := self._claims.get(client_id)) is not None:
-                await claim.wait()
+                await claim[1].wait()
             else:
                 return
+
+    async def settle(self, fits: Callable[[Newcomer], bool]) -> None:
+        """Return once every such newcomer that is being registered now has become a client, or has been refused."""
+        for newcomer, claim in list(self._claims.values()):
+            if fits(newcomer):
+                await claim.wait()
 
     async def _contest_incumbent(self, incumbent: Client) -> None:
         """Return once the incumbent has left. Raises DuplicateClient if it stays."""
@@ -163,7 +169,8 @@ class Admission:
     async def _register(self, connection: Connection, newcomer: Newcomer) -> Client:
         """Claim the client_id, register it in the store, and join. Raises ClientIdTaken if another process has it."""
         client_id, fanout = newcomer.client_id, self._hub.fanout
-        claim = self._claims[client_id] = asyncio.Event()
+        claim = asyncio.Event()
+        self._claims[client_id] = newcomer, claim
         fanout.admitting[claim] = fanout.log.next_sequence
         try:
             registration = Registration(client_id, newcomer.user, newcomer.topics, newcomer.address)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from msgspec import Struct
 
 import schemas
+from admission import Newcomer
 from clients import Client
 from connection import PutOut
 from conversation import Change
@@ -51,7 +52,7 @@ class Wanted(Struct, frozen=True):
     user: str = ""
     topic: str = ""
 
-    def fits(self, client: Client) -> bool:
+    def fits(self, client: Client | Newcomer) -> bool:
         return (
             (not self.client_id or client.client_id == self.client_id)
             and (not self.user or client.user == self.user)
@@ -164,6 +165,8 @@ class Presence:
         # First: a newcomer with a revoked token must not join behind the others.
         if revoked is not None and hub.revocations is not None:
             hub.revocations.add(wanted.user, revoked)
+        # Those in the registry count as connected, so they must not join behind the others either.
+        await hub.admission.settle(wanted.fits)
         async for _, client in in_slices(list(self._group(wanted))):
             if client in hub.clients:
                 hub.admission.dismiss(client, POLICY_VIOLATION, PutOut(reason))

@@ -290,6 +290,26 @@ def test_a_newcomer_that_is_being_admitted_does_not_slip_through() -> None:
     asyncio.run(admitted())
 
 
+@pytest.mark.parametrize("wanted", ["client", "user"])
+def test_a_newcomer_that_is_being_admitted_is_put_out(wanted: str) -> None:
+    """The registry counts it already."""
+    hub = Hub(Settings(), SlowStore(Settings()))
+
+    async def admitted() -> None:
+        async with hub:
+            connection = FakeConnection(is_stream=True)
+            asyncio.ensure_future(hub.admit(connection, Newcomer("ann", user=USER)))  # noqa: RUF006
+            await asyncio.sleep(0)
+            if wanted == "client":
+                await hub.presence.disconnect("ann", "Bye")
+            else:
+                assert await hub.presence.disconnect_user(USER, "Bye") == 1
+            assert connection.goodbye == (1008, "Bye")
+            assert not hub.clients
+
+    asyncio.run(admitted())
+
+
 def test_a_body_that_comes_late_is_not_published(start_server: StartServer) -> None:
     """The token was good when the head came."""
     server = start_server(*FLAGS)
