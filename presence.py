@@ -198,12 +198,13 @@ class Presence:
             due, revocations.learned = revocations.learned, []
             with contextlib.suppress(StoreUnavailable):
                 await revocations.read()
-            for client in [client for user in due for client in hub.clients.by_user.get(user, ())]:
-                try:
-                    if client.identity is not None:
-                        revocations.check(client.identity)
-                except Unauthorized:
-                    hub.admission.dismiss(client, POLICY_VIOLATION, PutOut("Token revoked"))
+            for user in due:
+                async for _, client in in_slices(list(hub.clients.by_user.get(user, ()))):
+                    try:
+                        if client in hub.clients and client.identity is not None:
+                            revocations.check(client.identity)
+                    except Unauthorized:
+                        hub.admission.dismiss(client, POLICY_VIOLATION, PutOut("Token revoked"))
             await asyncio.sleep(FOLLOW_SECONDS)
 
     async def change_topics(self, user: str, subscribe: Collection[str], unsubscribe: Collection[str]) -> int:

@@ -272,6 +272,28 @@ def test_a_process_that_was_taken_for_dead_reads_on_first(start_server: StartSer
     assert b" 401 " in connection.recv(4096)
 
 
+def test_many_clients_of_a_revocation_that_no_question_told_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are closed in slices."""
+    monkeypatch.setattr("slices.SLICE_SECONDS", 0)
+    monkeypatch.setattr("presence.FOLLOW_SECONDS", 0)
+    revocations = Revocations(60)
+    hub = Hub(Settings(), revocations=revocations)
+
+    async def closed() -> None:
+        async with hub:
+            for _ in range(3):
+                await hub.admit(FakeConnection(), Newcomer(identity=Identity(user=USER)))
+            revocations.add(USER, int(time.time()))
+            revocations.learned.append(USER)
+            left = set[int]()
+            while hub.clients:
+                left.add(len(hub.clients))
+                await asyncio.sleep(0)
+            assert left == {3, 2, 1}
+
+    asyncio.run(closed())
+
+
 def test_a_newcomer_that_is_being_admitted_does_not_slip_through() -> None:
     """Its token was good when it was read, and is revoked while the store admits it."""
     revocations = Revocations(60)
