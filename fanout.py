@@ -187,9 +187,11 @@ class FanOut:
         data = frame(payload(record.id, record.rest))
         return self.log.append(record.id, data, at, replayed=record.replayed, audience=record.audience)
 
-    def records(self) -> Iterator[Record]:
-        """Return the records of the log as it is now, each made when it is asked for."""
+    def records(self, since: str) -> Iterator[Record]:
+        """Return the records in memory from an id on, as it is now, each made when it is asked for."""
         epoch = time.time() - self._clock()
+        start = self.log.find(since)
+        first = self.log.sequence_after(since) if start is None else start - 1
         return (
             Record(
                 entry.id,
@@ -198,7 +200,7 @@ class FanOut:
                 entry.replayed,
                 epoch + entry.at,
             )
-            for entry in list(self.log.since(self.log.first_sequence))
+            for entry in list(self.log.since(first))
         )
 
     def owe(self, client: Client, entries: list[Entry]) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from buckets import SECOND, Buckets, Draw, Rate
@@ -48,8 +48,11 @@ class Node(Protocol):
     def receive_mail(self, sender: str, message: bytes) -> None:
         """Take a message that another node has posted."""
 
-    def kept(self) -> tuple[str, Iterable[Record]]:
-        """Return the id before this process's part of the log, and that part, to refill a store that lost it."""
+    def kept(self, since: str) -> tuple[str, Iterator[Record]]:
+        """Return the id before this process's part of the log, and the records of that part from an id on.
+
+        They refill a store that lost them.
+        """
 
     def registrations(self) -> Iterable[Registration]:
         """Return this process's clients, to register them again in a store that lost them."""
@@ -151,7 +154,10 @@ class Store(Protocol):
 
 
 class Draft(NamedTuple):
-    """A notification without a place in the log; `rest` is its JSON after the id, from the comma on."""
+    """A notification without a place in the log; `rest` is its JSON after the id, from the comma on.
+
+    If it is not to be replayed, it is for everyone or for nobody.
+    """
 
     rest: bytes
     audience: Audience | None = None

@@ -10,6 +10,9 @@
 -- The keys, after the prefix:
 --   meta           hash    the single values, and the sums of what dead nodes have counted
 --   log            stream  entries <seq>-0 with the fields below
+--   for:NAME       list    the numbers of the records for a name of an audience (c:CLIENT, t:TOPIC, u:USER), in order; for:*
+--                          of those for everyone, for:- of all that are not replayed
+--   old            stream  a log that was given up; its numbers have yet to leave the lists
 --   once:KEY       string  the number of the last entry of an append that may be repeated. That entry has the key and,
 --                          as its answer, the fingerprint and the reply; the entries before it have '+'
 --   nodes, tails   zsets   the living nodes: when the lease ends, and the last number read
@@ -51,12 +54,15 @@ local OFFERS, OFFERED, AWAITED = P..'offers', P..'offered', P..'awaited'
 local NODE, MEMBERS, POSTS = P..'node:', P..'members:', P..'posts:'
 local REVOKED, REVOCATIONS = P..'revoked', P..'revocations'
 local GROUP, BUCKET, ONCE = P..'group:', P..'bucket:', P..'once:'
+local FOR, OLD, KINDS = P..'for:', P..'old', {'c:', 't:', 'u:'}
 
 -- Where an entry has the values of its fields: i, t, r, a, p, o, z and w.
 local ID, AT, REST, AUDIENCE, REPLAYED, KEY, BYTES_OF, ANSWER = 2, 4, 6, 8, 10, 12, 14, 16
 
 -- Clients of the dead that one renewal removes, and records that one join puts back: milliseconds each.
 local REMOVED_AT_ONCE, RESTORED_AT_ONCE = 1000, 1000
+-- Records, and names of their audiences, that one call trims; names beyond that only for the last record.
+local TRIMMED_AT_ONCE, NAMES_AT_ONCE = 1000, 5000
 
 local time = call('TIME')
 local now = time[1] * 1000000 + time[2]
@@ -93,19 +99,50 @@ local function next_id(last)
     math.floor(c / 4294967296), c % 4294967296)
 end
 
+local function names_of(audience, replayed)
+  if replayed ~= '1' then return {'-'} end
+  if audience == '' then return {'*'} end
+  local names, unpacked = {}, cmsgpack.unpack(audience)
+  for k, kind in ipairs(KINDS) do
+    for _, name in ipairs(unpacked[k] or {}) do names[#names + 1] = kind..name end
+  end
+  return names
+end
+
+local function up_to(key, last)  -- How many numbers of a list are at most this one.
+  local low, high = 0, call('LLEN', key)
+  while low < high do
+    local middle = math.floor((low + high) / 2)
+    if tonumber(call('LINDEX', key, middle)) <= last then low = middle + 1 else high = middle end
+  end
+  return low
+end
+
 local function add(id, at, rest, size, audience, replayed, key, answer)
   newest, seq, bytes = id, math.max(seq + 1, least), bytes + size
   if replayed == '1' then kept = kept + 1 end
   call('XADD', LOG, text(seq)..'-0', 'i', id, 't', at, 'r', rest, 'a', audience, 'p', replayed, 'o', key, 'z', size,
     'w', answer)
+  for _, name in ipairs(names_of(audience, replayed)) do call('RPUSH', FOR..name, text(seq)) end
   local left = math.ceil((at + TTL - now) / 1000)
   if key ~= '' and left > 0 then call('SET', ONCE..key, text(seq), 'PX', left) end
 end
 
 local function number(entry) return tonumber(entry[1]:sub(1, -3)) end
 
-local function place_of(id)  -- The number of the entry with this id, or of the log's front if that is the id; or nil.
-  local low, high, found = 0, seq, before
+local function floor()  -- The number before the first entry. The lists may have smaller ones, of a log that is gone.
+  local first = call('XRANGE', LOG, '-', '+', 'COUNT', 1)[1]
+  return first and number(first) - 1 or seq
+end
+
+local function id_up_to(last)  -- The id of the last entry up to a number, or `before`.
+  -- Redis would look through the whole log for an entry before the first.
+  if last <= floor() then return before end
+  return call('XREVRANGE', LOG, text(last)..'-0', '-', 'COUNT', 1)[1][2][ID]
+end
+
+local function last_up_to(id)  -- The number and the id of the last entry up to an id; floor() and `before` without one.
+  local low, high, found = floor(), seq, before
   while low < high do
     -- The ids increase with the numbers; between these there are gaps.
     local middle = math.ceil((low + high) / 2)
@@ -118,7 +155,24 @@ local function place_of(id)  -- The number of the entry with this id, or of the 
       high = number(entry) - 1
     end
   end
-  return found == id and low or nil
+  return low, found
+end
+
+local function place_of(id)  -- The number of the entry with this id, or of the log's front if that is the id; or nil.
+  local number, found = last_up_to(id)
+  return found == id and number or nil
+end
+
+local function unlist(entry)  -- Take an entry that leaves the log out of the lists; return the number of these.
+  local names = names_of(entry[2][AUDIENCE], entry[2][REPLAYED])
+  for _, name in ipairs(names) do
+    local first = call('LINDEX', FOR..name, 0)
+    while first and tonumber(first) <= number(entry) do
+      call('LPOP', FOR..name)
+      first = call('LINDEX', FOR..name, 0)
+    end
+  end
+  return #names
 end
 
 local function forget(entry)
@@ -127,13 +181,22 @@ local function forget(entry)
   if fields[REPLAYED] == '1' then kept = kept - 1 end
   local key = fields[KEY]
   if key ~= '' and tonumber(call('GET', ONCE..key) or 0) == number(entry) then call('DEL', ONCE..key) end
+  return unlist(entry)
+end
+
+local function trim_old()
+  local entries = call('XRANGE', OLD, '-', '+', 'COUNT', 100)
+  for _, entry in ipairs(entries) do unlist(entry) end
+  if #entries == 0 then return end
+  call('XTRIM', OLD, 'MINID', '=', text(number(entries[#entries]) + 1)..'-0')
+  if call('XLEN', OLD) == 0 then call('UNLINK', OLD) end
 end
 
 local function trim()
   local slowest = call('ZRANGE', TAILS, 0, 0, 'WITHSCORES')[2]
   slowest = slowest and tonumber(slowest) or seq
-  local from, goes_on = '-', true
-  while goes_on do
+  local from, goes_on, entries_left, names_left = '-', true, TRIMMED_AT_ONCE, NAMES_AT_ONCE
+  while goes_on and entries_left > 0 and names_left > 0 do
     local entries = call('XRANGE', LOG, from, '+', 'COUNT', 20)
     goes_on = #entries == 20
     for _, entry in ipairs(entries) do
@@ -142,7 +205,7 @@ local function trim()
         goes_on = false
         break
       end
-      forget(entry)
+      entries_left, names_left = entries_left - 1, names_left - forget(entry)
       from = text(number(entry) + 1)..'-0'
     end
   end
@@ -282,12 +345,13 @@ local function restore()  -- Put some of the offered records back; return whethe
   local offered = call('HGET', META, 'offered') or ''
   if offered > newest then
     -- The rest of the log ends before the offered records begin.
-    call('UNLINK', LOG)
+    if call('EXISTS', LOG) == 1 then call('RENAME', LOG, OLD) end
     newest, before, kept, bytes = offered, offered, 0, 0
   end
   if newest == '' then
     newest = next_id('')
     before = newest
+    call('HSET', META, 'origin', before)
   end
   -- Above all numbers that any process may have read before, so that it notices the gap.
   if call('HGET', META, 'restoring') ~= '0' then
@@ -339,6 +403,8 @@ end
 local function join()
   -- The newest record of the node, the epoch of its last join, which names its branch, and whether it made its offers.
   local last, branch, has_offered, known = arg(), arg(), arg() == '1', {}
+  -- The number of records that a node reads when it joins, and their bytes with so many for each, at most.
+  local most, cache, each = number_arg(), number_arg(), number_arg()
   for k in ipairs(SUMS) do known[k] = number_arg() end
   local started, messages, slow = number_arg(), number_arg(), number_arg()
   local run, state = run_id(), call('HMGET', META, 'epoch', 'run', 'restoring')
@@ -381,10 +447,17 @@ local function join()
   local first = call('XRANGE', LOG, '-', '+', 'COUNT', 1)[1]
   -- A node whose newest record is not here has delivered others than this log has, or missed some.
   local place = place_of(last)
+  local front, size = before, call('XLEN', LOG)
   tail = place or first and number(first) - 1 or seq
+  if first and (fresh or not place) then
+    -- Of a long log the newest end, as far as it fits, by the mean of its sizes.
+    local fits = math.min(most, math.floor(cache / (bytes / size + each)))
+    if size > fits then tail = math.max(tail, seq - fits) end
+    front = id_up_to(tail)
+  end
   call('ZADD', TAILS, tail, node)
   local since = tonumber(call('HGET', META, 'started'))
-  return {current, members, before, tail, place and 1 or 0, seq, now, since}
+  return {current, members, front, tail, place and 1 or 0, seq, now, since}
 end
 
 local function offer()
@@ -448,6 +521,77 @@ function ops.append()
     add(id, now, rest, size, audience, replayed, stored_key, answer)
   end
   sent = sent + count
+  return reply
+end
+
+function ops.reach()  -- Where a reader begins, whether that is complete, and how much each name has for it.
+  local since, last, names = arg(), arg(), number_arg()
+  trim()
+  local after, complete
+  if since == '' then
+    complete = before == call('HGET', META, 'origin')
+  else
+    after = place_of(since)
+    complete = after ~= nil
+  end
+  local position = after and since or before
+  after = after or floor()
+  local until_number = math.max(after, (last_up_to(last)))
+  local reply = {position, complete and 1 or 0, text(after), text(until_number)}
+  local function count(name) return up_to(FOR..name, until_number) - up_to(FOR..name, after) end
+  reply[5] = count('*')
+  for _ = 1, names do reply[#reply + 1] = count(arg()) end
+  return reply
+end
+
+function ops.count()  -- How many records are for any of the names, between two numbers; and the number reached so far.
+  local after, last, names, seen, count = number_arg(), number_arg(), number_arg(), {}, 0
+  local lists, reached = {}, last
+  for k = 1, names do
+    local key = FOR..arg()
+    local first = up_to(key, after)
+    lists[k] = call('LRANGE', key, first, first + 999)
+    if #lists[k] == 1000 then reached = math.min(reached, tonumber(lists[k][1000])) end
+  end
+  for _, list in ipairs(lists) do
+    for _, one in ipairs(list) do
+      if not seen[one] and tonumber(one) <= reached then seen[one], count = true, count + 1 end
+    end
+  end
+  return {count, text(reached)}
+end
+
+function ops.read()  -- Records for everyone and for the names, after one id and up to another.
+  local after, last, backwards, most, most_bytes, names = arg(), arg(), arg() == '1', number_arg(), number_arg(), number_arg()
+  local first, final, found, seen = (last_up_to(after)), (last_up_to(last)), {}, {}
+  local sources = {'*', '-'}
+  for _ = 1, names do sources[#sources + 1] = arg() end
+  local is_part = false
+  for _, name in ipairs(sources) do
+    local key = FOR..name
+    local from = backwards and math.max(up_to(key, final) - most, 0) or up_to(key, first)
+    local list = call('LRANGE', key, from, from + most - 1)
+    is_part = is_part or #list == most
+    for _, one in ipairs(list) do
+      local value = tonumber(one)
+      if value > first and value <= final and not seen[one] then seen[one], found[#found + 1] = true, value end
+    end
+  end
+  table.sort(found, function(a, b) if backwards then return a > b end return a < b end)
+  local reply, size = {before, '', ''}, 0
+  for k, value in ipairs(found) do
+    local entry = call('XRANGE', LOG, text(value)..'-0', text(value)..'-0')[1]
+    size = size + (entry and #entry[2][REST] or 0)
+    if #reply == most + 3 or size > most_bytes and #reply > 3 then
+      is_part = true
+      break
+    end
+    if entry then reply[#reply + 1] = entry end
+    if k == #found then is_part = is_part and #found >= most end
+  end
+  if is_part and #reply > 3 then
+    reply[2], reply[3] = reply[#reply][2][ID], id_up_to(number(reply[#reply]) - 1)
+  end
   return reply
 end
 
@@ -570,6 +714,7 @@ function ops.renew()
   end
   remove_clients_of_the_dead()
   trim()
+  trim_old()
   local known = call('HMGET', META, 'total', 'sent', 'messages', 'slow', 'counter', 'started')
   for k = 1, 6 do known[k] = tonumber(known[k] or 0) end
   known[7] = before

@@ -35,7 +35,7 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Sequence
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from typing import Any, NamedTuple
 
 from redis import exceptions
@@ -44,9 +44,11 @@ from redis.asyncio.connection import AbstractConnection
 import store_redis_records as packing
 from buckets import Draw, Rate
 from errors import KeyReused, StoreUnavailable
+from log import ENTRY_BYTES
 from settings import Settings
 from store import LEASE_SECONDS, Appended, Census, Draft, Node, Once, Opening, Record, Registration, Report, limits_of
 from store_redis_link import Argument, RedisLink, send
+from store_redis_log import COSTS, OPENING_RECORDS, RedisLog
 
 logger = logging.getLogger("notifyd")
 
@@ -75,11 +77,11 @@ class RedisStore:
     """One process's side of a log and a registry in Redis."""
 
     append_at_once = None
-    log = None
 
     def __init__(self, settings: Settings, url: str) -> None:
         """Raises SettingsError if the URL is none."""
         self._link = RedisLink(settings, url)
+        self.log = RedisLog(self._perform)
         self.node_id = secrets.token_hex(8)
         self.failure: str | None = None
         self._settings = settings
@@ -206,7 +208,9 @@ class RedisStore:
             if not self._opened:
                 self._seq = 0
             offered = "1" if registered and registered == self._epoch else ""
-            arguments: list[Argument] = ["join", self._newest, self._branch, offered, *self._sums, *self._report]
+            opening = OPENING_RECORDS, self._settings.cache_bytes, ENTRY_BYTES
+            arguments: list[Argument] = ["join", self._newest, self._branch, offered, *opening]
+            arguments += (*self._sums, *self._report)
             epoch, members, position, *joined = await self._run(connection, arguments)
             if self._epoch not in ("", epoch.decode()):
                 # Operations that are not answered yet may be lost, too.
@@ -260,16 +264,15 @@ class RedisStore:
 
     async def _offer_records(self, connection: AbstractConnection, newest: str) -> None:
         """Offer the records that the log lacks, if this process knows the newest of the log: else it is another log."""
-        front, kept = self._node.kept()
+        front, lost = self._node.kept(max(newest, self._whole_since))
         front = max(front, self._whole_since)
-        records = [record for record in kept if record.id >= max(front, newest)]
-        if records and records[0].id == newest:
-            del records[0]
-        elif newest > front:
-            return
+        first = next(lost, None)
+        if first is None or first.id != newest:
+            if newest > front:
+                return
+            lost = chain([] if first is None else [first], lost)
         # First the start of this process's unbroken part: the log must reach back to it.
         await self._run(connection, ["offer", front, self._branch])
-        lost = iter(records)
         while some := list(islice(lost, CHUNK)):
             parts = [part for record in some for part in packing.offer(record, *self._keys.get(record.id, (b"", b"")))]
             await self._run(connection, ["offer", front, self._branch, *parts])
@@ -302,9 +305,11 @@ class RedisStore:
             self._wake.clear()
             while self._queue:
                 arguments: list[Argument] = []
-                while self._queue and len(arguments) < GROUP_ARGUMENTS:
+                room = GROUP_ARGUMENTS
+                while self._queue and room > 0:
                     self._in_flight.append(operation := self._queue.popleft())
                     arguments += operation.arguments
+                    room -= max(len(operation.arguments), COSTS.get(operation.arguments[0], 0))
                 try:
                     seq, *replies = await self._run(connection, arguments)
                 except _Rejoin:
@@ -341,8 +346,11 @@ class RedisStore:
     def _renewed(self, answer: asyncio.Future[Any]) -> None:
         if not answer.cancelled() and answer.exception() is None:
             *self._sums, before = answer.result()
-            trimmed = before.decode()
-            for id in list(takewhile(trimmed.__ge__, self._keys)):
+            self.log.before = before.decode()
+            # The keys of the records that this process could put back.
+            front = self._node.kept(self._newest)[0] if self._opened else ""
+            trimmed = max(self.log.before, front)
+            for id in list(islice(takewhile(trimmed.__ge__, self._keys), CHUNK)):
                 del self._keys[id]
 
     def _perform(self, *arguments: Argument) -> asyncio.Future[Any]:

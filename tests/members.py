@@ -14,7 +14,7 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from signal import SIGCONT, SIGSTOP
 from typing import Any
@@ -111,10 +111,10 @@ class Member:
         self.mail.append((sender, message))
         self._changed.set()
 
-    def kept(self) -> tuple[str, Iterable[Record]]:
-        if self.times_missed:
-            return self.before, self.records
-        return self.opening.before, self.opening.records + self.records
+    def kept(self, since: str) -> tuple[str, Iterator[Record]]:
+        front = self.before if self.times_missed else self.opening.before
+        records = self.records if self.times_missed else self.opening.records + self.records
+        return front, (record for record in records if record.id >= since)
 
     def registrations(self) -> Iterable[Registration]:
         return list(self.clients.values())

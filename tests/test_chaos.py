@@ -11,19 +11,23 @@ import asyncio
 import os
 import random
 import re
+import signal
 import socket
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import httpx
 import orjson
 import pytest
 from bytes import masked
 from conftest import StartServer
-from processes import Server
+from processes import Server, workers
 from websockets.client import ClientProtocol
 from websockets.frames import Frame, Opcode
 from websockets.uri import parse_uri
@@ -233,10 +237,14 @@ class Client:
         self.connection: Connection | None = None
         self.faults: list[str] = []
         self.is_ready = asyncio.Event()
+        # Returns after so many batches; without it the client comes back at once.
+        self.stay_away: Callable[[int], Awaitable[None]] | None = None
 
     async def run(self) -> None:
         while not self.is_done():
             await self._connect_once()
+            if self.stay_away is not None and self.position:
+                await self.stay_away(self.chance.randint(0, 20))
 
     def is_done(self) -> bool:
         return NOTIFICATIONS in self.received[-1:]
@@ -317,8 +325,11 @@ class Client:
 class Storm:
     """Publishes everything, and lets the clients suffer meanwhile."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, *, is_long: bool = False) -> None:
         self.server = server
+        self.is_long = is_long
+        self.batches = asyncio.Condition()
+        self.published = 0
         self.chance = random.Random(SEED)
         self.proxy = Proxy(server)
         self.clients: list[Client] = []
@@ -328,20 +339,38 @@ class Storm:
         await self.proxy.start()
         seeds = [self.chance.randrange(2**32) for _ in range(CLIENTS)]
         self.clients = [Client(number, random.Random(seed), self.proxy) for number, seed in enumerate(seeds)]
+        if self.is_long:
+            for client in self.clients:
+                client.stay_away = self.until_more
         lives = [asyncio.ensure_future(client.run()) for client in self.clients]
         await everyone(client.is_ready.wait() for client in self.clients)
         for count in range(NOTIFICATIONS // BATCH):
             await self.publish([self.notification(count * BATCH + number) for number in range(BATCH)])
             self.happen(count)
+            async with self.batches:
+                self.published = count + 1
+                self.batches.notify_all()
         await self.publish([self.broadcast(NOTIFICATIONS)])
         self.release(NOTIFICATIONS)
         await everyone(lives)
         await self.proxy.stop()
         await everyone(connection.is_gone.wait() for client in self.clients for connection in client.connections)
 
+    async def until_more(self, batches: int) -> None:
+        """Return when so many more have been published, or all."""
+        until = min(self.published + batches, NOTIFICATIONS // BATCH)
+        async with self.batches:
+            await self.batches.wait_for(lambda: self.published >= until)
+
     async def publish(self, notifications: list[dict[str, Any]]) -> None:
-        response = await asyncio.to_thread(self.server.request, "POST", "/notify/batch", json=notifications)
-        assert response.status_code == 200, response.text
+        """Publish a batch, again if its worker is killed meanwhile."""
+        headers = {"Idempotency-Key": notifications[0]["message"]}
+        while True:
+            with suppress(httpx.TransportError):
+                request = partial(self.server.request, json=notifications, headers=headers)
+                response = await asyncio.to_thread(request, "POST", "/notify/batch")
+                assert response.status_code == 200, response.text
+                return
 
     def notification(self, number: int) -> dict[str, Any]:
         """Draw an audience: everyone, one or two topics or users, or up to three clients."""
@@ -375,6 +404,8 @@ class Storm:
                 self.stalled.append((count + self.chance.randint(1, STALLED_BATCHES), link))
         if not count % BATCHES_PER_VANISHING and (link := self.chance.choice(self.clients).suffer(may_vanish=True)):
             self.stalled.append((NOTIFICATIONS, link))
+        if self.is_long and count == NOTIFICATIONS // BATCH // 2:
+            os.kill(min(workers(self.server)), signal.SIGKILL)
         self.release(count)
 
     def release(self, count: int) -> None:
@@ -388,9 +419,9 @@ async def everyone(waiting: Any) -> None:
     await asyncio.wait_for(asyncio.gather(*waiting), PATIENCE)
 
 
-def storm(server: Server) -> Storm:
-    """Let it rage, and return it when it is over."""
-    raging = Storm(server)
+def storm(server: Server, *, is_long: bool = False) -> Storm:
+    """Let it rage, and return it when it is over. A long storm keeps clients away, and kills a worker."""
+    raging = Storm(server, is_long=is_long)
     asyncio.run(raging.rage())
     assert sum(len(client.connections) for client in raging.clients) > 3 * CLIENTS
     return raging
@@ -407,3 +438,15 @@ def test_with_too_little_history_everyone_is_whole_or_was_told(start_server: Sta
     """A client that was away for longer than the history misses nothing before and after the gap."""
     clients = storm(start_server("--history-size", "1000")).clients
     assert {client.verdict() for client in clients} == {"whole", "told"}
+
+
+@pytest.mark.parametrize("store", ["sqlite", "redis"])
+def test_with_a_log_larger_than_memory_everyone_ends_with_exactly_its_own(
+    start_server: StartServer, store: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """About 500 notifications are in memory, clients are away half of the time, and a worker is killed meanwhile."""
+    url = f"sqlite:{tmp_path}/log.db" if store == "sqlite" else request.getfixturevalue("redis").url
+    flags = ("--workers", "2", "--store", url, "--history-size", "30000", "--cache-bytes", "260000")
+    clients = storm(start_server(*flags, "--store-timeout", "10"), is_long=True).clients
+    assert Counter(client.verdict() for client in clients) == {"whole": CLIENTS}
+    assert not any(client.gaps for client in clients)

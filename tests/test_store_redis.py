@@ -606,7 +606,7 @@ async def test_clients_of_a_dead_process_count_for_nothing_and_are_removed_later
         await one.until(lambda: not redis.command("EXISTS", "{notifyd}:dead"))
         assert await recipients(one) == [2, 1, 1, 2, 1]
         assert {key.split(":")[1] for key in redis.keys(0) if one.store.node_id not in key} == {
-            *("meta", "log", "nodes", "tails", "clients", "groups", "folded")
+            *("meta", "log", "for", "nodes", "tails", "clients", "groups", "folded")
         }
 
 
