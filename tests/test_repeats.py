@@ -17,6 +17,7 @@ from uvicorn.server import ServerState
 from ws_clients import PATIENCE
 
 import routes
+import wire_http
 from connection import REPEAT_EXTENSION
 from notifyd import App, create_app
 from settings import Settings
@@ -117,6 +118,20 @@ def test_a_repeat_may_come_in_pieces(size: int) -> None:
         assert [await server.answer(*pieces), await server.answer(*pieces)] == [first, first]
         assert b"healthy" in await server.answer(HEALTH)
         assert server.published() == [b"hi"] * 4
+
+    with_server(talk)
+
+
+def test_each_repeat_has_its_own_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where half of the next request always comes with the one before it."""
+    monkeypatch.setattr(wire_http, "REQUEST_SECONDS", 0.3)
+
+    async def talk(server: Served) -> None:
+        first, request = await server.answer(post()), post()
+        assert await server.answer(request + request[:50]) == first
+        for _ in range(8):
+            await asyncio.sleep(0.05)
+            assert await server.answer(request[50:] + request[:50]) == first
 
     with_server(talk)
 
