@@ -192,14 +192,14 @@ class HttpProtocol(asyncio.Protocol):
     def shutdown(self) -> None:
         """Hear from uvicorn that the server ends."""
         exchange = self._exchange
-        if self._phase is BODY:
-            # Its handler waits for a body that may never come, and would hold up the end.
+        if self._phase in (HEAD, BODY):
+            # The rest may never come, and a handler that waits for it would hold up the end.
             self.refuse(503, "Server shutting down", "system")
         elif self._phase is WHOLE and exchange is not None:
             exchange.keeps_alive = False
         elif self._phase is STREAM and exchange is not None and exchange.stream is not None:
             exchange.stream.close(GOING_AWAY, "Server shutting down")
-        elif self._phase < WHOLE:
+        elif self._phase is IDLE:
             self._close()
 
     # --- reading
@@ -389,6 +389,9 @@ class HttpProtocol(asyncio.Protocol):
     def _be_idle(self) -> None:
         self._phase = IDLE
         self._idle_since = self._loop.time()
+        if self._deadline is not None:
+            # Each request has its own, also where half of the next has come already.
+            self._time_request()
         if self._idle_timer is None:
             self._idle_timer = self._loop.call_later(self._config.timeout_keep_alive, self._check_idle)
 

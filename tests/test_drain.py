@@ -13,6 +13,7 @@ from signal import SIGINT, SIGTERM
 
 import httpx
 import pytest
+from bytes import read_until, rest
 from conftest import StartServer
 from expected import COUNT, PONG, SHUTDOWN, SYSTEM, TIME, answered, http_error, naming
 from processes import Server, eventually, worker_count
@@ -251,12 +252,22 @@ def test_clients_that_do_not_read_do_not_delay_the_end(start_server: StartServer
     assert server.exit_status(8) == 0
 
 
-def test_half_a_request_does_not_hold_up_the_end(start_server: StartServer) -> None:
-    """A publisher that stopped in the middle is not waited for."""
+POST = b'POST /notify HTTP/1.1\r\nHost: x\r\nContent-Length: 16\r\n\r\n{"message":"hi"}'
+
+
+@pytest.mark.parametrize("before", [0, 2], ids=["first", "repeated"])
+@pytest.mark.parametrize("cut", [1, 16, 30])
+def test_half_a_request_does_not_hold_up_the_end(start_server: StartServer, before: int, cut: int) -> None:
+    """A publisher that stopped in the middle is told, and not waited for."""
     server = start_server()
-    server.raw(b"POST /notify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+    connection = server.raw(b"")
+    for _ in range(before):
+        connection.sendall(POST)
+        read_until(connection, b"}\n")
+    connection.sendall(POST[:-cut])
     server.get("/health")
     server.signal()
+    assert rest(connection).startswith(b"HTTP/1.1 503 ")
     assert server.exit_status() == 0
 
 
