@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Scope
 from connection import Pipe, Stream
 from errors import Category
 from schemas import encode, error_body
-from wire_message import ClientDisconnected, Headers
+from wire_message import ClientDisconnected, Headers, is_disconnect
 
 if TYPE_CHECKING:
     from wire_http import HttpProtocol
@@ -106,10 +106,11 @@ class Exchange:
         try:
             await app(scope, self.receive, self.send)
             has_returned = True
-        except ClientDisconnected:
-            logger.debug("A peer left while it was answered")
-        except Exception:
-            logger.exception("Unexpected error in the app of a request")
+        except Exception as error:
+            if is_disconnect(error):
+                logger.debug("A peer left while it was answered")
+            else:
+                logger.exception("Unexpected error in the app of a request")
         finally:
             if self.state < COMPLETE and self.stream is None:
                 if has_returned:

@@ -48,6 +48,11 @@ class ClientDisconnected(OSError):
     """An app sends to a peer that has left (ASGI specification 2.4)."""
 
 
+def is_disconnect(error: Exception) -> bool:
+    """Whether an app has ended with ClientDisconnected, or with its own exception for it, as Starlette has."""
+    return ClientDisconnected in (type(error), type(error.__context__))
+
+
 class Peer(NamedTuple):
     """Both ends of a connection, as the ASGI scope names them."""
 

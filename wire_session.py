@@ -33,6 +33,7 @@ from wire_message import (
     Peer,
     RequestError,
     RequestParser,
+    is_disconnect,
 )
 
 logger = logging.getLogger("notifyd.wire")
@@ -138,11 +139,12 @@ class Session:
         wire, code = self._wire, NORMAL_CLOSURE
         try:
             await self._config.loaded_app(scope, self._receive, self._send)
-        except ClientDisconnected:
-            logger.debug("A peer left while its app was sending")
-        except Exception:
-            logger.exception("Unexpected error in the app of a WebSocket")
-            code = INTERNAL_ERROR
+        except Exception as error:
+            if is_disconnect(error):
+                logger.debug("A peer left while its app was sending")
+            else:
+                logger.exception("Unexpected error in the app of a WebSocket")
+                code = INTERNAL_ERROR
         if wire.session is not self or wire.state > OPEN:
             # A receiver has taken over, or the connection has begun to end.
             return

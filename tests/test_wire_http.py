@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 import socket
 import struct
@@ -18,7 +19,12 @@ import uvicorn
 from bytes import HANDSHAKE, handshake, masked, read_to_end, read_until, rest
 from conftest import StartServer
 from processes import QUIET, Server, eventually, needs_proc
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocket
 from uvicorn.server import ServerState
 from websockets.frames import Opcode
 from ws_clients import PATIENCE
@@ -454,3 +460,33 @@ def test_a_handshake_behind_which_the_client_has_ended_its_side_keeps_no_connect
             await send({"type": "websocket.accept"})
 
     assert b"HTTP/1.1 204 " in asyncio.run(asked(app, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + HANDSHAKE, ends=True))
+
+
+async def endless(request: Request) -> StreamingResponse:
+    return StreamingResponse("x" * 1000 for _ in itertools.count())
+
+
+async def talkative(websocket: WebSocket) -> None:
+    await websocket.accept()
+    while True:
+        await websocket.send_bytes(b"x" * 1000)
+
+
+@pytest.mark.parametrize("request_", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", HANDSHAKE], ids=["http", "websocket"])
+def test_a_peer_that_leaves_is_no_error_of_an_app_of_starlette(
+    request_: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Starlette raises an exception of its own where it is told that the peer has left."""
+    app = Starlette(routes=[Route("/", endless), WebSocketRoute("/ws", talkative)])
+    left = "A peer left while"
+
+    async def read(reader: StreamReader) -> bytes:
+        answer = await reader.readexactly(1000)
+        reader._transport.abort()  # type: ignore[attr-defined]
+        while left not in caplog.text and "Unexpected" not in caplog.text:
+            await asyncio.sleep(0.01)
+        return answer
+
+    with caplog.at_level("DEBUG", "notifyd.wire"):
+        asyncio.run(asked(app, request_, read))
+    assert "Unexpected" not in caplog.text
