@@ -80,11 +80,16 @@ class Group:
 
     def __init__(self, replicas: int = 2, sentinels: int = 3, flags: tuple[str, ...] = ()) -> None:
         first = RedisServer(flags=(*AT_ONCE, *flags))
-        self.servers = [first, *[replica_of(first, *flags) for _ in range(replicas)]]
-        until(lambda: len(first.command("ROLE")[2]) == replicas)
-        until(lambda: all(server.command("ROLE")[3] == "connected" for server in self.servers[1:]))
-        self.sentinels = [Sentinel(first) for _ in range(sentinels)]
-        until(lambda: all(self._knows_all(sentinel) for sentinel in self.sentinels))
+        self.servers, self.sentinels = [first], list[Sentinel]()
+        try:
+            self.servers += [replica_of(first, *flags) for _ in range(replicas)]
+            until(lambda: len(first.command("ROLE")[2]) == replicas)
+            until(lambda: all(server.command("ROLE")[3] == "connected" for server in self.servers[1:]))
+            self.sentinels += [Sentinel(first) for _ in range(sentinels)]
+            until(lambda: all(self._knows_all(sentinel) for sentinel in self.sentinels))
+        except BaseException:
+            self.close()
+            raise
 
     def _knows_all(self, sentinel: Sentinel) -> bool:
         state = sentinel.command("SENTINEL", "MASTER", SERVICE)
