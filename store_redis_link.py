@@ -155,7 +155,9 @@ class RedisLink:
         """Return a short text for people."""
         if isinstance(error, TimeoutError | exceptions.TimeoutError):
             return f"no answer within {self._timeout:g} s"
-        if isinstance(error, exceptions.AskError | exceptions.TryAgainError):
+        moves = isinstance(error, exceptions.AskError | exceptions.TryAgainError)
+        if moves or str(error).startswith(("MOVED ", "ASK ", "TRYAGAIN ")):
+            # redis-py 5 has these classes for its cluster client alone.
             return "the slot of its keys is moving"
         cause = error.__context__
         if isinstance(cause, ssl.SSLError):
