@@ -176,8 +176,10 @@ class Admission:
             registration = Registration(client_id, newcomer.user, newcomer.topics, newcomer.address)
             position = await self._hub.store.admit(registration)
             try:
-                interest = interest_of(client_id, newcomer.user, newcomer.topics)
-                reach = await self._hub.replay.reach(newcomer.since, interest)
+                reach = None
+                if newcomer.since:
+                    interest = interest_of(client_id, newcomer.user, newcomer.topics)
+                    reach = await self._hub.replay.reach(newcomer.since, interest)
                 self._check_open(connection)
                 if newcomer.identity is not None:
                     self._hub.check_revoked(newcomer.identity)

@@ -270,7 +270,7 @@ class FanOut:
         reached = self.log.next_sequence
         full, self._for_everyone = self._for_everyone, False
         clients = list(self._clients.by_id.values() if full else self._owed)
-        if self.readers:
+        if self.readers.clients:
             clients = [client for client in clients if client.reading is None]
         behind: list[Client] = []
         start = 0
@@ -282,7 +282,8 @@ class FanOut:
                 end = start + max(1, min(SLICE_CLIENTS, fits))
                 behind += self._hand_over(clients[start:end], batch)
                 start = end
-                await asyncio.sleep(0)
+                if start < len(clients):
+                    await asyncio.sleep(0)
         except BaseException:
             # The next pass reaches the clients that this one did not.
             self._for_everyone |= full
@@ -376,7 +377,8 @@ class FanOut:
         # Without await: no client comes, and none moves, between the check of its place and the removal.
         log = self.log
         until = log.expired(self._clock(), min([self._passed_before, *self.admitting.values()]))
-        if until - log.first_sequence <= len(log) // TRIMMED_PART:
+        removable = until - log.first_sequence
+        if not removable or removable <= len(log) // TRIMMED_PART:
             return
         for client in {*self._behind, *self._owed}:
             is_placed = client in self._clients and client.reading is None

@@ -342,7 +342,8 @@ class Log:
     def expired(self, now: float, limit: int) -> int:
         """Return the sequence up to which the bounds ask to trim, at most `limit`."""
         count = len(self._entries) - (self._within - self.first_sequence)
-        for entry in islice(self.since(self._within), EXPIRED_AT_ONCE):
+        for sequence in range(self._within, min(self._within + EXPIRED_AT_ONCE, self.next_sequence)):
+            entry = self._entries[sequence - self.first_sequence]
             fits = (
                 self._within_replayed <= self.max_entries
                 and self._within_bytes <= self.max_bytes

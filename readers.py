@@ -235,14 +235,12 @@ class Readers:
         self._log = fanout.log
         self._clock = hub.clock
         self.pages = Pages(hub, fanout)
-        self._readers: set[Client] = set()
+        # To be read by all, changed here alone.
+        self.clients: set[Client] = set()
         # Those that can go on, in the order of their turn.
         self._queue: OrderedDict[Client, None] = OrderedDict()
         self._kept: deque[Page] = deque(maxlen=PAGES_KEPT)
         self._wanted = asyncio.Event()
-
-    def __len__(self) -> int:
-        return len(self._readers)
 
     # --- in and out
 
@@ -281,13 +279,13 @@ class Readers:
         cursor = client.cursor if client.reading is None else client.reading.cursor
         client.reading = Reading(position, until, interest, count, self._log.next_turn, cursor)
         self._fanout.unplace(client)
-        self._readers.add(client)
+        self.clients.add(client)
         self.go_on(client)
         return client.reading
 
     def forget(self, client: Client) -> None:
         client.reading = None
-        self._readers.discard(client)
+        self.clients.discard(client)
 
     def _backlog_of(self, client: Client) -> tuple[str, int, str, Wants | None]:
         """Return a client's place as a position, the number of notifications that it is owed, and which these are.
@@ -454,14 +452,14 @@ class Readers:
     def close_late(self) -> None:
         """Close the readers that are owed a notification which the log of all processes has let go of."""
         if (stored := self._hub.store.log) is not None:
-            for client in list(self._readers):
+            for client in list(self.clients):
                 if client.reading is not None and "" < client.reading.next_id <= stored.before:
                     self._close_late(client)
 
     def before_trim(self, until: int) -> None:
         """Move the places of readers that are about to leave the memory, where that is all there is of the log."""
         log, position = self._log, self._log.position_before(until)
-        for client in list(self._readers) if self._hub.store.log is None else ():
+        for client in list(self.clients) if self._hub.store.log is None else ():
             reading = client.reading
             if reading is None or reading.position >= position:
                 continue

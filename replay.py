@@ -57,9 +57,10 @@ class Replay:
         if start is None:
             assert reach is not None
             return self._follow_from_afar(client, reach)
-        client.follows = log.position_before(start)
+        client.follows = log.position
         owed: list[Entry] = []
         if start < log.next_sequence:
+            client.follows = log.position_before(start)
             owed = [one for one in log.since(start) if client.is_owed(one.id, one.audience)]
             if since:
                 owed = [one for one in owed if one.replayed]

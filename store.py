@@ -274,9 +274,12 @@ class Limit(NamedTuple):
 
 def limits_of(settings: Settings, client: Registration) -> list[Limit]:
     """Return the limits that a newcomer counts for, in the order of their checks."""
-    address = Limit(ADDRESS + client.address, settings.max_connections_per_ip if client.address else 0)
-    user = Limit(USER + client.user, settings.max_connections_per_user if client.user else 0)
-    return [limit for limit in (address, user) if limit.most]
+    limits = []
+    if client.address and settings.max_connections_per_ip:
+        limits.append(Limit(ADDRESS + client.address, settings.max_connections_per_ip))
+    if client.user and settings.max_connections_per_user:
+        limits.append(Limit(USER + client.user, settings.max_connections_per_user))
+    return limits
 
 
 class Report(NamedTuple):
