@@ -209,6 +209,7 @@ class FanOut:
         if client.pending is not None:
             # These may be older than pending entries.
             client.pending, client.owns_pending = sorted(client.pending + sequences), True
+            client.told = max(client.told, client.pending[-1])
         elif sequences:
             PendingLists().owe(client, sequences)
             self._owed.add(client)

@@ -475,3 +475,16 @@ def test_after_a_gap_in_the_log_no_resume_is_complete(loop: VirtualLoop) -> None
     history = loop.run_until_complete(hub.history(before.id, 9, [], None))
     assert (history.complete, len(history.notifications), history.position) == (False, 1, after.id)
     assert loop.run_until_complete(hub.history(after.id, 9, [], None)).complete
+
+
+def test_the_replay_of_a_subscription_behind_a_backlog_tells_the_position() -> None:
+    """A client that has been handed both knows the newest position."""
+    state = HubMachine()
+    stalled: Any = {"ann": ("", frozenset(), {"room": 1})}
+    state.open(crowd=stalled, batch_bytes=1, near_entries=2, page_entries=1)  # type: ignore[call-arg]
+    for topic in ("green", "red"):
+        state.subscribe_after_a_publish(index=0, topic=topic, ago=1, padding=0)  # type: ignore[call-arg]
+    state.read_on(index=0)  # type: ignore[call-arg]
+    state.let_time_pass(steps=1)  # type: ignore[call-arg]
+    state.nothing_is_wrong()
+    state.teardown()
