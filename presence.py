@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from msgspec import Struct
 
 import schemas
-from admission import Newcomer
 from clients import Client
 from connection import PutOut
 from conversation import Change
@@ -30,6 +29,7 @@ from schemas import MAX_TOPICS, POLICY_VIOLATION, ConnectedClient, timestamp
 from slices import in_slices
 
 if TYPE_CHECKING:
+    from admission import Newcomer
     from hub import Hub
 
 # Names are looked through in portions of this size: a fraction of a millisecond.
