@@ -112,7 +112,7 @@ class Proxies:
     """The trusted proxies: addresses, networks, and UNIX for any peer on a Unix socket."""
 
     def __init__(self, trusted: Collection[str]) -> None:
-        self._networks = [ipaddress.ip_network(text) for text in trusted if text != UNIX]
+        self._networks = [_network(text) for text in trusted if text != UNIX]
         self._trusts_unix = UNIX in trusted
 
     def address_of(self, peer: str, headers: Iterable[tuple[bytes, bytes]]) -> str:
@@ -133,6 +133,13 @@ class Proxies:
 
     def _trusts(self, address: Address) -> bool:
         return any(address in network for network in self._networks)
+
+
+def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """Return the network in a text, of IPv4 also if it stands in the form of IPv6, as parsed() has its addresses."""
+    network = ipaddress.ip_network(text)
+    mapped = getattr(network.network_address, "ipv4_mapped", None)
+    return network if mapped is None else ipaddress.IPv4Network((mapped, network.prefixlen - 96))
 
 
 def _locate(scope: Scope, proxies: Proxies, ipv6_prefix: int) -> None:

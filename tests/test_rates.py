@@ -306,6 +306,13 @@ def test_the_list_is_read_from_the_right_past_trusted_hops(peer: str, hops: list
     assert PROXIES.address_of(peer, headers) == address
 
 
+@pytest.mark.parametrize("trusted", ["::ffff:127.0.0.1", "::ffff:127.0.0.0/104", "::ffff:0:0/96"])
+@pytest.mark.parametrize("peer", ["127.0.0.1", "::ffff:127.0.0.1"])
+def test_an_ipv4_proxy_may_be_named_as_a_socket_for_both_families_does(trusted: str, peer: str) -> None:
+    """Otherwise all clients behind the proxy would count as one address."""
+    assert Proxies([trusted]).address_of(peer, [(b"x-forwarded-for", b"203.0.113.1")]) == "203.0.113.1"
+
+
 def test_a_proxy_may_come_through_a_unix_socket() -> None:
     """It has no address, so it has a word of its own."""
     headers = [(b"x-forwarded-for", b"6.6.6.6, 203.0.113.1")]
