@@ -35,10 +35,8 @@ logger = logging.getLogger("notifyd.answers")
 RETRY_AFTER_SECONDS = 5
 # The statuses of refusals that do not last. For a browser's EventSource every status but 200 is the end for good.
 TEMPORARY = frozenset((409, 429, 500, 503))
-# In Accept: the media type of streams, unless its weight is 0 (RFC 9110, section 12.4.2).
-_NAMES_STREAMS = re.compile(
-    r"(^|,)\s*text/event-stream\s*(?=[;,]|$)(?![^,]*;\s*q\s*=\s*0(\.0*)?\s*([;,]|$))", re.IGNORECASE
-)
+# In Accept: the weight of a media range (RFC 9110, section 12.4.2).
+_WEIGHT = re.compile(r"q\s*=\s*([01](?:\.\d*)?)\Z")
 # For so long a browser reuses the answer to a preflight.
 PREFLIGHT_SECONDS = 600
 
@@ -202,7 +200,31 @@ def _asks_for_a_stream(scope: Scope) -> bool:
     """Whether a request names the media type of streams, as a browser's EventSource does, and has the path of one."""
     if scope["method"] != "GET" or not scope["path"].endswith("/events"):
         return False
-    return _NAMES_STREAMS.search(",".join(Headers(scope=scope).getlist("accept"))) is not None
+    return _ranges(Headers(scope=scope)).get("text/event-stream", 0.0) > 0
+
+
+def preferred(headers: Headers, offered: Collection[str]) -> str:
+    """Return the media type that a request prefers (RFC 9110, section 12.5.1): of equal ones the first that is offered.
+
+    The most specific range counts for a type. A request without the header, or that excludes all types, gets the first.
+    """
+    ranges = _ranges(headers)
+
+    def weight(kind: str) -> float:
+        spelled = (kind, f"{kind.partition('/')[0]}/*", "*/*")
+        return next((ranges[each] for each in spelled if each in ranges), 0.0)
+
+    return max(offered, key=weight)
+
+
+def _ranges(headers: Headers) -> dict[str, float]:
+    """Return the media ranges in Accept with their weights."""
+    ranges = {}
+    for part in ",".join(headers.getlist("accept")).lower().split(","):
+        kind, *parameters = [text.strip() for text in part.split(";")]
+        weights = [float(found[1]) for text in parameters if (found := _WEIGHT.match(text))]
+        ranges[kind] = weights[0] if weights else 1.0
+    return ranges
 
 
 def unexpected_response(error: Exception, scope: Scope) -> Response:

@@ -1,7 +1,7 @@
 """The routes that describe an app: its index at /, /openapi.json and /asyncapi.json. Open to everybody.
 
-Owns the choice between the forms of an answer, and the addresses that depend on a request: a mount, a host. The
-contracts are made when they are first asked for, in a thread since that takes 20 ms, and kept as bytes.
+Owns the addresses that depend on a request: a mount, a host. The contracts are made when they are first asked for, in a
+thread since that takes 20 ms, and kept as bytes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 import schemas
-from answers import Answer, Endpoint, answer
+from answers import Answer, Endpoint, answer, preferred
 from guard_identity import Identity
 from hub import Hub
 
@@ -32,6 +32,9 @@ def described(hub: Hub, routes: Sequence[BaseRoute]) -> list[BaseRoute]:
 
     async def index(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.Index]:
         """Return the name and version of the server, and the paths of its routes."""
+        return forms[preferred(request.headers, forms)](request)
+
+    def index_in_json(request: Request) -> Answer[schemas.Index]:
         mount, paths = request.scope.get("root_path", ""), [route.path for route in table if isinstance(route, Route)]
         return answer(schemas.Index(links={link_name(path): mount + path for path in paths}), headers=_VARY)
 
@@ -57,6 +60,8 @@ def described(hub: Hub, routes: Sequence[BaseRoute]) -> list[BaseRoute]:
 
         return orjson.dumps(asyncapi(hub.settings, table))
 
+    # By media type; the first is for requests that prefer none.
+    forms = {JSON_TYPE: index_in_json}
     handlers = {"/": index, "/openapi.json": openapi, "/asyncapi.json": asyncapi}
     table = [*routes, *(Route(path, Endpoint(hub, GET=handler)) for path, handler in handlers.items())]
     return table
@@ -76,38 +81,3 @@ def servers_of(host: str, mount: str, *, is_secure: bool) -> dict[str, Any]:
 def _at(servers: Any, contract: bytes) -> Response:
     """Return a contract with the addresses of this request."""
     return Response(b'{"servers":' + orjson.dumps(servers) + b"," + contract[1:] + b"\n", media_type=JSON_TYPE)
-
-
-# --- the forms of an answer
-
-
-def preferred(accept: str, offered: Sequence[str]) -> str:
-    """Return the media type of those offered that a request prefers (RFC 9110, section 12.5.1), the first of equals.
-
-    A request that excludes all of them gets the first, as one without the header does.
-    """
-    ranges = _ranges(accept)
-    weights = {kind: _weight(kind, ranges) for kind in offered}
-    return max(offered, key=weights.__getitem__)
-
-
-_WEIGHT = re.compile(r"q\s*=\s*([01](?:\.\d{0,3})?)\s*\Z", re.IGNORECASE)
-
-
-def _ranges(accept: str) -> dict[str, float]:
-    """Return the weight of each media range."""
-    ranges = {}
-    for part in accept.lower().split(","):
-        kind, *parameters = map(str.strip, part.split(";"))
-        weights = [float(found[1]) for text in parameters if (found := _WEIGHT.match(text))]
-        if kind:
-            ranges[kind] = min(weights[0], 1.0) if weights else 1.0
-    return ranges
-
-
-def _weight(kind: str, ranges: Mapping[str, float]) -> float:
-    """Return the weight of a media type: that of the most specific range."""
-    for spelled in (kind, f"{kind.partition('/')[0]}/*", "*/*"):
-        if spelled in ranges:
-            return ranges[spelled]
-    return 0.0

@@ -19,13 +19,14 @@ from expected import parse
 from openapi_spec_validator import validate
 from processes import ROOT, Server, call, environment, node_with, notifyd_command, program
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.routing import Mount
 
 import guard
 import schemas
+from answers import preferred
 from contract import NOTES
 from contract_messages import REPLIES
-from contract_routes import preferred
 from notifyd import create_app
 from settings import Settings
 
@@ -99,7 +100,7 @@ def test_the_index_links_every_route(server: Server) -> None:
 )
 def test_the_form_is_the_one_with_the_most_weight(accept: str, kind: str) -> None:
     """The most specific range counts for a type, and the first type of equal ones."""
-    assert preferred(accept, ("application/json", "text/html")) == kind
+    assert preferred(Headers({"Accept": accept}), ("application/json", "text/html")) == kind
 
 
 def test_a_mount_is_named(server: Server) -> None:

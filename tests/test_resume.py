@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from conftest import StartServer
-from expected import TIME, UUID7, parse, welcome
+from expected import TIME, UUID7, welcome
 from processes import Server, eventually
 from websockets.asyncio.client import connect
-from ws_clients import Client
+from ws_clients import Client, parse_message
 
 NEVER_GIVEN = "550e8400-e29b-41d4-a716-446655440000"
 SLOW = re.compile(r"Slow consumer: (\d+) notifications behind; resume with since=(\S+)")
@@ -329,10 +329,10 @@ class Returning:
         options = {"compression": None, "ping_interval": None, "proxy": None, "open_timeout": 20}
         async with connect(f"{self.url}?since={self.position}", **options) as connection:
             self.connections += 1
-            assert parse(await connection.recv())["type"] == "welcome"
-            assert parse(await connection.recv())["data"]["complete"] is True
+            assert parse_message(await connection.recv())["type"] == "welcome"
+            assert parse_message(await connection.recv())["data"]["complete"] is True
             for _ in range(count):
-                notification = parse(await connection.recv())
+                notification = parse_message(await connection.recv())
                 self.position = notification["id"]
                 self.received.append(notification["data"]["message"])
                 if self.received[-1] == last:

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from bytes import MEGABYTE
 from conftest import StartServer
-from expected import parse
 from processes import Server, eventually, notifyd_command
 from websockets.asyncio.client import connect
+from ws_clients import parse_message
 
 CLIENTS = 1000
 
@@ -23,9 +23,9 @@ CLIENTS = 1000
 async def listen(url: str, count: int, ready: asyncio.Barrier) -> list[Any]:
     """Be one of many clients: wait until all are welcomed, and return the messages of so many notifications."""
     async with connect(url, compression=None, ping_interval=None, proxy=None, open_timeout=30) as connection:
-        assert parse(await connection.recv())["type"] == "welcome"
+        assert parse_message(await connection.recv())["type"] == "welcome"
         await ready.wait()
-        return [parse(await connection.recv())["data"]["message"] for _ in range(count)]
+        return [parse_message(await connection.recv())["data"]["message"] for _ in range(count)]
 
 
 def audience(server: Server, messages: list[str]) -> tuple[list[Any], list[list[Any]]]:

@@ -18,12 +18,11 @@ from typing import Any
 import pytest
 from certificates import Pair
 from conftest import StartServer
-from expected import parse
 from processes import QUIET, Server, call, eventually, free_port, notifyd_command
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed
-from ws_clients import PATIENCE
+from ws_clients import PATIENCE, parse_message
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
 
@@ -67,7 +66,7 @@ def connect(server: Server, **options: Any) -> connect_async:
 
 
 async def receive(client: ClientConnection) -> Any:
-    return parse(await asyncio.wait_for(client.recv(), PATIENCE))
+    return parse_message(await asyncio.wait_for(client.recv(), PATIENCE))
 
 
 def talk(conversation: Callable[[], Awaitable[None]]) -> None:
