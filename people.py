@@ -5,6 +5,7 @@ Handlers as in routes.py: decode, call one method of the Hub's presence, encode.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
@@ -14,14 +15,16 @@ import schemas
 from answers import Answer, Endpoint, Handler, SegmentRoute, answer
 from bodies import body_of, content_of, json_in
 from errors import InvalidRequest
-from guard_identity import Identity
+from guard_identity import Identity, origin_of
 from hub import Hub
 from presence import Wanted
 from query import PAGE_LIMIT, PARAMETERS, QUERY_KEY, Query, cursor, segment
-from schemas import timestamp
+from schemas import MAX_SHOWN, timestamp
 
 if TYPE_CHECKING:
     from guard_auth import Authenticator
+
+logger = logging.getLogger("notifyd.people")
 
 
 def people_route_table(hub: Hub, authenticator: Authenticator | None = None) -> list[BaseRoute]:
@@ -67,6 +70,13 @@ async def _disconnect_request(hub: Hub, request: Request) -> schemas.DisconnectR
     return wanted
 
 
+def _note(act: str, name: str, count: int, request: Request, sender: Identity | None) -> None:
+    """Log the act of an admin, as the Hub logs a publish."""
+    if logger.isEnabledFor(logging.DEBUG):
+        address = (request.scope.get("client") or ("",))[0]
+        logger.debug("%s %r (%d) from %s", act, name[:MAX_SHOWN], count, origin_of(address, sender))
+
+
 # --- clients
 
 
@@ -92,6 +102,7 @@ async def disconnect_client(hub: Hub, request: Request, sender: Identity | None)
     if wanted.revoke:
         raise InvalidRequest("revoke: only for a user")
     await hub.presence.disconnect(client_id, wanted.reason)
+    _note("Put out client", client_id, 1, request, sender)
     return answer(schemas.Disconnected(disconnected=1, timestamp=timestamp()))
 
 
@@ -103,6 +114,7 @@ async def disconnect_user(hub: Hub, request: Request, sender: Identity | None) -
     name = _named(request, "user", schemas.User)
     wanted = await _disconnect_request(hub, request)
     count = await hub.presence.disconnect_user(name, wanted.reason, revoke=wanted.revoke)
+    _note("Revoked the tokens of, and put out, user" if wanted.revoke else "Put out user", name, count, request, sender)
     return answer(schemas.Disconnected(disconnected=count, timestamp=timestamp()))
 
 
@@ -125,6 +137,7 @@ async def change_topics(hub: Hub, request: Request, sender: Identity | None) -> 
     name = _named(request, "user", schemas.User)
     wanted: schemas.TopicsRequest = await _json_of(hub, request, schemas.TopicsRequest)
     count = await hub.presence.change_topics(name, wanted.subscribe, wanted.unsubscribe)
+    _note("Changed the topics of user", name, count, request, sender)
     return answer(schemas.TopicsChanged(clients=count, timestamp=timestamp()))
 
 

@@ -145,6 +145,28 @@ def test_at_debug_each_publish_and_connection_is_a_line(start_server: StartServe
     assert "secret words" not in "".join(server.stderr)
 
 
+def test_at_debug_each_act_of_an_admin_is_a_line(start_server: StartServer) -> None:
+    """With the client or user, the number of clients, and the admin."""
+    server = start_server("--jwt-secret", SECRET, "--api-key", f"ci:{KEY}", "--log-level", "DEBUG")
+    server.join("bob", additional_headers=bearer(KEY))
+    server.join(additional_headers=bearer(token(sub="carol")))
+    for method, path, body in (
+        ("DELETE", "/clients/bob", {}),
+        ("POST", "/users/carol/topics", {"subscribe": ["ops"], "unsubscribe": []}),
+        ("DELETE", "/users/carol", {}),
+        ("DELETE", "/users/carol", {"revoke": True}),
+    ):
+        assert server.request(method, path, json=body, headers=bearer(KEY)).status_code == 200
+    server.stop()
+    assert [act for line in server.stderr if " from 127.0.0.1 as 'ci'" in (act := line.partition(" DEBUG ")[2])] == [
+        "Client bob has connected from 127.0.0.1 as 'ci'",
+        "Put out client 'bob' (1) from 127.0.0.1 as 'ci'",
+        "Changed the topics of user 'carol' (1) from 127.0.0.1 as 'ci'",
+        "Put out user 'carol' (1) from 127.0.0.1 as 'ci'",
+        "Revoked the tokens of, and put out, user 'carol' (0) from 127.0.0.1 as 'ci'",
+    ]
+
+
 def test_without_authentication_a_line_has_the_address_alone(start_server: StartServer) -> None:
     """The line has no name, and at INFO there is no such line."""
     server, quiet = start_server("--log-level", "DEBUG"), start_server()
