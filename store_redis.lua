@@ -37,7 +37,9 @@ local SIZE = tonumber(ARGV[7])
 local BYTES = tonumber(ARGV[8])
 local TTL = tonumber(ARGV[9])
 local LEASE = tonumber(ARGV[10])
+-- How long offers are waited for: in any case, and at most for those of a known process that is missing.
 local RESTORE = tonumber(ARGV[11])
+local AWAIT = math.floor(RESTORE * 5 / 3)
 
 -- The last argument that was read.
 local cursor = 11
@@ -383,7 +385,7 @@ local function begin_epoch(run, last_epoch, branch, awaited)
   local current = string.format('%08d-%s-%s', term, run, text(now))
   call('UNLINK', AWAITED)
   if #awaited > 0 then call('SADD', AWAITED, unpack(awaited)) end
-  call('HSET', META, 'epoch', current, 'run', run, 'restoring', #awaited > 0 and now + 2 * RESTORE or now + RESTORE)
+  call('HSET', META, 'epoch', current, 'run', run, 'restoring', #awaited > 0 and now + AWAIT or now + RESTORE)
   return current
 end
 
@@ -441,7 +443,7 @@ local function join()
   -- When the last of the known nodes has made its offers, nobody needs to wait for more.
   if has_offered and call('SREM', AWAITED, node) == 1 and call('EXISTS', AWAITED) == 0 then restoring = now end
   -- The second bound: a clock that is put back makes it no longer.
-  local waits = restoring and restoring > now and restoring <= now + 2 * RESTORE
+  local waits = restoring and restoring > now and restoring <= now + AWAIT
   if waits or restoring and not restore() then return {current, members, newest} end
   trim()
   local first = call('XRANGE', LOG, '-', '+', 'COUNT', 1)[1]

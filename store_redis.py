@@ -14,9 +14,9 @@ noeviction).
 4. A process is alive for LEASE_SECONDS after its last group, by Redis's clock. Each call removes the dead processes
    first: their clients are gone, their counters stay in the sums.
 5. `epoch` names one life of the data in one Redis. It ends when that restarts, loses its keys, is behind the records
-   that a process has delivered, or when a replica takes over. Every process then has RESTORE_SECONDS, or twice that
-   while known processes are still missing, to offer the records that the log lacks; meanwhile the store is away. Ids
-   and order stay, numbers begin anew. So a lost connection, a lost primary and lost data are one case: join again.
+   that a process has delivered, or when a replica takes over. Every process then has RESTORE_SECONDS, or two
+   thirds more while known processes are missing, to offer the records that the log lacks; meanwhile the store is away.
+   Ids and order stay, numbers begin anew. So a lost connection, a lost primary and lost data are one case: join again.
 6. An Idempotency-Key and its answer are in the log at the last record of the append, and in every process as long as
    that record, to re-offer both. A batch with a key is read whole or not at all, so a retry duplicates no part of it.
 7. A process joins with each new connection and registers its clients again. So an operation that failed half way

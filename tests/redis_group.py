@@ -21,7 +21,7 @@ SERVICE = "main"
 SLOT = key_slot(b"{notifyd}")
 # How long a server may be silent before the others take it for dead, in milliseconds.
 SILENCE = 1000
-READY_SECONDS = 20.0
+READY_SECONDS = 40.0
 # By default a primary waits for five seconds, in case more replicas come.
 AT_ONCE = ("--repl-diskless-sync-delay", "0")
 
@@ -51,7 +51,7 @@ class Sentinel:
         own = (
             f"sentinel monitor {service} 127.0.0.1 {primary.port} {quorum}",
             f"sentinel down-after-milliseconds {service} {SILENCE}",
-            f"sentinel failover-timeout {service} 5000",
+            f"sentinel failover-timeout {service} 3000",
         )
         first = (f"port {self.port}", "bind 127.0.0.1", f"dir {self._directory.name}", "logfile sentinel.log")
         config.write_text("\n".join((*first, *own, *lines)))

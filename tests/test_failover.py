@@ -233,7 +233,13 @@ def order(group: Group | Cluster, old: RedisServer) -> None:
     if isinstance(group, Group):
         group.sentinels[0].command("SENTINEL", "FAILOVER", SERVICE)
     else:
-        group.replicas(old)[0].command("CLUSTER", "FAILOVER")
+        deadline = 0.0
+        while group.primary is old:
+            # A busy machine may let an order time out.
+            if time.monotonic() > deadline:
+                group.replicas(old)[0].command("CLUSTER", "FAILOVER")
+                deadline = time.monotonic() + 6
+            time.sleep(0.05)
 
 
 @pytest.fixture(params=[Group, Cluster])
@@ -262,7 +268,7 @@ async def test_another_primary_is_found(group: Group | Cluster, fault: Callable[
         publishers = [Publisher(member, str(number)) for number, member in enumerate(everyone)]
         await publishers[0].is_answered_after(time.monotonic())
         old = group.primary
-        fault(group, old)
+        await asyncio.to_thread(fault, group, old)
         new = await asyncio.to_thread(group.promoted, old)
         promoted_at = time.monotonic()
         await everyone[0].until(lambda: serves(new))
@@ -299,7 +305,7 @@ async def test_an_old_primary_that_goes_on_makes_no_second_order(group: Group, r
         await alone.until(lambda: alone.ids == common)
         group.cut_off(old)
         publishers = [Publisher(alone, "alone"), Publisher(one, "one")]
-        await one.until(lambda: one.store.failure)
+        await asyncio.to_thread(group.promoted, old)
         await one.until(lambda: one.store.failure is None)
         await publishers[1].is_answered_after(time.monotonic())
         answered = bool(publishers[0].answered)
@@ -428,11 +434,8 @@ async def test_the_server_behind_an_address_changes(
 @pytest.mark.slow
 @pytest.mark.parametrize("meet", ["on the old primary", "on the new primary", "on a third server"])
 @on_loop
-async def test_two_histories_are_never_merged(
-    start_replicated: StartReplicated, meet: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_two_histories_are_never_merged(start_replicated: StartReplicated, meet: str) -> None:
     """Two processes went on apart. One of them begins anew with the history of the other, and says so."""
-    monkeypatch.setattr("store_redis.RESTORE_SECONDS", 0.5)
     old = start_replicated()
     new, third = start_replicated(old), start_replicated(old)
     ends = [await Endpoint(old).start() for _ in range(2)]
