@@ -21,6 +21,8 @@ from schemas import MAX_SHOWN
 
 JSON_TYPE, FORM_TYPE, TEXT_TYPE = "application/json", "application/x-www-form-urlencoded", "text/plain"
 UTF_8 = "utf-8"
+# Of a batch, and of a list of users or topics.
+MAX_BATCH_BYTES = 1_048_576
 
 
 async def body_of(request: Request, limit: int) -> bytes:

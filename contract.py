@@ -27,13 +27,13 @@ from starlette.routing import BaseRoute, Route
 import errors
 import schemas
 from answers import RETRY_AFTER_SECONDS, Answer, Endpoint, Handler
-from bodies import JSON_TYPE, TEXT_TYPE
+from bodies import JSON_TYPE, MAX_BATCH_BYTES, TEXT_TYPE
 from connection import PUT_OUT_ID, REPLACED_ID
 from errors import NotifydError
 from guard import EXEMPT
 from guard_identity import Identity, Right
 from query import Limit
-from routes import MAX_BATCH_BYTES, MAX_KEY_LENGTH, PROMETHEUS_TYPE
+from routes import MAX_KEY_LENGTH, PROMETHEUS_TYPE
 from schemas import Id, NotifyRequest, Since
 from settings import VERSION, Settings
 
@@ -305,7 +305,8 @@ class _OpenAPI:
             yield {**named, "schema": of_key, "example": "order-18"}
 
     def _body(self, note: Note, handler: Handler) -> Schema:
-        limit = MAX_BATCH_BYTES if handler.__name__ == "notify_batch" else self._settings.max_message_size
+        is_list = handler.__name__ in ("notify_batch", "online", "change_topics")
+        limit = MAX_BATCH_BYTES if is_list else self._settings.max_message_size
         content = {JSON_TYPE: self._media(self._schemas.of(note.body))}
         if note.is_text:
             text = self._schemas.named[f"{self._names}NotifyRequest"]["properties"]["message"]

@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute, Route
 
 import schemas
 from answers import Answer, Endpoint, Handler, SegmentRoute, answer
-from bodies import body_of, content_of, json_in
+from bodies import MAX_BATCH_BYTES, body_of, content_of, json_in
 from errors import InvalidRequest
 from guard_identity import Identity, origin_of
 from hub import Hub
@@ -60,8 +60,8 @@ def _filter(query: Query, name: str, kind: Any) -> str:
     return value
 
 
-async def _json_of(hub: Hub, request: Request, kind: Any) -> Any:
-    return json_in(content_of(request, await body_of(request, hub.settings.max_message_size)), kind)
+async def _json_of(request: Request, kind: Any) -> Any:
+    return json_in(content_of(request, await body_of(request, MAX_BATCH_BYTES)), kind)
 
 
 async def _disconnect_request(hub: Hub, request: Request) -> schemas.DisconnectRequest:
@@ -127,7 +127,7 @@ async def user(hub: Hub, request: Request, sender: Identity | None) -> Answer[sc
 
 async def online(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.Online]:
     """Return how many clients each of many users has."""
-    wanted: schemas.OnlineRequest = await _json_of(hub, request, schemas.OnlineRequest)
+    wanted: schemas.OnlineRequest = await _json_of(request, schemas.OnlineRequest)
     counts = await hub.presence.online(wanted.users)
     return answer(schemas.Online(online=dict(zip(wanted.users, counts, strict=True)), timestamp=timestamp()))
 
@@ -135,7 +135,7 @@ async def online(hub: Hub, request: Request, sender: Identity | None) -> Answer[
 async def change_topics(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.TopicsChanged]:
     """Change the topics of a user's clients."""
     name = _named(request, "user", schemas.User)
-    wanted: schemas.TopicsRequest = await _json_of(hub, request, schemas.TopicsRequest)
+    wanted: schemas.TopicsRequest = await _json_of(request, schemas.TopicsRequest)
     count = await hub.presence.change_topics(name, wanted.subscribe, wanted.unsubscribe)
     _note("Changed the topics of user", name, count, request, sender)
     return answer(schemas.TopicsChanged(clients=count, timestamp=timestamp()))

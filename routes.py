@@ -23,7 +23,7 @@ import figures
 import schemas
 from admission import Newcomer
 from answers import Answer, Endpoint, Handler, Socket, answer, refuse_handshake, stream_of
-from bodies import TEXT_TYPE, UTF_8, Content, body_of, content_of, json_in, text_in
+from bodies import MAX_BATCH_BYTES, TEXT_TYPE, UTF_8, Content, body_of, content_of, json_in, text_in
 from connection import (
     PUT_OUT_ID,
     REPEAT_EXTENSION,
@@ -92,7 +92,6 @@ def _route(
 
 
 PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-MAX_BATCH_BYTES = 1_048_576
 # Its request may be a repeat, so it is read also during the drain.
 KEY_HEADER, MAX_KEY_LENGTH = "idempotency-key", 255
 # Kept for each client.

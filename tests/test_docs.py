@@ -24,6 +24,7 @@ from processes import ROOT, Server, environment
 from ws_clients import PATIENCE
 
 import answers
+import bodies
 import clients
 import connection
 import contract_closes
@@ -206,7 +207,7 @@ def test_limits_are_the_codes_own() -> None:
         routes.MAX_KEY_LENGTH,
         routes.MAX_USER_AGENT,
         schemas.MAX_BATCH,
-        routes.MAX_BATCH_BYTES,
+        bodies.MAX_BATCH_BYTES,
         query.HISTORY_LIMIT.most,
         query.HISTORY_LIMIT.default,
         schemas.MAX_TARGET_USERS,
@@ -239,7 +240,7 @@ def test_limits_are_the_codes_own() -> None:
         f"separated by commas, {schemas.MAX_TOPICS} at most",
         f"cut to {routes.MAX_USER_AGENT} characters",
         f"the same key (1 to {routes.MAX_KEY_LENGTH} characters)",
-        f"An array of 1 to {schemas.MAX_BATCH} requests as for `/notify`, of {routes.MAX_BATCH_BYTES} bytes at most",
+        f"An array of 1 to {schemas.MAX_BATCH} requests as for `/notify`, of {bodies.MAX_BATCH_BYTES} bytes at most",
         f"1 to {query.HISTORY_LIMIT.most} notifications at most, {query.HISTORY_LIMIT.default} unless told",
         f"1 to {query.PAGE_LIMIT.most} clients at most, {query.PAGE_LIMIT.default} unless told",
         f"cut to the {connection.MAX_REASON_BYTES} bytes of a close frame",

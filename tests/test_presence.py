@@ -188,6 +188,10 @@ def test_many_users_are_asked_for_at_once(together: Together) -> None:
     together.last.join(query="user=J%C3%BCrgen")
     response = together.last.http.post("/users/online", json={"users": ["bob", "Jürgen", "ann", "bob"]})
     assert parse(response.content) == {"online": {"bob": 0, "Jürgen": 1, "ann": 2}, "timestamp": TIME}
+    # As many users, with as long names, as may be asked for.
+    users = [f"{number:é>255}" for number in range(1000)]
+    response = together.last.http.post("/users/online", json={"users": [*users[1:], "ann"]})
+    assert parse(response.content)["online"] == dict.fromkeys(users[1:], 0) | {"ann": 2}
 
 
 @pytest.mark.parametrize(
