@@ -239,7 +239,10 @@ class FanOut:
         """Put a client that has read up to here at a cursor, owe it these entries as well, and hand them over."""
         client.cursor, client.listed_until = cursor, listed_until
         if pending:
+            # The client may know a newer position, of the resume before a replay.
+            told = client.told
             PendingLists().owe(client, pending)
+            client.told = max(told, client.told)
             self._owed.add(client)
         if not self.advance(client):
             self._behind.append(client)

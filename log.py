@@ -37,6 +37,8 @@ from typing import NamedTuple
 NAME_BYTES = 64
 # The memory that an entry takes beside its frame: the tuple, its id and numbers, and its places in two lists.
 ENTRY_BYTES = 340
+# The memory that an audience takes beside its names: a tuple and three sets. Entries may share one audience.
+AUDIENCE_BYTES = 750
 # The size of a batch, unless a single entry is larger: a client that is far behind must not pin a copy of the whole
 # log in its transport.
 BATCH_BYTES = 262_144
@@ -162,6 +164,7 @@ class Log:
         "_within",
         "_within_bytes",
         "_within_replayed",
+        "_within_targeted",
         "first_sequence",
         "max_age",
         "max_bytes",
@@ -194,7 +197,7 @@ class Log:
         self._position_before = ""  # of _entries[0]
         # The sequence of the first entry within the bounds, as far as it is known; the bytes from there on, and the
         # number of entries that count towards max_entries.
-        self._within = self._within_bytes = self._within_replayed = 0
+        self._within = self._within_bytes = self._within_replayed = self._within_targeted = 0
         # By cursor, with pending entries also by the identity and length of their list. The list is kept beside its
         # batch, so that no other list takes its id().
         self._batches: dict[int | tuple[int, int, int], tuple[list[int] | None, Batch]] = {}
@@ -223,6 +226,7 @@ class Log:
         self.size += size
         self._within_bytes += size
         self._within_replayed += replayed
+        self._within_targeted += audience is not None
         return entry.sequence
 
     def append_farewell(self, notification: bytes, message: bytes) -> None:
@@ -348,11 +352,12 @@ class Log:
                 self._within_replayed <= self.max_entries
                 and self._within_bytes <= self.max_bytes
                 and now - entry.at <= self.max_age
-                and self._within_bytes + ENTRY_BYTES * count <= self.max_memory
+                and self._within_bytes + ENTRY_BYTES * count + AUDIENCE_BYTES * self._within_targeted <= self.max_memory
             )
             if fits:
                 break
             self._within_replayed -= entry.replayed
+            self._within_targeted -= entry.audience is not None
             self._within_bytes -= entry.size
             self._within += 1
             count -= 1
@@ -369,6 +374,7 @@ class Log:
         self.size -= sum(entry.size for entry in gone)
         for entry in gone[max(0, self._within - gone[0].sequence) :]:
             self._within_replayed -= entry.replayed
+            self._within_targeted -= entry.audience is not None
             self._within_bytes -= entry.size
         self._within = max(self._within, sequence)
         turns = self.turn_of(sequence) - self._first_turn

@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from clients import Client
 from errors import StoreUnavailable
 from log import Audience, Entry, frame, payload
-from slices import SLICE_SECONDS
 from store import Reach, Record
 
 if TYPE_CHECKING:
@@ -43,6 +42,8 @@ logger = logging.getLogger("notifyd")
 NEAR_ENTRIES = 1000
 # Pages that are kept for the next readers, with up to 128 KiB of frames each.
 PAGES_KEPT = 16
+# A slice of pages holds the event loop for about this long: a request waits for three slices.
+SLICE_SECONDS = 0.001
 # The pause before the store is asked again after a failure.
 RETRY_SECONDS = 0.5
 

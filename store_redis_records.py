@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -20,7 +21,8 @@ from store_redis_link import Argument
 Entry = tuple[bytes, list[bytes]]
 # Where an entry has its key and the answer.
 KEY, ANSWER = 11, 15
-_unpack_audience = msgspec.msgpack.Decoder(Audience).decode
+# Records often have the same audience, and share it in memory.
+_unpack_audience = lru_cache(maxsize=1000)(msgspec.msgpack.Decoder(Audience).decode)
 
 
 def whole_batches(entries: list[Entry]) -> int:

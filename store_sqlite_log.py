@@ -36,6 +36,8 @@ class SqliteLog:
         self._file = file
         self._progress = progress
         self._executor = ThreadPoolExecutor(1, "notifyd-log")
+        # Held by the call that the thread works for: the time of its deadline is its own.
+        self._turn = asyncio.Lock()
         self._db: sqlite3.Connection | None = None
 
     @property
@@ -51,7 +53,7 @@ class SqliteLog:
     async def _in_thread(self, work: Callable[[], T]) -> T:
         """Run a function on a snapshot of the file. Raises StoreUnavailable."""
         try:
-            async with asyncio.timeout(self._timeout):
+            async with self._turn, asyncio.timeout(self._timeout):
                 return await asyncio.get_running_loop().run_in_executor(self._executor, self._snapshot, work)
         except TimeoutError:
             raise away(f"no answer within {number(self._timeout)} s") from None
@@ -75,7 +77,8 @@ class SqliteLog:
             raise
 
     def close(self) -> None:
-        """Let go of the file, and of the thread once it has nothing to do."""
+        """Let go of the file; the next call may come from another event loop."""
+        self._turn = asyncio.Lock()
         self._executor.submit(self._disconnect)
 
     def _disconnect(self) -> None:

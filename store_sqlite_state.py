@@ -13,12 +13,13 @@ import sqlite3
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import msgspec
 from msgspec import Struct, field
 
-from log import ENTRY_BYTES, Audience
+from log import AUDIENCE_BYTES, ENTRY_BYTES, Audience
 from positions import Positions
 from settings import Settings
 from store import Record, Report
@@ -116,7 +117,9 @@ def newest_end(run: Run, settings: Settings, newest: str) -> tuple[str, list[Rec
     size = 0
     for row in run(NEWEST, (first, last, OPENING_RECORDS)):
         record = record_of(row)
-        size += len(record.rest) + ENTRY_BYTES + (0 if record.audience is None else record.audience.size())
+        size += (
+            len(record.rest) + ENTRY_BYTES + (0 if record.audience is None else record.audience.size() + AUDIENCE_BYTES)
+        )
         if size > settings.cache_bytes:
             break
         records.append(record)
@@ -136,8 +139,11 @@ def state_of(run: Run) -> State:
 def record_of(row: tuple[Any, ...]) -> Record:
     """Return the record of a row: id, rest, audience, replayed and at."""
     id, rest, audience, replayed, at = row
-    audience = audience and msgspec.json.decode(audience, type=Audience)
-    return Record(id, rest, audience, bool(replayed), at)
+    return Record(id, rest, audience and _audience_of(audience), bool(replayed), at)
+
+
+# Records often have the same audience, and share it in memory.
+_audience_of = lru_cache(maxsize=1000)(msgspec.json.Decoder(Audience).decode)
 
 
 def total_of(reports: Iterable[Report]) -> Report:

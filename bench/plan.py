@@ -69,6 +69,8 @@ class Scale:
     batch_pairs: int
     singles_a_turn: int
     batched_a_turn: int
+    log_notifications: int
+    log_readers: int
 
     def within(self, files: int) -> "Scale":
         """The same with no more clients than a process may have open files."""
@@ -103,6 +105,8 @@ FULL = Scale(
     batch_pairs=8,
     singles_a_turn=300,
     batched_a_turn=4000,
+    log_notifications=1_000_000,
+    log_readers=1000,
 )
 QUICK = Scale(
     clients=1000,
@@ -126,6 +130,8 @@ QUICK = Scale(
     batch_pairs=2,
     singles_a_turn=100,
     batched_a_turn=2000,
+    log_notifications=50_000,
+    log_readers=100,
 )
 TINY = Scale(
     clients=10,
@@ -149,4 +155,6 @@ TINY = Scale(
     batch_pairs=1,
     singles_a_turn=3,
     batched_a_turn=1000,
+    log_notifications=10_000,
+    log_readers=3,
 )

@@ -1,6 +1,6 @@
 """notifyd beside the other ways to send one notification to many WebSocket clients.
 
-    make bench          all measures, about 8 minutes; writes bench/RESULTS.md and bench/results.svg
+    make bench          all measures, about 12 minutes; writes bench/RESULTS.md and bench/results.svg
     make bench-quick    the same with fewer rounds and clients, in under a minute; only prints
 
 Each server has one core for itself and the load generator another. A peer that the machine does not have is skipped,
@@ -20,6 +20,7 @@ import burst
 import handshake
 import hold
 import load
+import long_log
 import memory
 import publish
 import report
@@ -34,7 +35,7 @@ import fanout
 
 MEASURES: dict[str, ModuleType] = {
     module.__name__: module
-    for module in (fanout, burst, memory, handshake, publish, batch, target, hold, uptime, stores)
+    for module in (fanout, burst, memory, handshake, publish, batch, target, hold, uptime, stores, long_log)
 }
 
 

@@ -423,3 +423,13 @@ def test_an_audience_is_the_union(client_id: str | None, user: str, topics: list
     """A notification is for the client, for every client of the user, and for every subscriber of the topic."""
     audience = Audience(frozenset({"ann"}), frozenset({"red"}), frozenset({"cat"}))
     assert audience.includes(client_id, user, topics) is included
+
+
+def test_the_memory_of_a_cache_is_bounded() -> None:
+    """The bound counts what Python takes for an entry and its audience, beside the frame."""
+    log = Log(1000, 10**6, 60, 10 * (log_module.ENTRY_BYTES + 4))
+    log.begin(FIRST)
+    add(log, range(1, 100))
+    assert (trimmed_to(log, 99), len(log)) == (89, 10)
+    add(log, [100], audience=RED)
+    assert trimmed_to(log, 100) == 93
