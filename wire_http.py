@@ -236,6 +236,9 @@ class HttpProtocol(asyncio.Protocol):
             self._goes_on = True
             self._loop.call_soon(self._go_on)
         elif self.peer_has_ended and self._phase < WHOLE:
+            if self._exchange is not None:
+                # Half a request is not answered.
+                self._exchange.lose()
             self._end_our_side()
         if self._unread or self.is_paused or len(self.parser.body) > MAX_WAITING_BYTES:
             self.pace()
@@ -468,7 +471,10 @@ class HttpProtocol(asyncio.Protocol):
             self._linger()
 
     def _linger(self) -> None:
-        self._deadline = self._loop.call_later(LINGER_SECONDS, self._close)
+        if self.peer_has_ended:
+            self._close()
+        else:
+            self._deadline = self._loop.call_later(LINGER_SECONDS, self._close)
 
     def _drop(self, data: bytes) -> None:
         self._dropped += len(data)

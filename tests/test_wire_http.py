@@ -31,6 +31,7 @@ from ws_clients import PATIENCE
 
 from wire import WireProtocol
 from wire_http import HttpProtocol
+from wire_message import ClientDisconnected
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 LAST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -490,3 +491,29 @@ def test_a_peer_that_leaves_is_no_error_of_an_app_of_starlette(
     with caplog.at_level("DEBUG", "notifyd.wire"):
         asyncio.run(asked(app, request_, read))
     assert "Unexpected" not in caplog.text
+
+
+def test_half_a_request_behind_which_the_client_has_ended_its_side_is_not_answered(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Our side has ended as well by then, so an app that answers without the body hears that its peer has left."""
+    outcomes: list[object] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            while scope["method"] == "GET" and (await receive())["type"] == "http.request":
+                pass
+            await send({"type": "http.response.start", "status": 204})
+            await send({"type": "http.response.body"})
+        finally:
+            outcomes.append(sys.exc_info()[0])
+
+    async def read(reader: StreamReader) -> bytes:
+        answer = await reader.read()
+        while len(outcomes) < 2:
+            await asyncio.sleep(0.01)
+        return answer
+
+    answer = asyncio.run(asked(app, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + HALF_A_POST, read, ends=True))
+    assert answer.count(b"HTTP/1.1 ") == 1 and outcomes == [None, ClientDisconnected]
+    assert not caplog.records
