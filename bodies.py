@@ -21,7 +21,7 @@ from schemas import MAX_SHOWN
 
 JSON_TYPE, FORM_TYPE, TEXT_TYPE = "application/json", "application/x-www-form-urlencoded", "text/plain"
 UTF_8 = "utf-8"
-# Of a batch, and of a list of users or topics.
+# Of a batch, and of every request of an admin.
 MAX_BATCH_BYTES = 1_048_576
 
 

@@ -305,7 +305,13 @@ class _OpenAPI:
             yield {**named, "schema": of_key, "example": "order-18"}
 
     def _body(self, note: Note, handler: Handler) -> Schema:
-        is_list = handler.__name__ in ("notify_batch", "online", "change_topics")
+        is_list = handler.__name__ in (
+            "notify_batch",
+            "online",
+            "change_topics",
+            "disconnect_client",
+            "disconnect_user",
+        )
         limit = MAX_BATCH_BYTES if is_list else self._settings.max_message_size
         content = {JSON_TYPE: self._media(self._schemas.of(note.body))}
         if note.is_text:

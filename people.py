@@ -60,13 +60,16 @@ def _filter(query: Query, name: str, kind: Any) -> str:
     return value
 
 
-async def _json_of(request: Request, kind: Any) -> Any:
-    return json_in(content_of(request, await body_of(request, MAX_BATCH_BYTES)), kind)
+async def _json_of(hub: Hub, request: Request, sender: Identity | None, kind: Any, absent: bytes = b"") -> Any:
+    """Return the value of the body, `absent` for an empty one. Raises Unauthorized for a token revoked meanwhile."""
+    body = await body_of(request, MAX_BATCH_BYTES)
+    if sender is not None:
+        hub.check_revoked(sender)
+    return json_in(content_of(request, body or absent), kind)
 
 
-async def _disconnect_request(hub: Hub, request: Request) -> schemas.DisconnectRequest:
-    body = await body_of(request, hub.settings.max_message_size)
-    wanted: schemas.DisconnectRequest = json_in(content_of(request, body or b"{}"), schemas.DisconnectRequest)
+async def _disconnect_request(hub: Hub, request: Request, sender: Identity | None) -> schemas.DisconnectRequest:
+    wanted: schemas.DisconnectRequest = await _json_of(hub, request, sender, schemas.DisconnectRequest, b"{}")
     return wanted
 
 
@@ -98,7 +101,7 @@ async def client(hub: Hub, request: Request, sender: Identity | None) -> Answer[
 async def disconnect_client(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.Disconnected]:
     """Put a client out."""
     client_id = _named(request, "client_id", schemas.ClientId)
-    wanted = await _disconnect_request(hub, request)
+    wanted = await _disconnect_request(hub, request, sender)
     if wanted.revoke:
         raise InvalidRequest("revoke: only for a user")
     await hub.presence.disconnect(client_id, wanted.reason)
@@ -112,7 +115,7 @@ async def disconnect_client(hub: Hub, request: Request, sender: Identity | None)
 async def disconnect_user(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.Disconnected]:
     """Put all clients of a user out, and revoke tokens."""
     name = _named(request, "user", schemas.User)
-    wanted = await _disconnect_request(hub, request)
+    wanted = await _disconnect_request(hub, request, sender)
     count = await hub.presence.disconnect_user(name, wanted.reason, revoke=wanted.revoke)
     _note("Revoked the tokens of, and put out, user" if wanted.revoke else "Put out user", name, count, request, sender)
     return answer(schemas.Disconnected(disconnected=count, timestamp=timestamp()))
@@ -127,7 +130,7 @@ async def user(hub: Hub, request: Request, sender: Identity | None) -> Answer[sc
 
 async def online(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.Online]:
     """Return how many clients each of many users has."""
-    wanted: schemas.OnlineRequest = await _json_of(request, schemas.OnlineRequest)
+    wanted: schemas.OnlineRequest = await _json_of(hub, request, sender, schemas.OnlineRequest)
     counts = await hub.presence.online(wanted.users)
     return answer(schemas.Online(online=dict(zip(wanted.users, counts, strict=True)), timestamp=timestamp()))
 
@@ -135,7 +138,7 @@ async def online(hub: Hub, request: Request, sender: Identity | None) -> Answer[
 async def change_topics(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.TopicsChanged]:
     """Change the topics of a user's clients."""
     name = _named(request, "user", schemas.User)
-    wanted: schemas.TopicsRequest = await _json_of(request, schemas.TopicsRequest)
+    wanted: schemas.TopicsRequest = await _json_of(hub, request, sender, schemas.TopicsRequest)
     count = await hub.presence.change_topics(name, wanted.subscribe, wanted.unsubscribe)
     _note("Changed the topics of user", name, count, request, sender)
     return answer(schemas.TopicsChanged(clients=count, timestamp=timestamp()))

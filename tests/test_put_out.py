@@ -332,16 +332,25 @@ def test_a_newcomer_that_is_being_admitted_is_put_out(wanted: str) -> None:
     asyncio.run(admitted())
 
 
-def test_a_body_that_comes_late_is_not_published(start_server: StartServer) -> None:
+@pytest.mark.parametrize(
+    ("request_line", "body"),
+    [
+        ("POST /notify", b'{"message":"x"}'),
+        ("POST /users/online", b'{"users":["a"]}'),
+        ("DELETE /users/a", b'{"reason":"Out"}'),
+    ],
+)
+def test_a_body_that_comes_late_is_refused(start_server: StartServer, request_line: str, body: bytes) -> None:
     """The token was good when the head came."""
     server = start_server(*FLAGS)
-    shown = named(USER, publish=True)
-    head = f"POST /notify HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {shown}\r\nContent-Length: 15\r\n"
+    shown = named(USER, publish=True, admin=True)
+    head = f"{request_line} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {shown}\r\n"
+    head += f"Content-Length: {len(body)}\r\n"
     connection = server.raw(f"{head}Expect: 100-continue\r\n\r\n".encode())
     # The server asks for the body of a request that it has let in.
     assert connection.recv(4096).startswith(b"HTTP/1.1 100 ")
     put_out(server, revoke=True)
-    connection.sendall(b'{"message":"x"}')
+    connection.sendall(body)
     assert connection.recv(4096).startswith(b"HTTP/1.1 401 ")
 
 
