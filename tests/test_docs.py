@@ -61,7 +61,7 @@ MODULES = {path.name: path.read_text() for path in ROOT.glob("*.py")}
 
 # Flags of other programs that the pages name.
 FOREIGN_FLAGS = {"experimental-websocket", "factory", "appendonly", "save", "build", "deploy-hook", "stop-timeout"}
-FOREIGN_FLAGS |= {"forwarded-allow-ips", "graceful-timeout"}
+FOREIGN_FLAGS |= {"forwarded-allow-ips", "graceful-timeout", "measure"}
 # Raised in the Hub's part of the code, and never the reason of a close: one is for nobody, two are told otherwise.
 NO_REASONS = {
     *map(
