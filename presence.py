@@ -85,6 +85,7 @@ class Presence:
             case {"ask": "disconnect", "wanted": wanted, "reason": reason, "revoked": revoked}:
                 return await self._disconnect_here(schemas.check(wanted, Wanted), reason, revoked)
             case {"ask": "most", "user": user, "subscribe": subscribe, "unsubscribe": unsubscribe}:
+                await self._hub.admission.settle(Wanted(user=user).fits)
                 change, clients = Change.of(subscribe, unsubscribe), list(self._hub.clients.by_user.get(user, ()))
                 return max([len(change.applied(client.topics)) async for _, client in in_slices(clients)], default=0)
             case {"ask": "change", "user": user, "subscribe": subscribe, "unsubscribe": unsubscribe}:

@@ -332,6 +332,20 @@ def test_a_newcomer_that_is_being_admitted_is_put_out(wanted: str) -> None:
     asyncio.run(admitted())
 
 
+def test_the_topics_of_a_newcomer_that_is_being_admitted_change() -> None:
+    """The registry counts it already."""
+    hub = Hub(Settings(), SlowStore(Settings()))
+
+    async def changed() -> None:
+        async with hub:
+            newcomer = asyncio.ensure_future(hub.admit(FakeConnection(), Newcomer("ann", user=USER)))
+            await asyncio.sleep(0)
+            assert await hub.presence.change_topics(USER, ["builds"], []) == 1
+            assert (await newcomer).topics == {"builds"}
+
+    asyncio.run(changed())
+
+
 @pytest.mark.parametrize(
     ("request_line", "body"),
     [
