@@ -17,7 +17,6 @@ import enum
 import logging
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import orjson
@@ -34,7 +33,7 @@ from errors import InvalidRequest, ShuttingDown, StoreUnavailable, TooLarge
 from fanout import FanOut
 from guard_identity import Identity, origin_of
 from heartbeat import Heartbeat
-from log import Audience, Entry, interest_of, payloads
+from log import Audience, interest_of, payloads
 from presence import Presence
 from replay import Replay
 from revocations import Revocations
@@ -49,8 +48,6 @@ logger = logging.getLogger("notifyd")
 ENVELOPE_BYTES = 1024
 # The JSON before the rest of a notification: {"id":"..."
 ID_BYTES = 44
-# A page of the history is no longer than this, unless one notification is.
-PAGE_BYTES = 1_048_576
 
 
 # Something that the Hub does in the background for as long as it runs.
@@ -360,23 +357,9 @@ class Hub:
         # Also without an answer of the store: by then this process has read the log up to now.
         with contextlib.suppress(StoreUnavailable):
             await self.census.report()
-        end = min(before or self.fanout.log.position, self.fanout.log.position)
-        pages = self.fanout.readers.pages
-        start, complete = await pages.front(after)
-        read = partial(pages.read_back, interest, start) if newest_first else partial(pages.read, interest, until=end)
-        at, finish = (end, start) if newest_first else (start, end)
-        found: list[Entry] = []
-        size = 0
-        while at != finish and (at < finish) != newest_first:
-            page = await read(at)
-            for entry in page.entries:
-                if entry.replayed and entry.id != before:
-                    size += len(entry.frame)
-                    if len(found) == limit or (found and size > PAGE_BYTES):
-                        return _history(found, found[-1].id, complete)
-                    found.append(entry)
-            at = page.until
-        return _history(found, (found[-1].id if found else end) if newest_first else end, complete)
+        stretch = await self.replay.stretch(interest, after, before, limit, newest_first=newest_first)
+        fragments = [orjson.Fragment(next(payloads(entry.frame))) for entry in stretch.entries]
+        return schemas.History(notifications=fragments, position=stretch.position, complete=stretch.complete)
 
     # --- the store's Node
 
@@ -418,11 +401,6 @@ class Hub:
         for client_id in client_ids:
             if (client := self.clients.by_id.get(client_id)) is not None:
                 self.admission.dismiss(client, POLICY_VIOLATION, "Replaced by a new connection")
-
-
-def _history(entries: list[Entry], position: str, complete: bool) -> schemas.History:
-    fragments = [orjson.Fragment(next(payloads(entry.frame))) for entry in entries]
-    return schemas.History(notifications=fragments, position=position, complete=complete)
 
 
 async def _start_again(work: Work) -> None:

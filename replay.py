@@ -1,4 +1,4 @@
-"""The replay: the part of the past that a newcomer, or a new subscription, is owed.
+"""The replay: the part of the past that a newcomer or a new subscription is owed, or a request for the history reads.
 
 Finds where it begins, whether it is complete, and how many notifications it has. Near the end of the log they are
 listed for the client's cursor (fanout.py); from farther back the client reads (readers.py). Knows neither HTTP nor the
@@ -11,7 +11,8 @@ messages of clients.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 from clients import UNTOLD, Client
 from log import Audience, Entry
@@ -21,6 +22,18 @@ from store import Reach
 
 if TYPE_CHECKING:
     from hub import Hub
+
+# A stretch of the history is no longer than this, unless one notification is.
+STRETCH_BYTES = 1_048_576
+
+
+class Stretch(NamedTuple):
+    """A stretch of the history: its notifications, and the position from which the next stretch goes on."""
+
+    entries: list[Entry]
+    position: str
+    # Whether the log reaches back to the position that was asked for.
+    complete: bool
 
 
 class Replay:
@@ -153,3 +166,29 @@ class Replay:
             return log.reach(since, self._clock())
         start = None if position == log.position else log.find(position)
         return log.next_sequence if start is None else start, True
+
+    async def stretch(
+        self, interest: Audience, since: str | None, before: str, limit: int, *, newest_first: bool
+    ) -> Stretch:
+        """Read a stretch of the whole log for a request, with `limit` notifications at most.
+
+        Since a position, or from the front, up to the id `before`, or to the end where that is empty. Raises
+        StoreUnavailable.
+        """
+        pages, newest = self._readers.pages, self._log.position
+        end = min(before or newest, newest)
+        start, complete = await pages.front(since)
+        read = partial(pages.read_back, interest, start) if newest_first else partial(pages.read, interest, until=end)
+        at, finish = (end, start) if newest_first else (start, end)
+        found: list[Entry] = []
+        size = 0
+        while at != finish and (at < finish) != newest_first:
+            page = await read(at)
+            for entry in page.entries:
+                if entry.replayed and entry.id != before:
+                    size += len(entry.frame)
+                    if len(found) == limit or (found and size > STRETCH_BYTES):
+                        return Stretch(found, found[-1].id, complete)
+                    found.append(entry)
+            at = page.until
+        return Stretch(found, (found[-1].id if found else end) if newest_first else end, complete)
