@@ -297,11 +297,11 @@ def children(server: Server) -> set[int]:
 
 
 @pytest.mark.parametrize("way", ["console script", "module"])
-def test_workers_start_as_their_parent_was_started(full: Path, tmp_path: Path, way: str) -> None:
-    """Under the console script and under python -m, from a directory that has nothing to do with notifyd."""
+def test_workers_start_as_their_parent_was_started(full: Path, shop: Path, way: str) -> None:
+    """Under the console script and under python -m, from the directory of a host with modules of our names."""
     program, *words = COMMANDS[way]
     flags = ["--port", "PORT", "--workers", "2", "--notification-interval", "0"]
-    server = start([full / program, *words, *flags], tmp_path)
+    server = start([full / program, *words, *flags], shop)
     server.wait_for_line("with 2 workers")
     assert len(children(server)) == 2
     clients = [server.join() for _ in range(4)]
@@ -314,9 +314,9 @@ def test_workers_start_as_their_parent_was_started(full: Path, tmp_path: Path, w
     assert server.process.returncode == 0
 
 
-def test_an_app_is_made_by_uvicorns_factory(full: Path, tmp_path: Path) -> None:
+def test_an_app_is_made_by_uvicorns_factory(full: Path, shop: Path) -> None:
     """`uvicorn --factory notifyd:create_app` serves without a host."""
-    server = start([full / "uvicorn", "--factory", "notifyd:create_app", "--port", "PORT"], tmp_path)
+    server = start([full / "uvicorn", "--factory", "notifyd:create_app", "--port", "PORT"], shop)
     client = server.join("bob")
     server.notify("hi", clients=["bob"])
     assert Record(client.receive()) == notification({"message": "hi"})

@@ -1,6 +1,6 @@
 """Run the Autobahn TestSuite's cases on frames, closes and limits against an echo app on WireProtocol.
 
-    python tests/autobahn/run.py [--wire fast] [--loop uvloop] [--cases "6.*" "7.1.5"]
+    python tests/autobahn/run.py [--loop uvloop] [--cases "6.*" "7.1.5"]
 
 The suite's fuzzing client runs on Python 2.7 only: on the interpreter in AUTOBAHN_PYTHON, or a python2.7 in PATH or
 pyenv. The first run sets up its virtualenv in .cache/. Prints the counts of each group and every case that is not
