@@ -1,4 +1,4 @@
-"""From a request to its answer: the methods of a path, and the only place where an error becomes an answer.
+"""From a request to its answer: the methods of a path, and the only place where an error of the app becomes an answer.
 
 Owns the documented body of errors, and the two borders at which an unexpected error stops: `Endpoint` for a request,
 `Socket` for a WebSocket. Handlers raise; they never answer with an error.

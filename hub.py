@@ -1,8 +1,9 @@
 """The Hub: the verbs that connect publishers with clients, and its life from start to stop.
 
-Everything else is a part in a file of its own that holds the Hub and calls it: admission, the clients, the fan-out with
-the log, conversations, the heartbeat, the census, the drain. Knows connections only through the seam in connection.py,
-the log of all processes only through the one in store.py, and neither Starlette nor uvicorn.
+Everything else is a part in a file of its own that holds the Hub and calls it: admission, presence, conversations, the
+heartbeat, the drain, replays, the fan-out with the log and the readers, the census; all read the directory of clients.
+Knows connections only through the seam in connection.py, the log of all processes only through the one in store.py, and
+calls neither Starlette nor uvicorn.
 
 1. Every verb starts the Hub if it does not run. All calls belong to one event loop at a time.
 2. Each await is between consistent states. A verb checks the state again after an await.

@@ -1,7 +1,7 @@
 """The seam between a Hub and its store: one log and one registry, shared by any number of processes.
 
 A process has the newest end of the log in memory; a shared store has all of it, as a StoredLog. Owns that seam, the
-values that cross it, the ids, and the store in memory, for a single process. The shared stores are store_sqlite.py and
+values that cross it, and the store in memory, for a single process. The shared stores are store_sqlite.py and
 store_redis.py. Knows ids, payloads and audiences; no socket and no frame.
 
 1. The store gives the ids. They increase strictly over all processes, even when a clock is put back.

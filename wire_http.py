@@ -1,7 +1,7 @@
 """HTTP/1.1 for uvicorn's public `http=` setting: one connection, from its first byte to its last.
 
 Owns the transport, the order of requests, how long each may take to arrive, and how a connection ends. The form of a
-request is wire_message.py's, the response wire_exchange.py's, and the contents of a body routes.py's.
+request is wire_message.py's, the response wire_exchange.py's, and the contents of a body bodies.py's.
 
 1. One request is read at a time: the parser gets no byte of the next before the last is answered.
 2. A request is answered once, by the app or here; a connection on which no byte came is closed without an answer.
