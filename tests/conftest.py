@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -154,6 +155,34 @@ def common_redis() -> Iterator[Callable[[], RedisServer]]:
     yield start
     if start.cache_info().currsize:
         start().close()
+
+
+EVERY_KIND = ["memory", "workers", "sqlite", "redis"]
+
+
+@pytest.fixture(scope="module")
+def start_together(
+    tmp_path_factory: pytest.TempPathFactory, common_redis: Callable[[], RedisServer]
+) -> Iterator[Callable[..., list[Server]]]:
+    """Start the servers of one store: two of a shared one, so that the last knows the first's clients through it."""
+    started: list[Server] = []
+
+    def start(kind: str, *flags: str) -> list[Server]:
+        store: tuple[str, ...] = ()
+        if kind == "workers":
+            store = ("--workers", "2")
+        elif kind == "sqlite":
+            store = ("--store", f"sqlite:{tmp_path_factory.mktemp('store') / 'log.db'}")
+        elif kind == "redis":
+            store = ("--store", common_redis().url, "--store-prefix", f"{secrets.token_hex(4)}:")
+        count = 2 if kind in ("sqlite", "redis") else 1
+        servers = [Server.notifyd(*QUIET, *flags, "--store-timeout", "10", *store) for _ in range(count)]
+        started.extend(servers)
+        return servers
+
+    yield start
+    for server in started:
+        server.stop()
 
 
 @pytest.fixture

@@ -12,13 +12,12 @@ from urllib.parse import quote
 
 import pytest
 from bytes import rest
-from conftest import StartServer
+from conftest import EVERY_KIND, StartServer
 from credentials import SECRET, bearer, token
 from event_stream import join
 from expected import TIME, answered, http_error, invalid, parse
-from processes import QUIET, Server, connected, eventually, serving
-from redis_server import RedisServer
-from virtual import FakeConnection
+from processes import Server, connected, eventually, serving
+from virtual import FakeConnection, with_turns
 
 import presence
 import slices
@@ -28,8 +27,6 @@ from hub import Hub
 from presence import Wanted
 from settings import Settings
 
-KINDS = ["memory", "workers", "sqlite", "redis"]
-
 
 class Together(NamedTuple):
     """The servers of one store: the last does not know the clients of the first but through it."""
@@ -38,23 +35,10 @@ class Together(NamedTuple):
     last: Server
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def servers(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    common_redis: Callable[[], RedisServer],
-) -> Iterator[Together]:
-    flags = [*QUIET, "--store-timeout", "10"]
-    if request.param == "workers":
-        flags += ["--workers", "2"]
-    elif request.param == "sqlite":
-        flags += ["--store", f"sqlite:{tmp_path_factory.mktemp('store') / 'log.db'}"]
-    elif request.param == "redis":
-        flags += ["--store", common_redis().url, "--store-prefix", "presence:"]
-    servers = [Server.notifyd(*flags) for _ in range(1 if request.param in ("memory", "workers") else 2)]
-    yield Together(servers[0], servers[-1])
-    for server in servers:
-        server.stop()
+@pytest.fixture(scope="module", params=EVERY_KIND)
+def servers(request: pytest.FixtureRequest, start_together: Callable[..., list[Server]]) -> Together:
+    started = start_together(request.param)
+    return Together(started[0], started[-1])
 
 
 @pytest.fixture
@@ -387,24 +371,17 @@ def test_long_lists_are_looked_through_in_portions(
     """Others have their turn meanwhile, however many are connected."""
     monkeypatch.setattr(slices, "SLICE_SECONDS", 0)
     monkeypatch.setattr(presence, "PORTION", 10)
-    hub, had_turns = Hub(Settings()), 0
+    hub = Hub(Settings())
 
-    async def others() -> None:
-        nonlocal had_turns
-        while True:
-            had_turns += 1
-            await asyncio.sleep(0)
-
-    async def listed() -> int:
+    async def listed() -> tuple[int, int]:
         async with hub:
             for number in range(500):
                 await hub.admit(FakeConnection(), Newcomer(f"c{number}", topics=[f"t{number}", "all"], user="ann"))
-            task = asyncio.create_task(others())
-            found, *_ = await ask(hub)
-            task.cancel()
-            return len(found)
+            (found, *_), turns = await with_turns(ask(hub))
+            return len(found), turns
 
-    assert asyncio.run(listed()) == 10 and had_turns > 50
+    found, turns = asyncio.run(listed())
+    assert found == 10 and turns > 50
 
 
 # The topics of a user.

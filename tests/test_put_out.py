@@ -12,11 +12,11 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from conftest import StartServer
+from conftest import EVERY_KIND, StartServer
 from credentials import SECRET, bearer, token
 from event_stream import Event, join
 from expected import TIME, answered, http_error, invalid
-from processes import QUIET, Server, connected, eventually
+from processes import Server, connected, eventually
 from redis_server import RedisServer
 from virtual import FakeConnection
 
@@ -42,24 +42,10 @@ class SlowStore(MemoryStore):
         return await super().admit(client)
 
 
-@pytest.fixture(scope="module", params=["memory", "workers", "sqlite", "redis"])
-def servers(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    common_redis: Callable[[], RedisServer],
-) -> Iterator[list[Server]]:
+@pytest.fixture(scope="module", params=EVERY_KIND)
+def servers(request: pytest.FixtureRequest, start_together: Callable[..., list[Server]]) -> list[Server]:
     """The servers of one store, the last of which is asked."""
-    flags = [*QUIET, *FLAGS, "--store-timeout", "10"]
-    if request.param == "workers":
-        flags += ["--workers", "2"]
-    elif request.param == "sqlite":
-        flags += ["--store", f"sqlite:{tmp_path_factory.mktemp('store') / 'log.db'}"]
-    elif request.param == "redis":
-        flags += ["--store", common_redis().url, "--store-prefix", "put-out:"]
-    started = [Server.notifyd(*flags) for _ in range(1 if request.param in ("memory", "workers") else 2)]
-    yield started
-    for server in started:
-        server.stop()
+    return start_together(request.param, *FLAGS)
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pytest
 from conftest import StartServer
 from expected import CLIENT_ID, COUNT, SECONDS, TIME, answered, invalid
 from processes import Server, eventually, worker_count
-from virtual import FakeConnection
+from virtual import FakeConnection, with_turns
 
-import slices as turns
+import slices
 from admission import Newcomer
 from hub import Hub
 from settings import Settings
@@ -153,25 +153,18 @@ def test_limit_caps_the_details(server: Server, limit: int) -> None:
 
 def test_a_long_list_is_made_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Others have their turn meanwhile, however many are connected."""
-    monkeypatch.setattr(turns, "SLICE_SECONDS", 0)
-    hub, had_turns = Hub(Settings()), 0
+    monkeypatch.setattr(slices, "SLICE_SECONDS", 0)
+    hub = Hub(Settings())
 
-    async def others() -> None:
-        nonlocal had_turns
-        while True:
-            had_turns += 1
-            await asyncio.sleep(0)
-
-    async def listed() -> int:
+    async def listed() -> tuple[int, int]:
         async with hub:
             for number in range(100):
                 await hub.admit(FakeConnection(), Newcomer(str(number)))
-            task = asyncio.create_task(others())
-            details = await hub.census.details(100)
-            task.cancel()
-            return len(details)
+            details, turns = await with_turns(hub.census.details(100))
+            return len(details), turns
 
-    assert asyncio.run(listed()) == 100 and had_turns > 50
+    found, turns = asyncio.run(listed())
+    assert found == 100 and turns > 50
 
 
 def test_limit_does_not_change_the_count(server: Server) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import selectors
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from expected import parse
@@ -157,3 +157,20 @@ class FakeConnection:
             self.state, self.writable = ConnectionState.CLOSED, False
             assert self.receiver is not None
             self.receiver.left()
+
+
+async def with_turns(work: Awaitable[Result]) -> tuple[Result, int]:
+    """Return the result of some work, and how many turns another task had meanwhile."""
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(others())
+    try:
+        return await work, turns
+    finally:
+        task.cancel()
