@@ -99,9 +99,13 @@ class Primary:
         """Return the address of the primary. Raises an exception of redis-py, OSError or TimeoutError."""
         answers = await self._ask_all(self._timeout)
         named = [answer for answer in answers if isinstance(answer, Named)]
+        if self._last is not None and len(named) < len(answers):
+            # The witnesses with the newest word may be those that are away. Only all of them together take it back, as
+            # after a reset.
+            named.append(self._last)
         if named:
             self._last = max(named, key=_epoch)
-        elif self._last is None:
+        else:
             kind = "node of a cluster" if self._is_cluster else "sentinel"
             troubles = [answer for answer in answers if isinstance(answer, Exception)]
             raise troubles[0] if troubles else exceptions.ConnectionError(f"no {kind} names a primary")

@@ -140,6 +140,17 @@ async def test_the_newest_word_of_all_sentinels_counts(words: Words, port: int) 
         assert await primary.find() == ("127.0.0.1", port)
 
 
+@on_loop
+async def test_the_newest_word_outlives_the_sentinels_that_have_said_it() -> None:
+    """A sentinel that is behind does not take it back; all of them do, as after a reset."""
+    async with primary_of([(2, 7002), (1, 7001)]) as (primary, sentinels):
+        await primary.find()
+        sentinels[0].word = "silent"
+        assert await primary.find() == ("127.0.0.1", 7002)
+        sentinels[0].word = (1, 7001)
+        assert await primary.find() == ("127.0.0.1", 7001)
+
+
 @pytest.mark.parametrize("word", ["dead", "silent", "ignorant"])
 @on_loop
 async def test_no_sentinel_names_a_primary(word: str) -> None:
