@@ -6,7 +6,7 @@ import contextlib
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from signal import SIGCONT, SIGSTOP
 from typing import Any
@@ -156,7 +156,10 @@ class Cluster:
     @property
     def primary(self) -> RedisServer:
         """Return the server with the slot, by the newest word of all."""
-        owners = {(epoch, port) for server in self.servers for epoch, port in self._owners(server)}
+        return self._named_by(self.servers)
+
+    def _named_by(self, servers: Sequence[RedisServer]) -> RedisServer:
+        owners = {(epoch, port) for server in servers for epoch, port in self._owners(server)}
         _, port = max(owners)
         return next(server for server in self.servers if server.port == port)
 
@@ -170,8 +173,10 @@ class Cluster:
 
     def promoted(self, old: RedisServer) -> RedisServer:
         """Wait until another server than the old one has the slot, and return it."""
-        until(lambda: self.primary is not old)
-        return self.primary
+        # A stopped server would answer late.
+        others = [server for server in self.servers if server is not old]
+        until(lambda: self._named_by(others) is not old)
+        return self._named_by(others)
 
     def replicas(self, primary: RedisServer) -> list[RedisServer]:
         roles = {server: server.command("ROLE") for server in self.servers}
