@@ -243,6 +243,26 @@ def test_the_sentinels_of_the_compose_file_find_the_primary(redis: RedisServer, 
         process.wait()
 
 
+def test_a_server_of_the_compose_file_stays_the_primary_after_a_restart(redis: RedisServer, tmp_path: Path) -> None:
+    """The configuration that a failover writes counts, and not the one of the first start."""
+    port = free_port()
+    shell, flag, script = HA["services"]["redis-2"]["command"]
+    for name, here in (("$$", "$"), ("/data", str(tmp_path)), ("redis-1 6379", f"127.0.0.1 {redis.port}")):
+        script = script.replace(name, here)
+    script = script.replace("--bind '*'", f"--bind 127.0.0.1 --port {port}")
+    script = script.replace("redis-server", program("redis-server"))
+    for role in ("slave", "master"):
+        process = subprocess.Popen([shell, flag, script], stdout=subprocess.DEVNULL)
+        try:
+            with Redis(port=port, decode_responses=True) as client:
+                until(lambda: client.execute_command("ROLE")[0] == role)  # noqa: B023
+                client.execute_command("REPLICAOF NO ONE")
+                client.config_rewrite()
+        finally:
+            process.kill()
+            process.wait()
+
+
 def test_nginx_takes_the_configuration_of_the_compose_file(tmp_path: Path) -> None:
     content = HA["configs"]["nginx"]["content"].replace("$$", "$")
     for node in NODES:
