@@ -149,7 +149,7 @@ class RedisLink:
                 await send(connection, "WAIT", self._replicas, round(250 * self._timeout))
                 there = await connection.read_response()
             if there < self._replicas:
-                raise exceptions.RedisError(f"{self._replicas} replicas are needed, and {there} have answered")
+                raise exceptions.RedisError(f"replicas: {self._replicas} needed, {there} answered")
 
     def reason(self, error: BaseException) -> str:
         """Return a short text for people."""

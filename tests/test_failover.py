@@ -504,7 +504,7 @@ async def test_nothing_is_delivered_before_the_replica_has_it(start_replicated: 
     """A refused publish is answered with its first id once the replica goes on."""
     primary = start_replicated()
     async with members(primary.url, 2, store_replicas=1) as [one, other]:
-        assert one.store.failure == "The store is away: 1 replicas are needed, and 0 have answered"
+        assert one.store.failure == "The store is away: replicas: 1 needed, 0 answered"
         replica = start_replicated(primary)
         await one.until(lambda: one.openings and other.openings)
         first = await one.publish()
@@ -527,7 +527,7 @@ def test_a_server_without_enough_replicas_answers_503(start_server: StartServer,
     server = start_server("--store", redis.url, "--store-replicas", "1")
     answer = server.post({"message": "m"})
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
-    assert answer.json()["error"]["message"] == "The store is away: 1 replicas are needed, and 0 have answered"
+    assert answer.json()["error"]["message"] == "The store is away: replicas: 1 needed, 0 answered"
     assert server.get("/health/live").status_code == 200
 
 
