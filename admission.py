@@ -8,8 +8,8 @@ through the seam in connection.py and the registry of all processes through the 
 2. No await between reading a position of the log and joining the directory: the client is handed everything after
    that position, and nothing twice.
 3. After each await the newcomer is checked again: meanwhile it may have gone, or the drain may have begun.
-4. At most one newcomer of this process registers a client_id at a time. Its claim also keeps in the log all that is
-   appended until it has joined.
+4. At most one newcomer of this process registers a client_id at a time. Its claim also keeps in memory all that is
+   appended until it has joined, and for a replay all that is there already.
 """
 
 from __future__ import annotations
@@ -171,7 +171,8 @@ class Admission:
         client_id, fanout = newcomer.client_id, self._hub.fanout
         claim = asyncio.Event()
         self._claims[client_id] = newcomer, claim
-        fanout.admitting[claim] = fanout.log.next_sequence
+        # For a replay also all that is there now: the log must not move on between the promise and the replay.
+        fanout.admitting[claim] = fanout.log.first_sequence if newcomer.since else fanout.log.next_sequence
         try:
             registration = Registration(client_id, newcomer.user, newcomer.topics, newcomer.address)
             position = await self._hub.store.admit(registration)

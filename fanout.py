@@ -122,8 +122,8 @@ class FanOut:
         # entries nor left behind has been handed everything before `_passed`. The log is trimmed up to
         # `_passed_before` at most, so a client that cannot be written to for a moment has a whole pass to catch up.
         self._passed = self._passed_before = self.log.first_sequence
-        # The sequence at which each admission and subscription under way began. Nothing from there on is trimmed: the
-        # client may be owed it, and has no place yet that would keep it.
+        # The sequence from which on each admission and subscription under way keeps the log in memory: the client may
+        # be owed all of that, and has no place yet that would keep it.
         self.admitting: dict[object, int] = {}
         self.readers = Readers(self._hub, self)
 
@@ -216,9 +216,9 @@ class FanOut:
 
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:
-        """Trim nothing that is appended meanwhile: a client that the store takes now may be owed it."""
+        """Trim nothing meanwhile: a client that the store takes now may be owed it."""
         key = object()
-        self.admitting[key] = self.log.next_sequence
+        self.admitting[key] = self.log.first_sequence
         try:
             yield
         finally:
