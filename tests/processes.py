@@ -6,6 +6,7 @@ Clocks are shortened in a server, too: `Server.notifyd(constants={"store.LEASE_S
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 import os
 import re
@@ -62,11 +63,20 @@ def eventually(condition: Callable[[], object], patience: float = PATIENCE) -> N
         time.sleep(0.01)
 
 
+# Below the ports that the kernel gives to sockets without one: such a port could be taken before it is used. Each
+# process of the tests begins at another.
+_PORTS = itertools.cycle(range(10_000, 32_000))
+for _ in range(os.getpid() * 211 % 22_000):
+    next(_PORTS)
+
+
 def free_port() -> int:
-    """Return a port that was free a moment ago, for servers that cannot choose one themselves."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that is free, for servers that cannot choose one themselves."""
+    while True:
+        port = next(_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
