@@ -27,6 +27,7 @@ from starlette.routing import BaseRoute, Route
 import errors
 import schemas
 from answers import RETRY_AFTER_SECONDS, Answer, Endpoint, Handler
+from assets import FILES, media_type_of
 from bodies import JSON_TYPE, MAX_BATCH_BYTES, TEXT_TYPE
 from connection import PUT_OUT_ID, REPLACED_ID
 from errors import NotifydError
@@ -118,7 +119,7 @@ NOTES = {
         links={"next": ("topics", "after", _NEXT), "first": ("clients", "topic", "$response.body#/topics/0/topic")},
     ),
     "upgrade_required": Note(errors=(errors.UpgradeRequired,), needs_store=False),
-    **dict.fromkeys(("live", "index", "openapi", "asyncapi"), _NO_STORE),
+    **dict.fromkeys(("live", "index", "openapi", "asyncapi", "client_js"), _NO_STORE),
 }
 _PLAIN = Note()
 
@@ -331,6 +332,8 @@ class _OpenAPI:
         elif handler.__name__ == "events":
             text = f"Stay away: `Last-Event-ID` is {REPLACED_ID} or {PUT_OUT_ID}, from the end of an earlier stream."
             answers["204"] = {"description": text}
+        elif path in FILES:
+            answers["304"] = {"description": "`If-None-Match` has the ETag of the file."}
         elif handler.__name__ == "health":
             answers["503"] = answers["200"] | {"description": "The server drains, or its store is away."}
         for status in sorted({each.status for each in self._errors_of(path, endpoint, note)}):
@@ -343,7 +346,9 @@ class _OpenAPI:
         if note.has_key:
             headers["Notification-Id"] = self._header("Notification-Id", self._schemas.of(Id))
             headers["Idempotent-Replayed"] = self._header("Idempotent-Replayed", {"const": "true"}, is_required=False)
-        answer: Schema = {"description": "Done.", "content": self._content(handler)}
+        if path in FILES:
+            headers["ETag"] = self._header("ETag", {"type": "string", "pattern": '^"[0-9a-f]+"$'})
+        answer: Schema = {"description": "Done.", "content": self._content(path, handler)}
         if headers := headers | self._rate_headers(path):
             answer["headers"] = headers
         links = {
@@ -353,7 +358,9 @@ class _OpenAPI:
         }
         return answer | ({"links": links} if links else {})
 
-    def _content(self, handler: Handler) -> Schema:
+    def _content(self, path: str, handler: Handler) -> Schema:
+        if path in FILES:
+            return {media_type_of(FILES[path]): {"schema": {"type": "string"}}}
         if handler.__name__ == "prometheus":
             return {PROMETHEUS_TYPE: {"schema": {"type": "string"}}}
         if handler.__name__ == "events":

@@ -1,4 +1,4 @@
-"""The routes that describe an app: its index at /, /openapi.json and /asyncapi.json. Open to everybody.
+"""The routes that describe an app: its index at /, /openapi.json, /asyncapi.json and /client.js. Open to everybody.
 
 Owns the addresses that depend on a request: a mount, a host. The contracts are made when they are first asked for, in a
 thread since that takes 20 ms, and kept as bytes.
@@ -19,6 +19,7 @@ from starlette.routing import BaseRoute, Route
 
 import schemas
 from answers import Answer, Endpoint, answer, preferred
+from assets import FILES, asset
 from guard_identity import Identity
 from hub import Hub
 
@@ -48,6 +49,10 @@ def described(hub: Hub, routes: Sequence[BaseRoute]) -> list[BaseRoute]:
         servers = servers_of(url.netloc or "localhost", mount, is_secure=url.scheme == "https")
         return _at(servers, await asyncio.to_thread(of_messages))
 
+    async def client_js(hub: Hub, request: Request, sender: Identity | None) -> Response:
+        """Return the client for pages, an ES module."""
+        return asset(request, FILES["/client.js"])
+
     @functools.cache
     def of_routes() -> bytes:
         from contract import openapi  # noqa: PLC0415 - for the few that ask
@@ -62,7 +67,7 @@ def described(hub: Hub, routes: Sequence[BaseRoute]) -> list[BaseRoute]:
 
     # By media type; the first is for requests that prefer none.
     forms = {JSON_TYPE: index_in_json}
-    handlers = {"/": index, "/openapi.json": openapi, "/asyncapi.json": asyncapi}
+    handlers = {"/": index, "/openapi.json": openapi, "/asyncapi.json": asyncapi, "/client.js": client_js}
     table = [*routes, *(Route(path, Endpoint(hub, GET=handler)) for path, handler in handlers.items())]
     return table
 

@@ -1,10 +1,10 @@
 """The middleware before the routes: the address of a request or handshake, its rate and its origin, in this order.
 
 Owns the trusted proxies, the rates, the allowed origins, and the headers that report them. Knows no credentials
-(guard_auth.py) and no route but the probes. Every refusal leaves here the same way, with the same headers.
+(guard_auth.py) and no route but those. Every refusal leaves here the same way, with the same headers.
 
-1. Every request counts against the rate of its address, except the probes: also an unknown path, a wrong method and
-   a foreign origin. Bytes that are no HTTP request are refused by the server before they come here.
+1. Every request counts against the rate of its address, except the probes and static files: also an unknown path, a
+   wrong method and a foreign origin. Bytes that are no HTTP request are refused by the server before they come here.
 2. The buckets are the store's, shared by all processes. While the store is away each process has its own, starting
    from the last known level: limits are then N times as wide, and no address is locked out.
 3. Where the bucket is known to be empty, a request is refused without asking the store: other processes can only have
@@ -23,6 +23,7 @@ from typing import NamedTuple
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from answers import refuse
+from assets import FILES
 from buckets import SECOND, Buckets, Draw, Rate
 from connection import REPEAT_EXTENSION, SUBSCRIBER, WIRE_EXTENSION
 from errors import Forbidden, InvalidRequest, NotifydError, RateExceeded, StoreUnavailable
@@ -31,10 +32,10 @@ from settings import Settings, is_origin, named_origin, normal_origin
 from store import Store
 
 HANDSHAKES, REQUESTS = Rate(5, 10), Rate(10, 20)
-EXEMPT = ("/health", "/health/live")
+EXEMPT = ("/health", "/health/live", *FILES)
 # The headers of ours that a page of an allowed origin may read.
 EXPOSED = (
-    b"Accept-Encoding, Allow, Idempotent-Replayed, Notification-Id, Retry-After, Upgrade, WWW-Authenticate, "
+    b"Accept-Encoding, Allow, ETag, Idempotent-Replayed, Notification-Id, Retry-After, Upgrade, WWW-Authenticate, "
     b"X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset"
 )
 

@@ -15,6 +15,8 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 PACKAGE = "notifyd"
+# Files beside the modules, at the same places in the package.
+ASSETS = ("*.lua", "clients/js/client.js")
 MAIN = f"from {PACKAGE} import main\nraise SystemExit(main())\n"
 
 
@@ -33,6 +35,7 @@ class Wheel(BuildHookInterface[Any]):
         self._directory = tempfile.TemporaryDirectory()
         for name, text in package(Path(self.root)).items():
             path = Path(self._directory.name) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
             build_data["force_include"][str(path)] = f"{PACKAGE}/{name}"
 
@@ -44,7 +47,8 @@ def package(root: Path) -> dict[str, str]:
     """Return the text of each file of the package by its name."""
     sources = {path.stem: path.read_text(encoding="utf-8") for path in sorted(root.glob("*.py"))}
     modules = {f"{name}.py": rewritten(text, sources) for name, text in sources.items()}
-    others = {path.name: path.read_text(encoding="utf-8") for path in sorted(root.glob("*.lua"))}
+    found = sorted(path for pattern in ASSETS for path in root.glob(pattern))
+    others = {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in found}
     return {"__init__.py": modules.pop(f"{PACKAGE}.py"), **modules, **others, "__main__.py": MAIN, "py.typed": ""}
 
 

@@ -1,11 +1,11 @@
-// Print every notification as a line of JSON, with client.js, in node.
+// Print every notification as a line of JSON, with clients/js/client.js, in node.
 //
 //   node examples/listen.js [ws://localhost:8000/ws?topics=builds]
 //
 // The variable TOKEN has the token or key, where the server wants one.
 // Node before 22 needs the flag --experimental-websocket before the file's name. Ctrl-C ends it.
 
-import { NotifydClient } from "./client.js";
+import { NotifydClient } from "../clients/js/client.js";
 
 const describe = {
   connecting: () => "connecting",

@@ -32,7 +32,7 @@ from settings import Settings
 
 KEY = "ci:a-long-random-secret"
 SECRET = "a secret of 32 characters or more"
-PUBLIC = ["/", "/openapi.json", "/asyncapi.json"]
+PUBLIC = ["/", "/openapi.json", "/asyncapi.json", "/client.js"]
 DESCRIBED = [
     Settings(),
     Settings(api_key=(KEY,), rate_limit=True, internal_port=9000),

@@ -429,7 +429,7 @@ def test_no_close_is_documented_that_does_not_exist() -> None:
 
 def test_the_example_clients_give_up_where_coming_back_does_not_help() -> None:
     """Both know the same reasons of 1008 as final, and none of the others."""
-    [in_script] = re.findall(r"const FINAL = /(.+)/;", (ROOT / "examples" / "client.js").read_text())
+    [in_script] = re.findall(r"const FINAL = /(.+)/;", (ROOT / "clients" / "js" / "client.js").read_text())
     in_python: dict[str, Any] = {}
     exec("\n".join(re.findall(r"^FINAL .+", (ROOT / "examples" / "client.py").read_text(), re.M)), in_python)
     for close in contract_closes.CLOSES:

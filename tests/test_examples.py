@@ -138,7 +138,7 @@ class Page:
 
 
 class Site(SimpleHTTPRequestHandler):
-    """The examples folder over HTTP, without a log."""
+    """The checkout over HTTP, without a log."""
 
     def log_message(self, *_: object) -> None:
         pass
@@ -146,8 +146,8 @@ class Site(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[str]:
-    """The origin that serves index.html."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Site, directory=str(EXAMPLES))) as server:
+    """The origin that serves index.html, and client.js."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Site, directory=str(ROOT))) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
@@ -178,7 +178,7 @@ def listen(request: pytest.FixtureRequest) -> Iterator[Listen]:
                 listeners.append(Program(*node, str(EXAMPLES / "listen.js"), url))
             case "index.html":
                 site, browser = request.getfixturevalue("site"), request.getfixturevalue("browser")
-                listeners.append(Page(browser.open(f"{site}/?url={quote(url, safe='')}")))
+                listeners.append(Page(browser.open(f"{site}/examples/?url={quote(url, safe='')}")))
         return listeners[-1]
 
     yield start
@@ -231,13 +231,13 @@ def test_a_user_is_put_out_of_all_tabs_for_good(start_server: StartServer, site:
     server = start_server("--allow-origin", site, "--jwt-secret", secret, "--api-key", "ci:a-key")
     user, ends = "auth0|5f7c", "window.said = [], window.ends = []"
     shown = jwt.encode({"sub": user, "iat": int(time.time())}, secret)
-    tabs = [browser.open(site) for _ in range(3)]
+    tabs = [browser.open(f"{site}/examples/") for _ in range(3)]
     for tab in tabs:
         eventually(lambda tab=tab: tab.evaluate("document.readyState === 'complete'"))
     options = f"""{{ token: {json.dumps(shown)}, onNotification: ({{ data }}) => said.push(data.message),
         onState: (state, {{ reason }}) => ends.push(reason ? `${{state}}: ${{reason}}` : state) }}"""
     for tab in tabs[:2]:
-        tab.evaluate(f"""{ends}; import("/client.js").then(({{ NotifydClient }}) =>
+        tab.evaluate(f"""{ends}; import("/clients/js/client.js").then(({{ NotifydClient }}) =>
             window.client = new NotifydClient({json.dumps(server.ws_url)}, {options})); 1""")
     tabs[2].evaluate(f"""{ends}; window.source = new EventSource({json.dumps(f"{server.url}/events?token={shown}")});
         source.onmessage = ({{ data }}) => said.push(JSON.parse(data).data.message);
@@ -549,7 +549,7 @@ def run_node(node: list[str]) -> RunNode:
     def run(script: str) -> Any:
         *statements, result = script.strip().splitlines()
         lines = [
-            f"import {{ NotifydClient, backoff }} from {json.dumps((EXAMPLES / 'client.js').as_uri())};",
+            f"import {{ NotifydClient, backoff }} from {json.dumps((ROOT / 'clients' / 'js' / 'client.js').as_uri())};",
             *statements,
             f"console.log(JSON.stringify({result}));",
         ]

@@ -935,7 +935,8 @@ def test_every_route_needs_a_right_or_is_open_on_purpose() -> None:
             head = {path: (await client.head(path)).status_code for path in paths}
             return {path: (await client.post(path)).status_code if head[path] == 405 else head[path] for path in paths}
 
-    opened = dict.fromkeys(["/", "/openapi.json", "/asyncapi.json", "/health", "/health/live", "/events"], 200)
+    public = ["/", "/openapi.json", "/asyncapi.json", "/client.js", "/health", "/health/live", "/events"]
+    opened = dict.fromkeys(public, 200)
     opened["/ws"] = 426
     people = ["/clients", "/clients/{client_id}", "/users/online", "/users/{user}", "/users/{user}/topics", "/topics"]
     assert asyncio.run(answers()) == dict.fromkeys([*ADMIN_PATHS, *people, "/notify", "/notify/batch"], 403) | opened

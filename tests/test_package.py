@@ -22,6 +22,7 @@ from processes import ROOT, Server, eventually, free_port, program
 from wheels import build, command, install
 from ws_clients import PATIENCE
 
+from assets import FILES
 from settings import VERSION
 
 pytestmark = pytest.mark.slow
@@ -121,10 +122,10 @@ def contents(archive: Path) -> dict[str, str]:
 
 
 def test_the_wheel_installs_one_package_and_nothing_beside_it(wheel: Path) -> None:
-    """Every module, the Lua script and the mark for type checkers are in `notifyd`."""
+    """Every module, the Lua script, the static files and the mark for type checkers are in `notifyd`."""
     files = {name for name in contents(wheel) if ".dist-info/" not in name}
     modules = {f"notifyd/{name}.py" for name in MODULES - {"notifyd"}}
-    others = {"__init__.py", "__main__.py", "py.typed", "store_redis.lua"}
+    others = {"__init__.py", "__main__.py", "py.typed", "store_redis.lua", *FILES.values()}
     assert files == modules | {f"notifyd/{name}" for name in others}
 
 
