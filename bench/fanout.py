@@ -52,7 +52,6 @@ def compare(loads: list[Load], pairs: int, notifications: int) -> tuple[Side, Si
 
 def measure(peer: Peer, scale: Scale) -> Iterator[Figure]:
     clients = scale.clients
-    level = (Level(1.15, "floor"),)
     with beside_the_floor(peer, clients) as loads:
         side, floor, woken = compare(loads, scale.sleeping_pairs, scale.notifications_a_turn)
         sleeping = Row(SLEEPING_TITLE.format(clients), "us", 2)
@@ -61,9 +60,9 @@ def measure(peer: Peer, scale: Scale) -> Iterator[Figure]:
         for load in loads:
             load.poll()
         side, floor, _ = compare(loads, scale.pairs, scale.notifications_a_turn)
-        row = Row(COST_TITLE.format(clients), "us", 2, levels=level)
+        row = Row(COST_TITLE.format(clients), "us", 2, levels=(Level(1.08, "floor"),))
         yield Figure(row, side.cost() / clients * 1e6, ratio(side, floor))
-        for name, at, levels in (("p50", 49, ()), ("p99", 98, (Level(1.2, "floor"),))):
+        for name, at, levels in (("p50", 49, ()), ("p99", 98, (Level(1.15, "floor"),))):
             row = Row(LATENCY_TITLE.format(name, clients), "ms", 2, levels=levels)
             seconds, base = quantiles(side.latencies, n=100)[at], quantiles(floor.latencies, n=100)[at]
             yield Figure(row, seconds * 1e3, seconds / base)
@@ -71,10 +70,14 @@ def measure(peer: Peer, scale: Scale) -> Iterator[Figure]:
             row = Row(LAG_TITLE.format(clients), "x", 2, base=None)
             yield Figure(row, median(side.latencies) / side.cost())
 
-    clients = scale.many_clients
-    with beside_the_floor(peer, clients) as loads:
-        for load in loads:
-            load.poll()
-        side, floor, _ = compare(loads, scale.many_pairs, scale.many_notifications_a_turn)
-        row = Row(COST_TITLE.format(clients), "us", 2, levels=level)
-        yield Figure(row, side.cost() / clients * 1e6, ratio(side, floor))
+    others = (
+        (scale.few_clients, scale.pairs, scale.notifications_a_turn * scale.clients // scale.few_clients),
+        (scale.many_clients, scale.many_pairs, scale.many_notifications_a_turn),
+    )
+    for clients, pairs, notifications in others:
+        with beside_the_floor(peer, clients) as loads:
+            for load in loads:
+                load.poll()
+            side, floor, _ = compare(loads, pairs, notifications)
+            row = Row(COST_TITLE.format(clients), "us", 2, levels=(Level(1.15, "floor"),))
+            yield Figure(row, side.cost() / clients * 1e6, ratio(side, floor))

@@ -23,5 +23,5 @@ def measure(peer: Peer, scale: Scale) -> Iterator[Figure]:
             load.connect(scale.handshakes, at_once=scale.handshakes)
             costs.append((server.cpu_seconds() - before) / scale.handshakes)
             load.disconnect()
-    row = Row(f"CPU per handshake, {scale.handshakes:,} at once", "us", levels=(Level(150),))
+    row = Row(f"CPU per handshake, {scale.handshakes:,} at once", "us", levels=(Level(60),))
     yield Figure(row, median(costs) * 1e6)

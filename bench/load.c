@@ -8,9 +8,9 @@
  * one size, so that a byte count (`goal`) tells when a client is done: one byte more, or another byte, is a failure. The
  * clock stops when the last client has its last byte. load.py then checks the contents of the stream.
  *
- * Usage: load PORT WS_PATH GREETINGS PUBLISH_PORT PUBLISH_PATH, where GREETINGS is the number of frames that
- * the server sends to each client by itself. Commands, one a line on stdin:
- *   format FRAME_BYTES PADDING [GROUP_SIZE QUERY FIELD]   QUERY ends a client's URL, and FIELD a body; %d
+ * Usage: load PORT WS_PATH HELLO GREETINGS PUBLISH_PORT PUBLISH_PATH, where HELLO is the text that each client sends
+ * first, or empty, and GREETINGS the number of frames with which the server greets it. Commands, one a line on stdin:
+ *   format FRAME_BYTES PADDING [GROUP_SIZE FIELD QUERY]   FIELD ends a body, and QUERY a client's URL; %d
  *                                                         in them is the number of the group
  *   address GROUPS                                        so many groups have their turn
  *   sleep MILLISECONDS                                    for as long as nothing comes; 0 is polling
@@ -50,7 +50,7 @@ struct publisher {
 };
 
 static struct sockaddr_in ws_address, publish_address;
-static const char *ws_path, *publish_path;
+static const char *ws_path, *hello, *publish_path;
 static char padding[OBJECT_LIMIT / 2], query[128], field[128], target[128];
 static int greetings, poller, sleep_ms = SLEEP_MS, round_number, group_size = FD_LIMIT, addressed = 1;
 static int clients[FD_LIMIT], client_count;
@@ -90,11 +90,25 @@ static void write_all(int fd, const char *bytes, size_t length) {
     }
 }
 
-/* Is the handshake answered, and have all greetings arrived? (Frames as in RFC 6455, section 5.2, unmasked.) */
-static int greeted(const char *text, size_t length) {
+/* Sends the client's first message: masked by zeros, which leaves it as it is. */
+static void say_hello(int fd) {
+    char frame[6 + 125] = {(char)0x81, (char)(0x80 | strlen(hello))};
+    memcpy(frame + 6, hello, strlen(hello));
+    write_all(fd, frame, 6 + strlen(hello));
+}
+
+/* Is the handshake answered? */
+static const char *accepted(const char *text) {
     const char *head_end = strstr(text, "\r\n\r\n");
+    if (head_end && (strncmp(text, "HTTP/1.1 101", 12) || !strcasestr(text, accept_key)))
+        fail("a handshake was answered by %.80s", text);
+    return head_end;
+}
+
+/* Have all greetings arrived? (Frames as in RFC 6455, section 5.2, unmasked.) */
+static int greeted(const char *text, size_t length) {
+    const char *head_end = accepted(text);
     if (!head_end) return 0;
-    if (strncmp(text, "HTTP/1.1 101", 12) || !strstr(text, accept_key)) fail("a handshake was answered by %.80s", text);
     const unsigned char *at = (const unsigned char *)head_end + 4, *end = (const unsigned char *)text + length;
     for (int frame = 0; frame < greetings; frame++) {
         if (end - at < 4) return 0;
@@ -125,14 +139,17 @@ static void open_client(void) {
 static int step(int fd, uint32_t events) {
     if (events & EPOLLOUT) {
         write_all(fd, heads[fd], strlen(heads[fd]));
+        *heads[fd] = 0;
         watch(fd, EPOLLIN | EPOLLET, EPOLL_CTL_MOD);
         return 0;
     }
     if (offsets[fd] == NOTHING_FOR_IT) fail("a client received something after its greeting");
+    int was_accepted = accepted(heads[fd]) != NULL;
     ssize_t got = recv(fd, heads[fd] + offsets[fd], HEAD_LIMIT - 1 - offsets[fd], 0);
     if (got <= 0) fail("a handshake ended early: %s", got ? strerror(errno) : "closed");
     offsets[fd] += (size_t)got;
     heads[fd][offsets[fd]] = 0;
+    if (*hello && !was_accepted && accepted(heads[fd])) say_hello(fd);
     if (!greeted(heads[fd], offsets[fd])) return 0;
     free(heads[fd]);
     offsets[fd] = NOTHING_FOR_IT;
@@ -296,7 +313,7 @@ static void publish_rounds(int rounds, int requests, int connections, int depth,
 
 static void obey(const char *command) {
     int a, b, c, d, e;
-    if (sscanf(command, "format %zu %d %d %127s %127s", &frame_bytes, &a, &group_size, query, field) >= 2)
+    if (sscanf(command, "format %zu %d %d %127s %127s", &frame_bytes, &a, &group_size, field, query) >= 2)
         memset(padding, 'x', (size_t)a);
     else if (sscanf(command, "connect %d %d", &a, &b) == 2)
         connect_clients(a, b);
@@ -322,12 +339,14 @@ static struct sockaddr_in local(const char *port) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 6) return 2;
+    if (argc != 7) return 2;
     ws_address = local(argv[1]);
     ws_path = argv[2];
-    greetings = atoi(argv[3]);
-    publish_address = local(argv[4]);
-    publish_path = argv[5];
+    hello = argv[3];
+    greetings = atoi(argv[4]);
+    publish_address = local(argv[5]);
+    publish_path = argv[6];
+    if (strlen(hello) > 125) return 2;
     poller = epoll_create1(0);
     for (char command[512]; fgets(command, sizeof command, stdin); hand_over_stream()) obey(command);
 }

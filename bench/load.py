@@ -12,11 +12,11 @@ import http.client
 import json
 import re
 import subprocess
-from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from peers import CACHE, HERE, compile_c
 from running import LOAD_CORE, Server, on_core
@@ -72,10 +72,12 @@ def payloads(stream: bytes) -> Iterator[bytes]:
 def natural_bytes(server: Server, audience: Audience) -> int:
     """How long a delivered payload is before padding, by an independent client: servers wrap bodies differently."""
     peer = server.peer
-    query, field = (text.replace(NUMBER, NUMBER % 0) for text in (audience.query, audience.field))
+    query, field = (text.replace(NUMBER, NUMBER % 0) for text in (audience.query, audience.field + peer.field))
     url = f"ws://127.0.0.1:{server.port}{peer.ws_path}{query}"
     # The floor answers no close frame.
     with connect(url, compression=None, proxy=None, close_timeout=0.05) as client:
+        if peer.hello:
+            client.send(peer.hello)
         for _ in range(peer.greetings):
             client.recv(TIMEOUT_SECONDS)
         publishing = http.client.HTTPConnection("127.0.0.1", server.publish_port)
@@ -102,13 +104,17 @@ class Load:
         peer = self.server.peer
         natural = natural_bytes(self.server, self.audience)
         payload = max(PAYLOAD_BYTES, natural)
-        arguments = [self.server.port, peer.ws_path, peer.greetings, self.server.publish_port, peer.publish_path]
+        arguments = [self.server.port, peer.ws_path, peer.hello, peer.greetings]
+        arguments += [self.server.publish_port, peer.publish_path]
         with on_core(LOAD_CORE):
             self.process = subprocess.Popen(
                 [CACHE / SOURCE.stem, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
         try:
-            self._command("format", payload + FRAME_HEAD_BYTES, payload - natural, *astuple(self.audience))
+            audience = self.audience
+            of_body = audience.field + peer.field
+            sizes = (payload + FRAME_HEAD_BYTES, payload - natural, audience.group_size)
+            self._command("format", *sizes, of_body, audience.query)
             self.connect(self._to_connect)
         except BaseException:
             self._end()
@@ -185,15 +191,15 @@ class Load:
         expected = range(self._next_number, self._next_number + notifications)
         self._next_number += notifications
         if self.clients:
-            check(stream, expected)
+            check(stream, expected, self.server.peer.notification)
         return seconds
 
 
-def check(stream: bytes, expected: range) -> None:
+def check(stream: bytes, expected: range, notification: Callable[[bytes], Any] = json.loads) -> None:
     """Raise CheckFailed unless each number has been received once, and those of one publisher in their order."""
     try:
-        seen = [json.loads(payload)["data"] for payload in payloads(stream)]
-    except (ValueError, KeyError) as error:
+        seen = [notification(payload)["data"] for payload in payloads(stream)]
+    except (ValueError, LookupError, TypeError) as error:
         raise CheckFailed(f"not as it was published: {error!r}") from None
     if sorted(data["number"] for data in seen) != list(expected):
         raise CheckFailed(f"{len(expected)} notifications were published, {len(seen)} others received")

@@ -20,5 +20,5 @@ def measure(peer: Peer, scale: Scale) -> Iterator[Figure]:
         load.connect(scale.many_clients)
         server.cpu_seconds()  # waits until it sleeps
         growth = server.rss_bytes() - before
-    row = Row(f"memory per idle connection, {scale.many_clients:,} clients", "KiB", base=None, levels=(Level(7),))
+    row = Row(f"memory per idle connection, {scale.many_clients:,} clients", "KiB", base=None, levels=(Level(2.3),))
     yield Figure(row, growth / scale.many_clients / 1024)

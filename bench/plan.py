@@ -6,11 +6,14 @@ from dataclasses import dataclass, replace
 SPARE_FILES = 200
 # The store to compare the others with.
 MEMORY = "memory"
+# In place of a peer's name: whichever of them is best in that row.
+BEST = "the best peer"
 
 
 @dataclass(frozen=True)
 class Level:
-    """The level for notifyd: `limit`, or with the name of a peer or store, `limit` times its figure or more than it."""
+    """The level for notifyd: `limit`, or with the name of a peer or store, or BEST, `limit` times its figure or more
+    than it."""
 
     limit: float
     times: str | None = None
@@ -48,6 +51,7 @@ class Scale:
     """The scale of a run. `many` is the number of clients for measures that must not depend on it."""
 
     clients: int
+    few_clients: int
     pairs: int
     sleeping_pairs: int
     notifications_a_turn: int
@@ -85,6 +89,7 @@ class Scale:
 
 FULL = Scale(
     clients=1000,
+    few_clients=100,
     pairs=60,
     sleeping_pairs=20,
     notifications_a_turn=5,
@@ -110,6 +115,7 @@ FULL = Scale(
 )
 QUICK = Scale(
     clients=1000,
+    few_clients=100,
     pairs=6,
     sleeping_pairs=3,
     notifications_a_turn=4,
@@ -135,6 +141,7 @@ QUICK = Scale(
 )
 TINY = Scale(
     clients=10,
+    few_clients=5,
     pairs=1,
     sleeping_pairs=1,
     notifications_a_turn=3,

@@ -1,7 +1,8 @@
-"""How many publishes per second does a server take without clients?
+"""How many publishes per second does a server take without clients, and how much CPU does each take?
 
 Method: wrk, on the load's core, with 32 keep-alive connections and one request in flight on each; any answer but
-success fails. Without wrk, the bench's own load does the same.
+success fails. Without wrk, the bench's own load does the same. CPU is measured with the bench's own load, 64
+connections and one request in flight on each; median of the runs.
 
 Not measured: the work done for each. notifyd validates each request and keeps it for clients that resume; of the peers,
 FastAPI validates, nchan keeps, and the others only pass the bytes on.
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from statistics import median
 
 from load import CheckFailed, Load
 from peers import HERE, Peer
@@ -18,7 +20,9 @@ from plan import Figure, Level, Row, Scale
 from running import LOAD_CORE, Server, on_core
 
 CONNECTIONS = 32
+IN_FLIGHT = 64
 TITLE = f"POST /notify, no clients, {CONNECTIONS} connections"
+COST_TITLE = f"CPU per POST /notify, {IN_FLIGHT} in flight"
 SCRIPT = HERE.parent / "publish.lua"
 
 
@@ -45,8 +49,21 @@ def rate(server: Server, scale: Scale) -> float:
         return scale.publishes / load.burst(scale.publishes, CONNECTIONS, depth=1)
 
 
+def cost(server: Server, scale: Scale) -> float:
+    """Return the server's CPU seconds for each publish."""
+    costs = []
+    with Load(server) as load:
+        load.burst(IN_FLIGHT, IN_FLIGHT, depth=1)
+        for _ in range(scale.burst_runs):
+            before = server.cpu_seconds()
+            load.burst(scale.publishes, IN_FLIGHT, depth=1)
+            costs.append((server.cpu_seconds() - before) / scale.publishes)
+    return median(costs)
+
+
 def measure(peer: Peer, scale: Scale) -> Iterator[Figure]:
     if not peer.has_http:
         return
     with Server(peer) as server:
-        yield Figure(Row(TITLE, "/s", 0, more_is_better=True, levels=(Level(15_000),)), rate(server, scale))
+        yield Figure(Row(TITLE, "/s", 0, more_is_better=True, levels=(Level(0.5, "uws"),)), rate(server, scale))
+        yield Figure(Row(COST_TITLE, "us", levels=(Level(25),)), cost(server, scale) * 1e6)

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from peers import PEERS
-from plan import MEMORY, Figure, Level, Row
+from plan import BEST, MEMORY, Figure, Level, Row
 from running import CORES
 
 HERE = Path(__file__).parent
@@ -118,7 +118,8 @@ def _reached(row: Row, cells: dict[str, Figure], level: Level, name: str = "noti
     """Return `yes` or `no`, or nothing where there is no figure."""
     figure = cells[name].value if name in cells else None
     if level.times:
-        figure = ratio(cells, name, level.times)
+        base = best_peer(row, cells) if level.times == BEST else level.times
+        figure = ratio(cells, name, base) if base else None
     elif level.more_than and figure is not None:
         figure -= cells[level.more_than].value
     if figure is None:

@@ -1,6 +1,6 @@
 """notifyd beside the other ways to send one notification to many WebSocket clients.
 
-    make bench          all measures, about 12 minutes; writes bench/RESULTS.md and bench/results.svg
+    make bench          all measures, about 25 minutes; writes bench/RESULTS.md and bench/results.svg
     make bench-quick    the same with fewer rounds and clients, in under a minute; only prints
 
 Each server has one core for itself and the load generator another. A peer that the machine does not have is skipped,

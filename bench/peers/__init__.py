@@ -1,11 +1,12 @@
 """The servers that are measured side by side: how each is started, and how a missing one is noticed.
 
 All take the same load: WebSocket clients on `ws_path`, and `POST publish_path` to send one notification to all of
-them. Each is set up as its documentation says, in one process, without compression and pings.
+them. Each is set up as its documentation says, on one core, without compression and pings.
 """
 
 import contextlib
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -34,8 +36,14 @@ class Peer:
     ws_path: str = "/ws"
     publish_path: str = "/notify"
     publish_port_offset: int = 0
+    # What each client says first.
+    hello: str = ""
     # Frames that the server sends by itself to each client that connects.
     greetings: int = 0
+    # What its publishes have beside `message` and `data`, as the end of a JSON object.
+    field: str = ""
+    # A delivered payload as an object with `data`.
+    notification: Callable[[bytes], Any] = json.loads
     # Whether its publishes per second are a figure of the server.
     has_http: bool = True
     # The text it prints when all of it serves, where an open port is not enough.
@@ -107,31 +115,56 @@ def _prepare_floor() -> str | None:
     return compile_c(HERE / "floor.c")
 
 
-def _install_ws() -> str | None:
-    """`ws` is taken from npm once, into the cache."""
+def _from_npm(package: str, version: str) -> str | None:
+    """Take a package from npm once, into the cache, or return the reason why not."""
     if shutil.which("node") is None or shutil.which("npm") is None:
         return "node or npm is not installed"
-    installed = CACHE / "node_modules"
+    installed = CACHE / package.replace("/", "+")
     if installed.exists():
         return None
     with _cache_folder() as folder:
-        command = ["npm", "install", "--no-audit", "--no-fund", "--fetch-retries=0", "--prefix", str(folder), "ws@8"]
+        command = ["npm", "install", "--no-audit", "--no-fund", "--fetch-retries=0", "--prefix", str(folder)]
         try:
-            said = _output(*command, timeout=NPM_SECONDS)
+            said = _output(*command, f"{package}@{version}", timeout=NPM_SECONDS)
         except subprocess.TimeoutExpired:
-            return f"npm could not install ws in {NPM_SECONDS:.0f} s"
-        if not (folder / "node_modules/ws/package.json").exists():
+            return f"npm could not install {package} in {NPM_SECONDS:.0f} s"
+        if not (folder / "node_modules" / package / "package.json").exists():
             code = re.search(r"code (\w+)", said)
-            return f"npm could not install ws: {code[1] if code else 'it does not say why'}"
+            return f"npm could not install {package}: {code[1] if code else 'it does not say why'}"
         with contextlib.suppress(OSError):  # another run was faster
-            (folder / "node_modules").rename(installed)
+            folder.chmod(0o755)
+            folder.rename(installed)
+            folder.mkdir()
     return None
 
 
-def _ws_version() -> str:
-    package = (CACHE / "node_modules/ws/package.json").read_text()
-    [number] = re.findall(r'"version": "(.*?)"', package)
-    return f"{number} on node {_output('node', '--version')}"
+def _npm_path(package: str) -> Path:
+    return CACHE / package.replace("/", "+") / "node_modules" / package
+
+
+def _npm_version(package: str) -> str:
+    [number] = re.findall(r'"version": "(.*?)"', (_npm_path(package) / "package.json").read_text())
+    return str(number)
+
+
+def _centrifugo() -> str | None:
+    """Its binary: on the path, or where Go puts what it installs."""
+    beside_go = Path.home() / "go" / "bin" / "centrifugo"
+    return shutil.which("centrifugo") or (str(beside_go) if beside_go.exists() else None)
+
+
+def _centrifugo_version() -> str:
+    """As Go noted it: what `go install` built does not know its own."""
+    binary = _centrifugo() or "centrifugo"
+    found = re.search(
+        r"mod\s+\S+/centrifugo\S*\s+v(\S+)", _output("go", "version", "-m", binary) if shutil.which("go") else ""
+    )
+    return found[1] if found else _output(binary, "version").partition(" v")[2]
+
+
+def _centrifugo_command(port: int, folder: Path) -> list[str]:
+    settings = f"--config {HERE / 'centrifugo.json'} --http_server.address 127.0.0.1 --http_server.port {port}"
+    return ["env", "GOMAXPROCS=1", _centrifugo() or "centrifugo", *settings.split()]
 
 
 def _nchan_module() -> Path | None:
@@ -191,9 +224,33 @@ REDIS = Peer(
 NCHAN = Peer("nchan", command=_nchan_command, prepare=_without_nchan, version=_nchan_version)
 WS = Peer(
     "ws",
-    command=lambda port, _: ["node", str(HERE / "ws_loop.cjs"), str(port), str(CACHE / "node_modules/ws")],
-    prepare=_install_ws,
-    version=_ws_version,
+    command=lambda port, _: ["node", str(HERE / "ws_loop.cjs"), str(port), str(_npm_path("ws"))],
+    prepare=lambda: _from_npm("ws", "8"),
+    version=lambda: f"{_npm_version('ws')} on node {_output('node', '--version')}",
+)
+UWS_PACKAGE = "@trufflesuite/uws-js-unofficial"
+UWS = Peer(
+    "uWebSockets.js",
+    command=lambda port, _: ["node", str(HERE / "uws_loop.cjs"), str(port), str(_npm_path(UWS_PACKAGE))],
+    prepare=lambda: _from_npm(UWS_PACKAGE, "20.30.0-unofficial.0"),
+    version=lambda: f"{_npm_version(UWS_PACKAGE)} on node {_output('node', '--version')}",
+)
+BUN = Peer(
+    "Bun",
+    command=lambda port, _: [str(_npm_path("bun") / "bin/bun.exe"), str(HERE / "bun_loop.js"), str(port)],
+    prepare=lambda: _from_npm("bun", "1"),
+    version=lambda: _npm_version("bun"),
+)
+CENTRIFUGO = Peer(
+    "Centrifugo",
+    command=_centrifugo_command,
+    prepare=lambda: None if _centrifugo() else "centrifugo is not installed",
+    version=_centrifugo_version,
+    ws_path="/connection/uni_websocket?cf_connect=%7B%22subs%22:%7B%22bench%22:%7B%7D%7D%7D",
+    publish_path="/api/publish",
+    greetings=1,
+    field=',"channel":"bench"',
+    notification=lambda payload: json.loads(payload)["pub"],
 )
 WEBSOCKETS = Peer(
     "websockets",
@@ -202,6 +259,24 @@ WEBSOCKETS = Peer(
     version=lambda: version("websockets"),
     publish_port_offset=1,
     has_http=False,
+)
+PICOWS = replace(
+    WEBSOCKETS,
+    name="picows",
+    command=lambda port, _: [sys.executable, str(HERE / "picows_loop.py"), str(port)],
+    prepare=lambda: _without_package("picows") or _without_package("uvloop"),
+    version=lambda: version("picows"),
+)
+SOCKETIO = Peer(
+    "python-socketio",
+    command=lambda port, _: [sys.executable, str(HERE / "socketio_emit.py"), str(port)],
+    prepare=lambda: _without_package("socketio") or _without_package("uvloop"),
+    version=lambda: f"{version('python-socketio')} on uvicorn {version('uvicorn')}",
+    ws_path="/socket.io/?EIO=4&transport=websocket",
+    # Engine.IO's `message` with Socket.IO's `connect`; an event is answered by `42["notification",{...}]`.
+    hello="40",
+    greetings=2,
+    notification=lambda payload: json.loads(payload[2:])[1],
 )
 FASTAPI = Peer(
     "FastAPI",
@@ -212,8 +287,13 @@ FASTAPI = Peer(
 PEERS = {
     "notifyd": NOTIFYD,
     "floor": FLOOR,
+    "uws": UWS,
+    "bun": BUN,
     "nchan": NCHAN,
+    "centrifugo": CENTRIFUGO,
     "ws": WS,
+    "picows": PICOWS,
     "websockets": WEBSOCKETS,
+    "socketio": SOCKETIO,
     "fastapi": FASTAPI,
 }
