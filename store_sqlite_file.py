@@ -38,8 +38,8 @@ MAX_SOCKET_PATH = 100
 SCHEMA_VERSION = 2
 # replayed_before, everyone_before and bytes_before are the sums over all earlier records: of those that are replayed,
 # of those of them that are for everyone, and of their sizes. So the bounds and the length of a replay are found without
-# reading the log. `addressed` has the other records under each name of their audience, and log_everyone those for
-# everyone. receipts_total is the sum over the keys up to and including this one.
+# reading the log. `addressed` has the other records under each name of their audience, numbered for the name, and
+# log_everyone those for everyone. receipts_total is the sum over the keys up to and including this one.
 SCHEMA = """
 CREATE TABLE state (json BLOB NOT NULL);
 CREATE TABLE log (
@@ -48,7 +48,9 @@ CREATE TABLE log (
     audience BLOB, rest BLOB NOT NULL
 );
 CREATE INDEX log_everyone ON log (sequence) WHERE audience IS NULL;
-CREATE TABLE addressed (name TEXT NOT NULL, sequence INTEGER NOT NULL, PRIMARY KEY (name, sequence)) WITHOUT ROWID;
+CREATE TABLE addressed (
+    name TEXT NOT NULL, sequence INTEGER NOT NULL, number INTEGER NOT NULL, PRIMARY KEY (name, sequence)
+) WITHOUT ROWID;
 CREATE TABLE once (
     number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, fingerprint BLOB NOT NULL, receipts BLOB NOT NULL,
     at REAL NOT NULL, receipts_total INTEGER NOT NULL
@@ -66,10 +68,14 @@ UPDATE log SET everyone_before = earlier.number FROM (
 UPDATE state SET json = json_set(CAST(json AS TEXT), '$.everyone',
     (SELECT count(*) FROM log WHERE audience IS NULL AND replayed));
 CREATE INDEX log_everyone ON log (sequence) WHERE audience IS NULL;
-CREATE TABLE addressed (name TEXT NOT NULL, sequence INTEGER NOT NULL, PRIMARY KEY (name, sequence)) WITHOUT ROWID;
-INSERT OR IGNORE INTO addressed SELECT 'c:' || value, sequence FROM log, json_each(CAST(audience AS TEXT), '$[0]');
-INSERT OR IGNORE INTO addressed SELECT 't:' || value, sequence FROM log, json_each(CAST(audience AS TEXT), '$[1]');
-INSERT OR IGNORE INTO addressed SELECT 'u:' || value, sequence FROM log, json_each(CAST(audience AS TEXT), '$[2]');
+CREATE TABLE addressed (
+    name TEXT NOT NULL, sequence INTEGER NOT NULL, number INTEGER NOT NULL, PRIMARY KEY (name, sequence)
+) WITHOUT ROWID;
+INSERT INTO addressed SELECT name, sequence, row_number() OVER (PARTITION BY name ORDER BY sequence) FROM (
+    SELECT 'c:' || value AS name, sequence FROM log, json_each(CAST(audience AS TEXT), '$[0]')
+    UNION SELECT 't:' || value, sequence FROM log, json_each(CAST(audience AS TEXT), '$[1]')
+    UNION SELECT 'u:' || value, sequence FROM log, json_each(CAST(audience AS TEXT), '$[2]')
+);
 """
 # Tables that an older file lacks. A bucket is full at `full_at` microseconds of CLOCK_MONOTONIC. A
 # client is a `member` of groups: its topics, its user and, where addresses are limited, its address.

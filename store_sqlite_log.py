@@ -14,6 +14,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -23,6 +24,9 @@ from store import Found, Reach, Record
 from store_sqlite_file import File, away, failure_of
 from store_sqlite_state import front_of, last_up_to, record_of, state_of
 from store_sqlite_transaction import Progress
+
+# Records of each of several names that one call counts: milliseconds.
+COUNTED_AT_ONCE = 5000
 
 T = TypeVar("T")
 
@@ -45,7 +49,16 @@ class SqliteLog:
         return self._progress.before
 
     async def reach(self, since: str | None, interest: Audience, until: str) -> Reach:
-        return await self._in_thread(lambda: self._reach(since, interest, until))
+        reach, after, end, present = await self._in_thread(lambda: self._reach(since, interest, until))
+        replayed = reach.replayed
+        if len(present) == 1:
+            replayed += sum(present.values())
+        elif present:
+            # A record may be for several of the names.
+            while after < end:
+                count, after = await self._in_thread(partial(self._count, list(present), after, end))
+                replayed += count
+        return reach._replace(replayed=replayed)
 
     async def read(self, interest: Audience, after: str, until: str, *, newest_first: bool = False) -> Found:
         return await self._in_thread(lambda: self._read(interest, after, until, newest_first))
@@ -92,7 +105,8 @@ class SqliteLog:
 
     # --- in the thread
 
-    def _reach(self, since: str | None, interest: Audience, until: str) -> Reach:
+    def _reach(self, since: str | None, interest: Audience, until: str) -> tuple[Reach, int, int, dict[str, int]]:
+        """Return a reach that counts records for everyone, its numbers after and up to, and each name's records."""
         state = state_of(self._run)
         front = front_of(self._run, state, self._settings, time.time())
         after, complete = front - 1, since is None and front == 1
@@ -102,16 +116,28 @@ class SqliteLog:
             after = found if complete else after
         end = max(after, last_up_to(until, self._run, state))
         replayed = self._everyone_before(end + 1) - self._everyone_before(after + 1)
-        interest = interest.only(lambda name: self._has(name, after, end))
-        names = interest.names()
-        if names:
-            (addressed,) = self._run(
-                f"SELECT count(*) FROM (SELECT DISTINCT sequence FROM addressed WHERE name IN ({_marks(names)})"
-                " AND sequence > ? AND sequence <= ?) JOIN log USING (sequence) WHERE replayed",
-                (*names, after, end),
-            ).fetchone()
-            replayed += addressed
-        return Reach(self._id_of(after), complete, replayed, interest, until)
+        present = {name: count for name in interest.names() if (count := self._addressed(name, after, end))}
+        position, interest = self._id_of(after), interest.only(present.__contains__)
+        return Reach(position, complete, replayed, interest, until), after, end, present
+
+    def _addressed(self, name: str, after: int, end: int) -> int:
+        """Return the number of records for a name: by the numbers of the first and the last."""
+        sql = "SELECT number FROM addressed WHERE name = ? AND sequence > ? AND sequence <= ? ORDER BY sequence"
+        first = self._run(f"{sql} LIMIT 1", (name, after, end)).fetchone()
+        last = first and self._run(f"{sql} DESC LIMIT 1", (name, after, end)).fetchone()
+        return last[0] - first[0] + 1 if first else 0
+
+    def _count(self, names: list[str], after: int, end: int) -> tuple[int, int]:
+        """Return how many records are for any of the names, after a number and up to another, and how far that is."""
+        sql = f"SELECT sequence FROM addressed WHERE name = ? AND sequence > ? LIMIT 1 OFFSET {COUNTED_AT_ONCE - 1}"
+        ends = [row for name in names for row in self._run(sql, (name, after))]
+        reached = min([end, *(sequence for (sequence,) in ends)])
+        sql = (
+            f"SELECT count(DISTINCT sequence) FROM addressed WHERE name IN ({_marks(names)})"
+            " AND sequence > ? AND sequence <= ?"
+        )
+        (count,) = self._run(sql, (*names, after, reached)).fetchone()
+        return count, reached
 
     def _read(self, interest: Audience, after: str, until: str, newest_first: bool) -> Found:
         state = state_of(self._run)
@@ -147,10 +173,6 @@ class SqliteLog:
     def _everyone_before(self, sequence: int) -> int:
         row = self._run("SELECT everyone_before FROM log WHERE sequence = ?", (sequence,)).fetchone()
         return state_of(self._run).everyone if row is None else row[0]
-
-    def _has(self, name: str, after: int, end: int) -> bool:
-        sql = "SELECT 1 FROM addressed WHERE name = ? AND sequence > ? AND sequence <= ? LIMIT 1"
-        return self._run(sql, (name, after, end)).fetchone() is not None
 
 
 def _marks(values: list[str]) -> str:

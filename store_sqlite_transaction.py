@@ -61,6 +61,10 @@ APPEND = (
     "INSERT INTO log (sequence, replayed_before, everyone_before, bytes_before, id, rest, audience, replayed, at)"
     " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
+ADDRESS = (
+    "INSERT INTO addressed (name, sequence, number) VALUES (?1, ?2, 1 + coalesce("
+    "(SELECT number FROM addressed WHERE name = ?1 ORDER BY sequence DESC LIMIT 1), 0))"
+)
 RECORDS = "SELECT id, rest, audience, replayed, at FROM log WHERE sequence > ? ORDER BY sequence"
 
 
@@ -162,7 +166,7 @@ class Transaction:
         """Write the rows and the state, so that the transaction can be committed; trim and checkpoint where due."""
         state, settings = self.state, self._settings
         self._file.run_many(APPEND, self._rows)
-        self._file.run_many("INSERT INTO addressed VALUES (?, ?)", self._addressed)
+        self._file.run_many(ADDRESS, self._addressed)
         self.node.read = state.sequence
         excess = max(min(settings.history_size // 10, TRIMMED_AT_ONCE), 100)
         if (

@@ -95,6 +95,7 @@ def test_a_stored_log_is_a_list(
     """Whatever the pages, the names and the places: each record once, in order, and counted beforehand."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr("store_sqlite_log.PAGE_ENTRIES", page)
+        patch.setattr("store_sqlite_log.COUNTED_AT_ONCE", page)
         patch.setattr("store_redis_log.PAGE_RECORDS", page)
         url = f"sqlite:{folder}/log.db"
         if kind == "redis":
