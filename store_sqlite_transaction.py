@@ -40,10 +40,10 @@ from store import (
     Record,
     Registration,
     Report,
-    check_reuse,
     groups_of,
     limits_of,
 )
+from store_keys import check_reuse
 from store_sqlite_file import CHECKPOINT_PAGES, PAGE_BYTES, File
 from store_sqlite_state import NodeState, front_of, last_up_to, record_of, state_of, total_of
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from errors import InvalidRequest, KeyReused
-from store import Appended, IdempotencyKeys, Once, Receipt
+from store import Appended, Once, Receipt
+from store_keys import IdempotencyKeys
 
 REQUEST, OTHER = b"a request", b"another request"
 
