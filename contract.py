@@ -27,7 +27,7 @@ from starlette.routing import BaseRoute, Route
 import errors
 import schemas
 from answers import RETRY_AFTER_SECONDS, Answer, Endpoint, Handler
-from assets import FILES, media_type_of
+from assets import CONSOLE, files_at, media_type_of
 from bodies import JSON_TYPE, MAX_BATCH_BYTES, TEXT_TYPE
 from connection import PUT_OUT_ID, REPLACED_ID
 from errors import NotifydError
@@ -119,7 +119,7 @@ NOTES = {
         links={"next": ("topics", "after", _NEXT), "first": ("clients", "topic", "$response.body#/topics/0/topic")},
     ),
     "upgrade_required": Note(errors=(errors.UpgradeRequired,), needs_store=False),
-    **dict.fromkeys(("live", "index", "openapi", "asyncapi", "client_js"), _NO_STORE),
+    **dict.fromkeys(("live", "index", "openapi", "asyncapi", "client_js", "console_file"), _NO_STORE),
 }
 _PLAIN = Note()
 
@@ -223,6 +223,11 @@ def query_parameters(found: Schemas, kinds: Mapping[str, Any], known: Set[str] |
 # --- OpenAPI
 
 
+def _is_exempt(path: str) -> bool:
+    """Whether a path of the route table counts for no rate."""
+    return path in EXEMPT or bool(files_at(path))
+
+
 def openapi(settings: Settings, routes: Sequence[BaseRoute], prefix: str = "", names: str = "") -> Schema:
     """Return the contract of an app's routes.
 
@@ -261,7 +266,11 @@ class _OpenAPI:
         }
 
     def _path(self, path: str) -> Schema:
-        kinds = {"client_id": schemas.ClientId, "user": schemas.User}
+        kinds = {
+            "client_id": schemas.ClientId,
+            "user": schemas.User,
+            "file": typing.Literal[*(name.rpartition("/")[2] for name in files_at(CONSOLE))],
+        }
         parameters = [
             {"name": name, "in": "path", "required": True, "schema": self._schemas.of(kinds[name])}
             for name in re.findall(r"{(\w+)}", path)
@@ -332,7 +341,7 @@ class _OpenAPI:
         elif handler.__name__ == "events":
             text = f"Stay away: `Last-Event-ID` is {REPLACED_ID} or {PUT_OUT_ID}, from the end of an earlier stream."
             answers["204"] = {"description": text}
-        elif path in FILES:
+        elif files_at(path) or self._has_page(path):
             answers["304"] = {"description": "`If-None-Match` has the ETag of the file."}
         elif handler.__name__ == "health":
             answers["503"] = answers["200"] | {"description": "The server drains, or its store is away."}
@@ -346,7 +355,7 @@ class _OpenAPI:
         if note.has_key:
             headers["Notification-Id"] = self._header("Notification-Id", self._schemas.of(Id))
             headers["Idempotent-Replayed"] = self._header("Idempotent-Replayed", {"const": "true"}, is_required=False)
-        if path in FILES:
+        if files_at(path):
             headers["ETag"] = self._header("ETag", {"type": "string", "pattern": '^"[0-9a-f]+"$'})
         answer: Schema = {"description": "Done.", "content": self._content(path, handler)}
         if headers := headers | self._rate_headers(path):
@@ -359,8 +368,8 @@ class _OpenAPI:
         return answer | ({"links": links} if links else {})
 
     def _content(self, path: str, handler: Handler) -> Schema:
-        if path in FILES:
-            return {media_type_of(FILES[path]): {"schema": {"type": "string"}}}
+        if files := files_at(path):
+            return {media_type_of(name): {"schema": {"type": "string"}} for name in files}
         if handler.__name__ == "prometheus":
             return {PROMETHEUS_TYPE: {"schema": {"type": "string"}}}
         if handler.__name__ == "events":
@@ -369,7 +378,11 @@ class _OpenAPI:
         kind = typing.get_type_hints(handler)["return"]
         if typing.get_origin(kind) is not Answer:
             return {JSON_TYPE: {"schema": {"type": "object"}}}
-        return {JSON_TYPE: self._media(self._schemas.of(typing.get_args(kind)[0]))}
+        in_json = {JSON_TYPE: self._media(self._schemas.of(typing.get_args(kind)[0]))}
+        return in_json | ({"text/html": {"schema": {"type": "string"}}} if self._has_page(path) else {})
+
+    def _has_page(self, path: str) -> bool:
+        return path == "/" and self._settings.console
 
     def _errors_of(self, path: str, endpoint: Endpoint, note: Note) -> Iterable[type[NotifydError]]:
         yield from note.errors
@@ -382,7 +395,7 @@ class _OpenAPI:
         if endpoint.authenticator is not None:
             yield errors.Unauthorized
             yield errors.KeysUnavailable
-        if self._settings.rate_limit and path not in EXEMPT:
+        if self._settings.rate_limit and not _is_exempt(path):
             yield errors.RateExceeded
         if "{" in path:
             yield errors.NotFound
@@ -428,7 +441,7 @@ class _OpenAPI:
 
     def _rate_headers(self, path: str) -> Schema:
         """Return the headers that tell of the bucket: in every answer of a limited path, and in many errors."""
-        if not self._settings.rate_limit or path in EXEMPT:
+        if not self._settings.rate_limit or _is_exempt(path):
             return {}
         number = {"type": "integer", "minimum": 0}
         return {

@@ -1,4 +1,6 @@
-"""The routes that describe an app: its index at /, /openapi.json, /asyncapi.json and /client.js. Open to everybody.
+"""The routes that describe an app: its index at /, to browsers the console, the contracts, and the files of pages.
+
+All of them are open to everybody: the console shows nothing without the rights of a key or token that it is given.
 
 Owns the addresses that depend on a request: a mount, a host. The contracts are made when they are first asked for, in a
 thread since that takes 20 ms, and kept as bytes.
@@ -9,31 +11,40 @@ from __future__ import annotations
 import asyncio
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 import schemas
 from answers import Answer, Endpoint, answer, preferred
-from assets import FILES, asset
+from assets import CONSOLE, FILES, PAGE, asset
+from errors import NotFound
 from guard_identity import Identity
 from hub import Hub
 
 JSON_TYPE = "application/json"
 # Caches keep a form of the index for each Accept.
 _VARY = {"Vary": "Accept"}
+# The console loads nothing from elsewhere, runs no text as a script or as HTML, and is in no frame. No address of it is
+# told to others.
+_POLICY = (
+    "default-src 'none'; connect-src 'self'; img-src 'self'; script-src 'self'; style-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
+_PAGE_HEADERS = {**_VARY, "Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer"}
 
 
 def described(hub: Hub, routes: Sequence[BaseRoute]) -> list[BaseRoute]:
     """Return these routes with those that describe them all."""
 
     async def index(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.Index]:
-        """Return the name and version of the server, and the paths of its routes."""
-        return forms[preferred(request.headers, forms)](request)
+        """Return the name and version of the server, and the paths of its routes; to a browser the console."""
+        form: Answer[schemas.Index] = forms[preferred(request.headers, forms)](request)
+        return form
 
     def index_in_json(request: Request) -> Answer[schemas.Index]:
         mount, paths = request.scope.get("root_path", ""), [route.path for route in table if isinstance(route, Route)]
@@ -48,6 +59,20 @@ def described(hub: Hub, routes: Sequence[BaseRoute]) -> list[BaseRoute]:
         url, mount = request.url, request.scope.get("root_path", "")
         servers = servers_of(url.netloc or "localhost", mount, is_secure=url.scheme == "https")
         return _at(servers, await asyncio.to_thread(of_messages))
+
+    def console(request: Request) -> Response:
+        path = (request.scope.get("raw_path") or b"/").partition(b"?")[0].decode("latin-1")
+        if not path.endswith("/"):
+            # A host has added the slash. The page's own addresses begin behind it.
+            return RedirectResponse(f"./{path.rpartition('/')[2]}/", headers=_VARY)
+        return asset(request, PAGE, _PAGE_HEADERS)
+
+    async def console_file(hub: Hub, request: Request, sender: Identity | None) -> Response:
+        """Return a file of the console."""
+        path = f"/console/{request.path_params['file']}"
+        if path not in FILES:
+            raise NotFound(f"There is nothing at {path[:200]}")
+        return asset(request, FILES[path])
 
     async def client_js(hub: Hub, request: Request, sender: Identity | None) -> Response:
         """Return the client for pages, an ES module."""
@@ -66,8 +91,11 @@ def described(hub: Hub, routes: Sequence[BaseRoute]) -> list[BaseRoute]:
         return orjson.dumps(asyncapi(hub.settings, table))
 
     # By media type; the first is for requests that prefer none.
-    forms = {JSON_TYPE: index_in_json}
+    forms: dict[str, Callable[[Request], Any]] = {JSON_TYPE: index_in_json}
     handlers = {"/": index, "/openapi.json": openapi, "/asyncapi.json": asyncapi, "/client.js": client_js}
+    if hub.settings.console:
+        forms["text/html"] = console
+        handlers[CONSOLE] = console_file
     table = [*routes, *(Route(path, Endpoint(hub, GET=handler)) for path, handler in handlers.items())]
     return table
 

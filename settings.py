@@ -93,6 +93,9 @@ class Settings(Struct, frozen=True, kw_only=True):
         Meta(ge=0, le=100, description="replicas of Redis that must have a notification before it is delivered"),
     ] = 0
     store_timeout: Annotated[float, Meta(ge=0.1, le=60, description="seconds within which the store must answer")] = 2
+    console: Annotated[
+        bool, Meta(description="show browsers a page at /; it is public, and asks for a key where one is needed")
+    ] = True
     debug: Annotated[
         bool, Meta(description="log at level DEBUG, overriding log_level; shown in /metrics and /status")
     ] = False

@@ -16,7 +16,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 PACKAGE = "notifyd"
 # Files beside the modules, at the same places in the package.
-ASSETS = ("*.lua", "clients/js/client.js")
+ASSETS = ("*.lua", "clients/js/client.js", "console/*")
 MAIN = f"from {PACKAGE} import main\nraise SystemExit(main())\n"
 
 

@@ -220,7 +220,7 @@ def test_a_server_that_nobody_asks_has_no_contract() -> None:
 # Authentication.
 
 
-@pytest.mark.parametrize("path", PUBLIC)
+@pytest.mark.parametrize("path", [*PUBLIC, "/console/app.js"])
 def test_everybody_may_read_the_contracts(start_server: StartServer, path: str) -> None:
     """Without a key, on both ports."""
     server = start_server("--api-key", KEY)
@@ -235,7 +235,7 @@ def test_security_is_there_where_it_is_needed() -> None:
         return {name for name, each in operations(create_app(settings).openapi()).items() if "security" in each}
 
     everything = set(operations(create_app().openapi()))
-    is_open = {f"GET {path}" for path in ("/health", "/health/live", "/ws", *PUBLIC)}
+    is_open = {f"GET {path}" for path in ("/health", "/health/live", "/ws", "/console/{file}", *PUBLIC)}
     assert secured(Settings()) == set()
     assert secured(Settings(api_key=(KEY,))) == everything - is_open - {"GET /events"}
     assert secured(Settings(jwt_secret=SECRET)) == everything - is_open

@@ -144,6 +144,7 @@ def test_no_page_names_a_setting_that_does_not_exist(page: str) -> None:
         "version",
         "print-openapi",
         "print-asyncapi",
+        "no-console",
     }
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]+)", PAGES[page])) - FOREIGN_FLAGS
     named |= {name.lower().replace("_", "-") for name in re.findall(r"NOTIFYD_([A-Z]\w*)", PAGES[page])}

@@ -937,7 +937,8 @@ def test_every_route_needs_a_right_or_is_open_on_purpose() -> None:
 
     public = ["/", "/openapi.json", "/asyncapi.json", "/client.js", "/health", "/health/live", "/events"]
     opened = dict.fromkeys(public, 200)
-    opened["/ws"] = 426
+    # A name of no file.
+    opened |= {"/ws": 426, "/console/{file}": 404}
     people = ["/clients", "/clients/{client_id}", "/users/online", "/users/{user}", "/users/{user}/topics", "/topics"]
     assert asyncio.run(answers()) == dict.fromkeys([*ADMIN_PATHS, *people, "/notify", "/notify/batch"], 403) | opened
 

@@ -27,7 +27,6 @@ KNOWN_TO_THE_CORE = {"store", "guard_identity"}
 MOST_LINES, FEWEST_LINES = 500, 100
 # Why a module is larger, or has a single reader and is smaller.
 REASONS = {
-    "contract_routes": "Every app has these routes; the contracts themselves are imported for those who ask.",
     "store_redis_log": "The counterpart of store_sqlite_log.",
     "schemas": "Every message of the protocol in one place.",
 }

@@ -22,7 +22,7 @@ from processes import ROOT, Server, eventually, free_port, program
 from wheels import build, command, install
 from ws_clients import PATIENCE
 
-from assets import FILES
+from assets import FILES, PAGE
 from settings import VERSION
 
 pytestmark = pytest.mark.slow
@@ -125,7 +125,7 @@ def test_the_wheel_installs_one_package_and_nothing_beside_it(wheel: Path) -> No
     """Every module, the Lua script, the static files and the mark for type checkers are in `notifyd`."""
     files = {name for name in contents(wheel) if ".dist-info/" not in name}
     modules = {f"notifyd/{name}.py" for name in MODULES - {"notifyd"}}
-    others = {"__init__.py", "__main__.py", "py.typed", "store_redis.lua", *FILES.values()}
+    others = {"__init__.py", "__main__.py", "py.typed", "store_redis.lua", *FILES.values(), PAGE}
     assert files == modules | {f"notifyd/{name}" for name in others}
 
 

@@ -191,7 +191,7 @@ def test_a_foreign_page_counts_too(limited: Server) -> None:
     exhaust(limited, headers=evil)
 
 
-@pytest.mark.parametrize("path", ["/health", "/health/live", "/client.js"])
+@pytest.mark.parametrize("path", ["/health", "/health/live", "/client.js", "/console/app.js"])
 def test_probes_and_static_files_are_exempt(limited: Server, path: str) -> None:
     """A monitor can ask /health however many requests come from its address, and a page loads however often."""
     exhaust(limited)

@@ -1,0 +1,35 @@
+// One notification as a row: time, type, topics, message, and its JSON folded.
+
+import { clock, el } from "./elements.js";
+
+/** Return a notification as a list item. `more(notification)` is asked for elements when its JSON is first unfolded. */
+export function row(notification, more) {
+  const { id, type, timestamp, topics, data } = notification;
+  const summary = el(
+    "summary",
+    {},
+    clock(timestamp),
+    el("span.type", { title: type }, type),
+    el("span.message", { dir: "auto" }, shown(data)),
+    topics && el("span.topics", {}, ...topics.map((topic) => el("span.topic", {}, topic))),
+  );
+  const details = el("details", {}, summary);
+  // Most are never unfolded.
+  details.addEventListener(
+    "toggle",
+    () => {
+      const json = JSON.stringify(notification, null, 2);
+      const text = el("pre", { tabindex: "0", role: "region", "aria-label": "JSON of the notification" }, json);
+      details.append(el("div.body", {}, text, more?.(notification)));
+    },
+    { once: true },
+  );
+  return el("li.row", { "data-id": id }, details);
+}
+
+/** Return the message of a notification's data: the server puts it there always, but a host's own might be anything. */
+const shown = (data) => (typeof data?.message === "string" ? data.message : JSON.stringify(data));
+
+/** Return the text in which a search looks. */
+export const haystack = ({ id, type, topics = [], data }) =>
+  `${id} ${type} ${topics.join(" ")} ${JSON.stringify(data)}`.toLowerCase();
