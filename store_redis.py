@@ -2,8 +2,8 @@
 
 Owns the keys under `settings.store_prefix` and the process's part in them: its queue of operations, its place in the
 log, and the keys it can put back. Only the script store_redis.lua changes those keys. store_redis_link.py reaches
-Redis, with one connection for operations and one that waits for the log. Redis must not evict keys (maxmemory-policy
-noeviction).
+Redis, with a connection each for operations, new records and pages of the log. Redis must not evict keys
+(maxmemory-policy noeviction).
 
 1. Operations that arrive while others are in flight go with the next call of the script, in order: one group, one
    round trip, one atomic step. A group is done whole, or not at all if the process has to join first. It is answered
@@ -48,7 +48,7 @@ from log import ENTRY_BYTES
 from settings import Settings
 from store import LEASE_SECONDS, Appended, Census, Draft, Node, Once, Opening, Record, Registration, Report, limits_of
 from store_redis_link import Argument, RedisLink, send
-from store_redis_log import COSTS, OPENING_RECORDS, RedisLog
+from store_redis_log import OPENING_RECORDS, RedisLog
 
 logger = logging.getLogger("notifyd")
 
@@ -64,7 +64,7 @@ GROUP_ARGUMENTS, READ_RECORDS, CHUNK = 4000, 200, 500
 LOST_DATA = "it has lost data and is being filled again"
 
 
-class _Rejoin(Exception):
+class _Rejoin(exceptions.RedisError):
     """The store does not know this process: it was taken for dead, or the data's life has ended."""
 
 
@@ -81,7 +81,7 @@ class RedisStore:
     def __init__(self, settings: Settings, url: str) -> None:
         """Raises SettingsError if the URL is none."""
         self._link = RedisLink(settings, url)
-        self.log = RedisLog(self._perform)
+        self.log = RedisLog(self._link, self._run, self._check_available)
         self.node_id = secrets.token_hex(8)
         self.failure: str | None = None
         self._settings = settings
@@ -119,6 +119,7 @@ class RedisStore:
         self._group_done = asyncio.Event()
         # Set once the store is open, or known to be away.
         self._settled = asyncio.Event()
+        self.log.restart()
         self._loop = asyncio.get_running_loop()
         self._task = self._loop.create_task(self._stay_joined())
         try:
@@ -174,6 +175,8 @@ class RedisStore:
                     tasks.create_task(self._renew())
             except ExceptionGroup as group:
                 raise group.exceptions[0] from None
+            finally:
+                await self.log.disconnect()
 
     def _fail(self, reason: str) -> None:
         failure = f"The store is away: {reason}"
@@ -305,11 +308,9 @@ class RedisStore:
             self._wake.clear()
             while self._queue:
                 arguments: list[Argument] = []
-                room = GROUP_ARGUMENTS
-                while self._queue and room > 0:
+                while self._queue and len(arguments) < GROUP_ARGUMENTS:
                     self._in_flight.append(operation := self._queue.popleft())
                     arguments += operation.arguments
-                    room -= max(len(operation.arguments), COSTS.get(operation.arguments[0], 0))
                 try:
                     seq, *replies = await self._run(connection, arguments)
                 except _Rejoin:
@@ -349,14 +350,16 @@ class RedisStore:
             self.log.before = before.decode()
             # The keys of the records that this process could put back.
             front = self._node.kept(self._newest)[0] if self._opened else ""
-            trimmed = max(self.log.before, front)
-            for id in list(islice(takewhile(trimmed.__ge__, self._keys), CHUNK)):
+            for id in list(islice(takewhile(max(self.log.before, front).__ge__, self._keys), CHUNK)):
                 del self._keys[id]
+
+    def _check_available(self) -> None:
+        if self.failure is not None or self._task is None:
+            raise StoreUnavailable(self.failure or "The store is closed")
 
     def _perform(self, *arguments: Argument) -> asyncio.Future[Any]:
         """Enqueue an operation. Raises StoreUnavailable at once while the store is away."""
-        if self.failure is not None or self._task is None:
-            raise StoreUnavailable(self.failure or "The store is closed")
+        self._check_available()
         return self._submit(*arguments)
 
     def _submit(self, *arguments: Argument) -> asyncio.Future[Any]:
@@ -470,7 +473,9 @@ class RedisStore:
                 epoch, before = await connection.read_response()
             if epoch != self._epoch.encode():
                 raise _Rejoin
-            self._check_missed(before.decode())
+            # The log begins after the last record that was delivered here.
+            if self._opened and before.decode() > self._newest:
+                self._begin_anew(before.decode())
         # Without await: the delivery and the place of this process change together.
         records = []
         for entry in entries:
@@ -488,11 +493,6 @@ class RedisStore:
         elif records:
             self._node.deliver(records)
         self._resolve()
-
-    def _check_missed(self, before: str) -> None:
-        """Begin anew if the log begins after the last record delivered here."""
-        if self._opened and before > self._newest:
-            self._begin_anew(before)
 
     def _begin_anew(self, before: str) -> None:
         """Go on with the log from its start: it does not continue the records delivered here."""

@@ -66,6 +66,8 @@ class RedisLink:
             self._kind(**self._options)
         except (ValueError, TypeError, exceptions.RedisError):
             raise SettingsError("--store: expected a URL such as redis://localhost:6379/0") from None
+        # Those of the pair that is in use.
+        self._present = self._options
         self._timeout, self._replicas = timeout, settings.store_replicas
         # The rule by which Redis evicts keys, as last warned of.
         self._policy = "noeviction"
@@ -94,6 +96,7 @@ class RedisLink:
 
     @contextlib.asynccontextmanager
     async def _pair(self, options: dict[str, Any]) -> AsyncIterator[Pair]:
+        self._present = options
         first, second = self._kind(**options), self._kind(**options)
         try:
             async with asyncio.timeout(self._timeout):
@@ -105,6 +108,13 @@ class RedisLink:
         finally:
             for connection in (first, second):
                 await connection.disconnect(nowait=True)
+
+    async def connect(self) -> AbstractConnection:
+        """Return one more connection to where the pair leads. Raises TimeoutError, OSError or RedisError."""
+        connection = self._kind(**self._present)
+        async with asyncio.timeout(self._timeout):
+            await connection.connect()  # type: ignore[no-untyped-call]
+        return connection
 
     async def _check_server(self, connection: AbstractConnection) -> str:
         """Return the run id. Raise RedisError if Redis is too old, or a replica, and warn if it evicts keys.
