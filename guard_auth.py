@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 from msgspec import structs
 from starlette.authentication import AuthCredentials, AuthenticationBackend, AuthenticationError, BaseUser
@@ -149,7 +150,8 @@ def _credentials(conn: HTTPConnection, names: Container[str]) -> str | None:
         return pair
     offered: list[str] = conn.scope.get("subprotocols") or []
     if SUBPROTOCOL in offered[:-1]:
-        return offered[offered.index(SUBPROTOCOL) + 1]
+        # A subprotocol has no slash, for example (RFC 9110, section 5.6.2), so a page encodes the characters of a key.
+        return unquote(offered[offered.index(SUBPROTOCOL) + 1])
     return conn.query_params.get("token") or None
 
 

@@ -244,6 +244,7 @@ def test_all_workers_know_the_keys(start_server: StartServer) -> None:
 WAYS: dict[str, Callable[[str], dict[str, Any]]] = {
     "header": lambda shown: {"additional_headers": bearer(shown)},
     "subprotocol": lambda shown: {"subprotocols": ["bearer", shown]},
+    "subprotocol-encoded": lambda shown: {"subprotocols": ["bearer", "".join(f"%{ord(each):02X}" for each in shown)]},
     "subprotocol-among-others": lambda shown: {"subprotocols": ["chat", "bearer", shown]},
     "query": lambda shown: {"query": f"token={shown}"},
 }
