@@ -63,6 +63,11 @@ class Tab:
         result = self._call("Runtime.evaluate", expression=expression, returnByValue=True).get("result", {})
         return result.get("result", {}).get("value")
 
+    def crash(self) -> None:
+        """End the page without its knowledge."""
+        self._devtools.send(json.dumps({"id": next(self._calls), "method": "Page.crash"}))
+        self._session.close()
+
     def stop(self) -> None:
         self._call("Page.close")
         self._session.close()

@@ -429,14 +429,17 @@ def test_no_close_is_documented_that_does_not_exist() -> None:
 
 
 def test_the_example_clients_give_up_where_coming_back_does_not_help() -> None:
-    """Both know the same reasons of 1008 as final, and none of the others."""
-    [in_script] = re.findall(r"const FINAL = /(.+)/;", (ROOT / "clients" / "js" / "client.js").read_text())
+    """Both know the same codes and reasons as final, and none of the others."""
+    script = (ROOT / "clients" / "js" / "client.js").read_text()
+    [codes], [temporary] = re.findall(r"FINAL_CODES = (.+);", script), re.findall(r"TEMPORARY = /(.+)/;", script)
     in_python: dict[str, Any] = {}
     exec("\n".join(re.findall(r"^FINAL .+", (ROOT / "examples" / "client.py").read_text(), re.M)), in_python)
     for close in contract_closes.CLOSES:
         for reason in close.reasons if close.code == schemas.POLICY_VIOLATION else ():
-            found = bool(re.match(in_script, reason)), reason.startswith(in_python["FINAL"])
+            found = not re.match(temporary, reason), reason.startswith(in_python["FINAL"])
             assert found == (close.is_final, close.is_final), reason
+        if close.code != schemas.POLICY_VIOLATION:
+            assert (close.code in parse(codes)) == close.is_final
 
 
 def test_every_http_error_is_documented_and_no_other() -> None:

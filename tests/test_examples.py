@@ -564,8 +564,9 @@ def test_javascript_asks_for_its_id_user_and_topics(run_node: RunNode) -> None:
 
 
 def test_javascript_pings_a_silent_server_and_then_gives_it_up(run_node: RunNode) -> None:
+    welcome = "sockets[0].onmessage({ data: JSON.stringify({ type: 'welcome' }) }); "
     waited = "timers.at(-1)(); " * 3  # In silence, for an answer, and to connect again.
-    result = run_node(FAKES + waited + "\n [sockets[0].sent, sockets[0].closed, sockets.length]")
+    result = run_node(FAKES + welcome + waited + "\n [sockets[0].sent, sockets[0].closed, sockets.length]")
     assert result == [[{"type": "ping"}], True, 2]
 
 
