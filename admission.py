@@ -255,6 +255,7 @@ class Admission:
         hub.clients.remove(client)
         hub.expiring.forget(client)
         hub.fanout.forget(client)
+        hub.publishers.forget(client)
         hub.store.leave(client.client_id)
         if not hub.clients:
             self.empty.set()

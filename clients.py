@@ -122,6 +122,7 @@ class Client:
         self._hub.conversation.receive(self, message)
 
     def drained(self) -> None:
+        self._hub.publishers.drained(self)
         self._hub.fanout.advance(self)
 
     def left(self) -> None:

@@ -36,16 +36,14 @@ SUBSCRIBER = "notifyd.subscriber"
 # the host changes or delays the response.
 STREAM_EXTENSION = "notifyd.stream"
 # In scope["extensions"] of a request that came whole, to an app that has the server to itself: a handler calls it with
-# the function that answers the next request with the same head, but for its Content-Length, from the body alone. That
-# returns status, headers and body of the answer, or None where the app has to be asked after all. A middleware that
-# tells such requests apart, or adds to their answers, has to remove it.
+# the function that answers the next request with the same head, but for its Content-Length, from the body alone: with
+# status, headers and body, or None to ask the app. A middleware that tells such requests apart has to remove it.
 REPEAT_EXTENSION = "notifyd.repeat"
 CLOSE_DEADLINE_SECONDS = 5.0
 # A connection reads this much per loop iteration. In frames of 6 bytes these are 2 to 5 ms of work; without the limit
 # uvloop hands over megabytes at a time, and a flooding peer starves the others for seconds.
 TURN_BYTES = 4096
-# A send that took this long has waited for the peer, so the peer is alive. A send that returned at once only shows that
-# the server took it, as it also does for a dead peer.
+# A send that took this long has waited for a peer that is alive. One that returned at once proves nothing.
 WAITED_SECONDS = 1.0
 MAX_REASON_BYTES = 123
 
@@ -103,6 +101,9 @@ class Connection(Protocol):
     def buffered(self) -> int:
         """Return the number of bytes that were written and have not been sent yet."""
 
+    def hold(self, *, held: bool) -> None:
+        """Read nothing while it is `held` and OPEN, but for messages that have arrived."""
+
     def ping(self) -> None:
         """Send a protocol ping, if the server can."""
 
@@ -140,6 +141,7 @@ class SendConnection:
         "_carrier",
         "_deadline",
         "_goodbye",
+        "_held",
         "_out",
         "_position",
         "_reader",
@@ -160,9 +162,9 @@ class SendConnection:
         self._receiver: Receiver | None = None
         self._out: deque[bytes] = deque()
         self._goodbye: tuple[int, str] | None = None
+        self._held: asyncio.Event | None = None
         # Set when there is something for the writer to do.
         self._wake = asyncio.Event()
-        # While it is served.
         self._reader: asyncio.Task[None] | None = None
         self._deadline: asyncio.Timeout | None = None
         self.is_stream = carrier.is_stream
@@ -186,6 +188,11 @@ class SendConnection:
 
     def buffered(self) -> int:
         return sum(map(len, self._out))
+
+    def hold(self, *, held: bool) -> None:
+        if self._held is not None:
+            self._held.set()
+        self._held = asyncio.Event() if held else None
 
     def ping(self) -> None:
         """ASGI has no way to send a protocol ping."""
@@ -244,13 +251,15 @@ class SendConnection:
                 if self.state is ConnectionState.OPEN:
                     text = event.get("text")
                     self._receiver.received(event.get("bytes") or b"" if text is None else text)
+            if self._held is not None:
+                await self._held.wait()
 
     async def _write_out(self, send: Send) -> None:
+        clock = asyncio.get_running_loop().time
         try:
             await self._wake.wait()
             for message in self._carrier.opening(self._subprotocol, self._position):
                 await send(message)
-            clock = asyncio.get_running_loop().time
             while True:
                 began = clock()
                 # Everything written before the goodbye goes out before it.

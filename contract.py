@@ -34,8 +34,8 @@ from errors import NotifydError
 from guard import EXEMPT
 from guard_identity import Identity, Right
 from query import Limit
-from routes import MAX_KEY_LENGTH, PROMETHEUS_TYPE
-from schemas import Id, NotifyRequest, Since
+from routes import PROMETHEUS_TYPE
+from schemas import MAX_KEY_LENGTH, Id, NotifyRequest, Since
 from settings import VERSION, Settings
 
 Schema = dict[str, Any]

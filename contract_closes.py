@@ -116,7 +116,10 @@ CLOSES = (
         "no; a browser's stream stays away by itself",
     ),
     Close(
-        1008, ("Message rate exceeded",), "the client sent more than 50 messages a second over 2 seconds", "yes, slower"
+        1008,
+        ("Message rate exceeded",),
+        "the client sent more than 50 messages a second over 2 seconds, apart from publishes",
+        "yes, slower",
     ),
     Close(
         1008,

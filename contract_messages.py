@@ -19,6 +19,7 @@ from clients import MESSAGE_BURST, MESSAGES_PER_SECOND
 from connection import NAMED_EVENTS
 from contract import INFO, SECURITY_SCHEMES, STREAM_TYPE, Schema, Schemas, query_parameters
 from contract_closes import CLOSES
+from publishers import WINDOW_REQUESTS
 from schemas import RESERVED_TYPES
 from settings import Settings
 
@@ -34,6 +35,7 @@ REPLIES: dict[Any, tuple[Any, ...]] = {
     schemas.Subscribe: (schemas.Subscribed, schemas.Resume),
     schemas.Unsubscribe: (schemas.Subscribed,),
     schemas.Authenticate: (schemas.Authenticated, schemas.Subscribed),
+    schemas.Publish: (schemas.Published,),
 }
 # The notifications of publishers, and by their types the server's own: data and sender.
 NOTIFICATIONS: dict[str, tuple[Any, str]] = {
@@ -60,7 +62,8 @@ def asyncapi(settings: Settings, routes: Sequence[BaseRoute]) -> Schema:
             channels["ws"] = _channel(route.path, bindings, [*sent, *received])
             channels["ws"]["description"] = (
                 f"A message has {settings.max_message_size} bytes at most, in both directions. A client may send "
-                f"{MESSAGE_BURST:.0f} messages at once, and {MESSAGES_PER_SECOND:.0f} a second."
+                f"{MESSAGE_BURST:.0f} messages at once, and {MESSAGES_PER_SECOND:.0f} a second, apart from those that "
+                f"publish: of these {WINDOW_REQUESTS} may be without an answer."
             )
             operations["send"] = _operation(route.app, "send", "ws", sent, "Send notifications, and answers.")
             for struct, replies in REPLIES.items():

@@ -23,10 +23,11 @@ from msgspec import UNSET, Struct
 
 import schemas
 from clients import Client
-from errors import Forbidden, InvalidRequest, NotifydError, StoreUnavailable
+from errors import Forbidden, InvalidPublish, InvalidRequest, NotifydError, StoreUnavailable
 from guard_identity import Identity
 from log import frame
-from schemas import POLICY_VIOLATION, encode, timestamp
+from publishers import Expected
+from schemas import POLICY_VIOLATION, encode, error_message, timestamp
 
 if TYPE_CHECKING:
     from hub import Hub
@@ -59,6 +60,10 @@ class Change(NamedTuple):
         return (topics | self.subscribe) - self.unsubscribe
 
 
+# A message that has been read, the fault of another, or the change of an admin.
+Asked = schemas.ClientMessage | Expected | InvalidRequest | Change
+
+
 class Conversation:
     """Answers the clients of this process."""
 
@@ -67,25 +72,32 @@ class Conversation:
         self._clients = hub.clients
         self._types = schemas.CLIENT_TYPES if hub.renew is not None else schemas.CLIENT_TYPES - {"auth"}
         # By client: the messages and changes that wait for the answer to an earlier message.
-        self._waiting: dict[Client, deque[str | bytes | Change]] = {}
+        self._waiting: dict[Client, deque[Asked]] = {}
         self._answering: set[asyncio.Task[None]] = set()
 
     def receive(self, client: Client, message: str | bytes) -> None:
         """Act on one message of a client."""
         client.speaks = True
-        if not client.take_token():
+        asked: Asked
+        try:
+            asked = schemas.read_message(message, self._types)
+        except InvalidRequest as error:
+            asked = error
+        if isinstance(asked, schemas.Publish | InvalidPublish) and self._hub.publishers.admits(client):
+            asked = self._hub.publishers.expect(client, asked, len(message))
+        elif not client.take_token():
             self._hub.admission.dismiss(client, POLICY_VIOLATION, "Message rate exceeded")
-        else:
-            self._take(client, message)
+            return
+        self._take(client, asked)
 
     def change_topics(self, client: Client, change: Change) -> None:
         """Change the topics of a client; it hears `subscribed`. `done` may get StoreUnavailable or InvalidRequest."""
         self._take(client, change)
 
-    def _take(self, client: Client, message: str | bytes | Change) -> None:
+    def _take(self, client: Client, asked: Asked) -> None:
         if (waiting := self._waiting.get(client)) is not None:
-            waiting.append(message)
-        elif isinstance(answer := self._answer(client, message), tuple):
+            waiting.append(asked)
+        elif isinstance(answer := self._answer(client, asked), tuple):
             self._reply(client, answer)
         else:
             self._waiting[client] = deque()
@@ -94,14 +106,31 @@ class Conversation:
             self._answering.add(task)
             task.add_done_callback(self._answering.discard)
 
-    def _answer(self, client: Client, message: str | bytes | Change) -> Answer | Work:
+    def _answer(self, client: Client, asked: Asked) -> Answer | Work:
         """Return the answer to a message, or the work that finds it."""
-        if isinstance(message, Change):
-            return partial(self._change, client, message)
+        if isinstance(asked, schemas.Publish | InvalidPublish):
+            # It came without the right, which a token before it may have brought meanwhile.
+            asked = self._hub.publishers.asked_late(client, asked)
+        if isinstance(asked, Expected):
+            # Its answer comes with those of others.
+            self._hub.publishers.publish(asked)
+            return ()
+        if self._hub.publishers.owes(client):
+            return partial(self._answer_behind_publishes, client, asked)
+        if isinstance(asked, Change):
+            return partial(self._change, client, asked)
         try:
-            return self._act(client, schemas.read_message(message, self._types))
+            if isinstance(asked, InvalidRequest):
+                raise asked
+            return self._act(client, asked)
         except InvalidRequest as error:
-            return _error_message(error)
+            ref = error.ref if isinstance(error, InvalidPublish) else UNSET
+            return (error_message(error.message, ref),)
+
+    async def _answer_behind_publishes(self, client: Client, asked: Asked) -> Answer:
+        await self._hub.publishers.answered(client)
+        answer = self._answer(client, asked)
+        return answer if isinstance(answer, tuple) else await answer()
 
     def _act(self, client: Client, message: schemas.ClientMessage) -> Answer | Work:
         match message:
@@ -118,6 +147,7 @@ class Conversation:
                 return partial(self._unsubscribe, client, frozenset(topics))
             case schemas.Authenticate(token=token):
                 return partial(self._authenticate, client, token)
+        raise AssertionError("a publish is expected, or refused")
 
     async def _answer_in_order(self, client: Client, answer: Answer | Work) -> None:
         """Answer a message that has to wait, and those that arrive meanwhile, until none is left."""
@@ -143,10 +173,10 @@ class Conversation:
         try:
             return await work()
         except NotifydError as error:
-            return _error_message(error)
+            return (error_message(error.message),)
         except Exception as error:
             # A host's authentication backend may raise anything, and the client waits for an answer.
-            [failure] = _error_message(NotifydError("Internal server error"))
+            failure = error_message("Internal server error")
             logger.error("Unexpected error %s", failure.error_id, exc_info=error)
             return (failure,)
 
@@ -244,7 +274,3 @@ class Conversation:
         if client.pending is not None:
             # The replay of a subscription, which no pass hands over.
             self._hub.fanout.advance(client)
-
-
-def _error_message(error: NotifydError) -> tuple[schemas.ErrorMessage]:
-    return (schemas.ErrorMessage(error_id=schemas.new_error_id(), message=error.message, timestamp=timestamp()),)

@@ -53,6 +53,7 @@ class Drain:
                         hub.fanout.advance(client)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(hub.admission.empty.wait(), max(0.0, self._left()))
+            await hub.publishers.settle()
             async for client in self._paced():
                 self._close(client)
         finally:

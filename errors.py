@@ -34,6 +34,14 @@ class InvalidRequest(NotifydError):
     close_code = 1008
 
 
+class InvalidPublish(InvalidRequest):
+    """A `publish` on a WebSocket does not have the documented form; its answer has the `ref`."""
+
+    def __init__(self, message: str, ref: str | None) -> None:
+        super().__init__(message)
+        self.ref = ref
+
+
 class MethodNotAllowed(InvalidRequest):
     """The path has no such method."""
 

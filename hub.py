@@ -36,6 +36,7 @@ from guard_identity import Identity, origin_of
 from heartbeat import Heartbeat
 from log import Audience, interest_of, payloads
 from presence import Presence
+from publishers import Publishers
 from replay import Replay
 from revocations import Revocations
 from schemas import GOING_AWAY, POLICY_VIOLATION, TRY_AGAIN_LATER
@@ -117,6 +118,7 @@ class Hub:
     def _make_parts(self) -> None:
         """Make the parts that have tasks, timers or events of one event loop."""
         self.admission = Admission(self)
+        self.publishers = Publishers(self)
         self.conversation = Conversation(self)
         self.heartbeat = Heartbeat(self)
         self.questions = Questions(self)
@@ -176,6 +178,7 @@ class Hub:
         yield self.fanout.run
         yield self.fanout.trim_regularly
         yield self.fanout.readers.run
+        yield self.publishers.run
         yield self.census.report_regularly
         if self.revocations is not None:
             yield self.presence.follow_revocations
@@ -279,14 +282,11 @@ class Hub:
             sender.check_publish(requests)
             self.check_revoked(sender)
         if numbered:
-            drafts = [self._draft(request, f"[{place}].") async for place, request in in_slices(requests)]
+            drafts = [self.draft(request, f"[{place}].") async for place, request in in_slices(requests)]
         else:
-            drafts = list(map(self._draft, requests))
+            drafts = list(map(self.draft, requests))
         if not self.is_ready:
-            if once is None or self.state is not HubState.DRAINING:
-                raise ShuttingDown
-            # A repeat gets its answer also during the drain: without drafts the store only looks for the first request.
-            drafts = []
+            drafts = self.refuse_new(once)
         appended = await self.store.append(drafts, once)
         if not appended.receipts:
             raise ShuttingDown
@@ -295,6 +295,15 @@ class Hub:
             source = "this process" if address is None else origin_of(address, sender)
             logger.debug("%s %s (%d) from %s", done, appended.receipts[-1].id, len(appended.receipts), source)
         return appended
+
+    def refuse_new(self, once: Once | None) -> list[Draft]:
+        """Return no drafts, for the store to look for the first request with a key. Otherwise raise ShuttingDown.
+
+        A repeat gets its answer also during the drain.
+        """
+        if once is None or self.state is not HubState.DRAINING:
+            raise ShuttingDown
+        return []
 
     @property
     def publishes_at_once(self) -> bool:
@@ -309,9 +318,10 @@ class Hub:
         append = self.store.append_at_once
         if append is None or not self.is_ready or self._loop is not asyncio.get_running_loop():
             return None
-        return append(self._draft(request))
+        return append(self.draft(request))
 
-    def _draft(self, request: schemas.NotifyRequest, place: str = "") -> Draft:
+    def draft(self, request: schemas.NotifyRequest, place: str = "") -> Draft:
+        """Return a checked request as the store takes it. Raises InvalidRequest or TooLarge."""
         data = {"message": request.message, **request.data}
         data["message"] = request.message
         topics = sorted(set(request.topics or ()))

@@ -47,7 +47,7 @@ from guard_identity import Identity, Right
 from hub import Hub, HubState
 from people import people_route_table
 from query import HISTORY_LIMIT, PARAMETERS, QUERY_KEY, STATUS_LIMIT, Query
-from schemas import MAX_SHOWN, SUBPROTOCOL, TRY_AGAIN_LATER, Order, encode, timestamp
+from schemas import MAX_KEY_LENGTH, MAX_SHOWN, SUBPROTOCOL, TRY_AGAIN_LATER, Order, encode, timestamp
 from slices import in_slices
 from store import Appended, Once
 
@@ -93,7 +93,7 @@ def _route(
 
 PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Its request may be a repeat, so it is read also during the drain.
-KEY_HEADER, MAX_KEY_LENGTH = "idempotency-key", 255
+KEY_HEADER = "idempotency-key"
 # Kept for each client.
 MAX_USER_AGENT = 256
 

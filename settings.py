@@ -147,6 +147,13 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_message_size: Annotated[
         Positive, Meta(description="bytes of a request body or a message, at most, in both directions")
     ] = 65_536
+    publish_over_websocket: Annotated[
+        bool,
+        Meta(
+            description="let every client publish, on a server without authentication; with keys and tokens their "
+            "rights count"
+        ),
+    ] = False
     api_key: Annotated[
         tuple[str, ...], Meta(description="NAME:SECRET with every right; may be repeated; see api_key_file")
     ] = ()

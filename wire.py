@@ -50,6 +50,7 @@ class WireProtocol(asyncio.Protocol):
         "_config",
         "_deadline",
         "_descriptor",
+        "_is_held",
         "_parser",
         "_receiver",
         "_server_state",
@@ -81,6 +82,7 @@ class WireProtocol(asyncio.Protocol):
         self._unanswered: bytes | None = None
         # Bytes that have arrived, to be read in a later iteration of the event loop.
         self._unread = b""
+        self._is_held = False
         self._descriptor = -1
         self.state = CONNECTING
         self.writable = False
@@ -206,6 +208,15 @@ class WireProtocol(asyncio.Protocol):
     def buffered(self) -> int:
         return self._transport.get_write_buffer_size()
 
+    def hold(self, *, held: bool) -> None:
+        was_held, self._is_held = self._is_held, held
+        if held:
+            self.pause_reading()
+        elif was_held and self._unread:
+            asyncio.get_running_loop().call_soon(self._read_on)
+        else:
+            self.resume_reading()
+
     def ping(self) -> None:
         if self.state is OPEN:
             self._transport.write(_PING_FRAME)
@@ -218,7 +229,7 @@ class WireProtocol(asyncio.Protocol):
             if self._parser is None:
                 self._linger()
             else:
-                self.resume_reading()
+                self.hold(held=False)
                 self._end_by(CLOSE_DEADLINE_SECONDS)
 
     def tell(self, headers: Headers) -> None:
@@ -242,7 +253,7 @@ class WireProtocol(asyncio.Protocol):
 
     def resume_reading(self) -> None:
         # Bytes that have arrived already come first; then this is called again.
-        if not self._unread and not self._transport.is_closing():
+        if not self._unread and not self._is_held and not self._transport.is_closing():
             self._transport.resume_reading()
 
     # --- reading
@@ -254,6 +265,8 @@ class WireProtocol(asyncio.Protocol):
         asyncio.get_running_loop().call_soon(self._read_on)
 
     def _read_on(self) -> None:
+        if self._is_held or not self._unread:
+            return
         data, self._unread = self._unread, b""
         # After its close frame it reads on until the peer's, even if an app has left messages unread.
         if self.session is None or self.state is not OPEN or not self.session.is_full():
@@ -337,7 +350,7 @@ class WireProtocol(asyncio.Protocol):
 
     def _linger(self) -> None:
         """End our side, and wait for the peer to end its own."""
-        self.resume_reading()
+        self.hold(held=False)
         if self._transport.can_write_eof():
             # Where the peer has just reset the connection, asyncio lets the system's error through.
             with contextlib.suppress(OSError):

@@ -20,7 +20,7 @@ import orjson
 import pytest
 from expected import Record, parse
 from openapi_spec_validator import validate
-from processes import ROOT, Server, environment
+from processes import QUIET, ROOT, Server, environment
 from ws_clients import PATIENCE
 
 import answers
@@ -33,6 +33,7 @@ import errors
 import guard_auth
 import guard_tokens
 import heartbeat
+import publishers
 import query
 import routes
 import schemas
@@ -205,7 +206,8 @@ def test_limits_are_the_codes_own() -> None:
         schemas.MAX_TARGET_USERS,
         schemas.MAX_USER,
         connection.MAX_REASON_BYTES,
-        routes.MAX_KEY_LENGTH,
+        schemas.MAX_KEY_LENGTH,
+        schemas.MAX_REF_LENGTH,
         routes.MAX_USER_AGENT,
         schemas.MAX_BATCH,
         bodies.MAX_BATCH_BYTES,
@@ -219,6 +221,8 @@ def test_limits_are_the_codes_own() -> None:
         clients.MESSAGE_BURST,
         clients.MESSAGES_PER_SECOND,
         conversation.UNREAD_BYTES,
+        publishers.WINDOW_REQUESTS,
+        publishers.WINDOW_BYTES,
         heartbeat.PROBE_SECONDS,
         connection.CLOSE_DEADLINE_SECONDS,
         wire_http.REQUEST_SECONDS,
@@ -240,12 +244,15 @@ def test_limits_are_the_codes_own() -> None:
         f"1 to {schemas.MAX_TARGET_USERS} names of 1 to {schemas.MAX_USER} characters",
         f"separated by commas, {schemas.MAX_TOPICS} at most",
         f"cut to {routes.MAX_USER_AGENT} characters",
-        f"the same key (1 to {routes.MAX_KEY_LENGTH} characters)",
+        f"the same key (1 to {schemas.MAX_KEY_LENGTH} characters)",
         f"An array of 1 to {schemas.MAX_BATCH} requests as for `/notify`, of {bodies.MAX_BATCH_BYTES} bytes at most",
         f"1 to {query.HISTORY_LIMIT.most} notifications at most, {query.HISTORY_LIMIT.default} unless told",
         f"1 to {query.PAGE_LIMIT.most} clients at most, {query.PAGE_LIMIT.default} unless told",
         f"cut to the {connection.MAX_REASON_BYTES} bytes of a close frame",
         f"`users` has 1 to {schemas.MAX_TARGET_USERS} users",
+        f"{publishers.WINDOW_REQUESTS} requests, or {publishers.WINDOW_BYTES} bytes of them",
+        f"of 1 to {schemas.MAX_KEY_LENGTH} characters, in one namespace",
+        f"a text of up to {schemas.MAX_REF_LENGTH} characters, comes back",
         f"it is dead after {store.LEASE_SECONDS:.0f} seconds",
         f"lists N clients at most, {query.STATUS_LIMIT.default} unless told",
         f"more than {clients.MESSAGES_PER_SECOND:.0f} messages a second over "
@@ -294,7 +301,7 @@ def is_example_of(value: Record, struct: Any) -> bool:
     fixed = {field.default for field in msgspec.structs.fields(struct) if field.name == "type"} & schemas.RESERVED_TYPES
     if fixed and value.get("type") not in fixed:
         return False
-    written = parse(schemas.encode(decoded))
+    written = parse(msgspec.json.encode(decoded) if struct is schemas.Publish else schemas.encode(decoded))
     if struct is schemas.NotifyRequest:
         written = Record((name, one) for name, one in written.items() if name in value)
     return bool(value == written)
@@ -335,10 +342,17 @@ def test_a_mistake_is_answered_as_documented(server: Server, sent: str, answer: 
     assert server.join().ask(sent)["message"] == answer
 
 
+@pytest.fixture(scope="module")
+def publishing() -> Iterator[Server]:
+    server = Server.notifyd(*QUIET, "--publish-over-websocket")
+    yield server
+    server.stop()
+
+
 @pytest.mark.parametrize(("sent", "answer"), rows(PROTOCOL, "Message", "Answer"))
-def test_a_clients_message_is_answered_as_documented(server: Server, sent: str, answer: str) -> None:
+def test_a_clients_message_is_answered_as_documented(publishing: Server, sent: str, answer: str) -> None:
     """Each message in the table is understood and gets the answer that the table names."""
-    client = server.join()
+    client = publishing.join()
     client.send(first_span(sent))
     if "none" in answer:
         client.send({"type": "status_request"})

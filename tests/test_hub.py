@@ -428,7 +428,7 @@ def test_a_notification_is_encoded_once_for_all(loop: VirtualLoop, monkeypatch: 
     for number in range(100):
         join(loop, hub, f"c{number}")
     encoded: list[Any] = []
-    monkeypatch.setattr(schemas.orjson, "dumps", lambda *given, **options: encoded.append(given) or b'{"id":""}')
+    monkeypatch.setattr(schemas.orjson, "dumps", lambda *given, **options: encoded.append(given) or b'{"type":""}')
     loop.run_until_complete(hub.notify("hello"))
     loop.run_until_complete(asyncio.sleep(1))
     assert len(encoded) == 1
