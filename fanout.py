@@ -188,10 +188,9 @@ class FanOut:
         return self.log.append(record.id, data, at, replayed=record.replayed, audience=record.audience)
 
     def records(self, since: str) -> Iterator[Record]:
-        """Return the records in memory from an id on, as it is now, each made when it is asked for."""
+        """Return the records in memory after an id, the newest first; each is made when it is asked for."""
         epoch = time.time() - self._clock()
-        start = self.log.find(since)
-        first = self.log.sequence_after(since) if start is None else start - 1
+        entries = list(self.log.since(self.log.sequence_after(since)))
         return (
             Record(
                 entry.id,
@@ -200,7 +199,7 @@ class FanOut:
                 entry.replayed,
                 epoch + entry.at,
             )
-            for entry in list(self.log.since(first))
+            for entry in reversed(entries)
         )
 
     def owe(self, client: Client, entries: list[Entry]) -> None:

@@ -399,10 +399,9 @@ class Hub:
     def receive_mail(self, sender: str, message: bytes) -> None:
         self.questions.receive(sender, message)
 
-    def kept(self, since: str) -> tuple[str, Iterator[Record]]:
-        """Return the id before the log's front, and the records in memory from an id on."""
+    def kept(self, since: str) -> tuple[str, bool, Iterator[Record]]:
         log = self.fanout.log
-        return log.position_before(log.first_sequence), self.fanout.records(since)
+        return log.position_before(log.first_sequence), log.find(since) is not None, self.fanout.records(since)
 
     def registrations(self) -> Iterable[Registration]:
         return [client.registration(client.topics) for client in self.clients]

@@ -49,10 +49,10 @@ class Node(Protocol):
     def receive_mail(self, sender: str, message: bytes) -> None:
         """Take a message that another node has posted."""
 
-    def kept(self, since: str) -> tuple[str, Iterator[Record]]:
-        """Return the id before this process's part of the log, and the records of that part from an id on.
+    def kept(self, since: str) -> tuple[str, bool, Iterator[Record]]:
+        """Return the id before this process's part of the log, whether `since` is known, and the records after it.
 
-        They refill a store that lost them.
+        These come with the newest first, and refill a store that lost them. Known is that front, and each id behind it.
         """
 
     def registrations(self) -> Iterable[Registration]:

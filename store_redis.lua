@@ -25,7 +25,8 @@
 --   bucket:NAME    string  when it is full; expires then
 --   revoked        hash    by user, the second up to which tokens are refused;  revocations  zset  the users, numbered
 --   offers         hash    records to refill the log with;  offered  zset  their ids, in order
---   awaited        set     nodes that may still offer some
+--   parts          hash    the newest record of each node that offers some, and the one it has offered them back to
+--   awaited        zset    nodes that may still offer some, and until when they are waited for
 
 local P = ARGV[1]
 local epoch = ARGV[2]
@@ -37,9 +38,10 @@ local SIZE = tonumber(ARGV[7])
 local BYTES = tonumber(ARGV[8])
 local TTL = tonumber(ARGV[9])
 local LEASE = tonumber(ARGV[10])
--- How long offers are waited for: in any case, and at most for those of a known process that is missing.
+-- How long offers are waited for: where no node is known, and for the next of one node; those of a known node that is
+-- missing; and all of them together.
 local RESTORE = tonumber(ARGV[11])
-local AWAIT = math.floor(RESTORE * 5 / 3)
+local AWAIT, MOST_RESTORE = math.floor(RESTORE * 5 / 3), RESTORE * 40
 
 -- The last argument that was read.
 local cursor = 11
@@ -52,7 +54,7 @@ local function number_arg() return tonumber(arg()) end
 local call = redis.call
 local META, LOG, NODES, TAILS = P..'meta', P..'log', P..'nodes', P..'tails'
 local CLIENTS, GROUPS, DEAD = P..'clients', P..'groups', P..'dead'
-local OFFERS, OFFERED, AWAITED = P..'offers', P..'offered', P..'awaited'
+local OFFERS, OFFERED, PARTS, AWAITED = P..'offers', P..'offered', P..'parts', P..'awaited'
 local NODE, MEMBERS, POSTS = P..'node:', P..'members:', P..'posts:'
 local REVOKED, REVOCATIONS = P..'revoked', P..'revocations'
 local GROUP, BUCKET, ONCE = P..'group:', P..'bucket:', P..'once:'
@@ -61,8 +63,8 @@ local FOR, OLD, KINDS = P..'for:', P..'old', {'c:', 't:', 'u:'}
 -- Where an entry has the values of its fields: i, t, r, a, p, o, z and w.
 local ID, AT, REST, AUDIENCE, REPLAYED, KEY, BYTES_OF, ANSWER = 2, 4, 6, 8, 10, 12, 14, 16
 
--- Clients of the dead that one renewal removes, and records that one join puts back: milliseconds each.
-local REMOVED_AT_ONCE, RESTORED_AT_ONCE = 1000, 1000
+-- Clients of the dead that one renewal removes, and records and bytes that one join puts back: milliseconds each.
+local REMOVED_AT_ONCE, RESTORED_AT_ONCE, RESTORED_BYTES = 1000, 1000, 1048576
 -- Records, and names of their audiences, that one call trims; names beyond that only for the last record.
 local TRIMMED_AT_ONCE, NAMES_AT_ONCE = 1000, 5000
 
@@ -343,12 +345,26 @@ local function run_id()  -- Without the right to INFO, only the loss of records 
   return type(info) == 'string' and info:match('run_id:(%x+)') or ''
 end
 
-local function restore()  -- Put some of the offered records back; return whether these were the last.
-  local offered = call('HGET', META, 'offered') or ''
-  if offered > newest then
+local function offered_since()  -- The id after which no record is missing among those offered, up to the newest.
+  local parts = {}
+  for _, part in ipairs(call('HVALS', PARTS)) do
+    local last, first = part:match('(.*) (.*)')
+    parts[#parts + 1] = {last, first}
+  end
+  table.sort(parts, function(one, other) return one[1] > other[1] end)
+  local since = parts[1] and parts[1][2] or ''
+  for _, part in ipairs(parts) do
+    if part[1] >= since and part[2] < since then since = part[2] end
+  end
+  return since
+end
+
+local function begin_refill()
+  local since = offered_since()
+  if since > newest then
     -- The rest of the log ends before the offered records begin.
     if call('EXISTS', LOG) == 1 then call('RENAME', LOG, OLD) end
-    newest, before, kept, bytes = offered, offered, 0, 0
+    newest, before, kept, bytes = since, since, 0, 0
   end
   if newest == '' then
     newest = next_id('')
@@ -356,20 +372,28 @@ local function restore()  -- Put some of the offered records back; return whethe
     call('HSET', META, 'origin', before)
   end
   -- Above all numbers that any process may have read before, so that it notices the gap.
-  if call('HGET', META, 'restoring') ~= '0' then
-    least = math.max(seq + 1000000, now)
-    call('HSET', META, 'least', least)
-  end
-  local popped = call('ZPOPMIN', OFFERED, RESTORED_AT_ONCE)
-  for k = 1, #popped, 2 do
-    local id = popped[k]
-    if id > newest then add(id, unpack(cmsgpack.unpack(call('HGET', OFFERS, id)))) end
+  least = math.max(seq + 1000000, now)
+  call('HSET', META, 'least', least)
+end
+
+local function restore()  -- Put some of the offered records back; return whether these were the last.
+  if call('HGET', META, 'restoring') ~= '0' then begin_refill() end
+  local room, count = RESTORED_BYTES, 0
+  for _, id in ipairs(call('ZRANGE', OFFERED, 0, RESTORED_AT_ONCE - 1)) do
+    local record = call('HGET', OFFERS, id)
+    if id > newest then
+      if room < 0 then break end
+      add(id, unpack(cmsgpack.unpack(record)))
+      room = room - #record
+    end
     call('HDEL', OFFERS, id)
+    count = count + 1
   end
+  if count > 0 then call('ZREMRANGEBYRANK', OFFERED, 0, count - 1) end
   save()
   if call('EXISTS', OFFERED) == 0 then
-    call('HDEL', META, 'restoring', 'offered', 'offers_of', 'restored')
-    call('UNLINK', AWAITED)
+    call('HDEL', META, 'restoring', 'offers_of', 'restored')
+    call('UNLINK', AWAITED, PARTS)
     return true
   end
   call('HSET', META, 'restoring', 0)
@@ -384,9 +408,13 @@ local function begin_epoch(run, last_epoch, branch, awaited)
   local term = math.max(tonumber((last_epoch or ''):match('^%d+') or 0), tonumber(branch:match('^%d+') or 0)) + 1
   local current = string.format('%08d-%s-%s', term, run, text(now))
   call('UNLINK', AWAITED)
-  if #awaited > 0 then call('SADD', AWAITED, unpack(awaited)) end
-  call('HSET', META, 'epoch', current, 'run', run, 'restoring', #awaited > 0 and now + AWAIT or now + RESTORE)
+  for _, one in ipairs(awaited) do call('ZADD', AWAITED, now + AWAIT, one) end
+  call('HSET', META, 'epoch', current, 'run', run, 'restoring', #awaited > 0 and now or now + RESTORE)
   return current
+end
+
+local function wait_on()  -- The node offers records or registers clients, and is not done yet.
+  call('ZADD', AWAITED, 'GT', math.min(now + RESTORE, tonumber(epoch:match('%d+$')) + MOST_RESTORE), node)
 end
 
 local function count_on(messages, slow)  -- Enter the node's counters: the larger of its own and those known here.
@@ -403,8 +431,9 @@ local function count_on(messages, slow)  -- Enter the node's counters: the large
 end
 
 local function join()
-  -- The newest record of the node, the epoch of its last join, which names its branch, and whether it made its offers.
-  local last, branch, has_offered, known = arg(), arg(), arg() == '1', {}
+  -- The newest record of the node, the epoch of its last join, which names its branch, and whether it has made its offers
+  -- and registered its clients in this epoch.
+  local last, branch, has_entered, known = arg(), arg(), arg() == '1', {}
   -- The number of records that a node reads when it joins, and their bytes with so many for each, at most.
   local most, cache, each = number_arg(), number_arg(), number_arg()
   for k in ipairs(SUMS) do known[k] = number_arg() end
@@ -439,11 +468,12 @@ local function join()
   call('DEL', POSTS..node)
   call('ZADD', NODES, now + LEASE, node)
   call('SREM', DEAD, node)
-  local members = call('SMEMBERS', MEMBERS..node)
-  -- When the last of the known nodes has made its offers, nobody needs to wait for more.
-  if has_offered and call('SREM', AWAITED, node) == 1 and call('EXISTS', AWAITED) == 0 then restoring = now end
-  -- The second bound: a clock that is put back makes it no longer.
+  has_entered = has_entered and epoch == current
+  local members = has_entered and {} or call('SMEMBERS', MEMBERS..node)
+  if has_entered then call('ZREM', AWAITED, node) end
+  -- The second bounds: a clock that is put back makes it no longer.
   local waits = restoring and restoring > now and restoring <= now + AWAIT
+  waits = waits or restoring and restoring > 0 and call('ZCOUNT', AWAITED, now, now + AWAIT) > 0
   if waits or restoring and not restore() then return {current, members, newest} end
   trim()
   local first = call('XRANGE', LOG, '-', '+', 'COUNT', 1)[1]
@@ -462,15 +492,22 @@ local function join()
   return {current, members, front, tail, place and 1 or 0, seq, now, since}
 end
 
-local function offer()
-  if call('HGET', META, 'epoch') ~= epoch or call('HEXISTS', META, 'restoring') == 0 then return 'join' end
-  local front, branch = arg(), arg()
-  -- Of two branches the later one counts; the nodes of the other learn with their join that their records are none.
-  local of = call('HGET', META, 'offers_of') or call('HGET', META, 'restored')
-  if branch < of then return 'offered' end
-  if branch > of then call('UNLINK', OFFERS, OFFERED) end
+local function offer()  -- Take records of the node, or return whether they are wanted: others may have offered them.
+  -- The newest record of the node and the id that it goes back to with these, in one unbroken part of the log. Of these
+  -- the newest, and their number.
+  local branch, last, first, newest_here, count = arg(), arg(), arg(), arg(), number_arg()
+  local state = call('HMGET', META, 'epoch', 'restoring', 'offers_of', 'restored')
+  if state[1] ~= epoch then return 'join' end
+  call('ZADD', NODES, now + LEASE, node)
+  -- Of two branches the later one counts; the nodes of the other, and late ones, learn with their join that their
+  -- records are none.
+  local of = state[3] or state[4]
+  if not state[2] or state[2] == '0' or branch < of then return 'refused' end
+  if branch > of then call('UNLINK', OFFERS, OFFERED, PARTS) end
   call('HSET', META, 'offers_of', branch)
-  if branch > of or front > (call('HGET', META, 'offered') or '') then call('HSET', META, 'offered', front) end
+  wait_on()
+  if cursor == #ARGV and call('ZLEXCOUNT', OFFERED, '['..first, '['..newest_here) < count then return 'wanted' end
+  call('HSET', PARTS, node, last..' '..first)
   while cursor < #ARGV do
     local id, age = arg(), arg()
     local rest, size, audience, replayed, key, answer = arg(), arg(), arg(), arg(), arg(), arg()
@@ -734,8 +771,9 @@ if alone then
   return alone()
 end
 remove_dead_nodes()
-local life = call('HMGET', META, 'epoch', 'run')
+local life = call('HMGET', META, 'epoch', 'run', 'restoring')
 if life[1] ~= epoch or life[2] ~= run_id() or not is_alive(node) then return 'join' end
+if life[3] and life[3] ~= '0' then wait_on() end
 call('ZADD', NODES, now + LEASE, node)
 call('ZADD', TAILS, tail, node)
 load()

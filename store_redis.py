@@ -1,9 +1,8 @@
 """The store in Redis: one log and one registry for the processes of many hosts.
 
-Owns the keys under `settings.store_prefix` and the process's part in them: its queue of operations, its place in the
-log, and the keys it can put back. Only the script store_redis.lua changes those keys. store_redis_link.py reaches
-Redis, with a connection each for operations, new records and pages of the log. Redis must not evict keys
-(maxmemory-policy noeviction).
+Owns the keys under `settings.store_prefix` and the process's part in them: its place in the log, and the keys it can
+put back. Only the script store_redis.lua changes those keys. store_redis_link.py reaches Redis, with a connection each
+for operations, new records and pages of the log. Redis must not evict keys (maxmemory-policy noeviction).
 
 1. Operations that arrive while others are in flight go with the next call of the script, in order: one group, one
    round trip, one atomic step. A group is done whole, or not at all if the process has to join first. It is answered
@@ -15,7 +14,8 @@ Redis, with a connection each for operations, new records and pages of the log. 
    first: their clients are gone, their counters stay in the sums.
 5. `epoch` names one life of the data in one Redis. It ends when that restarts, loses its keys, is behind the records
    that a process has delivered, or when a replica takes over. Every process then has RESTORE_SECONDS, or two
-   thirds more while known processes are missing, to offer the records that the log lacks; meanwhile the store is away.
+   thirds more while known processes are missing, to begin to offer the records that the log lacks. It is waited for
+   while it offers them, and registers its clients; meanwhile the store is away.
    Ids and order stay, numbers begin anew. So a lost connection, a lost primary and lost data are one case: join again.
 6. An Idempotency-Key and its answer are in the log at the last record of the append, and in every process as long as
    that record, to re-offer both. A batch with a key is read whole or not at all, so a retry duplicates no part of it.
@@ -33,10 +33,9 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections import deque
 from collections.abc import Sequence
 from itertools import chain, islice, takewhile
-from typing import Any, NamedTuple
+from typing import Any
 
 from redis import exceptions
 from redis.asyncio.connection import AbstractConnection
@@ -49,6 +48,7 @@ from settings import Settings
 from store import LEASE_SECONDS, Appended, Census, Draft, Node, Once, Opening, Record, Registration, Report, limits_of
 from store_redis_link import Argument, RedisLink, send
 from store_redis_log import OPENING_RECORDS, RedisLog
+from store_redis_queue import Operations
 
 logger = logging.getLogger("notifyd")
 
@@ -59,18 +59,15 @@ LOOK_SECONDS = 0.5
 RESTORE_SECONDS = 1.5
 # How long a read of the log waits in Redis. A connection that is silent for store_timeout longer is dead.
 BLOCK_SECONDS = 1.0
-# Bounds of one call, so that it keeps Redis busy for no more than about 10 ms: arguments, and records read.
-GROUP_ARGUMENTS, READ_RECORDS, CHUNK = 4000, 200, 500
+# Records that one call reads.
+READ_RECORDS = 200
+# Keys that one renewal forgets.
+FORGOTTEN_AT_ONCE = 500
 LOST_DATA = "it has lost data and is being filled again"
 
 
 class _Rejoin(exceptions.RedisError):
     """The store does not know this process: it was taken for dead, or the data's life has ended."""
-
-
-class _Operation(NamedTuple):
-    arguments: tuple[Argument, ...]
-    answer: asyncio.Future[Any] | None
 
 
 class RedisStore:
@@ -87,10 +84,7 @@ class RedisStore:
         self._settings = settings
         self._prefix, self._timeout = settings.store_prefix, settings.store_timeout
         self._task: asyncio.Task[None] | None = None
-        self._queue: deque[_Operation] = deque()
-        self._in_flight: list[_Operation] = []
-        # Groups that were done at a place of the log that this process has yet to read, with their replies.
-        self._done: deque[tuple[int, list[_Operation], list[Any]]] = deque()
+        self._operations = Operations()
         # The place of this process: epoch, number of the last entry read, id of the last message read.
         self._epoch, self._seq, self._post_id = "", 0, "0"
         # The entry up to which the last group has found the log on enough replicas.
@@ -142,12 +136,10 @@ class RedisStore:
         if task is None:
             return
         if self._loop.is_closed():
-            self._done.clear()
-            self._queue.clear()
-            self._in_flight = []
+            self._operations.clear()
         else:
             task.cancel()
-            self._refuse_all("The store is closed")
+            self._operations.refuse("The store is closed")
 
     async def _stay_joined(self) -> None:
         """Join, and join again after each failure."""
@@ -183,18 +175,8 @@ class RedisStore:
         if self.failure is None:
             logger.warning(failure)
         self.failure = failure
-        self._refuse_all(failure)
+        self._operations.refuse(failure)
         self._settled.set()
-
-    def _refuse_all(self, failure: str) -> None:
-        done = [operation for _, group, _ in self._done for operation in group]
-        for operation in (*done, *self._in_flight, *self._queue):
-            if operation.answer is not None and not operation.answer.done():
-                operation.answer.set_exception(StoreUnavailable(failure))
-        self._done.clear()
-        self._in_flight = []
-        # The rest are clients that left: they are removed by the next join at the latest.
-        self._queue = deque(operation for operation in self._queue if operation.answer is None)
 
     def _note_available(self) -> None:
         if self.failure is not None:
@@ -206,27 +188,30 @@ class RedisStore:
 
     async def _add_node(self, connection: AbstractConnection) -> None:
         """Join with this process's clients; where the log has lost records, help to refill it first."""
-        registered = reached = ""
+        # The epoch that has this process's clients, and its records where it lacked some.
+        entered = reached = ""
         while True:
             if not self._opened:
                 self._seq = 0
-            offered = "1" if registered and registered == self._epoch else ""
+            has_entered = "1" if entered and entered == self._epoch else ""
             opening = OPENING_RECORDS, self._settings.cache_bytes, ENTRY_BYTES
-            arguments: list[Argument] = ["join", self._newest, self._branch, offered, *opening]
+            arguments: list[Argument] = ["join", self._newest, self._branch, has_entered, *opening]
             arguments += (*self._sums, *self._report)
             epoch, members, position, *joined = await self._run(connection, arguments)
             if self._epoch not in ("", epoch.decode()):
                 # Operations that are not answered yet may be lost, too.
                 self._fail(LOST_DATA)
             self._epoch = epoch.decode()
-            if registered != self._epoch:
+            if not joined:
+                self._fail(LOST_DATA)
+            if entered != self._epoch:
+                # The records first: clients can be registered later, but no record put in front of others.
+                if not joined and self._opened:
+                    await self._offer_records(connection, position.decode())
                 await self._register_clients(connection, {member.decode() for member in members})
+                entered = self._epoch
             if joined:
                 break
-            self._fail(LOST_DATA)
-            if registered != self._epoch and self._opened:
-                await self._offer_records(connection, position.decode())
-            registered = self._epoch
             # Each call puts a part of the records back, until all of them are there.
             await asyncio.sleep(0.1 if position.decode() == reached else 0)
             reached = position.decode()
@@ -239,7 +224,7 @@ class RedisStore:
             if not is_whole:
                 self._begin_anew(before)
             self._note_available()
-            self._resolve()
+            self._operations.answer(self._seq)
         else:
             self._opening_until, self._opening_now = newest, now
             self._newest = self._whole_since = before
@@ -252,33 +237,36 @@ class RedisStore:
         # Callers that were refused a moment ago first undo their changes here, such as a client's topics.
         await asyncio.sleep(0)
         # Clients that leave from here on do so in order, after their registration below.
-        self._queue = deque(operation for operation in self._queue if operation.answer is not None)
+        self._operations.forget_leaving()
         clients = {client.client_id: client for client in self._node.registrations()}
-        gone = iter(members - clients.keys())
-        while chunk := list(islice(gone, CHUNK)):
-            await self._run(connection, [part for client_id in chunk for part in ("leave", client_id)])
-        waiting, taken = iter(clients.values()), list[str]()
-        while some := list(islice(waiting, CHUNK)):
-            parts = [part for client in some for part in packing.registration(client)]
-            _, refused = await self._run(connection, ["register", len(some), *parts])
+        for some in packing.chunks(("leave", client_id) for client_id in members - clients.keys()):
+            await self._run(connection, list(chain(*some)))
+        taken = list[str]()
+        for some in packing.chunks(map(packing.registration, clients.values())):
+            _, refused = await self._run(connection, ["register", len(some), *chain(*some)])
             taken += [client_id.decode() for client_id in refused]
         if taken:
             self._node.evicted(taken)
 
     async def _offer_records(self, connection: AbstractConnection, newest: str) -> None:
-        """Offer the records that the log lacks, if this process knows the newest of the log: else it is another log."""
-        front, lost = self._node.kept(max(newest, self._whole_since))
+        """Offer the records that the log lacks, the newest first.
+
+        If this process does not know the newest of the log, that is another log.
+        """
+        front, is_known, lost = self._node.kept(max(newest, self._whole_since))
         front = max(front, self._whole_since)
-        first = next(lost, None)
-        if first is None or first.id != newest:
-            if newest > front:
+        if newest > front and not is_known:
+            return
+        parts = (packing.offer(record, *self._keys.get(record.id, (b"", b""))) for record in lost)
+        head = "offer", self._branch, self._newest
+        for some in packing.chunks(parts):
+            which: list[Argument] = [*head, some[-1][0], some[0][0], len(some)]
+            if (answer := await self._run(connection, which)) == b"refused":
                 return
-            lost = chain([] if first is None else [first], lost)
-        # First the start of this process's unbroken part: the log must reach back to it.
-        await self._run(connection, ["offer", front, self._branch])
-        while some := list(islice(lost, CHUNK)):
-            parts = [part for record in some for part in packing.offer(record, *self._keys.get(record.id, (b"", b"")))]
-            await self._run(connection, ["offer", front, self._branch, *parts])
+            if answer == b"wanted":
+                await self._run(connection, which + list(chain(*some)))
+        # All of them: this process's part of the log goes back to its front.
+        await self._run(connection, [*head, front, front, 0])
 
     def _finish_opening(self) -> None:
         self._opened = True
@@ -306,37 +294,17 @@ class RedisStore:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self._queue:
-                arguments: list[Argument] = []
-                while self._queue and len(arguments) < GROUP_ARGUMENTS:
-                    self._in_flight.append(operation := self._queue.popleft())
-                    arguments += operation.arguments
+            while arguments := self._operations.next_group():
                 try:
                     seq, *replies = await self._run(connection, arguments)
                 except _Rejoin:
-                    self._queue.extendleft(reversed(self._in_flight))
-                    self._in_flight = []
-                    self._refuse_changes()
+                    self._operations.put_back()
                     raise
                 await self._link.await_replicas(connection)
-                self._replicated, (group, self._in_flight) = seq, (self._in_flight, [])
+                self._replicated = seq
+                self._operations.done(seq, replies)
                 self._group_done.set()
-                self._done.append((seq, group, replies))
-                self._resolve()
-
-    def _resolve(self) -> None:
-        """Answer the groups that were done up to this process's place in the log."""
-        while self._done and self._done[0][0] <= self._seq:
-            _, group, replies = self._done.popleft()
-            for operation, reply in zip(group, replies, strict=True):
-                if operation.answer is not None and not operation.answer.done():
-                    operation.answer.set_result(reply)
-
-    def _refuse_changes(self) -> None:
-        """Refuse changes of clients that were done and not answered yet: the next join undoes them."""
-        for operation in (operation for _, group, _ in self._done for operation in group):
-            if operation.arguments[0] in ("admit", "subscribe") and operation.answer and not operation.answer.done():
-                operation.answer.set_exception(StoreUnavailable("The store is away: this process was taken for dead"))
+                self._operations.answer(self._seq)
 
     async def _renew(self) -> None:
         while self._task is not None:
@@ -350,7 +318,7 @@ class RedisStore:
             self.log.before = before.decode()
             # The keys of the records that this process could put back.
             front = self._node.kept(self._newest)[0] if self._opened else ""
-            for id in list(islice(takewhile(max(self.log.before, front).__ge__, self._keys), CHUNK)):
+            for id in list(islice(takewhile(max(self.log.before, front).__ge__, self._keys), FORGOTTEN_AT_ONCE)):
                 del self._keys[id]
 
     def _check_available(self) -> None:
@@ -364,11 +332,11 @@ class RedisStore:
 
     def _submit(self, *arguments: Argument) -> asyncio.Future[Any]:
         answer = asyncio.get_running_loop().create_future()
-        self._enqueue(_Operation(arguments, answer))
+        self._enqueue(*arguments, answer=answer)
         return answer
 
-    def _enqueue(self, operation: _Operation) -> None:
-        self._queue.append(operation)
+    def _enqueue(self, *arguments: Argument, answer: asyncio.Future[Any] | None = None) -> None:
+        self._operations.add(*arguments, answer=answer)
         # On a loop that has ended, the next join removes the clients that leave.
         if not self._loop.is_closed():
             self._wake.set()
@@ -408,7 +376,7 @@ class RedisStore:
         return packing.revoked(await self._perform("revocations", number, ttl), log)
 
     def leave(self, client_id: str) -> None:
-        self._enqueue(_Operation(("leave", client_id), None))
+        self._enqueue("leave", client_id)
 
     async def draw(self, bucket: str, rate: Rate) -> Draw:
         allowed, until_full = await self._perform("draw", bucket, rate.cost, rate.depth)
@@ -460,8 +428,8 @@ class RedisStore:
     async def _until_replicated(self, number: int) -> None:
         """Return when a group of this process has found that enough replicas have the log up to this number."""
         while number > self._replicated:
-            if not self._in_flight and not self._queue:
-                self._enqueue(_Operation(("report", *self._report), None))
+            if self._operations.is_idle():
+                self._enqueue("report", *self._report)
             await self._group_done.wait()
             self._group_done.clear()
 
@@ -492,7 +460,7 @@ class RedisStore:
                 self._finish_opening()
         elif records:
             self._node.deliver(records)
-        self._resolve()
+        self._operations.answer(self._seq)
 
     def _begin_anew(self, before: str) -> None:
         """Go on with the log from its start: it does not continue the records delivered here."""

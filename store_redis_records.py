@@ -6,7 +6,7 @@ store_redis.lua names the fields of an entry.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +21,8 @@ from store_redis_link import Argument
 Entry = tuple[bytes, list[bytes]]
 # Where an entry has its key and the answer.
 KEY, ANSWER = 11, 15
+# Bounds of one call that fills Redis again: parts of arguments, and their bytes unless one part has more.
+CHUNK, CHUNK_BYTES = 500, 262_144
 # Records often have the same audience, and share it in memory.
 _unpack_audience = lru_cache(maxsize=1000)(msgspec.msgpack.Decoder(Audience).decode)
 
@@ -45,6 +47,20 @@ def draft(of: Draft | Record) -> tuple[Argument, ...]:
     # The names in the audience count for history_bytes.
     size = len(of.rest) + sum(len(name) for names in of.audience or () for name in names)
     return of.rest, size, audience, "1" if of.replayed else ""
+
+
+def chunks(parts: Iterable[tuple[Argument, ...]]) -> Iterator[list[tuple[Argument, ...]]]:
+    """Yield the parts in lists, each of the size of one call."""
+    chunk, size = list[tuple[Argument, ...]](), 0
+    for part in parts:
+        more = sum(len(argument) for argument in part if not isinstance(argument, int))
+        if chunk and (len(chunk) == CHUNK or size + more > CHUNK_BYTES):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(part)
+        size += more
+    if chunk:
+        yield chunk
 
 
 def offer(record: Record, key: bytes, answer: bytes) -> tuple[Argument, ...]:

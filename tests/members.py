@@ -111,10 +111,11 @@ class Member:
         self.mail.append((sender, message))
         self._changed.set()
 
-    def kept(self, since: str) -> tuple[str, Iterator[Record]]:
+    def kept(self, since: str) -> tuple[str, bool, Iterator[Record]]:
         front = self.before if self.times_missed else self.opening.before
         records = self.records if self.times_missed else self.opening.records + self.records
-        return front, (record for record in records if record.id >= since)
+        known = since == front or since in {record.id for record in records}
+        return front, known, (record for record in reversed(records) if record.id > since)
 
     def registrations(self) -> Iterable[Registration]:
         return list(self.clients.values())

@@ -83,6 +83,11 @@ class RedisServer:
     def resume(self) -> None:
         self._process.send_signal(signal.SIGCONT)
 
+    def forget(self) -> None:
+        """Remove the files of a Redis that has ended."""
+        for path in Path(self._directory.name).glob("*.rdb"):
+            path.unlink()
+
     def empty(self) -> None:
         self.command("FLUSHALL")
 

@@ -54,7 +54,7 @@ class Served:
 
     def published(self) -> list[bytes]:
         """Return the messages in the log."""
-        rests = b"".join(record.rest for record in self.app.hub.fanout.records(""))
+        rests = b"".join(reversed([record.rest for record in self.app.hub.fanout.records("")]))
         return re.findall(rb'"message":"(.*?)"', rests)
 
 

@@ -19,6 +19,7 @@ from hub import Hub
 from settings import Settings, SettingsError
 from store import Appended, Draft, Once, Report
 from store_redis import RedisStore
+from store_redis_records import chunks
 
 pytestmark = pytest.mark.slow
 
@@ -481,9 +482,88 @@ async def test_a_long_history_is_put_back_in_parts(start_redis: StartRedis) -> N
         redis.empty()
         await is_away(one, "it has lost data and is being filled again")
         await is_back(one, other)
-        assert redis.command("INFO", "commandstats")["cmdstat_zpopmin"]["calls"] >= 3
+        assert redis.command("INFO", "commandstats")["cmdstat_zremrangebyrank"]["calls"] >= 3
         answered.append(await publish_until_it_works(one))
         await has_lost_nothing(answered, redis.url, one, other, history_size=5000)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "counts"),
+    [([1] * 1001, [500, 500, 1]), ([200_000, 50_000, 12_145, 1], [2, 2]), ([9, 300_000, 9], [1, 1, 1]), ([], [])],
+)
+def test_a_call_that_fills_redis_again_is_bounded(sizes: list[int], counts: list[int]) -> None:
+    """By records and by bytes, so that Redis is never busy with it for long."""
+    assert [len(chunk) for chunk in chunks((b"x" * size, 1) for size in sizes)] == counts
+
+
+@on_loop
+async def test_a_process_with_much_to_put_back_is_waited_for(
+    start_redis: StartRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its records and clients take longer than the time in which a process has to begin with them."""
+    redis, many = start_redis(), {"history_size": 50_000, "max_connections": 100_000}
+    async with members(redis.url, **many) as [busy]:
+        for _ in range(20):
+            await busy.publish(*[SOMETHING] * 1000)
+        busy.clients = {f"c{number}": registration(f"c{number}", "t", user="u") for number in range(80_000)}
+        monkeypatch.setattr("store_redis.RESTORE_SECONDS", 0.3)
+        redis.empty()
+        await busy.until(lambda: redis.command("HEXISTS", "{notifyd}:meta", "restoring"))
+        async with members(redis.url, **many) as [newcomer]:
+            await newcomer.until(lambda: newcomer.openings)
+            assert [record.id for record in newcomer.opening.records] == busy.ids
+            assert await newcomer.active() == len(busy.clients)
+        assert busy.times_missed == 0
+
+
+@pytest.mark.parametrize("has_file", [False, True])
+@on_loop
+async def test_the_longest_memory_refills_the_log(start_redis: StartRedis, has_file: bool) -> None:
+    """A process that remembers less does not shorten the log, be it empty or older than the memory of that process."""
+    redis = start_redis()
+    async with members(redis.url) as [one]:
+        answered = [await one.publish() for _ in range(20)]
+        redis.command("SAVE")
+        answered += [await one.publish() for _ in range(20)]
+        async with members(redis.url, cache_bytes=4096) as [late]:
+            assert 0 < len(late.opening.records) < 15
+            answered.append(await late.publish())
+            redis.kill()
+            if not has_file:
+                redis.forget()
+            redis.start()
+            answered.append(await publish_until_it_works(one))
+            await is_back(one, late)
+            await has_lost_nothing(answered, redis.url, one)
+            await late.until(lambda: late.ids[-1:] == answered[-1:])
+            assert (late.ids, late.times_missed) == (answered[-2:], 0)
+
+
+@on_loop
+async def test_a_refilled_log_has_no_gap(start_redis: StartRedis, start_process: Callable[..., Process]) -> None:
+    """A process that was behind the memory of all others offers older records. It begins anew behind the gap."""
+    redis = start_redis()
+    behind = start_process(redis.url)
+    behind.ask("member.publish()")
+    behind.stop()
+    async with members(redis.url) as [one]:
+        missed = [await one.publish() for _ in range(40)]
+        async with members(redis.url, cache_bytes=4096) as [late]:
+            await one.store.close()
+            redis.empty()
+            await late.until(lambda: redis.command("HEXISTS", "{notifyd}:meta", "restoring"))
+            behind.go_on()
+            await is_back(late)
+            newest = await late.publish()
+            behind.ask("member.until(lambda: member.times_missed)")
+            behind.ask(f"member.until(lambda: member.ids[-1:] == [{newest!r}])")
+            remembered = [record.id for record in late.opening.records]
+            assert behind.ask("member.ids") == [*remembered, newest]
+            assert missed[-len(remembered) :] == remembered
+            assert late.times_missed == 0
+            async with members(redis.url) as [newcomer]:
+                assert [record.id for record in newcomer.opening.records] == [*remembered, newest]
+                assert newcomer.opening.before == missed[-len(remembered) - 1]
 
 
 @on_loop
