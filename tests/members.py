@@ -86,6 +86,8 @@ class Member:
         self.clients: dict[str, Registration] = {}
         self.lost_clients: list[str] = []
         self.times_missed = 0
+        # The numbers of records that came at once.
+        self.parts: list[int] = []
         # Delivered before the log was another.
         self.forgotten: list[Record] = []
         self._changed = asyncio.Event()
@@ -100,6 +102,7 @@ class Member:
     def deliver(self, records: Sequence[Record]) -> None:
         assert self.openings and records
         self.records += records
+        self.parts.append(len(records))
         self._changed.set()
 
     def missed(self, before: str) -> None:
