@@ -44,24 +44,32 @@ class Browser:
 
 
 class Tab:
-    """A page in a tab."""
+    """A page in a tab, and the lines that its console has."""
 
     def __init__(self, devtools: str) -> None:
         self._session = ExitStack()
-        self._devtools = self._session.enter_context(connect(devtools, compression=None, proxy=None))
+        self._devtools = self._session.enter_context(connect(devtools, compression=None, proxy=None, max_size=None))
         self._calls = count(1)
+        self.console: list[str] = []
 
-    def _call(self, method: str, **params: Any) -> Any:
+    def call(self, method: str, **params: Any) -> Any:
+        """Call a method of the DevTools protocol (https://chromedevtools.github.io/devtools-protocol/)."""
         call = next(self._calls)
         self._devtools.send(json.dumps({"id": call, "method": method, "params": params}))
         while (answer := json.loads(self._devtools.recv(PATIENCE))).get("id") != call:
-            pass
+            if answer.get("method") in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
+                self.console.append(json.dumps(answer["params"]))
         return answer
 
+    def listen(self) -> None:
+        """Take the lines of the console from now on."""
+        self.call("Runtime.enable")
+        self.call("Log.enable")
+
     def evaluate(self, expression: str) -> Any:
-        """Return the value of a JavaScript expression in the page, None if it throws."""
-        result = self._call("Runtime.evaluate", expression=expression, returnByValue=True).get("result", {})
-        return result.get("result", {}).get("value")
+        """Return the value of a JavaScript expression in the page, None if it throws; a promise is waited for."""
+        asked = {"expression": expression, "returnByValue": True, "awaitPromise": True}
+        return self.call("Runtime.evaluate", **asked).get("result", {}).get("result", {}).get("value")
 
     def crash(self) -> None:
         """End the page without its knowledge."""
@@ -69,5 +77,5 @@ class Tab:
         self._session.close()
 
     def stop(self) -> None:
-        self._call("Page.close")
+        self.call("Page.close")
         self._session.close()

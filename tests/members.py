@@ -86,8 +86,6 @@ class Member:
         self.clients: dict[str, Registration] = {}
         self.lost_clients: list[str] = []
         self.times_missed = 0
-        # The numbers of records that came at once.
-        self.parts: list[int] = []
         # Delivered before the log was another.
         self.forgotten: list[Record] = []
         self._changed = asyncio.Event()
@@ -102,7 +100,6 @@ class Member:
     def deliver(self, records: Sequence[Record]) -> None:
         assert self.openings and records
         self.records += records
-        self.parts.append(len(records))
         self._changed.set()
 
     def missed(self, before: str) -> None:

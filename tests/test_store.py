@@ -654,24 +654,6 @@ async def test_a_process_that_was_taken_for_dead_joins_again(
 
 @pytest.mark.usefixtures("_short_leases")
 @on_loop
-async def test_a_process_reads_what_it_has_missed_in_parts(shared: str, start_process: Callable[..., Process]) -> None:
-    """After a long stop nothing is missing or comes twice, no part is long, and operations come after all of them."""
-    process = start_process(shared, SHORT_LEASE)
-    async with members(shared) as [one]:
-        process.ask("member.admit('a')")
-        process.stop()
-        for _ in range(11):
-            await one.publish(*[SOMETHING] * 500)
-        process.begin("member.publish()")
-        process.go_on()
-        own = process.result()
-        ids = process.ask("member.ids")
-        assert own in ids and ids[:5500] == one.ids[:5500]
-        assert process.ask("max(member.parts)") <= 1000 and process.ask("member.times_missed") == 0
-
-
-@pytest.mark.usefixtures("_short_leases")
-@on_loop
 async def test_a_process_that_was_taken_for_dead_counts_on(shared: str, start_process: Callable[..., Process]) -> None:
     """Its counts are in the sums once, while it is gone and when it is back."""
     process = start_process(shared, SHORT_LEASE)
