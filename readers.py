@@ -44,7 +44,7 @@ NEAR_ENTRIES = 1000
 PAGES_KEPT = 16
 # A slice of pages holds the event loop for about this long. A live notification waits for about five of them on its way
 # from the publisher to the clients (bench/run.py --measure long_log).
-SLICE_SECONDS = 0.0001
+SLICE_SECONDS = 0.0002
 # The pause before the store is asked again after a failure.
 RETRY_SECONDS = 0.5
 

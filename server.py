@@ -419,12 +419,12 @@ def _quiet_collector() -> None:
     """Keep the garbage collector from walking every live connection again and again.
 
     Objects of the start live for ever, so they are moved out of the collector's sight. A connection is about six
-    tracked objects and makes no cycles; with these thresholds two thousand newcomers cost one young collection, of 2 to
-    3 ms. Without them a handshake among 10,000 clients costs 60 to 69 us, with them 54 to 60 (bench/run.py).
+    tracked objects and makes no cycles; with these thresholds ten thousand newcomers cost one young collection. Without
+    them a handshake among 10,000 clients costs 60 to 69 us, with them 54 to 60 (bench/run.py).
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 100, 1000)
+    gc.set_threshold(50_000, 20, 1000)
 
 
 def raise_file_limit(max_connections: int) -> None:

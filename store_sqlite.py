@@ -8,8 +8,7 @@ store_sqlite_file.py.
    The transaction's new records and its answers reach the loop together, the records first.
 2. After an append or a post, the thread wakes the other nodes by a datagram. A node then reads the log, and also once
    a second with the renewal of its lease.
-3. A process that has missed much, stopped for a while, reads it in parts; its operations wait until it has all of it.
-4. The thread may be stuck waiting for the lock, so the loop keeps the deadlines. An operation past its deadline may
+3. The thread may be stuck waiting for the lock, so the loop keeps the deadlines. An operation past its deadline may
    still be done.
 
 A commit survives the death of every process. A power cut may lose the newest commits, since the file is synchronised
@@ -260,29 +259,24 @@ class SqliteStore:
         # call_soon_threadsafe() raises RuntimeError when the loop has closed.
         with thread_socket, contextlib.suppress(RuntimeError):
             with self._database.used_by(node_id, delivered) as database:
-                # Operations without a waiter from transactions that failed, and all while there is more to read.
+                # Operations without a waiter from transactions that failed.
                 kept: list[Operation] = []
-                is_behind = ends = False
-                while is_behind or not ends:
-                    if not queue and not is_behind:
+                taken: list[Operation | None] = []
+                while None not in taken:
+                    if not queue:
                         database.wait(thread_socket)
                     # Cleared before the queue is read: an operation that is enqueued from here on rings again.
                     self._rung = False
                     taken = [queue.popleft() for _ in range(min(len(queue), GROUP))]
-                    ends = ends or None in taken
                     operations = [operation for operation in taken if operation is not None]
-                    if operations or is_behind:
+                    if operations:
                         operations = kept + operations
                         outcome = database.transact(operations)
-                        failed = [one for one in operations if one.future is None] if outcome.failure else []
-                        kept = operations if outcome.is_part and not outcome.failure else failed
+                        kept = [one for one in operations if one.future is None] if outcome.failure else []
                     else:
                         outcome = database.look()
-                    is_behind = outcome.is_part
                     if outcome != NOTHING:
                         loop.call_soon_threadsafe(self._receive, node_id, outcome)
-                    if is_behind:
-                        _await_loop(loop)
             loop.call_soon_threadsafe(_settle, ended, None)
 
 
@@ -335,14 +329,14 @@ class Database:
             self.file.begin()
             transaction = self._transaction()
             transaction.begin(outcome)
-            for operation in () if outcome.is_part else operations:
+            for operation in operations:
                 if operation.future is None or not operation.future.done():
                     try:
                         answer = operation.run(transaction, *operation.arguments)
                     except (KeyReused, ClientIdTaken, ConnectionRefused) as refusal:
                         answer = refusal
                     outcome.answers.append((operation, answer))
-            transaction.finish(len(outcome.answers))
+            transaction.finish(len(operations))
             self.file.commit()
             if (opening := outcome.opening) is not None:
                 self.file.run("BEGIN")
@@ -385,14 +379,6 @@ class Database:
         if is_first and is_wrong_path:
             return SettingsError(f"store: cannot use {self.file.path}: {reason}")
         return away(reason)
-
-
-def _await_loop(loop: asyncio.AbstractEventLoop) -> None:
-    """Return when the event loop has done what it was given, or has closed: it is given one page at a time."""
-    done = threading.Event()
-    loop.call_soon_threadsafe(done.set)
-    while not done.wait(1) and not loop.is_closed():
-        pass
 
 
 def _settle(future: asyncio.Future[Any], answer: Any) -> None:

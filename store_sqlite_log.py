@@ -22,7 +22,7 @@ from log import PAGE_BYTES, PAGE_ENTRIES, Audience
 from settings import Settings, number
 from store import Found, Reach, Record
 from store_sqlite_file import File, away, failure_of
-from store_sqlite_state import front_of, id_of, last_up_to, record_of, state_of
+from store_sqlite_state import front_of, last_up_to, record_of, state_of
 from store_sqlite_transaction import Progress
 
 # Records of each of several names that one call counts: milliseconds.
@@ -112,12 +112,12 @@ class SqliteLog:
         after, complete = front - 1, since is None and front == 1
         if since is not None:
             found = last_up_to(since, self._run, state)
-            complete = found >= after and id_of(found, self._run, state) == since
+            complete = found >= after and self._id_of(found) == since
             after = found if complete else after
         end = max(after, last_up_to(until, self._run, state))
         replayed = self._everyone_before(end + 1) - self._everyone_before(after + 1)
         present = {name: count for name in interest.names() if (count := self._addressed(name, after, end))}
-        position, interest = id_of(after, self._run, state), interest.only(present.__contains__)
+        position, interest = self._id_of(after), interest.only(present.__contains__)
         return Reach(position, complete, replayed, interest, until), after, end, present
 
     def _addressed(self, name: str, after: int, end: int) -> int:
@@ -162,8 +162,13 @@ class SqliteLog:
             reached = records[-1].id
         if newest_first and reached != after:
             # The page ends before its oldest record.
-            reached = id_of(last_up_to(reached, self._run, state) - 1, self._run, state)
+            reached = self._id_of(last_up_to(reached, self._run, state) - 1)
         return Found(records, reached, state.before)
+
+    def _id_of(self, sequence: int) -> str:
+        """Return the id of a record, or the one before the first."""
+        row = self._run("SELECT id FROM log WHERE sequence = ?", (sequence,)).fetchone()
+        return state_of(self._run).before if row is None else row[0]
 
     def _everyone_before(self, sequence: int) -> int:
         row = self._run("SELECT everyone_before FROM log WHERE sequence = ?", (sequence,)).fetchone()

@@ -109,12 +109,6 @@ def last_up_to(id: str, run: Run, state: State) -> int:
     return first_that(is_later, run, state) - 1
 
 
-def id_of(sequence: int, run: Run, state: State) -> str:
-    """Return the id of a record, or the one before the first."""
-    row = run("SELECT id FROM log WHERE sequence = ?", (sequence,)).fetchone()
-    return state.before if row is None else row[0]
-
-
 def newest_end(run: Run, settings: Settings, newest: str) -> tuple[str, list[Record]]:
     """Return the newest records up to an id that fit in the cache of a process, and the id before the first of them."""
     state = state_of(run)
@@ -130,7 +124,8 @@ def newest_end(run: Run, settings: Settings, newest: str) -> tuple[str, list[Rec
             break
         records.append(record)
     records.reverse()
-    return id_of(last - len(records), run, state), records
+    row = run("SELECT id FROM log WHERE sequence = ?", (last - len(records),)).fetchone()
+    return (state.before if row is None else row[0]), records
 
 
 def state_of(run: Run) -> State:

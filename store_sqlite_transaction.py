@@ -45,7 +45,7 @@ from store import (
 )
 from store_keys import check_reuse
 from store_sqlite_file import CHECKPOINT_PAGES, PAGE_BYTES, File
-from store_sqlite_state import OPENING_RECORDS, NodeState, front_of, id_of, last_up_to, record_of, state_of, total_of
+from store_sqlite_state import NodeState, front_of, last_up_to, record_of, state_of, total_of
 
 TRIM_SECONDS = 1.0
 REVOCATIONS_AT_ONCE = 5000
@@ -65,9 +65,7 @@ ADDRESS = (
     "INSERT INTO addressed (name, sequence, number) VALUES (?1, ?2, 1 + coalesce("
     "(SELECT number FROM addressed WHERE name = ?1 ORDER BY sequence DESC LIMIT 1), 0))"
 )
-RECORDS = "SELECT id, rest, audience, replayed, at FROM log WHERE sequence > ? ORDER BY sequence LIMIT ?"
-# Records that a process reads at once of those that it has missed, as after a long stop: a few milliseconds.
-READ_AT_ONCE = 1000
+RECORDS = "SELECT id, rest, audience, replayed, at FROM log WHERE sequence > ? ORDER BY sequence"
 
 
 class Operation(NamedTuple):
@@ -87,8 +85,6 @@ class Outcome(Struct):
     # The id before the first record where the log has trimmed others before this process could read them.
     missed: str = ""
     records: list[Record] = []
-    # Whether there are more records to read. No operation was run, since each comes after all records before it.
-    is_part: bool = False
     mail: list[tuple[str, bytes]] = []
     evicted: bool = False
     failure: StoreUnavailable | SettingsError | None = None
@@ -129,8 +125,6 @@ class Transaction:
         self._rows: list[tuple[Any, ...]] = []
         self._addressed: list[tuple[str, int]] = []
         self._is_to_restore, self._trimmed_at = progress.is_to_restore, progress.trimmed_at
-        # The last record that this process has read so far, where more follow.
-        self._reached: tuple[str, int] | None = None
         # Records to deliver and nodes to wake after the commit.
         self.appended: list[Record] = []
         self.to_wake: set[str] = set()
@@ -143,14 +137,9 @@ class Transaction:
         if sequence < 0:
             sequence = last_up_to(self._progress.newest, self._run, state)
         if state.last > self._progress.newest and state.sequence > sequence:
-            if state.before > self._progress.newest:
-                # Begin anew as a process that joins, with the newest end of the log.
-                sequence = max(state.sequence - OPENING_RECORDS, last_up_to(state.before, self._run, state))
-                outcome.missed = id_of(sequence, self._run, state)
-            outcome.records = list(map(record_of, self._run(RECORDS, (sequence, READ_AT_ONCE))))
-            newest = outcome.records[-1].id if outcome.records else state.last
-            outcome.is_part = newest < state.last
-            self._reached = (newest, last_up_to(newest, self._run, state)) if outcome.is_part else None
+            rows = self._run(RECORDS, (sequence,)).fetchall()
+            outcome.missed = state.before if state.before > self._progress.newest else ""
+            outcome.records = list(map(record_of, rows))
         if state.mail > self._progress.mail:
             sql = "SELECT sender, message FROM mail WHERE node = ? AND number > ? ORDER BY number"
             outcome.mail = self._run(sql, (self._node_id, self._progress.mail)).fetchall()
@@ -178,7 +167,7 @@ class Transaction:
         state, settings = self.state, self._settings
         self._file.run_many(APPEND, self._rows)
         self._file.run_many(ADDRESS, self._addressed)
-        self.node.read = self._reached[1] if self._reached else state.sequence
+        self.node.read = state.sequence
         excess = max(min(settings.history_size // 10, TRIMMED_AT_ONCE), 100)
         if (
             self._now - self._trimmed_at > TRIM_SECONDS
@@ -195,8 +184,8 @@ class Transaction:
     def save_progress(self) -> None:
         """Note how far the process has got, after the commit."""
         progress, state = self._progress, self.state
-        progress.newest, progress.sequence = self._reached or (state.last, state.sequence)
-        progress.mail, progress.before = state.mail, state.before
+        progress.newest, progress.sequence, progress.mail = state.last, state.sequence, state.mail
+        progress.before = state.before
         progress.is_to_restore, progress.trimmed_at = self._is_to_restore, self._trimmed_at
 
     # --- nodes

@@ -26,6 +26,7 @@ export class Refusal extends Error {
 function advice(status, reason, wait) {
   const said = reason.replace(/\.?$/, ".");
   if (status === 0) return "The server does not answer. Is it running? The page goes on by itself once it is back.";
+  if (status === 401 && /^Invalid token/.test(reason)) return "The server does not know this key or token. Type another.";
   if (status === 401) return `${said} Type another key or token.`;
   if (status === 403 && /needs admin/.test(reason)) return "This needs a key, or a token with the right “admin”.";
   if (status === 403 && /to publish$/.test(reason)) return "Publishing needs a key, or a token with the right “publish”.";

@@ -82,7 +82,7 @@ function update(row, client) {
   user.classList.toggle("faint", client.user === null);
   if (!id.firstChild) id.append(el("code", {}, client.client_id), el("span.tag", { hidden: true }, "this page"), el("small", {}, [client.transport === "sse" ? "stream" : client.transport, client.address].filter(Boolean).join(" · ")));
   id.querySelector(".tag").hidden = client.client_id !== own;
-  if (topics.textContent !== client.topics.join("")) topics.replaceChildren(...client.topics.map((topic) => el("span.topic", {}, topic)));
+  if (topics.textContent.trim() !== client.topics.join(" ")) topics.replaceChildren(...client.topics.flatMap((topic) => [el("span.topic", {}, topic), " "]));
   since.replaceChildren(ago(client.connected_at));
   heard.replaceChildren(ago(client.last_ping));
   say(agent, client.user_agent ?? "");

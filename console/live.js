@@ -5,9 +5,9 @@
 // 2. A screen reader hears a summary every few seconds, never each notification.
 
 import { NotifydClient } from "../client.js";
-import { BASE, key } from "./api.js";
+import { BASE, Refusal, key } from "./api.js";
 import { byId, count, el, names, number, say, settled, span } from "./elements.js";
-import { haystack, row } from "./notification.js";
+import { has, row } from "./notification.js";
 
 const KEPT = 2000;
 const SHOWN = 200;
@@ -40,7 +40,7 @@ export function connect() {
     since: last,
     ...(secret && { token: secret }),
     onNotification: arrived,
-    onMessage: (message) => message.type === "resume" && resumed(message.data),
+    onMessage: (message) => heard[message.type]?.(message.data),
     onState: (state, detail) => queueMicrotask(() => mine === client && entered(state, detail)),
   }));
 }
@@ -51,6 +51,8 @@ export function disconnect() {
   client = undefined;
   left?.close();
 }
+
+const heard = { resume: resumed, shutdown: () => dispatchEvent(new CustomEvent("unsettled")) };
 
 const STATES = {
   connecting: () => "Connecting",
@@ -69,6 +71,7 @@ function entered(state, detail) {
   if (state === "open" && !lostAt) note("");
   if (state === "waiting") {
     lostAt ||= Date.now();
+    dispatchEvent(new CustomEvent("unsettled"));
     note(`The connection is lost${detail.reason ? `: ${detail.reason}` : ""}. The page connects again by itself, and then gets what it has missed.`);
   }
   if (state === "closed") ended(detail.reason);
@@ -76,7 +79,7 @@ function entered(state, detail) {
 
 function ended(reason) {
   if (/^(Token |Invalid token|Authentication required)/.test(reason)) {
-    dispatchEvent(new CustomEvent("locked", { detail: { message: `${reason}. Type another key or token.` } }));
+    dispatchEvent(new CustomEvent("locked", { detail: new Refusal(401, reason) }));
     return;
   }
   const isAboutTopics = /topic/.test(reason);
@@ -90,7 +93,7 @@ function resumed({ replayed, complete }) {
   const away = span((Date.now() - lostAt) / 1000);
   lostAt = 0;
   const came = replayed ? `${count(replayed, "notification")} came meanwhile and ${replayed === 1 ? "is" : "are"} here now` : "nothing came meanwhile";
-  const gap = complete ? "" : " Others may be missing: the log of the server does not reach back that far.";
+  const gap = complete ? "" : " Some may be missing: the log of the server does not reach back that far.";
   note(`Connected again after ${away}: ${came}.${gap}`);
 }
 
@@ -120,7 +123,7 @@ function fits() {
   const text = byId("live-text").value.trim().toLowerCase();
   const only = byId("live-only").checked;
   return (each) =>
-    (!type || each.type.toLowerCase().includes(type)) && (!only || each.topics) && (!text || haystack(each).includes(text));
+    (!type || each.type.toLowerCase().includes(type)) && (!only || each.topics) && (!text || has(each, text));
 }
 
 /** Show the notifications that have come since the last time. */

@@ -11,7 +11,7 @@ export function row(notification, more) {
     clock(timestamp),
     el("span.type", { title: type }, type),
     el("span.message", { dir: "auto" }, shown(data)),
-    topics && el("span.topics", {}, ...topics.map((topic) => el("span.topic", {}, topic))),
+    topics && el("span.topics", {}, ...topics.flatMap((topic) => [el("span.topic", {}, topic), " "])),
   );
   const details = el("details", {}, summary);
   // Most are never unfolded.
@@ -30,6 +30,6 @@ export function row(notification, more) {
 /** Return the message of a notification's data: the server puts it there always, but a host's own might be anything. */
 const shown = (data) => (typeof data?.message === "string" ? data.message : JSON.stringify(data));
 
-/** Return the text in which a search looks. */
-export const haystack = ({ id, type, topics = [], data }) =>
-  `${id} ${type} ${topics.join(" ")} ${JSON.stringify(data)}`.toLowerCase();
+/** Whether a notification has a text, which is in lower case, in its type, topics or data, or has it as its id. */
+export const has = ({ id, type, topics = [], data }, text) =>
+  id === text || `${type} ${topics.join(" ")} ${JSON.stringify(data)}`.toLowerCase().includes(text);

@@ -8,9 +8,11 @@ const OPEN_MS = 2000;
 const CLOSED_MS = 10_000; // so that the plots have a past when the panel is opened
 
 let links = {};
+let isStopped = true; // nobody may see anything
 let isVisible = false;
 let timer;
 let before; // the metrics of the last time, with their second
+let isWell = true; // it answers, and does not drain
 let mayRead = true; // whether the key has the right to the figures
 let remaining = 0; // clients when the drain began
 
@@ -24,16 +26,19 @@ const plots = {
 export function start(known) {
   links = known;
   mayRead = true;
+  isStopped = false;
   byId("server-plots").replaceChildren(...Object.values(plots).map((plot) => plot.element));
   poll();
 }
 
 export function stop() {
+  isStopped = true;
   clearTimeout(timer);
 }
 
 /** Ask now, since something has happened. */
 export function poll() {
+  if (isStopped) return;
   clearTimeout(timer);
   timer = setTimeout(async () => {
     timer = undefined;
@@ -41,7 +46,7 @@ export function poll() {
       await state();
       await metrics();
     } finally {
-      timer ??= setTimeout(poll, isVisible ? OPEN_MS : CLOSED_MS);
+      if (!isStopped) timer ??= setTimeout(poll, isVisible || !isWell ? OPEN_MS : CLOSED_MS);
     }
   });
 }
@@ -59,9 +64,10 @@ async function state() {
     tell(name, connections, message);
   } catch (refusal) {
     if (!(refusal instanceof Refusal)) throw refusal;
-    figure("State", refusal.status ? "unknown" : "away");
+    isWell = refusal.status !== 0;
+    figure("State", isWell ? "unknown" : "away");
     // What every panel says by itself needs no banner.
-    banner(refusal.status ? "" : refusal.message);
+    banner(isWell ? "" : refusal.message);
   }
 }
 
@@ -78,6 +84,7 @@ async function statusNow() {
 }
 
 function tell(status, { active, total, max_allowed: most }, message) {
+  isWell = STATES[status] === "running";
   figure("State", STATES[status] ?? status);
   figure("Clients", `${number(active)} of ${number(most)}`);
   figure("Clients in all", number(total));
@@ -112,7 +119,7 @@ function parsed(text) {
 
 const NO_RIGHT = "The figures need a key, or a token with the right “admin”.";
 
-const bytes = (value) => (value < 1e6 ? `${number(Math.round(value / 1e3))} kB` : `${number(Math.round(value / 1e5) / 10)} MB`);
+const bytes = (value) => (value < 1e3 ? `${value} B` : value < 1e6 ? `${number(Math.round(value / 1e3))} kB` : `${number(Math.round(value / 1e5) / 10)} MB`);
 
 async function metrics() {
   const second = Date.now() / 1000;
@@ -177,6 +184,9 @@ function settings({ server, shutdown, configuration, notification_service: servi
   );
   list.hidden = false;
 }
+
+// The connection is lost, or the server says that it ends.
+addEventListener("unsettled", poll);
 
 // --- the panel
 
