@@ -4,14 +4,25 @@
 // Addresses are relative to the page: so they are right under a mount, and behind a proxy that has its own prefix.
 
 export const BASE = new URL(".", document.baseURI);
+const storage = storageHere();
 // By the path of the page: several servers can be mounted at one origin.
 const PLACE = `notifyd.key ${BASE.pathname}`;
 
 export const key = {
-  get: () => sessionStorage.getItem(PLACE) ?? "",
-  set: (value) => sessionStorage.setItem(PLACE, value),
-  forget: () => sessionStorage.removeItem(PLACE),
+  get: () => storage.getItem(PLACE) ?? "",
+  set: (value) => storage.setItem(PLACE, value),
+  forget: () => storage.removeItem(PLACE),
 };
+
+/** Return sessionStorage, or the page's memory in a browser that keeps nothing for pages. */
+function storageHere() {
+  try {
+    return sessionStorage;
+  } catch {
+    const held = new Map();
+    return { getItem: (name) => held.get(name), setItem: (name, value) => held.set(name, value), removeItem: (name) => held.delete(name) };
+  }
+}
 
 /** A request that was refused, or not answered (status 0). Its message says what to do. */
 export class Refusal extends Error {
@@ -19,7 +30,7 @@ export class Refusal extends Error {
     super(advice(status, reason, wait));
     this.status = status;
     this.reason = reason;
-    this.wait = wait; // seconds until the same request may succeed
+    this.wait = wait; // seconds until the same request may succeed, where the server says it
   }
 }
 

@@ -25,6 +25,7 @@ const tabs = Object.keys(PANELS).map((name) => byId(`tab-${name}`));
 // --- panels
 
 function select(name) {
+  document.body.dataset.ready = "";
   for (const tab of tabs) {
     const isChosen = tab.id === `tab-${name}`;
     tab.setAttribute("aria-selected", isChosen);
@@ -76,6 +77,11 @@ async function unlock() {
   } catch (refusal) {
     if (!(refusal instanceof Refusal)) throw refusal;
     if (refusal.status === 401) return; // the request has told it already
+    if (!key.get()) {
+      say(byId("connection"), refusal.message);
+      setTimeout(unlock, refusal.wait * 1000 || RETRY_MS);
+      return;
+    }
     // 403 is a token with fewer rights. Every other refusal has its place in the panels.
   }
   isStarted = true;

@@ -20,8 +20,8 @@ addEventListener("connected", ({ detail }) => (own = detail.clientId));
 
 const haystack = (client) => [client.user, client.client_id, ...client.topics, client.user_agent, client.address].join(" ").toLowerCase();
 
-/** Read the clients, all pages as far as they are needed, and show those that have the text. */
-async function refresh() {
+/** Read the clients, all pages as far as they are needed, and show those that have the text; `aloud` for a person. */
+async function refresh(aloud = true) {
   const mine = ++turn;
   clearTimeout(timer);
   const wanted = text.value.trim().toLowerCase();
@@ -30,9 +30,11 @@ async function refresh() {
     let matches = 0;
     let after = "";
     let total = 0;
+    let pages = 0;
     do {
       const page = await read("clients", { limit: wanted ? PAGE : Math.min(PAGE, most), after });
       if (mine !== turn) return;
+      pages++;
       const fitting = wanted ? page.clients.filter((client) => haystack(client).includes(wanted)) : page.clients;
       matches += fitting.length;
       found.push(...fitting.slice(0, most - found.length));
@@ -40,13 +42,15 @@ async function refresh() {
     } while (after && (wanted || found.length < most));
     say(byId("clients-error"), "");
     draw(found, total, wanted ? matches : total, wanted);
+    if (aloud) say(byId("clients-said"), byId("clients-note").textContent);
+    timer = setTimeout(refresh, REFRESH_MS * pages, false);
   } catch (refusal) {
     if (!(refusal instanceof Refusal)) throw refusal;
     if (mine !== turn) return;
     say(byId("clients-error"), refusal.message);
-    if (refusal.status === 403) return draw([], 0, 0, "");
+    if (refusal.status === 403) draw([], 0, 0, "");
+    else timer = setTimeout(refresh, REFRESH_MS, false);
   }
-  timer = setTimeout(refresh, REFRESH_MS);
 }
 
 /** Show these clients; a row that is there already stays, with the focus in it. */
@@ -109,8 +113,8 @@ async function disconnect({ client_id: id }) {
     if (!(refusal instanceof Refusal)) throw refusal;
     return say(byId("clients-error"), refusal.message);
   }
-  await refresh();
-  say(byId("clients-note"), `${id} is disconnected.`);
+  await refresh(false);
+  for (const place of ["clients-note", "clients-said"]) say(byId(place), `${id} is disconnected.`);
   // The button that had the focus is gone.
   const next = body.rows[Math.min(place, body.rows.length - 1)];
   (next?.querySelector("button") ?? byId("clients-refresh")).focus();
@@ -127,8 +131,8 @@ export function hide() {
   clearTimeout(timer);
 }
 
-text.addEventListener("input", settled(refresh, 250));
-byId("clients-refresh").addEventListener("click", refresh);
+text.addEventListener("input", settled(() => refresh(), 250));
+byId("clients-refresh").addEventListener("click", () => refresh());
 byId("clients-more").addEventListener("click", () => {
   most += MOST;
   refresh();

@@ -14,7 +14,7 @@ let timer;
 let before; // the metrics of the last time, with their second
 let isWell = true; // it answers, and does not drain
 let mayRead = true; // whether the key has the right to the figures
-let remaining = 0; // clients when the drain began
+let remaining = 0; // clients before the drain
 
 const plots = {
   clients: new Plot("Clients"),
@@ -86,26 +86,32 @@ async function statusNow() {
 function tell(status, { active, total, max_allowed: most }, message) {
   isWell = STATES[status] === "running";
   figure("State", STATES[status] ?? status);
+  figure("Store", status === "unhealthy" ? "away" : "answers");
   figure("Clients", `${number(active)} of ${number(most)}`);
   figure("Clients in all", number(total));
   if (status === "shutting_down") {
     remaining = Math.max(remaining, active);
-    const left = active ? `${number(active)} of ${count(remaining, "client")} still connected` : "no client is connected any more";
-    banner(`The server is shutting down: it takes no notifications and no new clients; ${left}.`, [active, remaining]);
+    banner("The server is shutting down: it takes no notifications and no new clients.");
+    drain(active);
   } else {
-    remaining = 0;
+    remaining = active;
     banner(status === "unhealthy" ? `${message.replace(/\.?$/, ".")} Notifications are refused until it is back; clients stay connected.` : "");
   }
 }
 
-/** Show a text above every panel, with the part that remains of something. */
-function banner(text, [left, all] = [0, 0]) {
-  const place = byId("banner");
-  if (place.firstChild?.textContent !== text) place.replaceChildren(...(text ? [el("p", {}, text)] : []));
-  if (!text || !all) return;
-  const bar = place.querySelector("progress") ?? place.appendChild(el("progress", { "aria-label": "Clients that have left" }));
-  bar.max = all;
-  bar.value = all - left;
+/** Show a text above every panel. It is read out, so nothing in it changes every second. */
+function banner(text) {
+  say(byId("banner"), text);
+  byId("drain").hidden = true;
+}
+
+function drain(active) {
+  const place = byId("drain");
+  say(place.querySelector("p"), active ? `${number(active)} of ${count(remaining, "client")} still connected.` : "No client is connected any more.");
+  const bar = place.querySelector("progress");
+  bar.max = Math.max(remaining, 1);
+  bar.value = bar.max - active;
+  place.hidden = false;
 }
 
 // --- the figures

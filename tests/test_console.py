@@ -356,6 +356,10 @@ def test_history_goes_back_page_by_page(start_server: StartServer, browse: Open)
     console.evaluate("document.getElementById('history-until').value = '2020-01-01T00:00'")
     console.click("button", "Show")
     console.sees("The log has nothing for these.")
+    console.evaluate("document.getElementById('history-until').value = ''")
+    console.evaluate("document.getElementById('history-from').value = '2020-01-01T00:00'")
+    console.click("button", "Show")
+    eventually(lambda: rows(console, "#history-list")[:2] == ["for alice", "for builds"])
 
 
 # Server.
@@ -378,7 +382,8 @@ def test_the_drain_is_shown_while_it_goes_on(start_server: StartServer, browse: 
     console = browse(f"{server.url}/#publish")
     console.sees("Connected as client_")
     server.signal()
-    console.sees("The server is shutting down: it takes no notifications and no new clients; 1 of ")
+    console.sees("The server is shutting down: it takes no notifications and no new clients.")
+    console.sees("still connected")
     stays.socket.close()
     console.sees("The server does not answer.")
     console.tab.console.clear()
@@ -462,6 +467,21 @@ def test_a_token_shows_what_it_may(start_server: StartServer, browse: Open) -> N
         console.open(panel)
         console.sees("a token with the right “admin”.", f"#{panel.lower()}")
     assert all("403" in line for line in console.tab.console)
+    console.tab.console.clear()
+
+
+def test_a_refused_request_says_how_long_to_wait(start_server: StartServer, browse: Open) -> None:
+    """The files of the page count for no rate, so it loads whatever the address has asked for."""
+    server = start_server("--rate-limit")
+    console = browse(f"{server.url}/#publish")
+    console.sees("Connected as client_")
+    console.fill("Message", "hi")
+    while server.get("/topics").status_code != 429:
+        pass
+    console.click("button", "Publish")
+    console.sees("Rate limit exceeded: 10 requests a second, 20 at once. Wait 1 s, then try again.")
+    console.click("button", "Publish")
+    console.sees("Published.")
     console.tab.console.clear()
 
 
