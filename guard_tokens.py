@@ -64,6 +64,8 @@ _UNREADABLE = (
     *(jwt.PyJWTError, UnsupportedAlgorithm, NotImplementedError),
     *(ValueError, TypeError, AttributeError, LookupError),
 )
+# A fetch of keys, and the reading of what it brings, raises these.
+_UNFETCHED = (OSError, HTTPException, ValueError, TimeoutError, RecursionError)
 # PyJWT raises these where a token is not signed with the key at hand.
 _UNPROVEN = (jwt.InvalidSignatureError, jwt.InvalidKeyError, jwt.InvalidAlgorithmError)
 # The `key_ops` of a key for signatures (RFC 7517, section 4.3); some issuers name that of the private half.
@@ -173,6 +175,14 @@ def tokens_of(settings: Settings) -> Tokens:
     return Tokens(find, settings.jwt_audience, settings.jwt_issuer, settings.jwt_user_claim)
 
 
+def check_fetch(settings: Settings) -> None:
+    """Fetch the keys of --jwks-url once. Raises SettingsError with the reason where that fails."""
+    try:
+        KeySet(lambda: _fetch(settings.jwks_url), settings.jwt_algorithms).fetch()
+    except _UNFETCHED as error:
+        raise SettingsError(f"--jwks-url: the keys cannot be fetched: {error or type(error).__name__}") from None
+
+
 def _secret(settings: Settings, wanted: Sequence[str]) -> Key:
     try:
         key = jwt.get_algorithm_by_name("HS256").prepare_key(settings.jwt_secret)
@@ -278,15 +288,16 @@ class KeySet:
         await asyncio.sleep(self._pause())
         began_at = self._clock()
         try:
-            self._keys = await asyncio.wait_for(asyncio.to_thread(self._fetch_keys), FETCH_SECONDS)
-        except (OSError, HTTPException, ValueError, TimeoutError, RecursionError) as error:
+            self._keys = await asyncio.wait_for(asyncio.to_thread(self.fetch), FETCH_SECONDS)
+        except _UNFETCHED as error:
             logger.warning("The keys for tokens cannot be fetched: %s", error or type(error).__name__)
             self._failed = True
         else:
             self._failed, self._keys_at = False, began_at
         self._asked_at = self._clock()
 
-    def _fetch_keys(self) -> list[Key]:
+    def fetch(self) -> list[Key]:
+        """Return the keys as they are now. Raises one of _UNFETCHED."""
         # Both in the thread: parsing a document with thousands of keys takes a second or more.
         return self._keys_in(self._fetch())
 

@@ -220,6 +220,10 @@ def main() -> int:
     from server_workers import read_start  # noqa: PLC0415 - a host does not serve
 
     try:
+        if sys.argv[1:] and not sys.argv[1].startswith("-"):
+            from command import run  # noqa: PLC0415 - for a command beside serving, whose first word has no dash
+
+            return run(sys.argv[1:], os.environ)
         start = read_start(os.environ)
         settings, warnings, contract = load(sys.argv[1:], os.environ) if start is None else (start.settings, (), "")
         _configure_logging(settings)

@@ -256,13 +256,13 @@ def serve(settings: Settings, create_app: CreateApp) -> int:
         with extra("server", "--loop"):
             importlib.import_module("uvloop")
     is_open = authenticator_of(settings) is None
-    certificate = _certificate_of(settings)
+    certificate = certificate_of(settings)
     if certificate is not None:
         # A reload that comes before the server can handle it waits, and does not end the process.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     raise_file_limit(settings.max_connections)
     try:
-        listeners = _bind_all(settings)
+        listeners = bind_all(settings)
     except ListenError as error:
         print(f"notifyd: {error}", file=sys.stderr)
         return 1
@@ -284,7 +284,7 @@ def work(start: WorkerStart, create_app: CreateApp) -> int:
     settings = start.settings
     listeners = [socket.socket(fileno=listener) for listener in start.listeners]
     app = create_app(settings)
-    Server(app, settings, _certificate_of(settings), "", ParentLink(start)).run(listeners)
+    Server(app, settings, certificate_of(settings), "", ParentLink(start)).run(listeners)
     return 0
 
 
@@ -292,7 +292,7 @@ def announce(where: str) -> None:
     print(f"notifyd {VERSION} listens on {where} (Ctrl+C stops it)", file=sys.stderr, flush=True)
 
 
-def _certificate_of(settings: Settings) -> Certificate | None:
+def certificate_of(settings: Settings) -> Certificate | None:
     if settings.ssl_certfile:
         return Certificate(settings)
     if settings.ssl_keyfile:
@@ -319,7 +319,7 @@ def _config(app: App, settings: Settings) -> uvicorn.Config:
     )
 
 
-def _bind_all(settings: Settings) -> list[socket.socket]:
+def bind_all(settings: Settings) -> list[socket.socket]:
     """Return the bound sockets of the port and of the internal port. Raises ListenError."""
     internal = []
     if settings.internal_port:

@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import ipaddress
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_args
 
 import msgspec
@@ -19,6 +19,8 @@ from msgspec import Meta, Struct
 
 VERSION = "0.1.0"
 PREFIX = "NOTIFYD_"
+# No settings of a server: the commands beside serving read them.
+URL_VARIABLE, KEY_VARIABLE = f"{PREFIX}URL", f"{PREFIX}KEY"
 
 # A shorter interval would keep the event loop busy with nothing else.
 LEAST_SECONDS = 0.01
@@ -260,6 +262,11 @@ def _is_proxy(text: str) -> bool:
         return False
 
 
+def is_secret(name: str, value: Any) -> bool:
+    """Whether the value of a setting is a secret, or holds one."""
+    return name in _SECRETS and (name != "store" or "@" in value or "password" in value)
+
+
 def is_origin(text: str) -> bool:
     """Whether --allow-origin takes a text."""
     return _ORIGIN.match(text) is not None
@@ -340,13 +347,22 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings, lis
     Returns them with warnings for the log, and the contract to print in the place of serving: openapi, asyncapi, or
     none. Raises SettingsError, or SystemExit after --help and --version.
     """
-    flags = vars(_parser().parse_args(list(argv)))
-    contract = flags.pop("print_contract")
-    if flags["jwt_algorithms"] is not None:
-        flags["jwt_algorithms"] = _split(",".join(flags["jwt_algorithms"]))
-    given = {name: _Given(f"--{_dashed(name)}", value) for name, value in flags.items() if value is not None}
-    variables, warnings = _variables(environ)
-    return Settings(**variables | given), warnings, contract
+    flags = vars(parser().parse_args(list(argv)))
+    values, warnings = given(flags, environ)
+    return Settings(**values), warnings, flags["print_contract"]
+
+
+def given(flags: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the values that flags, as they are parsed, and variables give to settings, with warnings for the log.
+
+    Nothing is checked before a value is a setting.
+    """
+    found, warnings = _variables(environ)
+    for name in Settings.__struct_fields__:
+        if (value := flags.get(name)) is not None:
+            value = _split(",".join(value)) if name == "jwt_algorithms" else value
+            found[name] = _Given(f"--{_dashed(name)}", value)
+    return found, warnings
 
 
 def from_environ(environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
@@ -360,7 +376,7 @@ def _variables(environ: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     found: dict[str, Any] = {}
     warnings = []
     for variable, value in environ.items():
-        if not variable.startswith(PREFIX):
+        if not variable.startswith(PREFIX) or variable in (URL_VARIABLE, KEY_VARIABLE):
             continue
         if _KUBERNETES.match(variable) and (variable not in known or value.startswith("tcp://")):
             if variable in known:
@@ -399,10 +415,12 @@ def _expected(name: str, error: msgspec.ValidationError) -> str:
     return text
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
     def error(self, message: str) -> NoReturn:
         """Raise SettingsError: the user sees one line instead of a page of usage."""
-        raise SettingsError(f"{message} (--help shows every flag)")
+        raise SettingsError(f"{message.removeprefix('argument ')} (--help shows every flag)")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Name an unknown flag without its value: that may be a secret."""
@@ -417,10 +435,12 @@ def _dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def parser() -> Parser:
+    """Return the parser of the command line that serves."""
+    parser = Parser(
         prog="notifyd",
-        description="A WebSocket notification server: POST /notify, and every connected client knows at once.",
+        description="A WebSocket notification server: POST /notify, and every connected client knows at once. "
+        "Commands: notifyd publish, listen, token and check; each has its own --help.",
         epilog=f"Each flag has a variable: --max-connections is {PREFIX}MAX_CONNECTIONS. A flag goes before it.",
         allow_abbrev=False,
     )
@@ -431,16 +451,22 @@ def _parser() -> argparse.ArgumentParser:
         printing.add_argument(
             f"--print-{name}", action="store_const", dest="print_contract", const=name, default="", help=text
         )
+    add_flags(parser, Settings.__struct_fields__)
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
+    """Add the flags of these settings."""
     for field in msgspec.inspect.type_info(Settings).fields:  # type: ignore[attr-defined]
         kind, description = field.type, ""
         while isinstance(kind, msgspec.inspect.Metadata):
             description = (kind.extra_json_schema or {}).get("description", description)
             kind = kind.type
-        add_flag(parser, field.name, kind, description, field.default)
-    return parser
+        if field.name in names:
+            _add_flag(parser, field.name, kind, description, field.default)
 
 
-def add_flag(
+def _add_flag(
     parser: argparse.ArgumentParser, name: str, kind: msgspec.inspect.Type, description: str, default: Any
 ) -> None:
     """Add the flag of one setting; its value stays a string, for the Struct to check."""
@@ -452,13 +478,13 @@ def add_flag(
     elif isinstance(kind, msgspec.inspect.VarTupleType):
         parser.add_argument(flag, action="append", metavar=name.rpartition("_")[2].upper(), help=text)
     elif isinstance(kind, msgspec.inspect.LiteralType):
-        parser.add_argument(flag, action=_Once, metavar="|".join(map(str, kind.values)), help=text)
+        parser.add_argument(flag, action=Once, metavar="|".join(map(str, kind.values)), help=text)
     else:
         metavar = "TEXT" if isinstance(kind, msgspec.inspect.StrType) else "N"
-        parser.add_argument(flag, action=_Once, metavar=metavar, help=text)
+        parser.add_argument(flag, action=Once, metavar=metavar, help=text)
 
 
-class _Once(argparse.Action):
+class Once(argparse.Action):
     """Take one value. A second one is refused: the first would be ignored in silence."""
 
     def __call__(

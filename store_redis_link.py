@@ -183,3 +183,17 @@ async def send(connection: AbstractConnection, *command: Argument) -> None:
     """Send a command as hiredis packs it: in 2 us for an append, against 16 us in redis-py."""
     # hiredis's stub declares a tuple of one element.
     await connection.send_packed_command([hiredis.pack_command(command)])  # type: ignore[arg-type]
+
+
+async def failure_to_reach(settings: Settings) -> str | None:
+    """Return the reason why Redis, or so many replicas, cannot be reached; None if they can. Raises SettingsError.
+
+    Nothing is written.
+    """
+    link = RedisLink(settings, settings.store)
+    try:
+        async with link.connected() as (connection, _):
+            await link.await_replicas(connection)
+    except (exceptions.RedisError, OSError, TimeoutError) as error:
+        return link.reason(error)
+    return None

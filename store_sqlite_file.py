@@ -21,7 +21,7 @@ import select
 import socket
 import sqlite3
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -179,12 +179,7 @@ class File:
         self._identity = _identity(self.path)
         # isolation_level None: transactions begin with an explicit BEGIN.
         self._db = sqlite3.connect(self.path, timeout=self._timeout, isolation_level=None)
-        (version,) = self.run("PRAGMA user_version").fetchone()
-        (tables,) = self.run("SELECT count(*) FROM sqlite_master").fetchone()
-        if version > SCHEMA_VERSION:
-            raise SettingsError(f"store: {self.path} was written by a newer version of notifyd")
-        if version == 0 and tables:
-            raise SettingsError(f"store: {self.path} belongs to another program")
+        version = _version(self._db, self.path)
         self.run("PRAGMA journal_mode = WAL")
         self.run("PRAGMA synchronous = NORMAL")
         # Otherwise some COMMIT runs the checkpoint, and every process waits for its two fsyncs.
@@ -254,6 +249,38 @@ class File:
         name = f"{name.encode(errors='ignore')[:40].decode(errors='ignore')}-{node_id}"
         path = os.path.join(directory, name)
         return path if len(os.fsencode(path)) <= MAX_SOCKET_PATH else f"/proc/self/fd/{self._directory}/{name}"
+
+
+def _version(db: sqlite3.Connection, path: str) -> int:
+    """Return the version of the tables in a file, 0 for an empty one. Raises SettingsError if they are not ours."""
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if version > SCHEMA_VERSION:
+        raise SettingsError(f"store: {path} was written by a newer version of notifyd")
+    if version == 0 and tables:
+        raise SettingsError(f"store: {path} belongs to another program")
+    return int(version)
+
+
+def inspect(path: str, timeout: float) -> Iterator[str]:
+    """Yield what is odd with a file, which stays as it is. Raises SettingsError where a store cannot be in it."""
+    path = os.path.realpath(path)
+    directory = os.path.dirname(path)
+    if not os.path.exists(path):
+        if not os.path.isdir(directory) or not os.access(directory, os.W_OK | os.X_OK):
+            raise SettingsError(f"store: cannot make {path}: {directory} is not a directory to write in")
+        return
+    for each in (path, f"{path}-lock", f"{path}-wal", f"{path}-shm", directory):
+        if os.path.exists(each) and not os.access(each, os.R_OK | os.W_OK):
+            raise SettingsError(f"store: cannot use {path}: no right to write {each}")
+    # Without PATH-wal no process is at work. Another mode would make that file, owned by the user who looks.
+    mode = "mode=ro" if os.path.exists(f"{path}-wal") else "immutable=1"
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{quote(path)}?{mode}", uri=True, timeout=timeout)) as db:
+            if 0 < _version(db, path) < SCHEMA_VERSION:
+                yield f"--store: the start will change {path} for good: earlier versions do not read it any more"
+    except (OSError, sqlite3.Error) as error:
+        raise SettingsError(f"store: cannot use {path}: {failure_of(error)[0]}") from None
 
 
 def failure_of(error: OSError | sqlite3.Error) -> tuple[str, bool]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import asyncio
 import functools
 import re
+import shlex
 import subprocess
+import sys
 import threading
 import typing
 from collections.abc import Callable, Iterator
@@ -26,6 +29,7 @@ from ws_clients import PATIENCE
 import answers
 import bodies
 import clients
+import command
 import connection
 import contract_closes
 import conversation
@@ -62,7 +66,7 @@ MODULES = {path.name: path.read_text() for path in ROOT.glob("*.py")}
 
 # Flags of other programs that the pages name.
 FOREIGN_FLAGS = {"experimental-websocket", "factory", "appendonly", "save", "build", "deploy-hook", "stop-timeout"}
-FOREIGN_FLAGS |= {"forwarded-allow-ips", "graceful-timeout", "measure"}
+FOREIGN_FLAGS |= {"shell", "forwarded-allow-ips", "graceful-timeout", "measure"}
 # Raised in the Hub's part of the code, and never the reason of a close: one is for nobody, two are told otherwise.
 NO_REASONS = {
     *map(
@@ -137,16 +141,17 @@ def test_the_readme_has_every_setting_with_its_default() -> None:
     assert f"\n{expected}\n" in README, f"the README's table of settings should be:\n\n{expected}"
 
 
+def flags_of(parser: argparse.ArgumentParser) -> set[str]:
+    """Return the flags of a parser and of its commands."""
+    actions = parser._actions
+    inner = [each for action in actions if isinstance(action.choices, dict) for each in action.choices.values()]
+    return {flag[2:] for action in actions for flag in action.option_strings}.union(*map(flags_of, inner))
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_no_page_names_a_setting_that_does_not_exist(page: str) -> None:
     """Every flag and every variable in the text is one of the settings'."""
-    known = {name.replace("_", "-") for name in settings.Settings.__struct_fields__} | {
-        "help",
-        "version",
-        "print-openapi",
-        "print-asyncapi",
-        "no-console",
-    }
+    known = flags_of(command.parser())
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]+)", PAGES[page])) - FOREIGN_FLAGS
     named |= {name.lower().replace("_", "-") for name in re.findall(r"NOTIFYD_([A-Z]\w*)", PAGES[page])}
     assert named <= known
@@ -471,6 +476,9 @@ def test_every_http_error_is_documented_and_no_other() -> None:
 
 # Commands and snippets.
 
+# A command of the package, as it is where the package is installed.
+OURS = re.compile(r"(?<!\S)notifyd (?=[a-z])")
+
 
 def run(command: str, server: Server) -> str:
     """Return the output of a shell command that ends by itself."""
@@ -478,7 +486,7 @@ def run(command: str, server: Server) -> str:
         at(server, command),
         shell=True,
         cwd=ROOT,
-        env=shell_environment(),
+        env=shell_environment(server),
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -490,19 +498,23 @@ def run(command: str, server: Server) -> str:
 
 def at(server: Server, command: str) -> str:
     """Return the command for the server of the test: only the port is another."""
+    if OURS.search(command):
+        return OURS.sub(f"{shlex.quote(sys.executable)} notifyd.py ", command)
     assert "localhost:8000" in command
     return command.replace("localhost:8000", f"localhost:{server.port}")
 
 
-def shell_environment() -> dict[str, str]:
+def shell_environment(server: Server) -> dict[str, str]:
     # A pipe is no terminal: without this Python would buffer its output.
-    return environment({"NO_PROXY": "localhost", "no_proxy": "localhost", "PYTHONUNBUFFERED": "1"})
+    proxies = {"NO_PROXY": "localhost", "no_proxy": "localhost"}
+    return environment({**proxies, "PYTHONUNBUFFERED": "1", "NOTIFYD_URL": server.url})
 
 
 SHELL_BLOCKS = all_found(r"^```sh\n(.*?)^```$")
 LINES = [line for block in SHELL_BLOCKS for line in block.values[0].splitlines()]
-COMMANDS = [line for line in LINES if not line.startswith(("make ", "pip "))]
-LISTENING = [command for command in COMMANDS if command.startswith(("curl -N ", ".venv/bin/python -m websockets "))]
+COMMANDS = [line for line in LINES if not line.startswith(("make ", "pip ", "shtab "))]
+LISTENERS = ("curl -N ", ".venv/bin/python -m websockets ", "notifyd listen")
+LISTENING = [command for command in COMMANDS if command.startswith(LISTENERS)]
 ENDING = [command for command in COMMANDS if command not in LISTENING]
 
 
@@ -512,7 +524,13 @@ def test_a_block_can_be_pasted(block: str) -> None:
     assert not set(block.splitlines()[:-1]) & set(LISTENING)
 
 
-@pytest.mark.parametrize("command", ENDING)
+@pytest.mark.parametrize("command", list(filter(OURS.search, ENDING)))
+def test_a_line_with_a_command_of_ours_works_as_written(server: Server, command: str) -> None:
+    """It ends with 0."""
+    run(command, server)
+
+
+@pytest.mark.parametrize("command", [command for command in ENDING if not OURS.search(command)])
 def test_a_curl_line_works_as_written(server: Server, command: str) -> None:
     """Its answer is the documented one, and no error."""
     head, _, body = run(command, server).rpartition("\n\n")
@@ -531,20 +549,20 @@ def test_a_curl_line_works_as_written(server: Server, command: str) -> None:
 @pytest.mark.parametrize("command", LISTENING)
 def test_a_listening_line_works_as_written(server: Server, command: str) -> None:
     """It is welcomed, and prints a notification that is for everyone."""
-    with listening(at(server, command)) as printed:
-        assert printed("welcome|connected as")
+    with listening(at(server, command), server) as printed:
+        assert printed("welcome|connected (to .* )?as")
         server.notify("for everyone")
         assert printed("for everyone")
 
 
 @contextmanager
-def listening(command: str) -> Iterator[Callable[[str], bool]]:
+def listening(command: str, server: Server) -> Iterator[Callable[[str], bool]]:
     """Run a command that does not end by itself; yields a function that waits until it has printed a pattern."""
     process = subprocess.Popen(
         f"exec {command}",
         shell=True,
         cwd=ROOT,
-        env=shell_environment(),
+        env=shell_environment(server),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -20,7 +20,7 @@ TESTS = {path.stem: path for path in sorted((ROOT / "tests").glob("*.py"))}
 
 # The house map of docs/design.md: a module imports only modules that stand further down.
 ORDER = re.findall(r"^\| `(\w+)\.py` \|", (ROOT / "docs" / "design.md").read_text(), re.MULTILINE)
-PREFIXES = ("contract", "guard", "server", "store", "wire")
+PREFIXES = ("command", "contract", "guard", "server", "store", "wire")
 # The seam to the stores, and the rights of a client. notifyd.py puts the house together.
 KNOWN_TO_THE_CORE = {"store", "guard_identity"}
 

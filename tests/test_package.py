@@ -336,6 +336,17 @@ def test_a_missing_server_is_one_line_that_says_what_to_install(bare: Path, word
     assert "usage: notifyd" in command(bare / words[0], *words[1:], "--help")
 
 
+def test_the_bare_package_publishes_and_listens(bare: Path, server: Server) -> None:
+    """The commands for a server elsewhere need no extra; the others name theirs in one line."""
+    command(bare / "notifyd", "publish", "hi", "--url", server.url)
+    listening = f"'{bare / 'notifyd'}' listen --since 1h --url {server.url} | grep -m1 hi"
+    assert command("sh", "-c", listening)
+    for words, extra in (["token", "--jwt-secret", "s" * 32], "jwt"), (["check", "--port", "0"], "server"):
+        ended = subprocess.run([bare / "notifyd", *words], cwd="/", capture_output=True, text=True, check=False)
+        [line] = (ended.stdout + ended.stderr).splitlines()
+        assert ended.returncode in (1, 2) and line.endswith(f"; pip install 'notifyd-server[{extra}]'")
+
+
 MISSING = {
     "jwks_url='https://example.com'": "tokens: needs jwt; pip install 'notifyd-server[jwt]'",
     "store='redis://localhost'": "store: needs redis; pip install 'notifyd-server[redis]'",
