@@ -19,12 +19,12 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import schemas
-from connection import STREAM_HEADERS, closed
 from errors import Category, MethodNotAllowed, NotFound, NotifydError, StoreUnavailable
 from guard_identity import Identity, Right
 from hub import Hub
 from query import NO_PARAMETERS, QUERY_KEY, Query, segments
 from schemas import TRY_AGAIN_LATER, encode
+from streams import STREAM_HEADERS, closed
 
 if TYPE_CHECKING:
     from guard_auth import Authenticator

@@ -29,7 +29,6 @@ import schemas
 from answers import RETRY_AFTER_SECONDS, Answer, Endpoint, Handler
 from assets import CONSOLE, files_at, media_type_of
 from bodies import JSON_TYPE, MAX_BATCH_BYTES, TEXT_TYPE
-from connection import PUT_OUT_ID, REPLACED_ID
 from errors import NotifydError
 from guard import EXEMPT
 from guard_identity import Identity, Right
@@ -37,6 +36,7 @@ from query import Limit
 from routes import PROMETHEUS_TYPE
 from schemas import MAX_KEY_LENGTH, Id, NotifyRequest, Since
 from settings import VERSION, Settings
+from streams import PUT_OUT_ID, REPLACED_ID
 
 Schema = dict[str, Any]
 

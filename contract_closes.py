@@ -35,6 +35,7 @@ CLOSES = (
         (
             "Frame is not masked",
             "Reserved bits are set",
+            "Compressed data is broken",
             "Unknown opcode",
             "Payload length is not minimal",
             "Control frame is fragmented or too long",

@@ -16,12 +16,12 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 import schemas
 from answers import Endpoint, Socket
 from clients import MESSAGE_BURST, MESSAGES_PER_SECOND
-from connection import NAMED_EVENTS
 from contract import INFO, SECURITY_SCHEMES, STREAM_TYPE, Schema, Schemas, query_parameters
 from contract_closes import CLOSES
 from publishers import WINDOW_REQUESTS
 from schemas import RESERVED_TYPES
 from settings import Settings
+from streams import NAMED_EVENTS
 
 DESCRIPTION = (
     "Each message is one JSON object in a text frame; clients may send binary frames as well. A client ignores types "

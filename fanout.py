@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from clients import Client
+from connection import BY_ITS_CONNECTION
 from log import Audience, Batch, Entry, Log, frame, payload, payloads
 from readers import Readers
 from schemas import POLICY_VIOLATION
@@ -313,9 +314,12 @@ class FanOut:
         frames, notifications, end, _ = batch
         size, write = len(frames), os.write
         for client in clients:
-            if client.cursor == cursor and client.pending is pending and client.descriptor >= 0:
+            if client.cursor == cursor and client.pending is pending and client.descriptor != -1:
                 client.cursor = end
                 client.pending = None
+                if client.descriptor == BY_ITS_CONNECTION:
+                    client.connection.write(frames)
+                    continue
                 try:
                     sent = write(client.descriptor, frames)
                 except OSError:

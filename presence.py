@@ -21,12 +21,12 @@ from msgspec import Struct
 
 import schemas
 from clients import Client
-from connection import PutOut
 from conversation import Change
 from errors import InvalidRequest, NotFound, StoreUnavailable, Unauthorized
 from guard_identity import shown_address
 from schemas import MAX_TOPICS, POLICY_VIOLATION, ConnectedClient, timestamp
 from slices import in_slices
+from streams import PutOut
 
 if TYPE_CHECKING:
     from admission import Newcomer

@@ -24,17 +24,7 @@ import schemas
 from admission import Newcomer
 from answers import Answer, Endpoint, Handler, Socket, answer, refuse_handshake, stream_of
 from bodies import MAX_BATCH_BYTES, TEXT_TYPE, UTF_8, Content, body_of, content_of, json_in, text_in
-from connection import (
-    PUT_OUT_ID,
-    REPEAT_EXTENSION,
-    REPLACED_ID,
-    SUBSCRIBER,
-    WIRE_EXTENSION,
-    EventStream,
-    SendConnection,
-    WebSocket,
-    WebSocketCarrier,
-)
+from connection import REPEAT_EXTENSION, SUBSCRIBER, WIRE_EXTENSION, SendConnection, WebSocket, WebSocketCarrier
 from errors import (
     InvalidRequest,
     NotifydError,
@@ -50,6 +40,7 @@ from query import HISTORY_LIMIT, PARAMETERS, QUERY_KEY, STATUS_LIMIT, Query
 from schemas import MAX_KEY_LENGTH, MAX_SHOWN, SUBPROTOCOL, TRY_AGAIN_LATER, Order, encode, timestamp
 from slices import in_slices
 from store import Appended, Once
+from streams import PUT_OUT_ID, REPLACED_ID, EventStream, StreamCarrier
 
 if TYPE_CHECKING:
     from guard_auth import Authenticator
@@ -211,6 +202,8 @@ async def connect(
 async def _admit_or_close(
     hub: Hub, authenticator: Authenticator | None, known: Set[str], connection: WebSocket, scope: Scope
 ) -> None:
+    if hub.settings.compression != "off":
+        connection.compress()
     if SUBPROTOCOL in (scope.get("subprotocols") or ()):
         # Also for a refusal, and without authentication: a browser fails where no subprotocol of its offer is chosen.
         connection.choose(SUBPROTOCOL)
@@ -242,9 +235,18 @@ async def events(hub: Hub, request: Request, sender: Identity | None) -> ASGIApp
     if request.method == "HEAD":
         newcomer.checked()
         return stream_of(b"")
-    stream = EventStream()
+    stream = EventStream(_carrier(hub, request))
     await hub.admit(stream, newcomer)
     return stream
+
+
+def _carrier(hub: Hub, request: Request) -> StreamCarrier:
+    if hub.settings.compression != "off":
+        from deflate import GzipCarrier, takes_gzip  # noqa: PLC0415 - for an option
+
+        if takes_gzip(",".join(request.headers.getlist("accept-encoding"))):
+            return GzipCarrier()
+    return StreamCarrier()
 
 
 def _newcomer(hub: Hub, scope: Scope, query: Query, since: str | None, identity: Identity | None) -> Newcomer:

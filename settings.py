@@ -113,6 +113,12 @@ class Settings(Struct, frozen=True, kw_only=True):
         Literal["refuse", "replace"],
         Meta(description="when a connected client_id connects again: refuse the new client, or replace the old"),
     ] = "refuse"
+    compression: Annotated[
+        Literal["off", "auto"],
+        Meta(
+            description="compress notifications of 200 bytes and more for clients that offer to take it (auto), or not"
+        ),
+    ] = "off"
     ping_interval: Annotated[Seconds, Meta(description="seconds between pings to a client, at least 0.01; 0: off")] = 30
     ping_timeout: Annotated[
         float, Meta(ge=1, le=31_536_000, description="seconds of silence after which a client is closed")

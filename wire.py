@@ -27,9 +27,10 @@ from typing import Any, cast
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from connection import CLOSE_DEADLINE_SECONDS, TURN_BYTES, ConnectionState, Receiver
+from connection import BY_ITS_CONNECTION, CLOSE_DEADLINE_SECONDS, TURN_BYTES, ConnectionState, Receiver
 from log import frame
 from schemas import GOING_AWAY
+from wire_deflate import InflatingParser, agree, deflated
 from wire_frames import CLOSE, PING, PONG, FrameError, FrameParser, close_frame, read_close
 from wire_handshake import Handshake, acceptance
 from wire_message import Headers, Peer, RequestParser, peer_of
@@ -183,6 +184,10 @@ class WireProtocol(asyncio.Protocol):
         if self.session is not None:
             self.session.subprotocol = subprotocol
 
+    def compress(self) -> None:
+        if self.session is not None and self.session.offers:
+            self.session.agreement = agree(self.session.offers)
+
     def accept(
         self,
         receiver: Receiver | None,
@@ -193,8 +198,8 @@ class WireProtocol(asyncio.Protocol):
     ) -> None:
         session = self.session
         assert session is not None and self.state is CONNECTING
-        answer = acceptance(session.key, subprotocol or session.subprotocol, [*headers, *session.headers])
-        self._parser = FrameParser(self._config.ws_max_size)
+        own_headers = self._agree(session)
+        answer = acceptance(session.key, subprotocol or session.subprotocol, [*headers, *session.headers, *own_headers])
         if receiver is not None:
             self._receiver = receiver
             self.session = None
@@ -204,6 +209,20 @@ class WireProtocol(asyncio.Protocol):
         if session.early:
             # It must not be told before this has returned.
             self._put_off(session.early)
+
+    def _agree(self, session: Session) -> Headers:
+        """Read as agreed from now on, and write to a receiver so; return the header that says it."""
+        if session.agreement is None:
+            self._parser = FrameParser(self._config.ws_max_size)
+            return ()
+        self._parser = InflatingParser(self._config.ws_max_size)
+        if session.agreement.takes_shared:
+            self.write = self._write_deflated
+            self._descriptor = BY_ITS_CONNECTION
+        return ((b"sec-websocket-extensions", session.agreement.header.encode("latin-1")),)
+
+    def _write_deflated(self, frames: bytes) -> None:
+        self._transport.write(deflated(frames))
 
     def buffered(self) -> int:
         return self._transport.get_write_buffer_size()

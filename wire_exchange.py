@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Scope
 
-from connection import Pipe, Stream
 from errors import Category
 from schemas import encode, error_body
+from streams import Pipe, Stream
 from wire_message import ClientDisconnected, Headers, is_disconnect
 
 if TYPE_CHECKING:

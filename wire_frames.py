@@ -46,13 +46,14 @@ def read_close(payload: bytes) -> tuple[int, str]:
     """Return the code and the reason of a peer's close frame, 1005 where it has none. Raises FrameError."""
     if not payload:
         return NO_STATUS_RECEIVED, ""
-    code, reason = int.from_bytes(payload[:2], "big"), _text(payload[2:])
+    code, reason = int.from_bytes(payload[:2], "big"), text_of(payload[2:])
     if not (code in _CLOSE_CODES or 3000 <= code < 5000):
         raise FrameError(PROTOCOL_ERROR, "Invalid close code")
     return code, reason
 
 
-def _text(data: bytes) -> str:
+def text_of(data: bytes) -> str:
+    """Return text of a message. Raises FrameError."""
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -173,7 +174,7 @@ class FrameParser:
             plain = bytes(pieces)
         self._opcode = self._size = 0
         self._pieces = self._decoder = None
-        return opcode, _text(plain) if opcode == TEXT else plain
+        return opcode, text_of(plain) if opcode == TEXT else plain
 
     def _check(self, plain: bytes, whole: bool) -> None:
         """Check a piece of text; the decoder remembers a character that is cut in two."""

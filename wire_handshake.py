@@ -26,6 +26,8 @@ class Handshake(NamedTuple):
     key: str
     # In the order of the client's preference (section 4.1).
     subprotocols: list[str]
+    # The offers in Sec-WebSocket-Extensions, unread.
+    extensions: str
 
 
 def check_handshake(request: RequestParser) -> Handshake:
@@ -34,7 +36,7 @@ def check_handshake(request: RequestParser) -> Handshake:
         raise RequestError("A WebSocket handshake is a GET request", 405, ((b"allow", b"GET"),))
     if request.version != "1.1":
         raise RequestError("A WebSocket handshake is an HTTP/1.1 request")
-    versions, keys, offers, has_body = [], [], [], False
+    versions, keys, offers, extensions, has_body = [], [], [], [], False
     for name, value in request.headers:
         if name == b"sec-websocket-version":
             versions.append(value)
@@ -42,6 +44,8 @@ def check_handshake(request: RequestParser) -> Handshake:
             keys.append(value)
         elif name == b"sec-websocket-protocol":
             offers += value.decode("latin-1").split(",")
+        elif name == b"sec-websocket-extensions":
+            extensions.append(value.decode("latin-1"))
         elif name == b"transfer-encoding" or (name == b"content-length" and value != b"0"):
             has_body = True
     if versions != [b"13"]:
@@ -52,7 +56,8 @@ def check_handshake(request: RequestParser) -> Handshake:
     # Each comes once: sections 11.3.1 and 11.3.5.
     if len(keys) != 1 or not _KEY.fullmatch(keys[0]):
         raise RequestError("Sec-WebSocket-Key must be 16 bytes in base64")
-    return Handshake(keys[0].decode("ascii"), list(filter(None, map(str.strip, offers))))
+    subprotocols = list(filter(None, map(str.strip, offers)))
+    return Handshake(keys[0].decode("ascii"), subprotocols, ", ".join(extensions))
 
 
 def acceptance(key: str, subprotocol: str | None = None, headers: Headers = ()) -> bytes:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from starlette.types import Message, Scope
 from uvicorn.config import Config
@@ -35,6 +35,9 @@ from wire_message import (
     RequestParser,
     is_disconnect,
 )
+
+if TYPE_CHECKING:
+    from wire_deflate import Agreement
 
 logger = logging.getLogger("notifyd.wire")
 
@@ -82,9 +85,11 @@ class Session:
         "_server_state",
         "_wanted",
         "_wire",
+        "agreement",
         "early",
         "headers",
         "key",
+        "offers",
         "subprotocol",
     )
 
@@ -97,6 +102,9 @@ class Session:
         self.key = ""
         self.subprotocol: str | None = None
         self.headers: Headers = ()
+        # The extensions that the client offers, and what of them was taken.
+        self.offers = ""
+        self.agreement: Agreement | None = None
         # The bytes that a client has sent before it.
         self.early = b""
         self._messages: deque[Message] = deque()
@@ -110,7 +118,7 @@ class Session:
 
     def begin(self, request: RequestParser, peer: Peer, handshake: Handshake) -> None:
         """Have the app answer a handshake with this head, already checked."""
-        self.key = handshake.key
+        self.key, self.offers = handshake.key, handshake.extensions
         scope = request.scope("websocket", peer, self._config.root_path, self._app_state)
         scope["subprotocols"] = handshake.subprotocols
         scope["extensions"] = {"websocket.http.response": {}, WIRE_EXTENSION: self._wire}

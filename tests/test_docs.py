@@ -43,6 +43,7 @@ import routes
 import schemas
 import settings
 import store
+import streams
 import wire_http
 import wire_message
 from notifyd import create_app
@@ -221,7 +222,7 @@ def test_limits_are_the_codes_own() -> None:
         schemas.MAX_TARGET_USERS,
         query.PAGE_LIMIT.most,
         query.PAGE_LIMIT.default,
-        connection.RETRY_MILLISECONDS,
+        streams.RETRY_MILLISECONDS,
         answers.RETRY_AFTER_SECONDS,
         clients.MESSAGE_BURST,
         clients.MESSAGES_PER_SECOND,
@@ -273,7 +274,7 @@ def test_limits_are_the_codes_own() -> None:
         f"beyond {guard_tokens.MAX_WAITING} that wait",
         f"for {guard_auth.MAX_WARNED} addresses a minute at most",
         f"not more often than every {guard_tokens.PAUSE_SECONDS:.0f} seconds",
-        f"\nretry: {connection.RETRY_MILLISECONDS}\n",
+        f"\nretry: {streams.RETRY_MILLISECONDS}\n",
     ],
 )
 def test_limits_in_the_text_are_the_codes_own_too(phrase: str) -> None:

@@ -160,6 +160,16 @@ def test_every_event_has_data_and_an_id(start_server: StartServer, follow: Open)
     assert (json.loads(data)["data"]["message"], id) == ("for all", last)
 
 
+def test_a_stream_in_gzip_is_read_as_it_comes(start_server: StartServer, follow: Open) -> None:
+    """By the clients that ask for it, each notification before the next is published; the others get it as it is."""
+    server = start_server("--compression", "auto")
+    client = follow(server)
+    event(client, "welcome")
+    for number in range(3):
+        server.publish(str(number), data={"text": "long enough " * 40})
+        assert json.loads(event(client, "message")[1])["data"]["message"] == str(number)
+
+
 def test_a_client_that_received_nothing_misses_nothing(
     start_server: StartServer, follow_for_ever: Open, tmp_path: Path
 ) -> None:

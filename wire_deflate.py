@@ -1,0 +1,105 @@
+"""permessage-deflate without I/O (RFC 7692): its agreement, frames for all who agreed, and a parser of theirs.
+
+Both sides give up what a message could refer to in those before it (no context takeover), so nothing is kept for a
+connection, and one compressed frame is for everyone.
+"""
+
+from __future__ import annotations
+
+import zlib
+from functools import lru_cache
+from typing import NamedTuple
+
+from websockets.exceptions import InvalidHeader, NegotiationError
+from websockets.extensions.permessage_deflate import ServerPerMessageDeflateFactory
+from websockets.headers import build_extension, parse_extension
+
+from deflate import BLOCK_END, block, is_worth_it
+from log import frame, payloads
+from schemas import MESSAGE_TOO_BIG, PROTOCOL_ERROR
+from wire_frames import BINARY, TEXT, FrameError, FrameParser, text_of
+
+_FACTORY = ServerPerMessageDeflateFactory(server_no_context_takeover=True, client_no_context_takeover=True)
+_NAME = "permessage-deflate"
+# RSV1, in the first byte of a compressed message's first frame (section 6).
+_COMPRESSED = 0x40
+
+
+class Agreement(NamedTuple):
+    """What a handshake agrees on: the header of its answer, and whether the client takes what all are sent.
+
+    A client with a smaller window is sent uncompressed messages, as section 6 allows.
+    """
+
+    header: str
+    takes_shared: bool
+
+
+def agree(offers: str) -> Agreement | None:
+    """Take the first of a client's offers that is valid (section 5), or none."""
+    try:
+        extensions = parse_extension(offers)
+    except InvalidHeader:
+        return None
+    for name, offered in extensions:
+        if name == _NAME:
+            try:
+                taken, _ = _FACTORY.process_request_params(offered, [])
+            except NegotiationError:
+                continue
+            window = dict(taken).get("server_max_window_bits")
+            return Agreement(build_extension([(name, taken)]), window in (None, str(zlib.MAX_WBITS)))
+    return None
+
+
+# All clients that stand at one place are handed the same frames.
+@lru_cache(maxsize=8)
+def deflated(frames: bytes) -> bytes:
+    """Return ready frames with the notifications among them compressed, as far as that makes them smaller."""
+    return b"".join(map(_deflated, payloads(frames)))
+
+
+def _deflated(payload: bytes) -> bytes:
+    if is_worth_it(payload) and len(small := block(payload).removesuffix(BLOCK_END)) < len(payload):
+        return frame(small, TEXT | _COMPRESSED)
+    return frame(payload)
+
+
+class InflatingParser(FrameParser):
+    """A parser for a client that may compress. The limit holds for a message as it comes, and inflated."""
+
+    __slots__ = ("_compressed",)
+
+    def __init__(self, max_size: int) -> None:
+        super().__init__(max_size)
+        # While a compressed message is under way: its bytes so far.
+        self._compressed: bytearray | None = None
+
+    def _check_head(self, first: int, second: int) -> None:
+        begins_message = first & 0x0F in (TEXT, BINARY)
+        super()._check_head(first & ~_COMPRESSED if begins_message else first, second)
+        if begins_message:
+            self._compressed = bytearray() if first & _COMPRESSED else None
+
+    def _take(self, plain: bytes) -> tuple[int, str | bytes] | None:
+        if self._compressed is None:
+            return super()._take(plain)
+        self._compressed += plain
+        if self._left or not self._final:
+            return None
+        opcode, message = self._opcode, _inflated(bytes(self._compressed), self._max_size)
+        self._opcode = self._size = 0
+        self._compressed = None
+        return opcode, text_of(message) if opcode == TEXT else message
+
+
+def _inflated(data: bytes, limit: int) -> bytes:
+    """Return a message of at most `limit` bytes (section 7.2.2). Raises FrameError."""
+    inflating = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        message = inflating.decompress(data + BLOCK_END, limit + 1)
+    except zlib.error:
+        raise FrameError(PROTOCOL_ERROR, "Compressed data is broken") from None
+    if len(message) > limit:
+        raise FrameError(MESSAGE_TOO_BIG, f"Message is larger than {limit} bytes")
+    return message
