@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from msgspec import UNSET, Struct
+from msgspec.structs import replace
 
 import schemas
 from census import ANSWER_SECONDS
@@ -30,7 +31,7 @@ from errors import ConnectionRefused, DuplicateClient, InvalidRequest, NotifydEr
 from guard_identity import Identity, origin_of
 from heartbeat import PROBE_SECONDS
 from log import frame, interest_of
-from schemas import INTERNAL_ERROR, POLICY_VIOLATION, encode, timestamp
+from schemas import ACKED, INTERNAL_ERROR, POLICY_VIOLATION, encode, timestamp
 from settings import number
 from store import ClientIdTaken, Reach, Registration
 
@@ -45,7 +46,7 @@ class Newcomer(Struct, frozen=True):
 
     # Empty: the server makes an id.
     client_id: str = ""
-    # The position to resume from; empty: from now, and tell the position; None: from now.
+    # The position to resume from, or ACKED; empty: from now, and tell the position; None: from now.
     since: str | None = None
     topics: Collection[str] = ()
     user_agent: str | None = None
@@ -56,6 +57,8 @@ class Newcomer(Struct, frozen=True):
     peer: str = ""
     # Empty: none, or that of the identity.
     user: str = ""
+    # Whether it has named the client_id itself. Set by checked().
+    is_named: bool = True
 
     def checked(self) -> Newcomer:
         """Return the request with a client_id, and every value in the form that is kept.
@@ -69,15 +72,17 @@ class Newcomer(Struct, frozen=True):
                 identity.check_client_id(client_id)
         if not schemas.USER.match(user):
             raise InvalidRequest("Invalid user")
+        is_named = bool(client_id)
         client_id = client_id or schemas.new_client_id()
         if not schemas.CLIENT_ID.match(client_id):
             raise InvalidRequest("Invalid client_id")
-        since = None if self.since is None else schemas.position_of(self.since)
+        since = None if self.since is None else schemas.since_of(self.since)
         given = () if identity is None else identity.subscribe
         topics = schemas.topics_of(self.topics, given) if self.topics or given else frozenset()
         if identity is not None:
             identity.check_topics(topics)
-        return Newcomer(client_id, since, topics, self.user_agent, identity, self.address, self.peer, user)
+        values = client_id, since, topics, self.user_agent, identity, self.address, self.peer, user, is_named
+        return Newcomer(*values)
 
 
 class Admission:
@@ -178,13 +183,18 @@ class Admission:
             position = await self._hub.store.admit(registration)
             try:
                 reach = None
+                if is_acked := newcomer.since == ACKED:
+                    newcomer = replace(newcomer, since=await self._hub.acks.position_of(client_id, newcomer.user))
                 if newcomer.since:
                     interest = interest_of(client_id, newcomer.user, newcomer.topics)
                     reach = await self._hub.replay.reach(newcomer.since, interest)
                 self._check_open(connection)
                 if newcomer.identity is not None:
                     self._hub.check_revoked(newcomer.identity)
-                return self._join(connection, newcomer, position, reach)
+                client = self._join(connection, newcomer, position, reach)
+                if is_acked:
+                    self._hub.acks.went_on(client, newcomer.since or "")
+                return client
             except BaseException:
                 self._withdraw(client_id)
                 raise
@@ -256,6 +266,7 @@ class Admission:
         hub.expiring.forget(client)
         hub.fanout.forget(client)
         hub.publishers.forget(client)
+        hub.acks.forget(client)
         hub.store.leave(client.client_id)
         if not hub.clients:
             self.empty.set()

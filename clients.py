@@ -60,6 +60,7 @@ class Client:
         "granted",
         "heard_at",
         "identity",
+        "is_named",
         "listed_until",
         "owns_pending",
         "peer",
@@ -78,6 +79,8 @@ class Client:
         self._hub = hub
         self.connection = connection
         self.client_id = newcomer.client_id
+        # Whether it can come back under this client_id: the server has not made that up.
+        self.is_named = newcomer.is_named
         # Empty for none.
         self.user = newcomer.user
         self.user_agent = newcomer.user_agent
@@ -187,6 +190,11 @@ class Followed:
         for topic in topics:
             if (start := self._since.pop(topic, position)) < position:
                 self._ended.append((topic, start, position))
+
+    def spans(self) -> Iterator[tuple[str, str, str]]:
+        """Yield the topics with the positions after which and up to which they count; the others are not ended."""
+        yield from self._ended
+        yield from ((topic, since, "") for topic, since in self._since.items())
 
     def topics(self) -> frozenset[str]:
         """Return all topics, the ended ones too."""

@@ -34,7 +34,7 @@ from guard import EXEMPT
 from guard_identity import Identity, Right
 from query import Limit
 from routes import PROMETHEUS_TYPE
-from schemas import MAX_KEY_LENGTH, Id, NotifyRequest, Since
+from schemas import MAX_KEY_LENGTH, Before, Id, NotifyRequest, Since
 from settings import VERSION, Settings
 from streams import PUT_OUT_ID, REPLACED_ID
 
@@ -215,7 +215,7 @@ def query_parameters(found: Schemas, kinds: Mapping[str, Any], known: Set[str] |
             schema = found.of(kind)
             # An empty name counts as none.
             is_text = schema.get("type") == "string" and (schema.get("minLength") or "pattern" in schema)
-            yield name, {"anyOf": [schema, {"const": ""}]} if is_text and kind is not Since else schema
+            yield name, {"anyOf": [schema, {"const": ""}]} if is_text and kind not in (Before, Since) else schema
     for name in sorted((known or set()) - kinds.keys()):
         yield name, {"type": "string"}
 

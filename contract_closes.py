@@ -68,7 +68,7 @@ CLOSES = (
     ),
     Close(1008, ("Invalid client_id",), "the client_id is malformed", "no"),
     Close(1008, ("Invalid user",), "the user is malformed", "no"),
-    Close(1008, ("Invalid since",), "`since` is no UUID", "no"),
+    Close(1008, ("Invalid since",), "`since` is neither a UUID nor `acked`", "no"),
     Close(
         1008,
         ("Invalid topics: topics[0]: expected string of length >= 1",),
@@ -119,7 +119,7 @@ CLOSES = (
     Close(
         1008,
         ("Message rate exceeded",),
-        "the client sent more than 50 messages a second over 2 seconds, apart from publishes",
+        "the client sent more than 50 messages a second over 2 seconds, apart from publishes and new acknowledgements",
         "yes, slower",
     ),
     Close(

@@ -34,6 +34,7 @@ REPLIES: dict[Any, tuple[Any, ...]] = {
     schemas.StatusRequest: (schemas.StatusMessage,),
     schemas.Subscribe: (schemas.Subscribed, schemas.Resume),
     schemas.Unsubscribe: (schemas.Subscribed,),
+    schemas.Acknowledge: (),
     schemas.Authenticate: (schemas.Authenticated, schemas.Subscribed),
     schemas.Publish: (schemas.Published,),
 }

@@ -27,7 +27,7 @@ from errors import Forbidden, InvalidPublish, InvalidRequest, NotifydError, Stor
 from guard_identity import Identity
 from log import frame
 from publishers import Expected
-from schemas import POLICY_VIOLATION, encode, error_message, timestamp
+from schemas import ACKED, POLICY_VIOLATION, encode, error_message, timestamp
 
 if TYPE_CHECKING:
     from hub import Hub
@@ -83,6 +83,9 @@ class Conversation:
             asked = schemas.read_message(message, self._types)
         except InvalidRequest as error:
             asked = error
+        if isinstance(asked, schemas.Acknowledge) and self._hub.acks.take(client, asked.id):
+            # Free, since a client may acknowledge each notification. It is read in turns, of TURN_BYTES each.
+            return
         if isinstance(asked, schemas.Publish | InvalidPublish) and self._hub.publishers.admits(client):
             asked = self._hub.publishers.expect(client, asked, len(message))
         elif not client.take_token():
@@ -137,17 +140,21 @@ class Conversation:
             case schemas.ClientPing():
                 return (schemas.Pong(timestamp=timestamp()),)
             case schemas.ClientPong():
-                return ()
+                pass
             case schemas.StatusRequest():
                 return self._status
             case schemas.Subscribe(topics=topics, since=since):
-                position = None if since is UNSET else schemas.position_of(since)
+                position = None if since is UNSET else schemas.since_of(since)
                 return partial(self._subscribe, client, frozenset(topics), position)
             case schemas.Unsubscribe(topics=topics):
                 return partial(self._unsubscribe, client, frozenset(topics))
+            case schemas.Acknowledge(id=id):
+                self._hub.acks.check(id)
             case schemas.Authenticate(token=token):
                 return partial(self._authenticate, client, token)
-        raise AssertionError("a publish is expected, or refused")
+            case schemas.Publish():
+                raise AssertionError("a publish is expected, or refused")
+        return ()
 
     async def _answer_in_order(self, client: Client, answer: Answer | Work) -> None:
         """Answer a message that has to wait, and those that arrive meanwhile, until none is left."""
@@ -190,6 +197,8 @@ class Conversation:
             client.identity.check_topics(named)
         topics = client.topics | named
         schemas.check_topic_count(topics)
+        if since == ACKED:
+            since = await self._hub.acks.newest(client)
         if since is not None:
             return await self._subscribe_since(client, named, since)
         return await self._change_topics(client, topics)

@@ -24,6 +24,7 @@ import orjson
 from msgspec import UNSET
 
 import schemas
+from acks import Acks
 from admission import Admission, Newcomer
 from census import CensusTaker, Questions, TestNotifications
 from clients import Client, Clients, ExpiringClients
@@ -39,7 +40,7 @@ from presence import Presence
 from publishers import Publishers
 from replay import Replay
 from revocations import Revocations
-from schemas import GOING_AWAY, POLICY_VIOLATION, TRY_AGAIN_LATER
+from schemas import ACKED, GOING_AWAY, POLICY_VIOLATION, TRY_AGAIN_LATER
 from settings import Settings
 from slices import in_slices
 from store import Appended, Draft, MemoryStore, Once, Opening, Receipt, Record, Registration, Store
@@ -106,6 +107,7 @@ class Hub:
         self.recipients = self.clients.count
         self.fanout = FanOut(self)
         self.replay = Replay(self)
+        self.acks = Acks(self)
         self.census = CensusTaker(self)
         self.presence = Presence(self)
         self.test_notifications = TestNotifications(self)
@@ -179,6 +181,7 @@ class Hub:
         yield self.fanout.trim_regularly
         yield self.fanout.readers.run
         yield self.publishers.run
+        yield self.acks.write_regularly
         yield self.census.report_regularly
         if self.revocations is not None:
             yield self.presence.follow_revocations
@@ -362,9 +365,11 @@ class Hub:
             raise InvalidRequest("Invalid client_id")
         if not schemas.USER.match(user):
             raise InvalidRequest("Invalid user")
-        after = None if since is None else schemas.position_of(since)
+        after = None if since is None else schemas.since_of(since)
         before = schemas.position_of(before, "before") if before else ""
         interest = interest_of(client_id, user, schemas.topics_of(topics))
+        if after == ACKED:
+            after = await self.acks.position_of(client_id, user) if client_id else ""
         # Also without an answer of the store: by then this process has read the log up to now.
         with contextlib.suppress(StoreUnavailable):
             await self.census.report()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote
 
 from errors import InvalidRequest
-from schemas import MAX_SHOWN, ClientId, Cursor, Order, Since, Topic, Topics, User
+from schemas import MAX_SHOWN, Before, ClientId, Cursor, Order, Since, Topic, Topics, User
 
 # A URL has room for tens of thousands of parameters, and reading those would take 50 ms.
 MAX_PARAMETERS = 100
@@ -50,7 +50,7 @@ _FOLLOWING = {
 PARAMETERS: dict[str, Mapping[str, Any]] = {
     "/ws": _FOLLOWING,
     "/events": _FOLLOWING,
-    "/notifications": _FOLLOWING | {"before": Since, "order": Order, "limit": HISTORY_LIMIT},
+    "/notifications": _FOLLOWING | {"before": Before, "order": Order, "limit": HISTORY_LIMIT},
     "/status": _CREDENTIALS | {"limit": STATUS_LIMIT},
     "/clients": _CREDENTIALS | {"user": User, "topic": Topic, "limit": PAGE_LIMIT, "after": Cursor},
     "/clients/{client_id}": _CREDENTIALS,

@@ -79,7 +79,10 @@ def _form(pattern: str, example: str) -> Meta:
 _UUID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _ID = "019c13b5-7a00-7c3e-9d27-6f4b1e0a8c57"
 Id = Annotated[str, _form(f"^{_UUID}$", _ID)]
-Since = Annotated[str, _form(f"^({_UUID.replace('a-f', 'A-Fa-f')})?$", _ID)]
+Before = Annotated[str, _form(f"^({_UUID.replace('a-f', 'A-Fa-f')})?$", _ID)]
+# The position that the client has acknowledged.
+ACKED = "acked"
+Since = Annotated[str, _form(f"^({_UUID.replace('a-f', 'A-Fa-f')}|{ACKED})?$", _ID)]
 ErrorId = Annotated[str, _form("^error_[0-9a-f]{8,}$", "error_7c1f04be9a25d386")]
 Time = Annotated[str, _form(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$", "2026-01-31T12:00:00.000Z")]
 ToldClientId = Annotated[str, _form(_CLIENT_ID, "client_5f0c9a1be2d34876")]
@@ -189,6 +192,12 @@ class Unsubscribe(Struct, tag_field="type", tag="unsubscribe", kw_only=True):
         self.topics = stripped(self.topics)
 
 
+class Acknowledge(Struct, tag_field="type", tag="ack", kw_only=True):
+    """Say that everything up to a notification has been dealt with."""
+
+    id: Annotated[str, _form(f"^{_UUID.replace('a-f', 'A-Fa-f')}$", _ID)]
+
+
 class Authenticate(Struct, tag_field="type", tag="auth", kw_only=True):
     """Renew the token."""
 
@@ -210,7 +219,7 @@ class Publish(NotifyRequest, tag_field="type", tag="publish", forbid_unknown_fie
 
 
 # Fields that a Struct does not have are ignored, so that a newer client may say more. Not by `publish`, as by POST.
-ClientMessage = ClientPing | ClientPong | StatusRequest | Subscribe | Unsubscribe | Authenticate | Publish
+ClientMessage = ClientPing | ClientPong | StatusRequest | Subscribe | Unsubscribe | Acknowledge | Authenticate | Publish
 CLIENT_TYPES = frozenset(each.__struct_config__.tag for each in typing.get_args(ClientMessage))
 
 
@@ -761,10 +770,20 @@ def check_topic_count(topics: Collection[str]) -> None:
 
 
 def position_of(parameter: str, name: str = "since") -> str:
-    """Read `?since=ID`; empty is now. Raises InvalidRequest unless the form is that of an id."""
-    if parameter and not _POSITION.match(parameter.lower()):
+    """Read an id; empty is now. Raises InvalidRequest unless it has the form of one."""
+    if parameter and not is_position(parameter.lower()):
         raise InvalidRequest(f"Invalid {name}")
     return parameter.lower()
+
+
+def since_of(parameter: str) -> str:
+    """Read `?since=ID`, or ACKED. Raises InvalidRequest."""
+    return parameter if parameter == ACKED else position_of(parameter)
+
+
+def is_position(text: str) -> bool:
+    """Return whether it has the form of an id, in small letters."""
+    return _POSITION.match(text) is not None
 
 
 # --- msgspec's errors in the words of JSON

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+from bookmarks import Bookmarks, BookmarksInMemory
 from buckets import SECOND, Buckets, Draw, Rate
 from errors import ConnectionRefused, TooManyClients, TooManyConnections
 from log import Audience
@@ -89,6 +90,9 @@ class Store(Protocol):
     @property
     def log(self) -> StoredLog | None:
         """Return the log beyond the memory of this process; None where the memory has all of it."""
+
+    @property
+    def bookmarks(self) -> Bookmarks: ...
 
     # This process's name in the store; another one after each open().
     node_id: str
@@ -323,6 +327,7 @@ class MemoryStore:
     log = None
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        self.bookmarks = BookmarksInMemory(settings, clock)
         self._settings = settings
         self._clock = clock
         self._positions = Positions()

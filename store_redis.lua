@@ -2,7 +2,7 @@
 -- of over 500 lines, since Redis runs a script as a whole.
 --
 -- KEYS are the hash `meta` and a key that is never there: while a cluster moves the slot, Redis then refuses the whole
--- call, so no key comes to be on both sides. ARGV begins with 11 words about the node and its settings, in the order
+-- call, so no key comes to be on both sides. ARGV begins with 13 words about the node and its settings, in the order
 -- below. Then come the operations, each its name and its arguments. The answer is 'join' if the node is not alive or of
 -- another epoch, or if another Redis has taken over: then nothing was done. Otherwise it is the number of the newest
 -- entry, and an answer for each operation. 'join' and 'offer' come alone. Times are microseconds of Redis's clock.
@@ -23,6 +23,8 @@
 --   group:NODE:NAME    set  its clients in this group: of a topic, of a user or, where limited, of an address
 --   dead           set     nodes with clients to remove; these count for nothing, and their ids are free
 --   bucket:NAME    string  when it is full; expires then
+--   bookmarks      hash    by owner (client_id, newline, user), its bookmark: the position and the spans, packed
+--   bookmarked     zset    the owners, by the end of their time;  owners  zset  the same in their order
 --   revoked        hash    by user, the second up to which tokens are refused;  revocations  zset  the users, numbered
 --   offers         hash    records to refill the log with;  offered  zset  their ids, in order
 --   parts          hash    the newest record of each node that offers some, and the one it has offered them back to
@@ -44,7 +46,7 @@ local RESTORE = tonumber(ARGV[11])
 local AWAIT, MOST_RESTORE = math.floor(RESTORE * 5 / 3), RESTORE * 40
 
 -- The last argument that was read.
-local cursor = 11
+local cursor = 13
 local function arg()
   cursor = cursor + 1
   return ARGV[cursor]
@@ -57,6 +59,7 @@ local CLIENTS, GROUPS, DEAD = P..'clients', P..'groups', P..'dead'
 local OFFERS, OFFERED, PARTS, AWAITED = P..'offers', P..'offered', P..'parts', P..'awaited'
 local NODE, MEMBERS, POSTS = P..'node:', P..'members:', P..'posts:'
 local REVOKED, REVOCATIONS = P..'revoked', P..'revocations'
+local BOOKMARKS, BOOKMARKED, OWNERS = P..'bookmarks', P..'bookmarked', P..'owners'
 local GROUP, BUCKET, ONCE = P..'group:', P..'bucket:', P..'once:'
 local FOR, OLD, KINDS = P..'for:', P..'old', {'c:', 't:', 'u:'}
 
@@ -65,13 +68,17 @@ local ID, AT, REST, AUDIENCE, REPLAYED, KEY, BYTES_OF, ANSWER = 2, 4, 6, 8, 10, 
 
 -- Clients of the dead that one renewal removes, and records and bytes that one join puts back: milliseconds each.
 local REMOVED_AT_ONCE, RESTORED_AT_ONCE, RESTORED_BYTES = 1000, 1000, 1048576
+-- The bookmarks that are kept, at most, and for how long; and as in bookmarks.py.
+local MOST_BOOKMARKS, BOOKMARK_TTL = tonumber(ARGV[12]), tonumber(ARGV[13])
+local FORGOTTEN_AT_ONCE, MOST_SPANS = 1000, 128
 -- Records, and names of their audiences, that one call trims; names beyond that only for the last record.
 local TRIMMED_AT_ONCE, NAMES_AT_ONCE = 1000, 5000
 
 local time = call('TIME')
 local now = time[1] * 1000000 + time[2]
 -- The newest id, the id before the first, the sums of the log, its last number, and the least number of the next entry.
-local newest, before, kept, bytes, seq, least, sent = '', '', 0, 0, 0, 0, 0
+-- Then the records, and the bookmarks, that this call has written.
+local newest, before, kept, bytes, seq, least, sent, kept_bookmarks = '', '', 0, 0, 0, 0, 0, 0
 
 local function load()
   local state = call('HMGET', META, 'newest', 'before', 'kept', 'bytes', 'seq', 'least')
@@ -306,6 +313,42 @@ local function recipients(audience)
   return count
 end
 
+-- --- bookmarks
+
+local function joined(position, spans, known)  -- As Bookmark.joined() in bookmarks.py.
+  local first, kept, last, earlier = {}, {}, unpack(cmsgpack.unpack(known))
+  for k, span in ipairs(spans) do
+    local other = first[span[1]]
+    if not other or span[2] < spans[other][2] then first[span[1]] = k end
+  end
+  for _, span in ipairs(earlier) do
+    local ends = span[3] == '' and last or span[3]
+    local met = spans[first[span[1]]]
+    if met and met[2] <= ends then
+      if span[2] < met[2] then met[2] = span[2] end
+    else
+      kept[#kept + 1] = {span[1], span[2], ends}
+    end
+  end
+  for _, span in ipairs(spans) do kept[#kept + 1] = span end
+  return {position, {unpack(kept, math.max(1, #kept - MOST_SPANS + 1))}}
+end
+
+local function forget_bookmarks()  -- Some of those whose time is over, or that are too many.
+  local gone = call('ZRANGEBYSCORE', BOOKMARKED, '-inf', now, 'LIMIT', 0, FORGOTTEN_AT_ONCE)
+  local excess = math.min(call('ZCARD', BOOKMARKED) - #gone - MOST_BOOKMARKS, FORGOTTEN_AT_ONCE - #gone)
+  if excess > 0 then
+    local early = call('ZRANGE', BOOKMARKED, #gone, #gone + excess - 1, 'WITHSCORES')
+    for k = 1, #early, 2 do gone[#gone + 1] = early[k] end
+    call('HSET', META, 'bookmarks_lost_until', early[#early])
+  end
+  if #gone > 0 then
+    call('HDEL', BOOKMARKS, unpack(gone))
+    call('ZREM', BOOKMARKED, unpack(gone))
+    call('ZREM', OWNERS, unpack(gone))
+  end
+end
+
 -- --- nodes that are gone
 
 local function folded(of) return P..'folded:'..(call('HGET', META, 'started') or '')..':'..of end
@@ -400,7 +443,8 @@ local function restore()  -- Put some of the offered records back; return whethe
   return false
 end
 
-local SUMS = {'total', 'sent', 'messages', 'slow', 'counter'}
+-- `bookmarked` numbers what has been written down, so that a loss is noticed.
+local SUMS = {'total', 'sent', 'messages', 'slow', 'counter', 'bookmarked'}
 
 local function begin_epoch(run, last_epoch, branch, awaited)
   -- The records in the log are of the epoch before, also where its own refill did not end.
@@ -456,7 +500,9 @@ local function join()
     if epoch ~= current then
       -- Only in a new epoch: within one, the sums are not behind, and `known` may be from before a node came back.
       for k, name in ipairs(SUMS) do
-        call('HSET', META, name, math.max(known[k], tonumber(call('HGET', META, name) or 0)))
+        local sum = tonumber(call('HGET', META, name) or 0)
+        if name == 'bookmarked' and sum < known[k] then call('HSET', META, 'bookmarks_lost_until', now + BOOKMARK_TTL) end
+        call('HSET', META, name, math.max(known[k], sum))
       end
     end
     if started > 0 and started < tonumber(call('HGET', META, 'started')) then call('HSET', META, 'started', started) end
@@ -705,6 +751,36 @@ function ops.leave()
   return 0
 end
 
+function ops.keep()
+  local owner, position, packed = arg(), arg(), arg()
+  local known = call('HGET', BOOKMARKS, owner)
+  local last = known and cmsgpack.unpack(known)[1]
+  if not known then
+    call('HSET', BOOKMARKS, owner, cmsgpack.pack({position, cmsgpack.unpack(packed)}))
+    call('ZADD', OWNERS, 0, owner)
+  elseif position > last then
+    call('HSET', BOOKMARKS, owner, cmsgpack.pack(joined(position, cmsgpack.unpack(packed), known)))
+  end
+  call('ZADD', BOOKMARKED, now + BOOKMARK_TTL, owner)
+  kept_bookmarks = kept_bookmarks + 1
+  return 0
+end
+
+function ops.bookmark()
+  local known = call('HGET', BOOKMARKS, arg())
+  return {known, now < tonumber(call('HGET', META, 'bookmarks_lost_until') or 0) and 1 or 0}
+end
+
+function ops.bookmarks()  -- Those behind an owner, with the owner behind which the next begin; empty at the end.
+  local after, most, least = arg(), number_arg(), arg()
+  local owners = call('ZRANGEBYLEX', OWNERS, after, '+', 'LIMIT', 0, most)
+  local reply = {#owners == most and owners[most] or ''}
+  for k, packed in ipairs(#owners > 0 and call('HMGET', BOOKMARKS, unpack(owners)) or {}) do
+    if cmsgpack.unpack(packed)[1] >= least then reply[#reply + 1], reply[#reply + 2] = owners[k], packed end
+  end
+  return reply
+end
+
 function ops.draw()  -- As draw() in store.py.
   local name, cost, depth = BUCKET..arg(), number_arg(), number_arg()
   local left = math.min(math.max((call('GET', name) or 0) - now, 0), depth)
@@ -754,9 +830,10 @@ function ops.renew()
   remove_clients_of_the_dead()
   trim()
   trim_old()
-  local known = call('HMGET', META, 'total', 'sent', 'messages', 'slow', 'counter', 'started')
-  for k = 1, 6 do known[k] = tonumber(known[k] or 0) end
-  known[7] = before
+  forget_bookmarks()
+  local known = call('HMGET', META, 'total', 'sent', 'messages', 'slow', 'counter', 'bookmarked', 'started')
+  for k = 1, 7 do known[k] = tonumber(known[k] or 0) end
+  known[8] = before
   return known
 end
 
@@ -779,6 +856,10 @@ call('ZADD', TAILS, tail, node)
 load()
 local replies = {0}
 while cursor < #ARGV do replies[#replies + 1] = ops[arg()]() end
+if kept_bookmarks > 0 then
+  call('HINCRBY', META, 'bookmarked', kept_bookmarks)
+  if call('ZCARD', BOOKMARKED) > MOST_BOOKMARKS then forget_bookmarks() end
+end
 if sent > 0 then
   save()
   call('HINCRBY', META, 'sent', sent)

@@ -46,6 +46,7 @@ from errors import KeyReused, StoreUnavailable
 from log import ENTRY_BYTES
 from settings import Settings
 from store import LEASE_SECONDS, Appended, Census, Draft, Node, Once, Opening, Record, Registration, Report, limits_of
+from store_redis_bookmarks import RedisBookmarks
 from store_redis_link import Argument, RedisLink, send
 from store_redis_log import OPENING_RECORDS, RedisLog
 from store_redis_queue import Operations
@@ -79,6 +80,7 @@ class RedisStore:
         """Raises SettingsError if the URL is none."""
         self._link = RedisLink(settings, url)
         self.log = RedisLog(self._link, self._run, self._check_available)
+        self.bookmarks = RedisBookmarks(settings, self._perform, self._enqueue)
         self.node_id = secrets.token_hex(8)
         self.failure: str | None = None
         self._settings = settings
@@ -99,9 +101,8 @@ class RedisStore:
         self._opening_until = self._opening_now = 0
         # The keys in the log with their answers as they are stored there, by the id of the record.
         self._keys: dict[str, tuple[bytes, bytes]] = {}
-        # The sums over all processes: total, sent, messages, slow consumers, test notifications, and their start.
-        self._sums = [0, 0, 0, 0, 0, 0]
-        self._report = Report(0, 0)
+        # The sums over all processes as the script has them, with their start; and this process's part.
+        self._sums, self._report = [0] * 7, Report(0, 0)
 
     # --- life
 
@@ -217,8 +218,9 @@ class RedisStore:
             reached = position.decode()
         await self._link.await_replicas(connection)
         self._post_id, before = "0", position.decode()
-        self._seq, is_whole, newest, now, self._sums[5] = joined
+        self._seq, is_whole, newest, now, self._sums[-1] = joined
         self._replicated = newest
+        self.bookmarks.joined(self._epoch)
         self._branch = self._epoch
         if self._opened:
             if not is_whole:
@@ -270,8 +272,8 @@ class RedisStore:
 
     def _finish_opening(self) -> None:
         self._opened = True
-        age = (self._opening_now - self._sums[5]) / 1e6
-        self._node.opened(Opening(self._whole_since, self._found, self._sums[5] / 1e6, age))
+        age = (self._opening_now - self._sums[-1]) / 1e6
+        self._node.opened(Opening(self._whole_since, self._found, self._sums[-1] / 1e6, age))
         self._found = []
         self._note_available()
 
@@ -284,6 +286,7 @@ class RedisStore:
             *(2, self._prefix + "meta", self._prefix + "never", self._prefix, self._epoch, self.node_id, self._seq),
             *(secrets.randbits(31), settings.max_connections, settings.history_size, settings.history_bytes),
             *(round(seconds * 1e6) for seconds in (settings.history_ttl, LEASE_SECONDS, RESTORE_SECONDS)),
+            *self.bookmarks.bounds,
         )
         if (replies := await self._link.run_script(connection, *header, *arguments)) == b"join":
             raise _Rejoin
@@ -407,10 +410,8 @@ class RedisStore:
         block, count = round(BLOCK_SECONDS * 1000), READ_RECORDS
         while True:
             async with asyncio.timeout(BLOCK_SECONDS + self._timeout):
-                await send(
-                    *(connection, "XREAD", "COUNT", count, "BLOCK", block, "STREAMS", log, posts),
-                    *(f"{self._seq}-0", self._post_id),
-                )
+                place = f"{self._seq}-0", self._post_id
+                await send(connection, "XREAD", "COUNT", count, "BLOCK", block, "STREAMS", log, posts, *place)
                 streams = await connection.read_response()
             for stream, entries in streams or ():
                 if stream.decode() == log:
@@ -441,7 +442,6 @@ class RedisStore:
                 epoch, before = await connection.read_response()
             if epoch != self._epoch.encode():
                 raise _Rejoin
-            # The log begins after the last record that was delivered here.
             if self._opened and before.decode() > self._newest:
                 self._begin_anew(before.decode())
         # Without await: the delivery and the place of this process change together.

@@ -4,7 +4,8 @@ Owns their order and their answers. Knows no connection and no key; store_redis.
 
 1. Operations are done in the order in which they were added, a group at a time: all of a group, or none.
 2. A group is answered when this process has read the log up to the place where it was done.
-3. An operation without an answer, a client that leaves, is refused to nobody: the next join removes the client.
+3. An operation without an answer is refused to nobody: it waits until it is done. A client that leaves is forgotten
+   here where a join removes it.
 """
 
 from __future__ import annotations
@@ -74,17 +75,17 @@ class Operations:
                     operation.answer.set_result(reply)
 
     def refuse(self, failure: str) -> None:
-        """Refuse all, but for clients that leave."""
+        """Refuse all that have an answer."""
         done = [operation for _, group, _ in self._done for operation in group]
         for operation in (*done, *self._in_flight, *self._waiting):
             _refuse(operation, failure)
-        leaving = [operation for operation in self._waiting if operation.answer is None]
+        others = [operation for operation in (*self._in_flight, *self._waiting) if operation.answer is None]
         self.clear()
-        self._waiting.extend(leaving)
+        self._waiting.extend(others)
 
     def forget_leaving(self) -> None:
         """Forget the clients that leave: a join removes all that are gone."""
-        self._waiting = deque(operation for operation in self._waiting if operation.answer is not None)
+        self._waiting = deque(operation for operation in self._waiting if operation.arguments[0] != "leave")
 
     def clear(self) -> None:
         self._waiting.clear()

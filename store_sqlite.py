@@ -34,6 +34,7 @@ from buckets import Draw, Rate
 from errors import ConnectionRefused, KeyReused, StoreUnavailable
 from settings import Settings, SettingsError, number
 from store import Appended, Census, ClientIdTaken, Draft, Node, Once, Registration, Report
+from store_sqlite_bookmarks import SqliteBookmarks
 from store_sqlite_file import File, away, failure_of
 from store_sqlite_log import SqliteLog
 from store_sqlite_state import newest_end
@@ -68,6 +69,7 @@ class SqliteStore:
         self._timeout = settings.store_timeout
         self._database = Database(settings, path)
         self.log = SqliteLog(settings, self._database.file, self._database.progress)
+        self.bookmarks = SqliteBookmarks(self._perform, self._retry)
         # The newest id that was delivered to the node; empty before the opening.
         self._delivered = ""
         self._keeper: asyncio.Task[None] | None = None
@@ -146,7 +148,7 @@ class SqliteStore:
         return await self._perform(Transaction.revocations, place)
 
     def leave(self, client_id: str) -> None:
-        self._enqueue(Operation(Transaction.leave, (client_id,)))
+        self._retry(Transaction.leave, client_id)
 
     async def draw(self, bucket: str, rate: Rate) -> Draw:
         return await self._perform(Transaction.draw, bucket, rate)
@@ -171,6 +173,10 @@ class SqliteStore:
         """Have the thread run a method of Transaction. Raises StoreUnavailable at once while the store is away."""
         self._check_available()
         return await self._submit(run, *arguments)
+
+    def _retry(self, run: Callable[..., Any], *arguments: Any) -> None:
+        """Have the thread run a method of Transaction, again until it succeeds."""
+        self._enqueue(Operation(run, arguments))
 
     async def _submit(self, run: Callable[..., T], *arguments: Any) -> T:
         """Have the thread run a method of Transaction, even while the store is away."""

@@ -84,6 +84,9 @@ ADDED_TABLES = (
     "CREATE TABLE IF NOT EXISTS member (name TEXT NOT NULL, client TEXT NOT NULL REFERENCES client ON DELETE CASCADE,"
     " PRIMARY KEY (name, client)) WITHOUT ROWID",
     "CREATE INDEX IF NOT EXISTS member_client ON member (client)",
+    "CREATE TABLE IF NOT EXISTS bookmark (client TEXT NOT NULL, user TEXT NOT NULL, position TEXT NOT NULL,"
+    " spans BLOB NOT NULL, ends REAL NOT NULL, PRIMARY KEY (client, user)) WITHOUT ROWID",
+    "CREATE INDEX IF NOT EXISTS bookmark_ends ON bookmark (ends)",
     "CREATE TABLE IF NOT EXISTS revoked (number INTEGER PRIMARY KEY AUTOINCREMENT, user TEXT NOT NULL UNIQUE,"
     " second INTEGER NOT NULL)",
 )

@@ -69,6 +69,9 @@ class State(Struct):
     leader: str = ""
     led: float = 0.0
     counter: int = 0
+    # Their number, and the end of the last that had to go before its time, in seconds since the epoch.
+    bookmarks: int = 0
+    bookmarks_lost_until: float = 0.0
     nodes: dict[str, NodeState] = field(default_factory=dict)
 
     def active(self) -> int:

@@ -44,6 +44,7 @@ from store import (
     limits_of,
 )
 from store_keys import check_reuse
+from store_sqlite_bookmarks import BookmarkRows
 from store_sqlite_file import CHECKPOINT_PAGES, PAGE_BYTES, File
 from store_sqlite_state import NodeState, front_of, last_up_to, record_of, state_of, total_of
 
@@ -121,6 +122,7 @@ class Transaction:
         self._progress = progress
         self.state = state_of(file.run)
         self._now, self._wall = time.monotonic(), time.time()
+        self.bookmarks = BookmarkRows(file.run, self.state, settings, self._wall)
         self._bytes = self.state.bytes
         self._rows: list[tuple[Any, ...]] = []
         self._addressed: list[tuple[str, int]] = []
@@ -319,6 +321,7 @@ class Transaction:
             "DELETE FROM once WHERE number < (SELECT min(number) FROM once) + ? AND (receipts_total <= ? OR at < ?)",
             (TRIMMED_AT_ONCE, state.receipts - settings.history_size, expired),
         )
+        self.bookmarks.trim()
         # A bucket from the future dates from before the last boot.
         now = int(self._now * SECOND)
         self._run("DELETE FROM bucket WHERE full_at NOT BETWEEN ? AND ?", (now, now + LONGEST_BUCKET))
