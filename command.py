@@ -20,11 +20,12 @@ from typing import Any
 
 import orjson
 
-import settings
+import flags
 from command_client import Api, Lines, ReaderGone, Refused, at_time, complain, follow, is_url, publish, write
 from errors import InvalidRequest
+from flags import Once, Parser
 from schemas import USER, check, stripped
-from settings import KEY_VARIABLE, URL_VARIABLE, Once, Parser, Settings, SettingsError, extra
+from settings import KEY_VARIABLE, URL_VARIABLE, Settings, SettingsError, extra, given
 
 DEFAULT_URL = "http://localhost:8000"
 # More is no message, however it is encoded: the server refuses messages of more than 8,192 characters.
@@ -57,7 +58,7 @@ def run(argv: list[str], environ: Mapping[str, str]) -> int:
 
 def parser() -> Parser:
     """Return the parser of the whole command line, with the flags that serve."""
-    whole = settings.parser()
+    whole = flags.parser()
     commands = whole.add_subparsers(title="commands", dest="command", metavar="publish|listen|token|check")
     _add_publish(_command(commands, "publish", _publish, "publish a notification, or one a line"))
     _add_listen(_command(commands, "listen", _listen, "print notifications as they come, and resume by itself"))
@@ -83,11 +84,11 @@ def _command(commands: Any, name: str, act: Any, description: str) -> Parser:
 
 def _api(arguments: Arguments) -> Api:
     """Return the server that a command is for. Raises SettingsError; its text has no part of a key."""
-    given: list[tuple[str, str]] = []
+    named: list[tuple[str, str]] = []
     for flag, variable in (("url", URL_VARIABLE), ("key", KEY_VARIABLE)):
         value = getattr(arguments, flag)
-        given.append((f"--{flag}", value) if value is not None else (variable, arguments.environ.get(variable, "")))
-    (url_source, url), (key_source, key) = given
+        named.append((f"--{flag}", value) if value is not None else (variable, arguments.environ.get(variable, "")))
+    (url_source, url), (key_source, key) = named
     url, key = url.strip() or DEFAULT_URL, key.strip()
     if not is_url(url):
         raise SettingsError(f"{url_source}: expected a URL such as {DEFAULT_URL}, without a user and a query")
@@ -123,9 +124,9 @@ def _names(lists: list[str] | None) -> list[str]:
     return [name for name in stripped(",".join(lists or ()).split(",")) if name]
 
 
-def _add_topics(command: Parser, flags: tuple[str, ...], what: str) -> None:
+def _add_topics(command: Parser, names: tuple[str, ...], what: str) -> None:
     text = f"{what}, separated by commas; may be repeated"
-    command.add_argument(*flags, action="append", metavar="NAMES", help=text)
+    command.add_argument(*names, action="append", metavar="NAMES", help=text)
 
 
 # --- publish
@@ -194,8 +195,8 @@ def _add_listen(command: Parser) -> None:
 def _listen(arguments: Arguments) -> int:
     # Ctrl+C ends it; while the modules loaded, it ended the process at once.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    given = {"topics": ",".join(_names(arguments.topics)), "user": arguments.user, "client_id": arguments.client_id}
-    return follow(_api(arguments), {name: value for name, value in given.items() if value}, arguments.since or "")
+    wanted = {"topics": ",".join(_names(arguments.topics)), "user": arguments.user, "client_id": arguments.client_id}
+    return follow(_api(arguments), {name: value for name, value in wanted.items() if value}, arguments.since or "")
 
 
 # --- token
@@ -212,11 +213,11 @@ def _add_token(command: Parser) -> None:
     )
     text = "the time for which it is valid, such as 90s, 10m, 1h or 7d (default: 1h)"
     command.add_argument("--expires", action=Once, type=duration, metavar="DURATION", help=text)
-    settings.add_flags(command, TOKEN_SETTINGS)
+    flags.add_flags(command, TOKEN_SETTINGS)
 
 
 def _token(arguments: Arguments) -> int:
-    values, _ = settings.given(vars(arguments), arguments.environ)
+    values, _ = given(vars(arguments), arguments.environ)
     of_tokens = Settings(**{name: value for name, value in values.items() if name in TOKEN_SETTINGS})
     if not of_tokens.jwt_secret:
         raise SettingsError("--jwt-secret: expected the secret of the server's tokens; best in NOTIFYD_JWT_SECRET")
@@ -258,13 +259,13 @@ def _claims(arguments: Arguments, of_tokens: Settings) -> dict[str, Any]:
 
 
 def _add_check(command: Parser) -> None:
-    settings.add_flags(command, Settings.__struct_fields__)
+    flags.add_flags(command, Settings.__struct_fields__)
 
 
 def _check(arguments: Arguments) -> int:
     from command_check import findings  # noqa: PLC0415 - needs the packages that serve
 
-    values, warnings = settings.given(vars(arguments), arguments.environ)
+    values, warnings = given(vars(arguments), arguments.environ)
     # A missing package is found by several checks.
     found = dict.fromkeys(findings(values, warnings))
     for finding in found:

@@ -34,11 +34,12 @@ from starlette.routing import Router
 from answers import not_found
 from contract_routes import described, servers_of
 from errors import InvalidRequest, NotifydError, ShuttingDown, StoreUnavailable, TooLarge
+from flags import load
 from guard import Guard
 from guard_auth import Authenticator, authenticator_of
 from hub import Hub
 from routes import internal_route_table, route_table
-from settings import Settings, SettingsError, extra, from_environ, load
+from settings import Settings, SettingsError, extra, from_environ
 from store import Receipt, Store
 
 if TYPE_CHECKING:

@@ -31,7 +31,6 @@ REASONS = {
     "store_redis_queue": "The operations that wait have rules of their own.",
     "store_redis_bookmarks": "The counterpart of store_sqlite_bookmarks.",
     "schemas": "Every message of the protocol in one place.",
-    "settings": "Every setting in one place.",
 }
 
 # Words of clauses that stand for a noun. In the field's best code they are 2 to 5 of each 1,000 words.
