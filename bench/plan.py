@@ -75,6 +75,7 @@ class Scale:
     batched_a_turn: int
     log_notifications: int
     log_readers: int
+    log_seconds: float
 
     def within(self, files: int) -> "Scale":
         """The same with no more clients than a process may have open files."""
@@ -112,6 +113,7 @@ FULL = Scale(
     batched_a_turn=4000,
     log_notifications=1_000_000,
     log_readers=1000,
+    log_seconds=6,
 )
 QUICK = Scale(
     clients=1000,
@@ -138,6 +140,7 @@ QUICK = Scale(
     batched_a_turn=2000,
     log_notifications=50_000,
     log_readers=100,
+    log_seconds=2,
 )
 TINY = Scale(
     clients=10,
@@ -164,4 +167,5 @@ TINY = Scale(
     batched_a_turn=1000,
     log_notifications=10_000,
     log_readers=3,
+    log_seconds=0.5,
 )
