@@ -20,6 +20,7 @@ import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import hiredis
 from redis import exceptions
@@ -56,8 +57,8 @@ class RedisLink:
                 self._primary = Primary(url, settings.store_prefix, timeout)
                 options = self._primary.options
             else:
-                # parse_url takes an address without slashes for the default, localhost.
-                options = dict(parse_url(url if "://" in url else ""))
+                # parse_url takes an address without slashes for the default, localhost, and port 0 for none.
+                options = dict(parse_url(url if "://" in url and urlsplit(url).port != 0 else ""))
             self._kind: type[AbstractConnection] = options.pop("connection_class", Connection)
             # Deadlines are set here for whole calls. Redis 6 and Valkey answer alike in protocol 2.
             deadlines = {"socket_timeout": None, "socket_connect_timeout": timeout}

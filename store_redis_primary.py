@@ -6,7 +6,8 @@ Imported only for a URL of Sentinel or Cluster. Knows no key but for its slot, a
    behind, silent, dead or ignorant misleads nobody while another answers.
 2. A primary is left once the witnesses name another with a higher epoch, even if it still answers: noticed within a
    second, WATCH_SECONDS after the end of one question and ANSWER_SECONDS for the next.
-3. Without any answer the primary that was named last stays. So the loss of all witnesses harms no healthy primary.
+3. Without any answer the primary that was named last stays. So the loss of all witnesses harms no healthy primary. In
+   a cluster the nodes of the URL are asked again where no other node that is known answers.
 4. A slot that moves is no primary to use: the script names a key that is never there, so Redis refuses every call of it
    until all keys are on one side.
 
@@ -35,7 +36,7 @@ MOST_NODES = 6
 
 Address = tuple[str, int]
 
-_URL = re.compile(r"(?P<scheme>rediss?)\+\w+://(?P<place>[^/?#]*)(?P<path>[^?#]*)(\?(?P<query>.*))?")
+_URL = re.compile(r"(?P<scheme>rediss?)\+\w+://(?P<place>[^/?#\s]*)(?P<path>[^?#\s]*)(\?(?P<query>\S*))?")
 _SENTINEL = "redis+sentinel://HOST:PORT,HOST:PORT/SERVICE, with /DATABASE after it where it is not 0"
 _CLUSTER = "redis+cluster://HOST:PORT,HOST:PORT, without a database"
 
@@ -49,6 +50,10 @@ class Named(NamedTuple):
 
     epoch: int
     address: Address
+
+
+# The answer of a witness: None from an ignorant one, an exception for one that is away or refuses to say.
+Answer = Named | Exception | None
 
 
 class Primary:
@@ -72,6 +77,8 @@ class Primary:
             raise SettingsError("--store-prefix: a cluster needs a hash tag in it, such as {notifyd}:")
         self._timeout = timeout
         self._connections: dict[Address, AbstractConnection] = {}
+        # The questions without an answer so far. A slow witness is heard with a later round.
+        self._asked: dict[Address, asyncio.Task[Answer]] = {}
         self._last: Named | None = None
 
     def _read(self, url: str) -> dict[str, Any]:
@@ -79,12 +86,16 @@ class Primary:
         if (found := _URL.fullmatch(url)) is None:
             raise ValueError
         user, at, hosts = found["place"].rpartition("@")
-        self._witnesses = [_address(host, 6379 if self._is_cluster else 26379) for host in hosts.split(",")]
-        query = dict(parse_qsl(found["query"] or "", keep_blank_values=True))
+        self._seeds = [_address(host, 6379 if self._is_cluster else 26379) for host in hosts.split(",")]
+        self._witnesses = self._seeds
+        # A plus is one, as in the part before the hosts.
+        query = dict(parse_qsl((found["query"] or "").replace("+", "%2B"), keep_blank_values=True))
         service, _, database = found["path"].removeprefix("/").partition("/")
         own = {name: query.pop(f"sentinel_{name}", None) for name in ("username", "password")}
-        given = service or database or "db" in query or any(own.values())
+        given = service or database or "db" in query or any(value is not None for value in own.values())
         if not re.fullmatch(r"\d*", database) or (given if self._is_cluster else not service):
+            raise ValueError
+        if database and "db" in query:
             raise ValueError
         self._service = unquote(service)
         host = hosts.partition(",")[0]
@@ -98,7 +109,11 @@ class Primary:
     async def find(self) -> Address:
         """Return the address of the primary. Raises an exception of redis-py, OSError or TimeoutError."""
         answers = await self._ask_all(self._timeout)
-        named = [answer for answer in answers if isinstance(answer, Named)]
+        if self._witnesses is not self._seeds and not _named(answers):
+            # All nodes may have other addresses by now.
+            self._witnesses = self._seeds
+            answers = await self._ask_all(self._timeout)
+        named = _named(answers)
         if self._last is not None and len(named) < len(answers):
             # The witnesses with the newest word may be those that are away. Only all of them together take it back, as
             # after a reset.
@@ -108,6 +123,8 @@ class Primary:
         else:
             kind = "node of a cluster" if self._is_cluster else "sentinel"
             troubles = [answer for answer in answers if isinstance(answer, Exception)]
+            # A right that is missing helps most: the answer names it.
+            troubles.sort(key=lambda trouble: not isinstance(trouble, exceptions.NoPermissionError))
             raise troubles[0] if troubles else exceptions.ConnectionError(f"no {kind} names a primary")
         return self._last.address
 
@@ -116,46 +133,58 @@ class Primary:
         assert self._last
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            named = [answer for answer in await self._ask_all(0) if isinstance(answer, Named)]
-            if any(one.epoch > self._last.epoch and one.address != self._last.address for one in named):
+            newest = max(_named(await self._ask_all(0)), key=_epoch, default=self._last)
+            if newest.epoch > self._last.epoch and newest.address != self._last.address:
+                # The witness that has said so may be slow to repeat it.
+                self._last = newest
                 raise PrimaryMoved("another primary has been named")
 
     async def release(self) -> None:
         """Close the connections to the witnesses."""
+        asked, self._asked = self._asked, {}
+        for question in asked.values():
+            question.cancel()
+        await asyncio.gather(*asked.values(), return_exceptions=True)
         for connection in self._connections.values():
             await connection.disconnect(nowait=True)
         self._connections.clear()
 
-    async def _ask_all(self, patience: float) -> list[Named | BaseException | None]:
-        """Return the answers of the witnesses: None for an ignorant one, an exception for one that is away.
+    async def _ask_all(self, patience: float) -> list[Answer]:
+        """Return the answers of the witnesses so far.
 
         Where none answers within ANSWER_SECONDS, wait for the first for so many seconds more.
         """
-        asked = [asyncio.ensure_future(self._ask(address)) for address in self._witnesses]
-        try:
-            _, missing = await asyncio.wait(asked, timeout=ANSWER_SECONDS)
-            if len(missing) == len(asked):
-                await asyncio.wait(asked, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for one in asked:
-                one.cancel()
-        return await asyncio.gather(*asked, return_exceptions=True)
+        witnesses = list(dict.fromkeys(self._witnesses))
+        for address in witnesses:
+            if address not in self._asked:
+                self._asked[address] = asyncio.create_task(self._ask(address))
+        asked = [self._asked[address] for address in witnesses]
+        _, missing = await asyncio.wait(asked, timeout=ANSWER_SECONDS)
+        if len(missing) == len(asked):
+            await asyncio.wait(asked, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        for address in witnesses:
+            if self._asked[address].done():
+                del self._asked[address]
+        return [question.result() if question.done() else TimeoutError() for question in asked]
 
-    async def _ask(self, address: Address) -> Named | None:
+    async def _ask(self, address: Address) -> Answer:
         connection = self._connections.pop(address, None)
         try:
-            if connection is None:
-                host, port = address
-                connection = self._kind(host=host, port=port, **self._own)
-                await connection.connect()  # type: ignore[no-untyped-call]
-            ask = self._ask_node if self._is_cluster else self._ask_sentinel
-            named = await ask(connection, address)
+            async with asyncio.timeout(self._timeout):
+                if connection is None:
+                    host, port = address
+                    connection = self._kind(host=host, port=port, **self._own)
+                    await connection.connect()  # type: ignore[no-untyped-call]
+                ask = self._ask_node if self._is_cluster else self._ask_sentinel
+                named = await ask(connection, address)
         except BaseException as error:
             if connection is not None:
                 await connection.disconnect(nowait=True)
-            if isinstance(error, exceptions.ResponseError):
+            if isinstance(error, exceptions.ResponseError) and not isinstance(error, exceptions.NoPermissionError):
                 # It does not know the service, or is no node of a cluster.
                 return None
+            if isinstance(error, Exception):
+                return error
             raise
         self._connections[address] = connection
         return named
@@ -211,6 +240,10 @@ def _read_node(line: str, asked: str, *, named: bool) -> _Node:
     )
 
 
+def _named(answers: list[Answer]) -> list[Named]:
+    return [answer for answer in answers if isinstance(answer, Named)]
+
+
 def _epoch(named: Named) -> int:
     return named.epoch
 
@@ -218,6 +251,6 @@ def _epoch(named: Named) -> int:
 def _address(text: str, port: int) -> Address:
     """Return host and port of a text such as redis-1:26379 or [::1]."""
     parts = urlsplit(f"//{text}")
-    if not parts.hostname or parts.username is not None:
+    if not parts.hostname or parts.username is not None or parts.port == 0:
         raise ValueError
     return parts.hostname, parts.port or port

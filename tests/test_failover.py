@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count
@@ -17,9 +18,10 @@ import hiredis
 import pytest
 from conftest import StartServer
 from history import Publish
-from members import SOMETHING, Member, members, on_loop
-from processes import eventually
+from members import SOMETHING, Member, audience, members, on_loop
+from processes import ROOT, eventually
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoPermissionError
 from redis_group import AT_ONCE, SERVICE, Cluster, Group, replica_of, until
 from redis_server import RedisServer
 from traffic import Traffic
@@ -45,6 +47,9 @@ LEVEL = 5.0
         *(("rediss+sentinel://host/main?secret=1", "{n}"), ("redis+cluster://:secret@host/1", "{n}")),
         *(("redis+cluster://:secret@host?db=1", "{n}"), ("redis+cluster://:secret@host", "n:")),
         *(("redis+cluster://host", "{}n:{secret}"), ("rediss+cluster://:secret@host", "}n{")),
+        *(("redis+sentinel://:secret@host:0/main", "{n}"), ("redis+sentinel://a, secret/main", "{n}")),
+        *(("redis+sentinel://:secret@host/main/3?db=4", "{n}"), ("redis+cluster://:secret@host:0", "{n}")),
+        ("redis+cluster://host?sentinel_password=", "{n}"),
     ],
 )
 def test_a_wrong_url_or_prefix_is_refused_without_a_secret(url: str, prefix: str) -> None:
@@ -52,6 +57,14 @@ def test_a_wrong_url_or_prefix_is_refused_without_a_secret(url: str, prefix: str
         RedisStore(Settings(store_prefix=prefix), url)
     assert "secret" not in str(error.value)
     assert ("prefix" in str(error.value)) == (prefix != "{n}")
+
+
+@pytest.mark.parametrize("password", ["a+b", "a%2Bb"])
+def test_a_plus_in_a_url_is_a_plus(password: str) -> None:
+    """Before the hosts and behind them."""
+    url = f"redis+sentinel://:{password}@host,[::1]:26380/main?sentinel_password={password}&client_name={password}"
+    options = Primary(url, "{n}", 1.0).options
+    assert (options["password"], options["client_name"]) == ("a+b", "a+b")
 
 
 @pytest.mark.parametrize("value", ["-1", "x", "1.5", "101"])
@@ -69,48 +82,58 @@ def test_only_redis_has_replicas(store: str) -> None:
 # Witnesses.
 
 
-class FakeSentinel:
-    """A sentinel that says what it is told to: an epoch and a port, nothing about the service, or nothing at all."""
+class FakeWitness:
+    """A sentinel or a node that says what it is told to: an epoch and a port, nothing of use, or nothing at all."""
 
-    def __init__(self, word: tuple[int, int] | str) -> None:
-        self.word = word
+    def __init__(self, word: tuple[int, int] | str, host: str = "127.0.0.1") -> None:
+        self.word, self._host = word, host
+        # How long each answer takes.
+        self.seconds = 0.0
+        self._conversations = set[asyncio.Task[None] | None]()
 
-    async def start(self) -> FakeSentinel:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+    async def start(self) -> FakeWitness:
+        self._server = await asyncio.start_server(self._serve, self._host, 0)
         self.port = self._server.sockets[0].getsockname()[1]
         if self.word == "dead":
             self._server.close()
         return self
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._conversations.add(asyncio.current_task())
         commands = hiredis.Reader()
         while data := await reader.read(1000):
             commands.feed(data)
+            await asyncio.sleep(self.seconds)
             while command := commands.gets():
-                writer.write(self._answer(b" ".join(command)))
+                writer.write(b"" if self.word == "silent" else self._answer(b" ".join(command)))
         writer.close()
 
     def _answer(self, command: bytes) -> bytes:
-        if self.word == "silent":
-            return b""
-        if not command.startswith(b"SENTINEL"):
+        if not command.startswith((b"SENTINEL", b"CLUSTER")):
             return b"+OK\r\n"
+        if self.word == "forbidden":
+            return b"-NOPERM this user has no permissions to run the 'sentinel|master' command\r\n"
         if isinstance(self.word, str):
             return b"-ERR No such master with that name\r\n"
+        if command.startswith(b"CLUSTER"):
+            node = b"%040d 127.0.0.1:%d@1 master - 0 0 %d connected 0-16383\n" % (1, self.word[1], self.word[0])
+            return b"$%d\r\n%s\r\n" % (len(node), node)
         if command.startswith(b"SENTINEL MASTER"):
             return b"*2\r\n+config-epoch\r\n+%d\r\n" % self.word[0]
         return b"*2\r\n+127.0.0.1\r\n+%d\r\n" % self.word[1]
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        """Listen no longer, and wait until the connections have ended."""
         self._server.close()
+        await asyncio.gather(*filter(None, self._conversations))
 
 
 Words = list[tuple[int, int] | str]
 
 
 @contextlib.asynccontextmanager
-async def primary_of(words: Words) -> AsyncIterator[tuple[Primary, list[FakeSentinel]]]:
-    sentinels = [await FakeSentinel(word).start() for word in words]
+async def primary_of(words: Words) -> AsyncIterator[tuple[Primary, list[FakeWitness]]]:
+    sentinels = [await FakeWitness(word).start() for word in words]
     hosts = ",".join(f"127.0.0.1:{one.port}" for one in sentinels)
     primary = Primary(f"redis+sentinel://{hosts}/main", "{n}", 1.0)
     try:
@@ -118,9 +141,7 @@ async def primary_of(words: Words) -> AsyncIterator[tuple[Primary, list[FakeSent
     finally:
         await primary.release()
         for one in sentinels:
-            one.close()
-        # The connections end.
-        await asyncio.sleep(0.05)
+            await one.close()
 
 
 @pytest.mark.parametrize(
@@ -148,7 +169,10 @@ async def test_the_newest_word_outlives_the_sentinels_that_have_said_it() -> Non
         sentinels[0].word = "silent"
         assert await primary.find() == ("127.0.0.1", 7002)
         sentinels[0].word = (1, 7001)
-        assert await primary.find() == ("127.0.0.1", 7001)
+        async with asyncio.timeout(5):
+            # The question that was not answered is given up first.
+            while await primary.find() != ("127.0.0.1", 7001):
+                pass
 
 
 @pytest.mark.parametrize("word", ["dead", "silent", "ignorant"])
@@ -159,6 +183,58 @@ async def test_no_sentinel_names_a_primary(word: str) -> None:
             await primary.find()
 
 
+@on_loop
+async def test_a_right_that_is_missing_is_named() -> None:
+    """Not where another sentinel knows the primary."""
+    async with primary_of(["dead", "forbidden", "ignorant"]) as (primary, sentinels):
+        with pytest.raises(NoPermissionError, match=r"'sentinel\|master'"):
+            await primary.find()
+        sentinels[2].word = (1, 7001)
+        assert await primary.find() == ("127.0.0.1", 7001)
+
+
+@on_loop
+async def test_a_sentinel_may_have_an_address_of_ipv6() -> None:
+    try:
+        sentinel = await FakeWitness((1, 7001), "::1").start()
+    except OSError:
+        pytest.skip("there is no IPv6 here")
+    primary = Primary(f"redis+sentinel://[::1]:{sentinel.port}/main", "{n}", 1.0)
+    assert await primary.find() == ("127.0.0.1", 7001)
+    await primary.release()
+    await sentinel.close()
+
+
+@on_loop
+async def test_the_nodes_of_the_url_are_asked_again_where_no_other_answers() -> None:
+    """All nodes of the cluster get other addresses: those of the URL are names that lead to the new ones."""
+    first, second, seed = [await FakeWitness((1, 0)).start() for _ in range(3)]
+    primary = Primary(f"redis+cluster://127.0.0.1:{seed.port}", "{n}", 1.0)
+    first.word = seed.word = (1, first.port)
+    for _ in range(2):
+        assert await primary.find() == ("127.0.0.1", first.port)
+    await primary.release()
+    await first.close()
+    second.word = seed.word = (1, second.port)
+    assert await primary.find() == ("127.0.0.1", second.port)
+    await primary.release()
+    for one in (second, seed):
+        await one.close()
+
+
+@pytest.mark.slow
+@on_loop
+async def test_a_slow_sentinel_is_heard_in_the_end() -> None:
+    """One that takes longer for its first answer than a round of questions: with TLS, or a slow name server."""
+    async with primary_of([(1, 7001), (2, 7002)]) as (primary, sentinels):
+        sentinels[1].seconds = 0.2
+        assert await primary.find() == ("127.0.0.1", 7001)
+        with pytest.raises(PrimaryMoved):
+            await asyncio.wait_for(primary.watch(), 5)
+        await primary.release()
+        assert await primary.find() == ("127.0.0.1", 7002)
+
+
 @pytest.mark.slow
 @on_loop
 async def test_a_primary_is_left_for_a_newer_one_alone() -> None:
@@ -166,7 +242,7 @@ async def test_a_primary_is_left_for_a_newer_one_alone() -> None:
     async with primary_of([(2, 7001), (2, 7001)]) as (primary, sentinels):
         await primary.find()
         watch = asyncio.create_task(primary.watch())
-        for words in ([(1, 7002), (2, 7009)], ["silent", "silent"]):
+        for words in (["silent", "silent"], [(1, 7002), (2, 7009)]):
             sentinels[0].word, sentinels[1].word = words
             await asyncio.sleep(1)
             assert not watch.done()
@@ -288,20 +364,53 @@ async def test_another_primary_is_found(group: Group | Cluster, fault: Callable[
         await is_whole(publishers, everyone)
 
 
+def rights(secret: str) -> list[list[str]]:
+    """Return the commands of docs/scaling.md that make a user on a Redis, and on a sentinel."""
+    page = (ROOT / "docs" / "scaling.md").read_text().replace("SECRET", secret)
+    return [line.split() for line in re.findall(r"^ACL SETUSER .*", page, re.MULTILINE)]
+
+
 @pytest.mark.slow
 @only_sentinels
 @on_loop
 async def test_credentials_and_a_database(group: Group) -> None:
-    """A wrong secret is a reason, without the secret."""
-    group.sentinels[0].command("ACL", "SETUSER", "default", "resetpass", ">watch")
-    group.primary.command("ACL", "SETUSER", "notifyd", "on", ">pa@ss", "~*", "&*", "+@all")
-    url = f"redis+sentinel://notifyd:pa%40ss@localhost:{group.sentinels[0].port}/{SERVICE}/3?sentinel_password="
-    async with members(url + "watch") as [one]:
+    """A wrong secret is a reason, without the secret; so is a missing right, with its name."""
+    sentinel = group.sentinels[0]
+    on_redis, on_sentinel = rights("pa@ss")
+    sentinel.command(*on_sentinel)
+    for server in group.servers:
+        server.command(*on_redis)
+    url = f"redis+sentinel://notifyd:pa%40ss@localhost:{sentinel.port}/{SERVICE}/3?sentinel_username=notifyd"
+    url += "&sentinel_password="
+    async with members(url + "pa@ss", store_replicas=1) as [one]:
         await one.publish()
         assert group.primary.keys(3)
-    for wrong in (url + "guess", url.replace("pa%40ss", "guess") + "watch"):
+    for wrong in (url + "guess", url.replace("pa%40ss", "guess") + "pa@ss"):
         async with members(wrong) as [one]:
             assert one.store.failure and "guess" not in one.store.failure and "password" in one.store.failure
+    sentinel.command("ACL", "SETUSER", "notifyd", "-sentinel|master")
+    async with members(url + "pa@ss") as [one]:
+        assert "no permissions to run the 'sentinel|master' command" in str(one.store.failure)
+
+
+@pytest.mark.slow
+@only_cluster
+@on_loop
+async def test_credentials_of_a_cluster(group: Cluster) -> None:
+    [on_redis, _] = rights("secret")
+    for server in group.servers:
+        server.command(*on_redis)
+    url = group.url.replace("//", "//notifyd:secret@")
+    async with members(url, 2, store_replicas=1) as [one, other]:
+        await one.admit("a", "t")
+        assert await other.store.census()
+        await one.store.append([SOMETHING], Once("key", b""))
+        await other.until(lambda: other.ids == one.ids)
+        assert (await one.store.log.reach(None, audience(["a"]), one.ids[0])).replayed == 1
+    for server in group.servers:
+        server.command("ACL", "SETUSER", "notifyd", "-cluster|nodes")
+    async with members(url) as [one]:
+        assert "no permissions to run the 'cluster|nodes' command" in str(one.store.failure)
 
 
 @pytest.mark.slow

@@ -133,7 +133,7 @@ async def test_a_socket_in_the_file_system(start_redis: StartRedis) -> None:
 @pytest.mark.parametrize(
     "url",
     [
-        *("redis:nowhere", "http://:secret@host/", "redis://:sec:ret@host:port/"),
+        *("redis:nowhere", "http://:secret@host/", "redis://:sec:ret@host:port/", "redis://:secret@host:0/"),
         *("redis://host/?secret=1", "rediss://host/?ssl_cert_reqs=secret"),
     ],
 )
