@@ -1,11 +1,12 @@
-// Print every notification as a line of JSON, with clients/js/client.js, in node.
+// Print every notification as a line of JSON, in Node.js, Deno or Bun.
 //
+//   npm install --prefix examples
 //   node examples/listen.js [ws://localhost:8000/ws?topics=builds]
 //
 // The variable TOKEN has the token or key, where the server wants one.
-// Node before 22 needs the flag --experimental-websocket before the file's name. Ctrl-C ends it.
+// Node.js before 22 needs the flag --experimental-websocket before the file's name. Ctrl+C ends it.
 
-import { NotifydClient } from "../clients/js/client.js";
+import { NotifydClient } from "notifyd-client";
 
 const describe = {
   connecting: () => "connecting",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import gc
 import os
 import secrets
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -18,13 +20,15 @@ from browser import Browser
 from expected import Record, order_differs
 from forks import WarmProcess
 from members import SHORT_LEASE, Process, shorten_leases
-from processes import QUIET, Server, program, use_extra_flags
+from processes import QUIET, ROOT, Server, program, use_extra_flags
 from redis_group import Group
 from redis_server import RedisServer
+from wheels import command
 
 from store import LEASE_SECONDS
 
 StartServer = Callable[..., Server]
+Make = Callable[[str, Callable[[Path], None]], Path]
 
 MANY_FILES = 8
 
@@ -143,6 +147,40 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     browser = Browser(program("chromium", "chromium-browser", "google-chrome"), tmp_path_factory.mktemp("profile"))
     yield browser
     browser.stop()
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Make a directory once for all processes of this test run."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make(name: str, fill: Callable[[Path], None]) -> Path:
+        directory, done = base / name, base / f"{name}.done"
+        with (base / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(directory, ignore_errors=True)
+                directory.mkdir()
+                fill(directory)
+                done.touch()
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def npm_package(once: Make) -> Path:
+    """A directory with the npm package, and the script that uses it."""
+
+    def fill(directory: Path) -> None:
+        npm = program("npm")
+        [packed] = command(npm, "pack", "--silent", "--pack-destination", directory, ROOT / "clients" / "js").split()
+        (directory / "package.json").write_text('{"private": true, "type": "module"}')
+        command(npm, "install", "--silent", "--offline", "--no-audit", "--prefix", directory, directory / packed)
+        shutil.copy(ROOT / "examples" / "listen.js", directory)
+
+    return once("npm", fill)
 
 
 # Stores without a server, see members.py.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jwt
 import pytest
 from browser import Browser
 from conftest import StartServer
-from processes import Server, eventually
+from pages import Page
+from processes import ROOT, Server, eventually, node_with
 from ws_clients import PATIENCE
 
 pytestmark = pytest.mark.slow
@@ -19,41 +22,12 @@ pytestmark = pytest.mark.slow
 SECRET = "a secret of 32 characters or more"
 
 
-class Page:
-    """A tab at the server's own origin with a client."""
-
-    def __init__(self, browser: Browser, server: Server, options: str = "") -> None:
-        self.tab = browser.open(f"{server.url}/health/live")
-        eventually(lambda: self.evaluate("location.origin + document.readyState") == f"{server.url}complete")
-        self.evaluate(f"""
-            window.said = [], window.states = [], window.told = [], window.failed = [];
-            window.onerror = (text) => failed.push(text);
-            window.onunhandledrejection = ({{ reason }}) => failed.push(String(reason));
-            import("/client.js").then(({{ NotifydClient }}) => (window.client = new NotifydClient("/ws", {{
-                onNotification: ({{ data }}) => void said.push(data.message),
-                onMessage: ({{ type }}) => void told.push(type),
-                onState: (state, {{ reason }}) => void states.push(reason ? `${{state}}: ${{reason}}` : state),
-                {options}
-            }})));
-            1
-        """)
-
-    def evaluate(self, expression: str) -> Any:
-        return self.tab.evaluate(expression)
-
-    def wait_until(self, condition: str) -> None:
-        eventually(lambda: self.evaluate(condition), 2 * PATIENCE)
-
-    @property
-    def said(self) -> list[str]:
-        return list(self.evaluate("said"))
-
-    @property
-    def states(self) -> list[str]:
-        return list(self.evaluate("states"))
-
-
 OpenPage = Callable[..., Page]
+
+
+def page_of(browser: Browser, server: Server, options: str) -> Page:
+    """Open a page of the server's own origin."""
+    return Page(browser, f"{server.url}/health/live", "/ws", options)
 
 
 @pytest.fixture
@@ -61,8 +35,8 @@ def open_page(browser: Browser) -> Iterator[OpenPage]:
     pages: list[Page] = []
 
     def start(server: Server, options: str = "", *, until: str = "client.state === 'open'") -> Page:
-        pages.append(Page(browser, server, options))
-        pages[-1].wait_until(until)
+        pages.append(page_of(browser, server, options))
+        pages[-1].until(until)
         return pages[-1]
 
     yield start
@@ -88,7 +62,7 @@ def test_tabs_share_one_connection(server: Server, open_page: OpenPage) -> None:
         server.notify(topic, topics=[topic])
     server.notify("all")
     for number, page in enumerate(pages):
-        page.wait_until("said.includes('all')")
+        page.until("said.includes('all')")
         assert page.said == [f"t{number}", "all"]
 
 
@@ -97,23 +71,23 @@ def test_a_tab_changes_its_topics_and_no_others(server: Server, open_page: OpenP
     first, second = open_page(server, "shared: true, topics: ['a']"), open_page(server, "shared: true")
     for page in (first, second):
         page.evaluate("client.subscribe('b').then(() => states.push('subscribed')); 1")
-        page.wait_until("states.at(-1) === 'subscribed'")
+        page.until("states.at(-1) === 'subscribed'")
     second.evaluate("client.unsubscribe('b').then(() => states.push('unsubscribed')); 1")
-    second.wait_until("states.at(-1) === 'unsubscribed'")
+    second.until("states.at(-1) === 'unsubscribed'")
     assert clients(server)[0]["topics"] == ["a", "b"]
     server.notify("b", topics=["b"])
     server.notify("all")
     for page, said in ((first, ["b", "all"]), (second, ["all"])):
-        page.wait_until("said.includes('all')")
+        page.until("said.includes('all')")
         assert page.said == said
 
 
 @pytest.mark.parametrize("end", ["stop", "crash"])
 def test_a_tab_that_ends_hands_over_without_loss(server: Server, browser: Browser, end: str) -> None:
     """The next tab resumes after the last message that it has heard; its topics are subscribed to, and no others."""
-    pages = [Page(browser, server, f"shared: true, topics: ['t{number}']") for number in range(3)]
+    pages = [page_of(browser, server, f"shared: true, topics: ['t{number}']") for number in range(3)]
     for page in pages:
-        page.wait_until("client.state === 'open'")
+        page.until("client.state === 'open'")
     sent = 0
     before = clients(server)
     getattr(pages[0].tab, end)()
@@ -126,7 +100,7 @@ def test_a_tab_that_ends_hands_over_without_loss(server: Server, browser: Browse
     numbers = [f"{number}" for number in range(1, sent + 1)]
     both = [text for number in numbers for text in (number, f"t2 {number}")]
     for page, said in ((pages[1], numbers), (pages[2], both)):
-        page.wait_until("said.includes('end')")
+        page.until("said.includes('end')")
         assert page.said == [*said, "end"]
         page.tab.stop()
 
@@ -136,12 +110,12 @@ def test_a_tab_may_resume_from_earlier_than_the_others(server: Server, open_page
     first = open_page(server, "shared: true")
     for text in ("one", "two"):
         server.notify(text)
-    first.wait_until("said.length === 2")
+    first.until("said.length === 2")
     since = server.read("/notifications?order=desc&limit=2")["notifications"][1]["id"]
     second = open_page(server, f"shared: true, since: {json.dumps(since)}")
     server.notify("three")
     for page in (first, second):
-        page.wait_until("said.includes('three')")
+        page.until("said.includes('three')")
     assert (first.said, second.said) == (["one", "two", "three"], ["two", "three"])
     assert len(clients(server)) == 1
 
@@ -161,24 +135,24 @@ def test_tabs_of_two_users_share_nothing(start_server: StartServer, open_page: O
     pages = [open_page(server, f"shared: true, token: {json.dumps(token)}") for token in tokens]
     assert sorted(client["user"] for client in clients(server)) == ["alice", "bob"]
     pages[2].evaluate("client.subscribe('b').catch(({ message }) => states.push(message)); 1")
-    pages[2].wait_until("states.at(-1) === 'Not allowed: topic b'")
+    pages[2].until("states.at(-1) === 'Not allowed: topic b'")
     server.notify("for alice", users=["alice"])
     server.notify("all")
     for page, said in zip(pages, (["for alice", "all"], ["all"], ["for alice", "all"]), strict=True):
-        page.wait_until("said.includes('all')")
+        page.until("said.includes('all')")
         assert page.said == said
 
 
 def test_a_client_that_is_put_out_is_put_out_of_all_tabs(server: Server, open_page: OpenPage) -> None:
-    """For good, with the admin's own reason."""
+    """For good."""
     pages = [open_page(server, "shared: true, clientId: 'page'") for _ in range(3)]
-    assert server.request("DELETE", "/clients/page", json={"reason": "Go away"}).status_code == 200
+    assert server.request("DELETE", "/clients/page", json={"reason": "Disconnected: go away"}).status_code == 200
     for page in pages:
-        page.wait_until("client.state === 'closed'")
-        assert page.states[-1] == "closed: Go away"
+        page.until("client.state === 'closed'")
+        assert page.states[-1] == "closed: Disconnected: go away"
     # The last of them gives up the lead when the others have heard.
     held = "navigator.locks.query().then(({ held }) => (window.held = held.length)), window.held"
-    pages[0].wait_until(f"({held}) === 0")
+    pages[0].until(f"({held}) === 0")
     assert clients(server) == []
     assert len([state for page in pages for state in page.states if state == "open"]) == 3
 
@@ -186,9 +160,9 @@ def test_a_client_that_is_put_out_is_put_out_of_all_tabs(server: Server, open_pa
 def test_a_tab_that_closes_its_client_leaves_the_others_connected(server: Server, open_page: OpenPage) -> None:
     pages = [open_page(server, "shared: true") for _ in range(2)]
     pages[0].evaluate("client.close()")
-    pages[1].wait_until("states.length > 2 && client.state === 'open'")
+    pages[1].until("states.length > 2 && client.state === 'open'")
     server.notify("hi")
-    pages[1].wait_until("said.includes('hi')")
+    pages[1].until("said.includes('hi')")
     assert (pages[0].said, pages[0].states[-1]) == ([], "closed")
 
 
@@ -197,13 +171,13 @@ def test_tabs_come_back_after_the_server_was_away(start_server: StartServer, ope
     pages = [open_page(first, "shared: true") for _ in range(2)]
     first.kill()
     for page in pages:
-        page.wait_until("client.state === 'waiting'")
+        page.until("client.state === 'waiting'")
     second = start_server("--port", str(first.port))
     for page in pages:
-        page.wait_until("client.state === 'open'")
+        page.until("client.state === 'open'")
     second.notify("again")
     for page in pages:
-        page.wait_until("said.includes('again')")
+        page.until("said.includes('again')")
 
 
 # A page on its own.
@@ -215,12 +189,12 @@ def test_a_page_that_hears_of_a_network_connects_at_once(start_server: StartServ
     page = open_page(first)
     page.evaluate("const random = Math.random; Math.random = () => 50; 1")  # seconds until its next attempt
     first.kill()
-    page.wait_until("client.state === 'waiting'")
+    page.until("client.state === 'waiting'")
     start_server("--port", str(first.port))
     page.evaluate("dispatchEvent(new Event('online')); 1")
-    page.wait_until("client.state === 'open'")
+    page.until("client.state === 'open'")
     page.evaluate("dispatchEvent(new Event('online')); 1")
-    page.wait_until("told.includes('pong')")
+    page.until("told.includes('pong')")
 
 
 def test_a_token_is_renewed_before_it_expires(start_server: StartServer, open_page: OpenPage) -> None:
@@ -230,9 +204,9 @@ def test_a_token_is_renewed_before_it_expires(start_server: StartServer, open_pa
     now = int(time.time())
     tokens = [jwt.encode({"sub": "alice", "exp": now + seconds}, SECRET) for seconds in (4, 3600)]
     page = open_page(server, f"token: () => {json.dumps(tokens)}[window.asked = (window.asked ?? -1) + 1]")
-    page.wait_until("told.includes('authenticated')")
+    page.until("told.includes('authenticated')")
     server.notify("hi")
-    page.wait_until("said.includes('hi')")
+    page.until("said.includes('hi')")
     assert page.states == ["connecting", "open"]
 
 
@@ -259,7 +233,7 @@ def test_a_handler_that_throws_holds_up_nothing(server: Server, open_page: OpenP
     )
     for text in ("1", "2", "3"):
         server.notify(text)
-    page.wait_until("said.includes('3')")
+    page.until("said.includes('3')")
     assert page.said == ["1", "2", "3"]
     assert page.evaluate("told.join()") == "message,message,one"
 
@@ -270,5 +244,41 @@ def test_bad_options_are_refused(server: Server, open_page: OpenPage, options: s
     page = open_page(server)
     page.evaluate(f"""import("/client.js").then(({{ NotifydClient }}) => new NotifydClient("/ws", {{ {options} }}))
         .catch(({{ message }}) => said.push(message)); 1""")
-    page.wait_until("said.length === 1")
+    page.until("said.length === 1")
     assert page.said[0].startswith(("topics: expected names", "ack needs a clientId"))
+
+
+# The package.
+
+
+def test_the_types_are_those_of_the_module(npm_package: Path) -> None:
+    """A program with every option and member compiles in strict mode, and one with a misspelt option does not."""
+    program = """
+        import { Notifyd, NotifydClient, NotifydError, backoff, retryAfter, type Notification } from "notifyd-client";
+        const seen: string[] = [];
+        const client = new NotifydClient(new URL("ws://localhost:8000/ws"), {
+            clientId: "a", user: "alice", topics: ["b"], since: "", token: async () => "t", shared: true,
+            onNotification: async ({ id, data }: Notification) => void seen.push(id, data.message),
+            onMessage: ({ type, data }) => type === "resume" && data.complete,
+            onState: (state, detail) => console.log(state, "delay" in detail && detail.delay.toFixed()),
+            onError: console.error, WebSocket,
+        });
+        const done: Promise<void> = client.subscribe("c").then(() => client.unsubscribe(["c"], "d"));
+        client.authenticate("t").catch((error: NotifydError) => error.status);
+        const place: string[] = [client.last, client.state, ...client.topics, String(backoff(1) + retryAfter(null))];
+        const notifyd = new Notifyd("http://localhost:8000", { token: "t", attempts: 3, fetch });
+        notifyd.notify("m", { type: "t", data: {}, topics: [], users: [], clients: [], key: "k" })
+            .then(({ recipients }) => recipients.toFixed());
+        client.close();
+    """
+    node_with("typescript")
+    tsc = ROOT / "tests" / "node_modules" / ".bin" / "tsc"
+    flags = ["--noEmit", "--strict", "--target", "es2022", "--module", "nodenext", "--types", "--pretty", "false"]
+
+    def compiled(text: str, name: str) -> str:
+        path = npm_package / f"{name}.ts"
+        path.write_text(text)
+        return subprocess.run([tsc, *flags, path], cwd=npm_package, capture_output=True, text=True, check=False).stdout
+
+    assert compiled(program, "right") == ""
+    assert "'topic' does not exist" in compiled(program.replace('topics: ["b"]', 'topic: ["b"]'), "wrong")

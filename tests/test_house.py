@@ -153,7 +153,7 @@ def test_the_tests_of_ctrl_c_hold_where_the_run_ignores_it() -> None:
     start = (
         "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
     )
-    tests = ["tests/test_examples.py", "-k", "python_ends_quietly_at_ctrl_c", "-n", "0", "-p", "no:cacheprovider"]
+    tests = ["tests/test_clients.py", "-k", "python_ends_quietly_at_ctrl_c", "-n", "0", "-p", "no:cacheprovider"]
     command = [sys.executable, "-c", start, sys.executable, "-m", "pytest", *tests]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout

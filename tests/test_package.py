@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import fcntl
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from zipfile import ZipFile
 
 import httpx
 import pytest
+from conftest import Make
 from expected import Record, notification
 from processes import ROOT, Server, eventually, free_port, program
 from wheels import build, command, install
@@ -34,32 +34,9 @@ SERVERS = ("hypercorn>=0.17", "granian>=2")
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
-    """Make a directory once for all processes of this test run."""
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-    def make(name: str, fill: Callable[[Path], None]) -> Path:
-        directory, done = base / name, base / f"{name}.done"
-        with (base / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not done.exists():
-                shutil.rmtree(directory, ignore_errors=True)
-                directory.mkdir()
-                fill(directory)
-                done.touch()
-        return directory
-
-    return make
-
-
-Make = Callable[[str, Callable[[Path], None]], Path]
-
-
-@pytest.fixture(scope="session")
-def packages(shared: Make) -> Path:
+def packages(once: Make) -> Path:
     """A directory with the sdist, and the wheel that was built from it."""
-    return shared("packages", lambda directory: build(ROOT, directory))
+    return once("packages", lambda directory: build(ROOT, directory))
 
 
 @pytest.fixture(scope="session")
@@ -69,14 +46,14 @@ def wheel(packages: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def environments(shared: Make, wheel: Path) -> Callable[..., Path]:
+def environments(once: Make, wheel: Path) -> Callable[..., Path]:
     """Return the directory of programs of an environment with these packages, and the wheel with these extras."""
 
     def make(name: str, extras: str, *others: str) -> Path:
         def fill(directory: Path) -> None:
             install(directory, f"notifyd-server{extras} @ file://{wheel}", *others)
 
-        return shared(name, fill) / "bin"
+        return once(name, fill) / "bin"
 
     return make
 
@@ -101,7 +78,7 @@ def oldest(environments: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shop(shared: Make) -> Path:
+def shop(once: Make) -> Path:
     """The hosts shop.py and shop_fastapi.py, and a module of theirs for each name."""
 
     def fill(directory: Path) -> None:
@@ -110,7 +87,7 @@ def shop(shared: Make) -> Path:
         for name in NAMES:
             (directory / f"{name}.py").write_text('OWNER = "shop"\n')
 
-    return shared("shop", fill)
+    return once("shop", fill)
 
 
 # The contents of the wheel.

@@ -28,11 +28,12 @@ const RELEASE_MS = 1_000; // so long no other tab takes over after a final close
 const LONGEST_MS = 2 ** 31 - 1; // a longer timer would run out at once
 const MAX_WAITING = 10_000; // messages for a handler that is busy; with more the connection ends until it has caught up
 
-// The table of closes in docs/protocol.md. Of the code 1008 all but these are final: the same request would be refused
-// again, and an admin who puts a client out may give any reason.
+// The final closes in the table of docs/protocol.md: the same request would be refused again. Those of the code 1008
+// begin with such a reason. Others are temporary: "Connection limit exceeded", "Client ... is already connected",
+// "Slow consumer".
 const FINAL_CODES = [1002, 1007, 1009];
-const TEMPORARY = /^(Connection limit exceeded|Client .+ is already connected|Message rate exceeded|Slow consumer)/;
-// Of the final ones, those that another token may change.
+const FINAL = /^(Invalid |Query:|Unknown |Replaced by|Authentication required|Token |Not allowed|Disconnected)/;
+// Of these, the ones that another token may change.
 const OF_TOKENS = /^(Authentication required|Invalid token|Token |Not allowed)/;
 
 const IS_ID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
@@ -429,9 +430,9 @@ class Link {
   }
 
   #hasClosed(close) {
-    const isOfPolicy = close.code === 1008 && !TEMPORARY.test(close.reason);
-    if (!isOfPolicy && !FINAL_CODES.includes(close.code)) return this.#leave(close);
-    const canRenew = typeof this.#owner.options.token === "function" && isOfPolicy && OF_TOKENS.test(close.reason);
+    const isRefusal = close.code === 1008 && FINAL.test(close.reason);
+    if (!isRefusal && !FINAL_CODES.includes(close.code)) return this.#leave(close);
+    const canRenew = typeof this.#owner.options.token === "function" && isRefusal && OF_TOKENS.test(close.reason);
     if (!canRenew) return this.#close(close);
     this.#refused = close;
     this.#leave(close);

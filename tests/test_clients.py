@@ -1,34 +1,37 @@
-"""The example clients, run as their users run them: against the real server, and against scripted ones."""
+"""The clients, from their packages and as the examples use them: against the real server, and scripted ones."""
 
 from __future__ import annotations
 
-import importlib.util
+import asyncio
 import json
 import queue
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from functools import partial
+from functools import partial, partialmethod
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType
 from typing import IO, Any, NamedTuple, Protocol
 from urllib.parse import parse_qs, quote, urlsplit
 
 import httpx
 import jwt
 import pytest
-from browser import Browser, Tab
-from conftest import StartServer
-from processes import ROOT, Server, environment, eventually, free_port, program
+from browser import Browser
+from conftest import Make, StartServer
+from notifyd_client import AsyncNotifyd, Notifyd, NotifydError, backoff
+from notifyd_client.publishing import retry_after
+from notifyd_client.waiting import BASE_SECONDS
+from pages import Page
+from processes import ROOT, Server, environment, eventually, free_port, node_with, program
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
+from wheels import build, install
 from ws_clients import PATIENCE
 
 pytestmark = pytest.mark.slow
@@ -36,21 +39,56 @@ pytestmark = pytest.mark.slow
 EXAMPLES = ROOT / "examples"
 NO_PROXY = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
+# As examples/listen.py, without an event loop.
+LISTEN_SYNC = """
+import json, logging, sys
+from notifyd_client import SyncNotifydClient
+from websockets.exceptions import WebSocketException
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+try:
+    for notification in SyncNotifydClient(sys.argv[1]):
+        print(json.dumps(notification), flush=True)
+except WebSocketException as error:
+    raise SystemExit(f"refused: {error}")
+"""
 
-def load(name: str) -> ModuleType:
-    """Import an example by its file's name."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+
+# The packages, as they are installed.
 
 
-# The three programs that listen, told apart by nothing but how they are started and watched.
+@pytest.fixture(scope="session")
+def client_wheel(once: Make) -> Path:
+    [wheel] = once("client", lambda directory: build(ROOT / "clients" / "python", directory)).glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="session")
+def pythons(once: Make, client_wheel: Path) -> Callable[..., str]:
+    """Return the interpreter of an environment with the Python package."""
+
+    def make(name: str, extras: str, *others: str) -> str:
+        wanted = f"notifyd-client{extras} @ file://{client_wheel}"
+        return str(once(f"client-{name}", lambda directory: install(directory, wanted, *others)) / "bin" / "python")
+
+    return make
+
+
+@pytest.fixture
+def python(pythons: Callable[..., str]) -> str:
+    return pythons("all", "[all]")
+
+
+@pytest.fixture
+def oldest(pythons: Callable[..., str]) -> str:
+    """With the lowest versions that the extras allow."""
+    return pythons("oldest", "[all]", "websockets==14.0", "httpx==0.25.0")
+
+
+# The programs that listen, told apart by nothing but how they are started and watched.
 
 
 class Listener(Protocol):
-    """A running example client."""
+    """A running client."""
 
     def receive(self) -> str:
         """Wait for the next notification; return its type and message."""
@@ -62,7 +100,7 @@ class Listener(Protocol):
 
 
 class Program:
-    """An example that prints notifications to stdout and its state to stderr, in a process of its own."""
+    """A program that prints notifications to stdout and its state to stderr, in a process of its own."""
 
     def __init__(self, *command: str, **variables: str) -> None:
         self.process = subprocess.Popen(
@@ -113,28 +151,32 @@ class Program:
             reader.join()
 
 
-STATES = {"connected": "open", "disconnected": "lost", "refused": "closed"}  # as the page shows them
+STATES = {"connected": "open", "disconnected": "waiting", "refused": "closed"}  # of the JavaScript client
 
 
-class Page:
-    """index.html in a tab."""
+class ListeningPage:
+    """The client in a page."""
 
-    def __init__(self, tab: Tab) -> None:
-        self._tab = tab
-        self._received = 0
+    def __init__(self, browser: Browser, site: str, url: str) -> None:
+        show = "onNotification: ({ type, data }) => void said.push(`${type}: ${data.message}`)"
+        self._page = Page(browser, f"{site}/clients/js/client.js", url, show, "/clients/js/client.js")
+        self._received = self._states = 0
 
     def receive(self) -> str:
-        self._received += 1  # The newest is on top.
-        text = f'[...document.querySelectorAll("#notifications li")].at(-{self._received}).lastChild.textContent'
-        eventually(lambda: self._tab.evaluate(text))
-        return str(self._tab.evaluate(text)).strip()
+        self._received += 1
+        self._page.until(f"said.length >= {self._received}")
+        return self._page.said[self._received - 1]
 
     def wait_until(self, state: str) -> None:
-        shown = f'document.getElementById("state").textContent.startsWith("{STATES[state]}")'
-        eventually(lambda: self._tab.evaluate(shown))
+        """Wait for the next of this kind."""
+        found = f"states.findIndex((each, at) => at >= {self._states} && each.startsWith('{STATES[state]}')) + 1"
+        self._page.until(f"({found}) > 0")
+        self._states = self._page.evaluate(found)
 
     def stop(self) -> None:
-        self._tab.stop()
+        failed = self._page.evaluate("failed")
+        self._page.tab.stop()
+        assert not failed
 
 
 class Site(SimpleHTTPRequestHandler):
@@ -146,7 +188,7 @@ class Site(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[str]:
-    """The origin that serves index.html, and client.js."""
+    """The origin of a page, which is not the server's."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Site, directory=str(ROOT))) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -162,23 +204,45 @@ def node() -> list[str]:
 
 
 Listen = Callable[[str], Listener]
+WAYS = ["listen.py", "sync", "listen.js", "page"]
+EVERYWHERE = [*WAYS, "oldest", "deno", "bun"]
 
 
-@pytest.fixture(params=["client.py", "listen.js", "index.html"])
-def listen(request: pytest.FixtureRequest) -> Iterator[Listen]:
-    """Run one of the example clients on a server's URL."""
+@pytest.fixture
+def command_of(request: pytest.FixtureRequest) -> Callable[[str], list[str]]:
+    """Return the command of a program that listens."""
+
+    def of(way: str) -> list[str]:
+        fixture = request.getfixturevalue
+        match way:
+            case "listen.py":
+                return [fixture("python"), str(EXAMPLES / "listen.py")]
+            case "oldest":
+                return [fixture("oldest"), str(EXAMPLES / "listen.py")]
+            case "sync":
+                return [fixture("python"), "-c", LISTEN_SYNC]
+            case "listen.js":
+                runner = fixture("node")
+            case _:
+                places = {"deno": ["run", "--allow-net", "--allow-env"], "bun": []}
+                node_with(way)
+                runner = [str(ROOT / "tests" / "node_modules" / ".bin" / way), *places[way]]
+        return [*runner, str(fixture("npm_package") / "listen.js")]
+
+    return of
+
+
+@pytest.fixture(params=WAYS)
+def listen(request: pytest.FixtureRequest, command_of: Callable[[str], list[str]]) -> Iterator[Listen]:
+    """Run one of the clients on a server's URL."""
     listeners: list[Listener] = []
 
     def start(url: str) -> Listener:
-        match request.param:
-            case "client.py":
-                listeners.append(Program(sys.executable, str(EXAMPLES / "client.py"), url))
-            case "listen.js":
-                node = request.getfixturevalue("node")
-                listeners.append(Program(*node, str(EXAMPLES / "listen.js"), url))
-            case "index.html":
-                site, browser = request.getfixturevalue("site"), request.getfixturevalue("browser")
-                listeners.append(Page(browser.open(f"{site}/examples/?url={quote(url, safe='')}")))
+        if request.param == "page":
+            site, browser = request.getfixturevalue("site"), request.getfixturevalue("browser")
+            listeners.append(ListeningPage(browser, site, url))
+        else:
+            listeners.append(Program(*command_of(request.param), url))
         return listeners[-1]
 
     yield start
@@ -189,6 +253,7 @@ def listen(request: pytest.FixtureRequest) -> Iterator[Listen]:
 # Against the real server.
 
 
+@pytest.mark.parametrize("listen", EVERYWHERE, indirect=True)
 def test_receives_published_notifications(start_server: StartServer, site: str, listen: Listen) -> None:
     server = start_server("--allow-origin", site)
     listener = listen(server.ws_url)
@@ -197,6 +262,7 @@ def test_receives_published_notifications(start_server: StartServer, site: str, 
     assert listener.receive() == "alert: <b>5 > 4</b> & 'so on' \u2603"
 
 
+@pytest.mark.parametrize("listen", EVERYWHERE, indirect=True)
 def test_comes_back_by_itself_after_the_server_was_killed(start_server: StartServer, site: str, listen: Listen) -> None:
     first = start_server("--allow-origin", site)
     listener = listen(first.ws_url)
@@ -220,18 +286,18 @@ def test_leaves_a_server_that_shuts_down(start_server: StartServer, site: str, l
     assert server.exit_status() == 0  # It waits for its clients, by default for half an hour.
 
 
+@pytest.mark.parametrize("listen", EVERYWHERE, indirect=True)
 def test_gives_up_when_the_real_server_refuses_its_id(start_server: StartServer, site: str, listen: Listen) -> None:
     listen(start_server("--allow-origin", site).address("not an id")).wait_until("refused")
 
 
-@pytest.mark.slow
 def test_a_user_is_put_out_of_all_tabs_for_good(start_server: StartServer, site: str, browser: Browser) -> None:
     """Two tabs and a stream with one token receive what is for the user. One DELETE ends them, and none comes back."""
     secret = "a secret of 32 characters or more"
     server = start_server("--allow-origin", site, "--jwt-secret", secret, "--api-key", "ci:a-key")
     user, ends = "auth0|5f7c", "window.said = [], window.ends = []"
     shown = jwt.encode({"sub": user, "iat": int(time.time())}, secret)
-    tabs = [browser.open(f"{site}/examples/") for _ in range(3)]
+    tabs = [browser.open(f"{site}/clients/js/client.js") for _ in range(3)]
     for tab in tabs:
         eventually(lambda tab=tab: tab.evaluate("document.readyState === 'complete'"))
     options = f"""{{ token: {json.dumps(shown)}, onNotification: ({{ data }}) => said.push(data.message),
@@ -259,42 +325,40 @@ def test_a_user_is_put_out_of_all_tabs_for_good(start_server: StartServer, site:
         tab.stop()
 
 
-@pytest.mark.parametrize("example", ["client.py", "listen.js"])
+@pytest.mark.parametrize("way", ["listen.py", "listen.js"])
 def test_a_token_does_no_harm_where_none_is_needed(
-    start_server: StartServer, request: pytest.FixtureRequest, example: str
+    start_server: StartServer, command_of: Callable[[str], list[str]], way: str
 ) -> None:
     """The same client works on a server without authentication."""
     server = start_server()
-    command = [sys.executable] if example == "client.py" else request.getfixturevalue("node")
-    program = Program(*command, str(EXAMPLES / example), server.ws_url, TOKEN="a-key")
+    program = Program(*command_of(way), server.ws_url, TOKEN="a-key")
     try:
         program.wait_until("connected")
     finally:
         program.stop()
 
 
-@pytest.mark.parametrize("example", ["client.py", "listen.js"])
-def test_shows_a_token(start_server: StartServer, request: pytest.FixtureRequest, example: str) -> None:
+@pytest.mark.parametrize("way", ["listen.py", "listen.js"])
+def test_shows_a_token(start_server: StartServer, command_of: Callable[[str], list[str]], way: str) -> None:
     """A token goes in the header, in JavaScript as a subprotocol. Without a token the refusal is final."""
     secret = "a secret of 32 characters or more"
     server = start_server("--jwt-secret", secret, "--api-key", "ci:a-key")
-    command = [sys.executable] if example == "client.py" else request.getfixturevalue("node")
     connected = r"connected as client_\w+ of alice$"
     for variables, state in (({"TOKEN": jwt.encode({"sub": "alice"}, secret)}, connected), ({}, "refused")):
-        program = Program(*command, str(EXAMPLES / example), server.ws_url, **variables)
+        program = Program(*command_of(way), server.ws_url, **variables)
         try:
             program.wait_until(state)
             if state == connected:
-                with load("publish").Notifyd(server.url, token="a-key") as notifyd:
+                with Notifyd(server.url, token="a-key") as notifyd:
                     notifyd.notify("for alice", users=["alice"])
                 assert program.receive() == "custom: for alice"
         finally:
             program.stop()
 
 
-def test_python_names_a_user(server: Server) -> None:
+def test_python_names_a_user(server: Server, python: str) -> None:
     """Where no token does."""
-    program = Program(sys.executable, str(EXAMPLES / "client.py"), server.ws_url, "--user", "auth0|eve")
+    program = Program(python, str(EXAMPLES / "listen.py"), server.ws_url, "--user", "auth0|eve")
     try:
         program.wait_until(r"connected as client_\w+ of auth0\|eve$")
     finally:
@@ -326,10 +390,10 @@ def test_a_page_shows_a_token_where_none_is_needed(
 
 
 @pytest.mark.parametrize("state", ["connected", "disconnected"])
-def test_python_ends_quietly_at_ctrl_c(server: Server, state: str) -> None:
+def test_python_ends_quietly_at_ctrl_c(server: Server, python: str, state: str) -> None:
     """While it listens, and while it waits to try again."""
     url = server.ws_url if state == "connected" else f"ws://127.0.0.1:{free_port()}/ws"
-    program = Program(sys.executable, str(EXAMPLES / "client.py"), url)
+    program = Program(python, str(EXAMPLES / "listen.py"), url)
     try:
         program.wait_until(state)
         program.process.send_signal(signal.SIGINT)
@@ -579,14 +643,13 @@ def test_javascript_stays_closed(run_node: RunNode) -> None:
 # Backoff: any delay up to a limit that doubles and is capped.
 
 
-@pytest.fixture(params=["client.py", "publish.py", "client.js"])
+@pytest.fixture(params=["python", "javascript"])
 def delays(request: pytest.FixtureRequest) -> Callable[[int], list[float]]:
     """200 delays after this many failures, for a base of 1 and a cap of 30."""
-    if request.param == "client.js":
+    if request.param == "javascript":
         run_node = request.getfixturevalue("run_node")
         return lambda failures: run_node(f"Array.from({{ length: 200 }}, () => backoff({failures}, 1, 30))")
-    example = load(request.param.removesuffix(".py"))
-    return lambda failures: [example.backoff(failures, 1, 30) for _ in range(200)]
+    return lambda failures: [backoff(failures, 1, 30) for _ in range(200)]
 
 
 @pytest.mark.parametrize(("failures", "limit"), [(0, 1), (1, 2), (4, 16), (5, 30), (100_000, 30)])
@@ -598,29 +661,34 @@ def test_backoff_is_jittered_and_capped(delays: Callable[[int], list[float]], fa
 
 # Publishing, against the real server and against an HTTP server with a script.
 
-publish = load("publish")
+RunPublish = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def run_publish(server: Server, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(EXAMPLES / "publish.py"), "--url", server.url, *arguments]
+@pytest.fixture
+def run_publish(server: Server, python: str) -> RunPublish:
+    return lambda *arguments: run_script(python, server, *arguments)
+
+
+def run_script(python: str, server: Server, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [python, str(EXAMPLES / "publish.py"), "--url", server.url, *arguments]
     return subprocess.run(command, env=environment(NO_PROXY), capture_output=True, text=True, check=False)
 
 
-def test_publishes(server: Server) -> None:
+def test_publishes(server: Server, run_publish: RunPublish) -> None:
     client = server.join()
-    done = run_publish(server, "notify", "disk full", "--type", "alert", "--data", '{"priority": "high"}')
+    done = run_publish("notify", "disk full", "--type", "alert", "--data", '{"priority": "high"}')
     received = client.receive()
     assert json.loads(done.stdout)["recipients"] == 1
     assert (received["type"], received["data"]) == ("alert", {"message": "disk full", "priority": "high"})
 
 
 @pytest.mark.parametrize("command", ["health", "metrics", "status"])
-def test_shows_health_metrics_and_status(server: Server, command: str) -> None:
-    assert json.loads(run_publish(server, command).stdout).keys() == server.read(f"/{command}").keys()
+def test_shows_health_metrics_and_status(server: Server, run_publish: RunPublish, command: str) -> None:
+    assert json.loads(run_publish(command).stdout).keys() == server.read(f"/{command}").keys()
 
 
-def test_shows_the_server_s_own_words_for_an_error(server: Server) -> None:
-    failed = run_publish(server, "notify", "", "--data", "[]")
+def test_shows_the_server_s_own_words_for_an_error(run_publish: RunPublish) -> None:
+    failed = run_publish("notify", "", "--data", "[]")
     assert failed.returncode == 1
     assert failed.stderr.startswith("failed: 400 ")
 
@@ -676,19 +744,38 @@ Publisher = Callable[..., tuple[Any, ScriptedHttp]]
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that the publisher wanted to wait; it doesn't."""
     waits: list[float] = []
+
+    async def wait(seconds: float) -> None:
+        waits.append(seconds)
+
     monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setattr("asyncio.sleep", wait)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return waits
 
 
-@pytest.fixture
-def publisher(waits: list[float]) -> Iterator[Publisher]:
+class Awaiting:
+    """AsyncNotifyd, awaited."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._make = lambda: AsyncNotifyd(*arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        async def call(*arguments: Any, **options: Any) -> Any:
+            async with self._make() as notifyd:
+                return await getattr(notifyd, name)(*arguments, **options)
+
+        return lambda *arguments, **options: asyncio.run(call(*arguments, **options))
+
+
+@pytest.fixture(params=[Notifyd, Awaiting], ids=["sync", "async"])
+def publisher(request: pytest.FixtureRequest, waits: list[float]) -> Iterator[Publisher]:
     """A publisher, and the server with its scripted replies."""
     servers: list[ScriptedHttp] = []
 
     def start(*replies: Reply, **options: Any) -> tuple[Any, ScriptedHttp]:
         servers.append(ScriptedHttp(*replies))
-        return publish.Notifyd(servers[-1].url, **options), servers[-1]
+        return request.param(servers[-1].url, **options), servers[-1]
 
     yield start
     for server in servers:
@@ -720,33 +807,33 @@ def test_tries_again_after_an_answer_that_may_change(publisher: Publisher, statu
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 413, 415, 422, 500, 501, 505])
 def test_does_not_try_again_after_another_answer(publisher: Publisher, status: int) -> None:
     notifyd, server = publisher(Reply(status, b"<h1>No</h1>"), SENT)
-    with pytest.raises(publish.NotifydError, match=f"^{status} "):
+    with pytest.raises(NotifydError, match=f"^{status} "):
         notifyd.notify("once")
     assert len(server.keys) == 1
 
 
-def test_tries_again_after_every_network_error(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [Notifyd, Awaiting])
+def test_tries_again_after_every_network_error(kind: Any, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """The server is not there, resets, or falls silent; the key stays the same."""
-    notifyd, server = publisher(SENT)
     errors = [httpx.ConnectError, httpx.ReadError, httpx.WriteError, httpx.CloseError, httpx.RemoteProtocolError]
     errors += [httpx.ConnectTimeout, httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout, httpx.ProxyError]
-    notifyd._attempts, left, original = len(errors) + 1, iter(errors), httpx.Client.request
-    keys = set()
+    left, keys = iter(errors), set()
 
-    def request(*arguments: Any, **options: Any) -> httpx.Response:
-        keys.add(options["headers"]["Idempotency-Key"])
+    def answer(request: httpx.Request) -> httpx.Response:
+        keys.add(request.headers["Idempotency-Key"])
         if (error := next(left, None)) is not None:
             raise error("lost")
-        return original(*arguments, **options)
+        return httpx.Response(200, json=SENT.body)
 
-    monkeypatch.setattr(httpx.Client, "request", request)
-    assert notifyd.notify("once")["recipients"] == 3
-    assert keys == set(server.keys)
+    for client in (httpx.Client, httpx.AsyncClient):
+        monkeypatch.setattr(client, "__init__", partialmethod(client.__init__, transport=httpx.MockTransport(answer)))
+    assert kind("http://server", attempts=len(errors) + 1).notify("once")["recipients"] == 3
+    assert len(keys) == 1
 
 
 def test_tries_again_where_nobody_listens(waits: list[float]) -> None:
     with pytest.raises(httpx.ConnectError):
-        publish.Notifyd(f"http://127.0.0.1:{free_port()}", attempts=3).notify("in vain")
+        Notifyd(f"http://127.0.0.1:{free_port()}", attempts=3).notify("in vain")
     assert len(waits) == 2
 
 
@@ -768,30 +855,30 @@ def test_tries_again_where_nobody_listens(waits: list[float]) -> None:
 )
 def test_retry_after_is_a_number_or_a_date(header: str, least: float, most: float) -> None:
     """Both forms count, up to two minutes."""
-    assert least <= publish.retry_after(httpx.Response(503, headers={"Retry-After": header})) <= most
+    assert least <= retry_after(httpx.Response(503, headers={"Retry-After": header})) <= most
 
 
 def test_retry_after_a_date_is_the_time_until_then() -> None:
     header = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
-    assert 1 <= publish.retry_after(httpx.Response(503, headers={"Retry-After": header})) <= 100
+    assert 1 <= retry_after(httpx.Response(503, headers={"Retry-After": header})) <= 100
 
 
 def test_waits_as_long_as_the_server_asks(publisher: Publisher, waits: list[float]) -> None:
     notifyd, _ = publisher(BUSY._replace(status=429, headers=(("Retry-After", "3"),)), SENT)
     notifyd.notify("patience")
-    assert len(waits) == 1 and 3 <= waits[0] <= 3 + publish.BASE_SECONDS
+    assert len(waits) == 1 and 3 <= waits[0] <= 3 + BASE_SECONDS
 
 
 def test_gives_up_after_so_many_attempts(publisher: Publisher) -> None:
     notifyd, server = publisher(HANG_UP, BUSY, SENT, attempts=2)
-    with pytest.raises(publish.NotifydError, match="503 Server is shutting down"):
+    with pytest.raises(NotifydError, match="503 Server is shutting down"):
         notifyd.notify("in vain")
     assert len(server.keys) == 2
 
 
 def test_does_not_repeat_a_refused_request(publisher: Publisher) -> None:
     notifyd, server = publisher(REFUSED, SENT)
-    with pytest.raises(publish.NotifydError) as refused:
+    with pytest.raises(NotifydError) as refused:
         notifyd.notify("")
     error = refused.value
     assert (error.status, error.message, error.category, error.id) == (
@@ -805,7 +892,7 @@ def test_does_not_repeat_a_refused_request(publisher: Publisher) -> None:
 
 def test_shows_an_error_that_a_proxy_made_up(publisher: Publisher) -> None:
     notifyd, _ = publisher(Reply(502, b"<h1>Bad Gateway</h1>"), attempts=1)
-    with pytest.raises(publish.NotifydError, match="502 Bad Gateway"):
+    with pytest.raises(NotifydError, match="502 Bad Gateway"):
         notifyd.status()
 
 
