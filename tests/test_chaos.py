@@ -15,7 +15,7 @@ import signal
 import socket
 import struct
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
@@ -27,8 +27,10 @@ import orjson
 import pytest
 from bytes import masked
 from conftest import StartServer
-from processes import Server, workers
+from processes import Server, eventually, workers
+from redis_server import RedisServer
 from websockets.client import ClientProtocol
+from websockets.exceptions import InvalidState
 from websockets.frames import Frame, Opcode
 from websockets.uri import parse_uri
 
@@ -101,7 +103,13 @@ class Proxy:
         upstream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)
         upstream.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1000)
         upstream.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(upstream, self.address)
+        try:
+            await asyncio.get_running_loop().sock_connect(upstream, self.address)
+        except OSError:
+            # The server is gone for a moment.
+            upstream.close()
+            reset(writer.transport)
+            return
         up_reader, up_writer = await asyncio.open_connection(sock=upstream, limit=SMALL_BUFFER)
         client_end = writer.get_extra_info("peername")
         link = self.links[client_end] = Link()
@@ -145,6 +153,11 @@ class WebSocketBytes:
 
     def to_send(self) -> bytes:
         return b"".join(self._protocol.data_to_send())
+
+    def say(self, **message: str) -> None:
+        # It may have been closed by a frame just before.
+        with suppress(InvalidState):
+            self._protocol.send_text(orjson.dumps(message))
 
     def half_a_message(self) -> bytes:
         return masked(Opcode.TEXT, b'{"type": "ping"}')[:-7]
@@ -191,6 +204,7 @@ class Connection(asyncio.Protocol):
         self.protocol = protocol
         self.take = take
         self.is_proxied = is_proxied
+        self.newest = ""
         self.ended = asyncio.Event()  # for the client
         self.is_gone = asyncio.Event()
         self.is_abandoned = False
@@ -220,11 +234,16 @@ class Connection(asyncio.Protocol):
 
 
 class Client:
-    """A client that comes back with the id of the last notification it received, until it has the last of all."""
+    """A client that comes back with the id of the last notification it received, until it has the last of all.
 
-    def __init__(self, number: int, chance: random.Random, proxy: Proxy) -> None:
+    Or it has the server remember: it acknowledges some of the notifications, and comes back with `since=acked`.
+    """
+
+    def __init__(self, number: int, chance: random.Random, proxy: Proxy, *, may_acknowledge: bool = False) -> None:
         self.name = f"client{number}"
         self.bytes = StreamBytes if number % 10 == 0 else WebSocketBytes
+        self.acknowledges = may_acknowledge and number % 2 == 1
+        self.again = 0  # notifications that it received more than once
         self.topics = chance.sample(TOPICS, 2)
         self.user = f"user|{number % USERS}"
         self.chance = chance
@@ -253,8 +272,11 @@ class Client:
         """Resume, directly or through the proxy, and receive until the connection is lost."""
         is_proxied = self.chance.random() < 0.5
         address = ("127.0.0.1", self.proxy.port) if is_proxied else self.proxy.address
-        query = f"client_id={self.name}&user={self.user}&topics={','.join(self.topics)}&since={self.position}"
+        since = "acked" if self.acknowledges else self.position
+        query = f"client_id={self.name}&user={self.user}&topics={','.join(self.topics)}&since={since}"
         connection = Connection(self.bytes(address, query), self.take, is_proxied=is_proxied)
+        if self.acknowledges:
+            connection.take = partial(self.take_and_acknowledge, connection)
         with suppress(ConnectionError):
             await asyncio.get_running_loop().create_connection(lambda: connection, *address)
             self.connection = connection
@@ -262,6 +284,9 @@ class Client:
             await connection.ended.wait()
             if slow := SLOW.fullmatch(connection.protocol.reason):
                 self.position = slow[1]
+            return
+        # Nobody listens for a moment.
+        await asyncio.sleep(0.05)
 
     def take(self, message: Any) -> None:
         if "id" in message:
@@ -276,6 +301,32 @@ class Client:
             self.is_ready.set()
             if not message["data"]["complete"]:
                 self.gaps.append(len(self.received))
+
+    def take_and_acknowledge(self, connection: Connection, message: Any) -> None:
+        """Take a notification at least once, in order on each connection, and acknowledge one of three."""
+        assert isinstance(connection.protocol, WebSocketBytes)
+        if "id" in message:
+            if message["id"] <= connection.newest:
+                self.faults.append(f"{message} again, or out of order, after {connection.newest}")
+            connection.newest = self.position = message["id"]
+            number = int(message["data"]["message"])
+            if not self.received or number > self.received[-1]:
+                self.received.append(number)
+            else:
+                self.again += 1
+            if number % 3 == 0:
+                connection.protocol.say(type="ack", id=message["id"])
+            if self.is_done():
+                connection.transport.close()
+        elif message["type"] == "resume":
+            if not self.is_ready.is_set():
+                # From here on it misses nothing; the answer to the ping says that the server has heard of it.
+                connection.protocol.say(type="ack", id=message["data"]["position"])
+                connection.protocol.say(type="ping")
+            elif not message["data"]["complete"]:
+                self.gaps.append(len(self.received))
+        elif message["type"] == "pong":
+            self.is_ready.set()
 
     # Its faults.
 
@@ -325,9 +376,10 @@ class Client:
 class Storm:
     """Publishes everything, and lets the clients suffer meanwhile."""
 
-    def __init__(self, server: Server, *, is_long: bool = False) -> None:
+    def __init__(self, server: Server, blows: Sequence[Callable[[Storm], None]] = ()) -> None:
         self.server = server
-        self.is_long = is_long
+        # Come at equal distances. Then clients also stay away, and some acknowledge.
+        self.blows = blows
         self.batches = asyncio.Condition()
         self.published = 0
         self.chance = random.Random(SEED)
@@ -338,15 +390,21 @@ class Storm:
     async def rage(self) -> None:
         await self.proxy.start()
         seeds = [self.chance.randrange(2**32) for _ in range(CLIENTS)]
-        self.clients = [Client(number, random.Random(seed), self.proxy) for number, seed in enumerate(seeds)]
-        if self.is_long:
+        self.clients = [
+            Client(number, random.Random(seed), self.proxy, may_acknowledge=bool(self.blows))
+            for number, seed in enumerate(seeds)
+        ]
+        if self.blows:
             for client in self.clients:
                 client.stay_away = self.until_more
         lives = [asyncio.ensure_future(client.run()) for client in self.clients]
         await everyone(client.is_ready.wait() for client in self.clients)
+        blows = iter(self.blows)
         for count in range(NOTIFICATIONS // BATCH):
             await self.publish([self.notification(count * BATCH + number) for number in range(BATCH)])
             self.happen(count)
+            if self.blows and count and not count % (NOTIFICATIONS // BATCH // (len(self.blows) + 1)):
+                await asyncio.to_thread(next(blows, lambda _: None), self)
             async with self.batches:
                 self.published = count + 1
                 self.batches.notify_all()
@@ -363,14 +421,16 @@ class Storm:
             await self.batches.wait_for(lambda: self.published >= until)
 
     async def publish(self, notifications: list[dict[str, Any]]) -> None:
-        """Publish a batch, again if its worker is killed meanwhile."""
+        """Publish a batch, again if its worker is killed or its store is away meanwhile."""
         headers = {"Idempotency-Key": notifications[0]["message"]}
         while True:
             with suppress(httpx.TransportError):
                 request = partial(self.server.request, json=notifications, headers=headers)
                 response = await asyncio.to_thread(request, "POST", "/notify/batch")
-                assert response.status_code == 200, response.text
-                return
+                if response.status_code == 200:
+                    return
+                assert response.status_code == 503 and self.blows, response.text
+            await asyncio.sleep(0.05)
 
     def notification(self, number: int) -> dict[str, Any]:
         """Draw an audience: everyone, one or two topics or users, or up to three clients."""
@@ -404,8 +464,6 @@ class Storm:
                 self.stalled.append((count + self.chance.randint(1, STALLED_BATCHES), link))
         if not count % BATCHES_PER_VANISHING and (link := self.chance.choice(self.clients).suffer(may_vanish=True)):
             self.stalled.append((NOTIFICATIONS, link))
-        if self.is_long and count == NOTIFICATIONS // BATCH // 2:
-            os.kill(min(workers(self.server)), signal.SIGKILL)
         self.release(count)
 
     def release(self, count: int) -> None:
@@ -419,9 +477,9 @@ async def everyone(waiting: Any) -> None:
     await asyncio.wait_for(asyncio.gather(*waiting), PATIENCE)
 
 
-def storm(server: Server, *, is_long: bool = False) -> Storm:
-    """Let it rage, and return it when it is over. A long storm keeps clients away, and kills a worker."""
-    raging = Storm(server, is_long=is_long)
+def storm(server: Server, *blows: Callable[[Storm], None]) -> Storm:
+    """Let it rage, and return it when it is over. With blows, clients stay away, and some have the server remember."""
+    raging = Storm(server, blows)
     asyncio.run(raging.rage())
     assert sum(len(client.connections) for client in raging.clients) > 3 * CLIENTS
     return raging
@@ -440,13 +498,43 @@ def test_with_too_little_history_everyone_is_whole_or_was_told(start_server: Sta
     assert {client.verdict() for client in clients} == {"whole", "told"}
 
 
-@pytest.mark.parametrize("store", ["sqlite", "redis"])
+@pytest.fixture(params=["sqlite", "redis"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str | RedisServer]:
+    """The URL of a SQLite file, or a Redis that loses nothing when it is killed."""
+    if request.param == "sqlite":
+        yield f"sqlite:{tmp_path}/log.db"
+        return
+    redis = RedisServer(append_only=True)
+    yield redis
+    redis.close()
+
+
 def test_with_a_log_larger_than_memory_everyone_ends_with_exactly_its_own(
-    start_server: StartServer, store: str, tmp_path: Path, request: pytest.FixtureRequest
+    start_server: StartServer, store: str | RedisServer
 ) -> None:
-    """About 500 notifications are in memory, clients are away half of the time, and a worker is killed meanwhile."""
-    url = f"sqlite:{tmp_path}/log.db" if store == "sqlite" else request.getfixturevalue("redis").url
+    """About 500 notifications are in memory, and clients are away half of the time.
+
+    A worker, the parent and Redis are killed meanwhile. Clients that come back with `since` get everything once, those
+    with `since=acked` at least once.
+    """
+    url = store if isinstance(store, str) else store.url
     flags = ("--workers", "2", "--store", url, "--history-size", "30000", "--cache-bytes", "260000")
-    clients = storm(start_server(*flags, "--store-timeout", "10"), is_long=True).clients
-    assert Counter(client.verdict() for client in clients) == {"whole": CLIENTS}
-    assert not any(client.gaps for client in clients)
+
+    def kill_a_worker(raging: Storm) -> None:
+        os.kill(min(workers(raging.server)), signal.SIGKILL)
+
+    def kill_the_parent(raging: Storm) -> None:
+        killed = raging.server
+        os.kill(killed.pid, signal.SIGKILL)
+        eventually(lambda: not workers(killed))
+        raging.server = start_server(*flags, "--store-timeout", "10", "--port", str(killed.port))
+
+    def kill_redis(raging: Storm) -> None:
+        if isinstance(store, RedisServer):
+            store.kill()
+            store.start()
+
+    raging = storm(start_server(*flags, "--store-timeout", "10"), kill_a_worker, kill_redis, kill_the_parent)
+    assert Counter(client.verdict() for client in raging.clients) == {"whole": CLIENTS}
+    assert not any(client.gaps for client in raging.clients)
+    assert sum(client.again for client in raging.clients if client.acknowledges) > 0
