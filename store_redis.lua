@@ -71,14 +71,15 @@ local REMOVED_AT_ONCE, RESTORED_AT_ONCE, RESTORED_BYTES = 1000, 1000, 1048576
 -- The bookmarks that are kept, at most, and for how long; and as in bookmarks.py.
 local MOST_BOOKMARKS, BOOKMARK_TTL = tonumber(ARGV[12]), tonumber(ARGV[13])
 local FORGOTTEN_AT_ONCE, MOST_SPANS = 1000, 128
--- Records, and names of their audiences, that one call trims; names beyond that only for the last record.
-local TRIMMED_AT_ONCE, NAMES_AT_ONCE = 1000, 5000
+-- Records, and names of their audiences, that one call trims beside twice as many as it adds: 3 ms. Names beyond that
+-- only for the last record.
+local TRIMMED_AT_ONCE, NAMES_AT_ONCE = 300, 1000
 
 local time = call('TIME')
 local now = time[1] * 1000000 + time[2]
 -- The newest id, the id before the first, the sums of the log, its last number, and the least number of the next entry.
 -- Then the records, and the bookmarks, that this call has written.
-local newest, before, kept, bytes, seq, least, sent, kept_bookmarks = '', '', 0, 0, 0, 0, 0, 0
+local newest, before, kept, bytes, seq, least, sent, listed, kept_bookmarks = '', '', 0, 0, 0, 0, 0, 0, 0
 
 local function load()
   local state = call('HMGET', META, 'newest', 'before', 'kept', 'bytes', 'seq', 'least')
@@ -134,7 +135,10 @@ local function add(id, at, rest, size, audience, replayed, key, answer)
   if replayed == '1' then kept = kept + 1 end
   call('XADD', LOG, text(seq)..'-0', 'i', id, 't', at, 'r', rest, 'a', audience, 'p', replayed, 'o', key, 'z', size,
     'w', answer)
-  for _, name in ipairs(names_of(audience, replayed)) do call('RPUSH', FOR..name, text(seq)) end
+  for _, name in ipairs(names_of(audience, replayed)) do
+    call('RPUSH', FOR..name, text(seq))
+    listed = listed + 1
+  end
   local left = math.ceil((at + TTL - now) / 1000)
   if key ~= '' and left > 0 then call('SET', ONCE..key, text(seq), 'PX', left) end
 end
@@ -196,7 +200,7 @@ local function forget(entry)
 end
 
 local function trim_old()
-  local entries = call('XRANGE', OLD, '-', '+', 'COUNT', 100)
+  local entries = call('XRANGE', OLD, '-', '+', 'COUNT', TRIMMED_AT_ONCE)
   for _, entry in ipairs(entries) do unlist(entry) end
   if #entries == 0 then return end
   call('XTRIM', OLD, 'MINID', '=', text(number(entries[#entries]) + 1)..'-0')
@@ -206,7 +210,8 @@ end
 local function trim()
   local slowest = call('ZRANGE', TAILS, 0, 0, 'WITHSCORES')[2]
   slowest = slowest and tonumber(slowest) or seq
-  local from, goes_on, entries_left, names_left = '-', true, TRIMMED_AT_ONCE, NAMES_AT_ONCE
+  local from, goes_on = '-', true
+  local entries_left, names_left = TRIMMED_AT_ONCE + 2 * sent, NAMES_AT_ONCE + 2 * listed
   while goes_on and entries_left > 0 and names_left > 0 do
     local entries = call('XRANGE', LOG, from, '+', 'COUNT', 20)
     goes_on = #entries == 20

@@ -152,3 +152,27 @@ def test_the_history_has_pages_over_the_whole_log(start_server: StartServer, fla
         between = history(url, since=ids[100], before=ids[104])
         assert [one["id"] for one in between["notifications"]] == ids[101:104]
         assert (between["position"], between["complete"]) == (ids[104], True)
+
+
+@pytest.mark.parametrize("bound", [("--history-bytes", "200000"), ("--history-ttl", "3")])
+def test_the_whole_log_has_bounds_beyond_the_memory(
+    start_server: StartServer, flags: tuple[str, ...], bound: tuple[str, ...]
+) -> None:
+    """By bytes and by age: memory has a part of it, a resume from before its front is not complete."""
+    server = start_server(*flags, *bound)
+    ids = fill(server)
+
+    def first() -> str:
+        page = history(server, limit=1)["notifications"]
+        return page[0]["id"] if page else ""
+
+    if bound[0] == "--history-bytes":
+        # Each has between 100 and 200 bytes.
+        kept = COUNT - ids.index(first())
+        eventually(lambda: in_memory(server) < 200)
+        assert 1000 <= kept <= 2000
+    else:
+        eventually(lambda: first() == "")
+        kept = 0
+    data, replayed, _ = resumed(server, ids[0])
+    assert (data["complete"], replayed) == (False, [str(number) for number in range(COUNT - kept, COUNT)])
