@@ -89,6 +89,7 @@ class CensusTaker:
         while True:
             await self.take()
             with contextlib.suppress(StoreUnavailable):
+                await self._hub.deliveries.hand_in()
                 await self._hub.store.lead()
             await asyncio.sleep(REPORT_SECONDS)
 
@@ -260,4 +261,5 @@ class Questions:
         if question["ask"] == "report":
             await self._hub.census.report()
             return schemas.to_plain(await self._hub.census.share(question["limit"]))
-        return schemas.to_plain(await self._hub.presence.answer(question))
+        part = self._hub.deliveries if question["ask"] in ("delivery", "delivered") else self._hub.presence
+        return schemas.to_plain(await part.answer(question))

@@ -61,6 +61,7 @@ class Client:
         "heard_at",
         "identity",
         "is_named",
+        "joined",
         "listed_until",
         "owns_pending",
         "peer",
@@ -111,6 +112,8 @@ class Client:
         self.granted = frozenset[str]() if newcomer.identity is None else newcomer.identity.subscribe
         # The position from which on it is owed its notifications, and its topics since then, once they have changed.
         self.follows = ""
+        # The position at which it has joined: of those before, it is handed its replay alone.
+        self.joined = ""
         self.followed: Followed | None = None
         self.connected_at = self.heard_at = self._tokens_at = hub.clock()
         self.phase = phase % HEARTBEAT_PHASES

@@ -33,7 +33,7 @@ from errors import NotifydError
 from guard import EXEMPT
 from guard_identity import Identity, Right
 from query import Limit
-from routes import PROMETHEUS_TYPE
+from routes import MAX_WAIT_SECONDS, PROMETHEUS_TYPE
 from schemas import MAX_KEY_LENGTH, Before, Id, NotifyRequest, Since
 from settings import VERSION, Settings
 from streams import PUT_OUT_ID, REPLACED_ID
@@ -57,7 +57,11 @@ SECURITY_SCHEMES: dict[str, Schema] = {
         "description": "a token or a key, for EventSource, which can set no header",
     },
 }
-RIGHTS: dict[Right, str] = {Identity.check_publisher: "publish", Identity.check_admin: "admin"}
+RIGHTS: dict[Right, str] = {
+    Identity.check_publisher: "publish",
+    Identity.check_admin: "admin",
+    Identity.check_admin_or_publisher: "publish",
+}
 
 
 class Note(NamedTuple):
@@ -70,6 +74,8 @@ class Note(NamedTuple):
     is_text: bool = False
     # Whether an Idempotency-Key counts.
     has_key: bool = False
+    # Whether the publisher may wait for the delivery.
+    may_wait: bool = False
     # Beside those that every operation may have.
     errors: tuple[type[NotifydError], ...] = ()
     # Whether it is refused while the store is away or the server drains.
@@ -100,11 +106,17 @@ NOTES = {
         NotifyRequest,
         is_text=True,
         has_key=True,
-        links={"later": ("notifications", "since", "$response.header.Notification-Id")},
+        may_wait=True,
+        links={
+            "later": ("notifications", "since", "$response.header.Notification-Id"),
+            "delivery": ("notification", "id", "$response.header.Notification-Id"),
+        },
     ),
     "notify_batch": Note(_BATCH, has_key=True),
     "events": Note(errors=(errors.DuplicateClient, errors.TooManyConnections)),
     "notifications": Note(links={"next": ("notifications", "since", "$response.body#/position")}),
+    "notification": Note(links={"clients": ("delivery_clients", "id", "$response.body#/id")}),
+    "delivery_clients": Note(links={"next": ("delivery_clients", "after", _NEXT)}),
     "clients": Note(
         links={
             "next": ("clients", "after", _NEXT),
@@ -269,6 +281,7 @@ class _OpenAPI:
         kinds = {
             "client_id": schemas.ClientId,
             "user": schemas.User,
+            "id": Id,
             "file": typing.Literal[*(name.rpartition("/")[2] for name in files_at(CONSOLE))],
         }
         parameters = [
@@ -313,6 +326,11 @@ class _OpenAPI:
             text = "Makes repeating safe: a request with a key that was used before gets the first answer again."
             named = {"name": "Idempotency-Key", "in": "header", "description": text}
             yield {**named, "schema": of_key, "example": "order-18"}
+        if note.may_wait:
+            text = (
+                f"wait=SECONDS, {MAX_WAIT_SECONDS} at most: the answer comes with `delivery`, once no client is behind."
+            )
+            yield {"name": "Prefer", "in": "header", "description": text, "schema": {"type": "string"}}
 
     def _body(self, note: Note, handler: Handler) -> Schema:
         is_list = handler.__name__ in (
@@ -355,6 +373,9 @@ class _OpenAPI:
         if note.has_key:
             headers["Notification-Id"] = self._header("Notification-Id", self._schemas.of(Id))
             headers["Idempotent-Replayed"] = self._header("Idempotent-Replayed", {"const": "true"}, is_required=False)
+        if note.may_wait:
+            applied = {"type": "string", "pattern": "^wait=[0-9]+$"}
+            headers["Preference-Applied"] = self._header("Preference-Applied", applied, is_required=False)
         if files_at(path):
             headers["ETag"] = self._header("ETag", {"type": "string", "pattern": '^"[0-9a-f]+"$'})
         answer: Schema = {"description": "Done.", "content": self._content(path, handler)}

@@ -75,7 +75,8 @@ class Drain:
         except StoreUnavailable:
             position = Positions(log.position).next()
         message = encode(schemas.ShutdownMessage(timestamp=now))
-        log.append_farewell(frame(payload(position, rest)), frame(message))
+        log.append_farewell(frame(payload(position, rest)), frame(message), position)
+        self._hub.fanout.tally.announce(len(self._hub.clients))
 
     def _close(self, client: Client) -> None:
         self._hub.fanout.advance(client)

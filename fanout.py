@@ -29,6 +29,7 @@ from log import Audience, Batch, Entry, Log, frame, payload, payloads
 from readers import Readers
 from schemas import POLICY_VIOLATION
 from store import Record
+from tally import Tally
 
 if TYPE_CHECKING:
     from hub import Hub
@@ -53,6 +54,8 @@ SHARED_LISTS = 16
 # Of the log in memory, the part beyond the bounds that may wait for more: removing costs a step for each entry that is
 # left, so it is done for many at once.
 TRIMMED_PART = 64
+# The hand-overs that are noted before they are summed up: a fraction of a millisecond.
+NOTES_KEPT = 1000
 # The cursor of a reader: no turn of the log.
 NO_CURSOR = -1
 
@@ -102,6 +105,7 @@ class FanOut:
         settings = hub.settings
         memory = math.inf if hub.store.log is None else settings.cache_bytes
         self.log = Log(settings.history_size, settings.history_bytes, settings.history_ttl, memory)
+        self.tally = Tally(self.log, is_stored=hub.store.log is not None)
         self.messages_sent = 0
         self.slow_consumers = 0
         self._hub = hub
@@ -111,8 +115,9 @@ class FanOut:
 
     def restart(self) -> None:
         """Belong to the event loop that is running now."""
-        # The clients with pending entries, and those that the last full pass left behind the end of the log.
-        self._owed: set[Client] = set()
+        # The clients with pending entries, to be read by all; and those that the last full pass left behind the end of
+        # the log.
+        self.owed: set[Client] = set()
         self._behind: list[Client] = []
         self._published = asyncio.Event()
         # Whether a broadcast has been appended since the last full pass began.
@@ -138,6 +143,7 @@ class FanOut:
 
     def begin_anew(self, before: str) -> None:
         """Forget the whole log; it begins after the position `before`."""
+        self.tally.before_trim(self.log.next_sequence)
         self.log.trim(self.log.next_sequence)
         self.log.begin(before)
 
@@ -160,7 +166,7 @@ class FanOut:
                     client.reading.count += len(sequences)
                     continue
                 lists.owe(client, sequences)
-                self._owed.add(client)
+                self.owed.add(client)
         self._published.set()
 
     def _addressees(self, targeted: dict[Audience, list[int]]) -> Iterator[tuple[Client, list[int]]]:
@@ -186,7 +192,8 @@ class FanOut:
 
     def _put(self, record: Record, at: float) -> int:
         data = frame(payload(record.id, record.rest))
-        return self.log.append(record.id, data, at, replayed=record.replayed, audience=record.audience)
+        replayed, audience, addressed = record.replayed, record.audience, record.addressed
+        return self.log.append(record.id, data, at, replayed=replayed, audience=audience, addressed=addressed)
 
     def records(self, since: str) -> Iterator[Record]:
         """Return the records in memory after an id, the newest first; each is made when it is asked for."""
@@ -199,6 +206,7 @@ class FanOut:
                 entry.audience,
                 entry.replayed,
                 epoch + entry.at,
+                entry.addressed,
             )
             for entry in reversed(entries)
         )
@@ -212,7 +220,7 @@ class FanOut:
             client.told = max(client.told, client.pending[-1])
         elif sequences:
             PendingLists().owe(client, sequences)
-            self._owed.add(client)
+            self.owed.add(client)
 
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:
@@ -227,13 +235,13 @@ class FanOut:
     def forget(self, client: Client) -> None:
         """Owe a client that leaves nothing more. A pass that is under way may still hold it."""
         client.pending = None
-        self._owed.discard(client)
+        self.owed.discard(client)
         self.readers.forget(client)
 
     def unplace(self, client: Client) -> None:
         """Let go of the place of a client that reads."""
         client.cursor, client.pending = NO_CURSOR, None
-        self._owed.discard(client)
+        self.owed.discard(client)
 
     def place(self, client: Client, cursor: int, listed_until: int, pending: list[int]) -> None:
         """Put a client that has read up to here at a cursor, owe it these entries as well, and hand them over."""
@@ -243,7 +251,7 @@ class FanOut:
             told = client.told
             PendingLists().owe(client, pending)
             client.told = max(told, client.told)
-            self._owed.add(client)
+            self.owed.add(client)
         if not self.advance(client):
             self._behind.append(client)
 
@@ -273,7 +281,7 @@ class FanOut:
         # No await up to the first slice: every client that is owed something before `reached` is among the clients.
         reached = self.log.next_sequence
         full, self._for_everyone = self._for_everyone, False
-        clients = list(self._clients.by_id.values() if full else self._owed)
+        clients = list(self._clients.by_id.values() if full else self.owed)
         if self.readers.clients:
             clients = [client for client in clients if client.reading is None]
         behind: list[Client] = []
@@ -331,10 +339,11 @@ class FanOut:
                 if not self.advance(client):
                     behind.append(client)
         self.messages_sent += notifications * (len(clients) - others)
+        self.tally.notes.append(((cursor, pending), (end, None), len(clients) - others))
         if pending is not None:
-            self._owed.difference_update(clients)
+            self.owed.difference_update(clients)
             # A client that has left since the pass began does not come back: forget() took its pending entries.
-            self._owed.update(client for client in behind if client.pending is not None)
+            self.owed.update(client for client in behind if client.pending is not None)
         return behind
 
     def advance(self, client: Client) -> bool:
@@ -347,11 +356,12 @@ class FanOut:
             return False
         connection, was_owed = client.connection, client.pending is not None
         while connection.writable and (batch := self.log.batch(client.cursor, client.pending)) is not None:
+            self.tally.notes.append(((client.cursor, client.pending), (batch.cursor, batch.pending), 1))
             client.cursor, client.pending = batch.cursor, batch.pending
             self.messages_sent += batch.notifications
             connection.write(batch.frames)
         if was_owed and client.pending is None:
-            self._owed.discard(client)
+            self.owed.discard(client)
         return client.cursor == self.log.next_turn and client.pending is None
 
     def untold(self, client: Client) -> str | None:
@@ -385,9 +395,11 @@ class FanOut:
         log = self.log
         until = log.expired(self._clock(), min([self._passed_before, *self.admitting.values()]))
         removable = until - log.first_sequence
+        if len(self.tally.notes) > NOTES_KEPT:
+            self.tally.sum_up()
         if not removable or removable <= len(log) // TRIMMED_PART:
             return
-        for client in {*self._behind, *self._owed}:
+        for client in {*self._behind, *self.owed}:
             is_placed = client in self._clients and client.reading is None
             if is_placed and (start := log.backlog_start(client.cursor, client.pending)) < until:
                 if self._hub.store.log is not None:
@@ -396,6 +408,7 @@ class FanOut:
                     backlog = log.next_turn - client.cursor + len(client.pending or ())
                     self.close_slow_consumer(client, backlog, log.position_before(start))
         self.readers.before_trim(until)
+        self.tally.before_trim(until)
         log.trim(until)
 
     def close_slow_consumer(self, client: Client, backlog: int, position: str) -> None:

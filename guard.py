@@ -35,8 +35,8 @@ HANDSHAKES, REQUESTS = Rate(5, 10), Rate(10, 20)
 EXEMPT = ("/health", "/health/live", *FILES)
 # The headers of ours that a page of an allowed origin may read.
 EXPOSED = (
-    b"Accept-Encoding, Allow, ETag, Idempotent-Replayed, Notification-Id, Retry-After, Upgrade, WWW-Authenticate, "
-    b"X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset"
+    b"Accept-Encoding, Allow, ETag, Idempotent-Replayed, Notification-Id, Preference-Applied, Retry-After, Upgrade, "
+    b"WWW-Authenticate, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset"
 )
 
 

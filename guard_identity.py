@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from msgspec import UNSET, Struct
 
 from errors import Forbidden, NotifydError, Unauthorized
+from log import Audience
 from schemas import NotifyRequest
 
 # Names of topics; a trailing * makes a name a prefix.
@@ -47,16 +48,32 @@ class Identity(Struct, frozen=True, kw_only=True):
         if not self.publishes and not self.publish_topics:
             raise self._refusal("Not allowed: to publish")
 
+    def check_reader(self, audience: Audience | None) -> None:
+        """Raise Forbidden unless it is admin, or might publish a notification for this audience."""
+        if not (self.admin or self.publishes):
+            is_by_topic = audience is not None and not audience.clients and not audience.users
+            self._check_topics_of(sorted(audience.topics) if audience is not None and is_by_topic else ())
+
+    def check_admin_or_publisher(self) -> None:
+        """Raise Forbidden, or Unauthorized, unless it is admin or may publish anything."""
+        if not self.admin:
+            self.check_publisher()
+
     def check_publish(self, requests: Sequence[NotifyRequest]) -> None:
         """Raise Forbidden for the first notification that it may not publish."""
         if self.publishes:
             return
         for request in requests:
-            if request.clients is not UNSET or request.users is not UNSET or request.topics is UNSET:
-                raise Forbidden("Not allowed: to publish other than by topic")
-            for topic in request.topics:
-                if not _matches(topic, self.publish_topics):
-                    raise Forbidden(f"Not allowed: to publish to topic {topic[:64]}")
+            is_by_topic = request.clients is UNSET and request.users is UNSET
+            self._check_topics_of(request.topics if is_by_topic and request.topics is not UNSET else ())
+
+    def _check_topics_of(self, topics: Sequence[str]) -> None:
+        """Raise Forbidden unless it may publish a notification for these topics alone."""
+        if not topics:
+            raise Forbidden("Not allowed: to publish other than by topic")
+        for topic in topics:
+            if not _matches(topic, self.publish_topics):
+                raise Forbidden(f"Not allowed: to publish to topic {topic[:64]}")
 
     def own_user(self, asked: str) -> str:
         """Return the user of its client, empty for none. Raises Forbidden where another user is asked for."""

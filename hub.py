@@ -30,6 +30,7 @@ from census import CensusTaker, Questions, TestNotifications
 from clients import Client, Clients, ExpiringClients
 from connection import CLOSE_DEADLINE_SECONDS, Connection
 from conversation import Conversation, Renew
+from delivery import Deliveries
 from drain import Drain
 from errors import InvalidRequest, ShuttingDown, StoreUnavailable, TooLarge
 from fanout import FanOut
@@ -110,6 +111,7 @@ class Hub:
         self.acks = Acks(self)
         self.census = CensusTaker(self)
         self.presence = Presence(self)
+        self.deliveries = Deliveries(self)
         self.test_notifications = TestNotifications(self)
         self._make_parts()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -222,6 +224,8 @@ class Hub:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._background = {}
+            with contextlib.suppress(StoreUnavailable):
+                await self.deliveries.hand_in()
             await self.store.close()
 
     def _become(self, state: HubState) -> None:
@@ -376,6 +380,14 @@ class Hub:
         stretch = await self.replay.stretch(interest, after, before, limit, newest_first=newest_first)
         fragments = [orjson.Fragment(next(payloads(entry.frame))) for entry in stretch.entries]
         return schemas.History(notifications=fragments, position=stretch.position, complete=stretch.complete)
+
+    async def delivery(self, id: str) -> schemas.Delivery:
+        """Return how many clients a notification was addressed to, and has been handed to, and is still owed to.
+
+        Raises NotFound for an id that the log does not have, or StoreUnavailable.
+        """
+        _, delivery = await self.deliveries.notification(id)
+        return delivery
 
     # --- the store's Node
 

@@ -135,6 +135,8 @@ class Entry(NamedTuple):
     at: float
     replayed: bool
     audience: Audience | None
+    # The connected clients that it was addressed to; None where nobody has counted them.
+    addressed: int | None = None
 
     def is_for(self, client_id: str | None, user: str, topics: Collection[str]) -> bool:
         return self.audience is None or self.audience.includes(client_id, user, topics)
@@ -152,6 +154,13 @@ class Batch(NamedTuple):
     pending: list[int] | None
 
 
+class Farewell(NamedTuple):
+    """The turn of the farewell, and the sequence of the entry with its notification; -1 for none."""
+
+    turn: int
+    sequence: int
+
+
 class Log:
     """Entries bounded by count, bytes and age, and by the memory that they take."""
 
@@ -159,13 +168,14 @@ class Log:
         "_batches",
         "_broadcasts",
         "_entries",
-        "_first_turn",
         "_position_before",
         "_within",
         "_within_bytes",
         "_within_replayed",
         "_within_targeted",
+        "farewell",
         "first_sequence",
+        "first_turn",
         "max_age",
         "max_bytes",
         "max_entries",
@@ -193,7 +203,8 @@ class Log:
         self._entries: list[Entry] = []
         self.first_sequence = 0  # of _entries[0]
         self._broadcasts: list[Entry] = []
-        self._first_turn = 0  # of _broadcasts[0]
+        self.first_turn = 0  # of _broadcasts[0]
+        self.farewell: Farewell | None = None
         self._position_before = ""  # of _entries[0]
         # The sequence of the first entry within the bounds, as far as it is known; the bytes from there on, and the
         # number of entries that count towards max_entries.
@@ -210,11 +221,18 @@ class Log:
         self._position_before = self.position = before
 
     def append(
-        self, id: str, frame: bytes, at: float, *, replayed: bool = True, audience: Audience | None = None
+        self,
+        id: str,
+        frame: bytes,
+        at: float,
+        *,
+        replayed: bool = True,
+        audience: Audience | None = None,
+        addressed: int | None = None,
     ) -> int:
         """Add a notification and return its sequence. `at` is in seconds, of the clock that expired() is given."""
         size = len(frame) + (0 if audience is None else audience.size())
-        entry = Entry(self.next_sequence, id, frame, size, at, replayed, audience)
+        entry = Entry(self.next_sequence, id, frame, size, at, replayed, audience, addressed)
         self._entries.append(entry)
         self.position = id
         self.next_sequence += 1
@@ -229,8 +247,10 @@ class Log:
         self._within_targeted += audience is not None
         return entry.sequence
 
-    def append_farewell(self, notification: bytes, message: bytes) -> None:
-        """Add the last two frames for everyone. The notification's position is that of an entry in the log."""
+    def append_farewell(self, notification: bytes, message: bytes, position: str = "") -> None:
+        """Add the last two frames for everyone. The notification's position is that of an entry, if there is one."""
+        after = self.find(position) or 0
+        self.farewell = Farewell(self.next_turn, after - 1 if after > self.first_sequence else -1)
         frames = notification + message
         self._broadcasts.append(Entry(self.next_sequence, self.position, frames, 0, 0.0, False, None))
         self.next_turn += 1
@@ -254,17 +274,17 @@ class Log:
 
     def _batch_at(self, cursor: int, pending: list[int]) -> Batch:
         """Join pending entries and broadcasts in the order of their sequences."""
-        assert cursor >= self._first_turn, "the broadcast at this cursor is gone"
+        assert cursor >= self.first_turn, "the broadcast at this cursor is gone"
         assert not pending or pending[0] >= self.first_sequence, "the first pending entry is gone"
         frames: list[bytes] = []
         size = taken = 0
         while taken < len(pending) or cursor < self.next_turn:
             # The farewell has the sequence of the entry that follows it, and comes first.
             takes_turn = cursor < self.next_turn and (
-                taken == len(pending) or self._broadcasts[cursor - self._first_turn].sequence <= pending[taken]
+                taken == len(pending) or self._broadcasts[cursor - self.first_turn].sequence <= pending[taken]
             )
             if takes_turn:
-                entry = self._broadcasts[cursor - self._first_turn]
+                entry = self._broadcasts[cursor - self.first_turn]
             else:
                 entry = self._entries[pending[taken] - self.first_sequence]
             if frames and size + len(entry.frame) > BATCH_BYTES:
@@ -277,13 +297,25 @@ class Log:
 
     def backlog_start(self, cursor: int, pending: list[int] | None) -> int:
         """Return the sequence of the first entry that a client at this place has yet to be handed."""
-        index = cursor - self._first_turn
+        index = cursor - self.first_turn
         start = self._broadcasts[index].sequence if index < len(self._broadcasts) else self.next_sequence
         return min(start, pending[0]) if pending else start
 
     def turn_of(self, sequence: int) -> int:
         """Return the turn of the first broadcast from this sequence on."""
-        return self._first_turn + bisect_left(self._broadcasts, sequence, key=attrgetter("sequence"))
+        return self.first_turn + bisect_left(self._broadcasts, sequence, key=attrgetter("sequence"))
+
+    def turn(self, entry: Entry) -> int | None:
+        """Return the turn of an entry, or of the farewell with its notification; None where there is none."""
+        if self.farewell is not None and self.farewell.sequence == entry.sequence:
+            return self.farewell.turn
+        # A farewell behind it has the next sequence.
+        return self.turn_of(entry.sequence + 1) - 1 if entry.audience is None else None
+
+    def position_of(self, turn: int) -> str:
+        """Return the position of the last broadcast before this turn, or of the last entry that has left."""
+        index = turn - self.first_turn - 1
+        return self._broadcasts[index].id if index >= 0 else self._position_before
 
     def position_before(self, sequence: int) -> str:
         """Return the position just before the entry of this sequence: a client that resumes there gets that entry."""
@@ -377,7 +409,7 @@ class Log:
             self._within_targeted -= entry.audience is not None
             self._within_bytes -= entry.size
         self._within = max(self._within, sequence)
-        turns = self.turn_of(sequence) - self._first_turn
+        turns = self.turn_of(sequence) - self.first_turn
         del self._broadcasts[:turns]
-        self._first_turn += turns
+        self.first_turn += turns
         self._batches.clear()

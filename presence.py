@@ -105,7 +105,7 @@ class Presence:
         question = {"ask": "clients", "wanted": schemas.to_plain(wanted), "after": after, "limit": limit}
         parts = await self._everywhere(question, Part)
         found: dict[str, Any] = {}
-        names, goes_on = _page(parts, found, limit)
+        names, goes_on = page_of(parts, found, limit)
         page = [schemas.check(found[name], ConnectedClient) async for _, name in in_slices(names)]
         return page, sum(part.total for part in parts), goes_on
 
@@ -117,7 +117,7 @@ class Presence:
         return page[0]
 
     async def _clients_here(self, wanted: Wanted, after: str, limit: int) -> Part:
-        first, total = await _first(self._group(wanted), _CLIENT_ID_OF, after, limit + 1, wanted.fits)
+        first, total = await first_of(self._group(wanted), _CLIENT_ID_OF, after, limit + 1, wanted.fits)
         part, size = Part({}, total=total), 0
         async for number, client in in_slices(first):
             if number == limit or size > PART_BYTES:
@@ -246,12 +246,12 @@ class Presence:
         """Return the first topics behind a name with the number of their clients, and the name to go on from."""
         question = {"ask": "topics", "prefix": prefix, "after": after, "limit": limit}
         found = Counter[str]()
-        names, goes_on = _page(await self._everywhere(question, Part), found, limit)
+        names, goes_on = page_of(await self._everywhere(question, Part), found, limit)
         return {name: found[name] for name in names}, goes_on
 
     async def _topics_here(self, prefix: str, after: str, limit: int) -> Part:
         groups = self._hub.clients.by_topic
-        names, _ = await _first(groups, str, after, limit + 1, lambda name: name.startswith(prefix))
+        names, _ = await first_of(groups, str, after, limit + 1, lambda name: name.startswith(prefix))
         return Part({name: len(groups.get(name, ())) for name in names[:limit]}, len(names) > limit)
 
 
@@ -259,7 +259,7 @@ def _unknown(client_id: str) -> NotFound:
     return NotFound(f"Client {client_id} is not connected")
 
 
-async def _first(
+async def first_of(
     items: Collection[Item], name_of: Callable[[Item], str], after: str, count: int, fits: Callable[[Item], bool]
 ) -> tuple[list[Item], int]:
     """Return the first items that fit, by name, behind a name, and the number of all that fit; let other tasks run."""
@@ -273,7 +273,7 @@ async def _first(
     return first, total
 
 
-def _page(parts: Sequence[Part], found: dict[str, Any], limit: int) -> tuple[list[str], str | None]:
+def page_of(parts: Sequence[Part], found: dict[str, Any], limit: int) -> tuple[list[str], str | None]:
     """Join parts in `found`, and return the names of a page, and the one to go on from."""
     end = min((next(reversed(part.found)) for part in parts if part.more), default=None)
     for part in parts:

@@ -13,11 +13,11 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Container, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 from urllib.parse import parse_qsl, quote, unquote
 
 from errors import InvalidRequest
-from schemas import MAX_SHOWN, Before, ClientId, Cursor, Order, Since, Topic, Topics, User
+from schemas import MAX_SHOWN, Before, ClientId, Cursor, DeliveryState, Order, Since, Topic, Topics, User
 
 # A URL has room for tens of thousands of parameters, and reading those would take 50 ms.
 MAX_PARAMETERS = 100
@@ -51,6 +51,8 @@ PARAMETERS: dict[str, Mapping[str, Any]] = {
     "/ws": _FOLLOWING,
     "/events": _FOLLOWING,
     "/notifications": _FOLLOWING | {"before": Before, "order": Order, "limit": HISTORY_LIMIT},
+    "/notifications/{id}": _CREDENTIALS,
+    "/notifications/{id}/clients": _CREDENTIALS | {"state": DeliveryState, "limit": PAGE_LIMIT, "after": Cursor},
     "/status": _CREDENTIALS | {"limit": STATUS_LIMIT},
     "/clients": _CREDENTIALS | {"user": User, "topic": Topic, "limit": PAGE_LIMIT, "after": Cursor},
     "/clients/{client_id}": _CREDENTIALS,
@@ -103,6 +105,13 @@ class Query(dict[str, str]):
         if not (given.isascii() and given.isdecimal() and len(given) <= 9 and least <= int(given) <= most):
             raise InvalidRequest(f"limit: expected a whole number from {least} to {most}, got {given[:MAX_SHOWN]!r}")
         return int(given)
+
+    def one_of(self, name: str, values: Any, default: str) -> Any:
+        """Return a parameter that is one of some values, a Literal. Raises InvalidRequest."""
+        given, known = self.get(name, default), get_args(values)
+        if given not in known:
+            raise InvalidRequest(f"{name}: expected {' or '.join(known)}, got {given[:MAX_SHOWN]!r}")
+        return given
 
     def after(self) -> str:
         """Return the name in `after`, a cursor; empty for the beginning. Raises InvalidRequest."""

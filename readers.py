@@ -52,27 +52,29 @@ _id_of = attrgetter("id")
 Wants = Callable[[Entry], bool]
 
 
-def _entry(record: Record) -> Entry:
+def entry_of(record: Record) -> Entry:
     data = frame(payload(record.id, record.rest))
-    return Entry(-1, record.id, data, len(data), record.at, record.replayed, record.audience)
+    return Entry(-1, record.id, data, len(data), record.at, record.replayed, record.audience, record.addressed)
 
 
 # --- pages of the whole log
 
 
 class Part(NamedTuple):
-    """Notifications joined for one write: their frames, their number, and the ids of the first and the last."""
+    """Notifications joined for one write: frames, number, ids of the first and the last; and counts for the tally."""
 
     frames: bytes
     notifications: int
     first: str
     last: str
+    counts: list[tuple[Entry, int]]
 
 
 def _part(entries: list[Entry]) -> Part | None:
     if not entries:
         return None
-    return Part(b"".join([entry.frame for entry in entries]), len(entries), entries[0].id, entries[-1].id)
+    frames, counts = b"".join([entry.frame for entry in entries]), [(entry, 1) for entry in entries]
+    return Part(frames, len(entries), entries[0].id, entries[-1].id, counts)
 
 
 class Page:
@@ -96,7 +98,13 @@ class Page:
     def whole(self, replayed: bool) -> Part | None:
         """Return all notifications, or those of a replay, joined once for all readers."""
         if replayed not in self._parts:
-            self._parts[replayed] = _part([one for one in self.entries if one.replayed or not replayed])
+            part = _part([one for one in self.entries if one.replayed or not replayed])
+            if part is not None:
+                # Counted by the place of the reader, but for these.
+                targeted = [(one, 1) for one, _ in part.counts if one.audience is not None]
+                left_out = [(one, -1) for one in self.entries if one.audience is None and replayed > one.replayed]
+                part = part._replace(counts=targeted + left_out)
+            self._parts[replayed] = part
         return self._parts[replayed]
 
 
@@ -128,7 +136,7 @@ class Pages:
     async def read_stored(self, interest: Audience, after: str, until: str) -> Page:
         assert self._stored is not None
         found = await self._stored.read(interest, after, until)
-        return Page(interest, after, found.until, list(map(_entry, found.records)), found.before)
+        return Page(interest, after, found.until, list(map(entry_of, found.records)), found.before)
 
     async def read_back(self, interest: Audience, after: str, until: str) -> Page:
         """Return the page that ends with a position, newest first, down to another at most; `until` is its beginning.
@@ -142,7 +150,7 @@ class Pages:
             await asyncio.sleep(0)
             return Page(interest, after, after if reached <= end else log.position_before(reached), entries)
         found = await self._stored.read(interest, after, until, newest_first=True)
-        return Page(interest, after, found.until, list(map(_entry, found.records)))
+        return Page(interest, after, found.until, list(map(entry_of, found.records)))
 
     def is_near(self, since: str) -> bool:
         """Whether memory proves what is missing since a position, and that is little."""
@@ -235,6 +243,7 @@ class Readers:
         self._hub = hub
         self._fanout = fanout
         self._log = fanout.log
+        self._tally = fanout.tally
         self._clock = hub.clock
         self.pages = Pages(hub, fanout)
         # To be read by all, changed here alone.
@@ -320,6 +329,11 @@ class Readers:
         count: int = client.reading.count + self._log.next_turn - client.reading.turn
         return count
 
+    def owes(self, client: Client, entry: Entry) -> bool:
+        """Return whether a reader has yet to be handed a notification."""
+        reading = client.reading
+        return reading is not None and entry.id > reading.position and self._wants(client, reading, entry)
+
     def widen(self, client: Client) -> None:
         """Note that the topics of a client have changed."""
         if client.reading is not None:
@@ -359,7 +373,8 @@ class Readers:
             return _Step.LACKS
         until = min(page.until, end)
         is_plain = client.followed is None and reading.wants in (None, _replayed)
-        if is_plain and page.after == reading.position and until == page.until:
+        is_whole = is_plain and page.after == reading.position and until == page.until
+        if is_whole:
             part = page.whole(reading.position < reading.listed_until)
         else:
             part = _part([one for one in page.between(reading.position, until) if self._wants(client, reading, one)])
@@ -367,6 +382,7 @@ class Readers:
             if not client.connection.writable:
                 reading.next_id = part.first
                 return _Step.WAITS
+            self._tally.read(part.counts, (page.after, until) if is_whole else None)
             reading.last_id = part.last
             reading.count -= part.notifications
             self._fanout.messages_sent += part.notifications

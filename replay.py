@@ -70,10 +70,12 @@ class Replay:
         if start is None:
             assert reach is not None
             return self._follow_from_afar(client, reach)
-        client.follows = log.position
+        client.follows = client.joined = log.position
         owed: list[Entry] = []
         if start < log.next_sequence:
             client.follows = log.position_before(start)
+            if not since:
+                client.joined = client.follows
             owed = [one for one in log.since(start) if client.is_owed(one.id, one.audience)]
             if since:
                 owed = [one for one in owed if one.replayed]
@@ -84,7 +86,7 @@ class Replay:
 
     def _follow_from_afar(self, client: Client, reach: Reach) -> ResumeData:
         """Have a newcomer read the log."""
-        log, client.follows = self._log, reach.position
+        log, client.follows, client.joined = self._log, reach.position, self._log.position
         # Appended since the store counted.
         newer = [one for one in log.since(log.sequence_after(reach.until)) if client.is_owed(one.id, one.audience)]
         replayed = reach.replayed + sum(one.replayed for one in newer)

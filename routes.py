@@ -8,10 +8,12 @@ the sender's identity.
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
+from asyncio import FIRST_COMPLETED, create_task, ensure_future, wait
 from collections.abc import Set
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -22,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import figures
 import schemas
 from admission import Newcomer
-from answers import Answer, Endpoint, Handler, Socket, answer, refuse_handshake, stream_of
+from answers import Answer, Endpoint, Handler, SegmentRoute, Socket, answer, refuse_handshake, stream_of
 from bodies import MAX_BATCH_BYTES, TEXT_TYPE, UTF_8, Content, body_of, content_of, json_in, text_in
 from connection import REPEAT_EXTENSION, SUBSCRIBER, WIRE_EXTENSION, SendConnection, WebSocket, WebSocketCarrier
 from errors import (
@@ -36,8 +38,8 @@ from errors import (
 from guard_identity import Identity, Right
 from hub import Hub, HubState
 from people import people_route_table
-from query import HISTORY_LIMIT, PARAMETERS, QUERY_KEY, STATUS_LIMIT, Query
-from schemas import MAX_KEY_LENGTH, MAX_SHOWN, SUBPROTOCOL, TRY_AGAIN_LATER, Order, encode, timestamp
+from query import HISTORY_LIMIT, PAGE_LIMIT, PARAMETERS, QUERY_KEY, STATUS_LIMIT, Query, cursor, segment
+from schemas import MAX_KEY_LENGTH, SUBPROTOCOL, TRY_AGAIN_LATER, DeliveryState, Order, encode, timestamp
 from slices import in_slices
 from store import Appended, Once
 from streams import PUT_OUT_ID, REPLACED_ID, EventStream, StreamCarrier
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
 
 def route_table(hub: Hub, authenticator: Authenticator | None = None) -> list[BaseRoute]:
     """Return the routes of the public port, the most frequent first. Without an authenticator all are open."""
-    publisher, admin = Identity.check_publisher, Identity.check_admin
+    publisher, admin, reader = Identity.check_publisher, Identity.check_admin, Identity.check_admin_or_publisher
     return [
         _route("/notify", hub, authenticator, publisher, POST=notify),
         _route("/notify/batch", hub, authenticator, publisher, POST=notify_batch),
@@ -56,6 +58,8 @@ def route_table(hub: Hub, authenticator: Authenticator | None = None) -> list[Ba
         Route("/ws", Endpoint(hub, GET=upgrade_required)),
         _route("/events", hub, authenticator, GET=events),
         _route("/notifications", hub, authenticator, admin, GET=notifications),
+        _route("/notifications/{id}", hub, authenticator, reader, GET=notification),
+        _route("/notifications/{id}/clients", hub, authenticator, reader, GET=delivery_clients),
         *(_probes(hub) if hub.settings.internal_port else internal_route_table(hub, authenticator)),
     ]
 
@@ -79,12 +83,18 @@ def _probes(hub: Hub) -> list[BaseRoute]:
 def _route(
     path: str, hub: Hub, authenticator: Authenticator | None = None, right: Right | None = None, **handlers: Handler
 ) -> Route:
-    return Route(path, Endpoint(hub, authenticator, right, PARAMETERS.get(path), **handlers))
+    kind = SegmentRoute if "{" in path else Route
+    return kind(path, Endpoint(hub, authenticator, right, PARAMETERS.get(path), **handlers))
 
 
 PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Its request may be a repeat, so it is read also during the drain.
 KEY_HEADER = "idempotency-key"
+# The seconds that a publisher may wait for the delivery.
+MAX_WAIT_SECONDS = 60
+# In Prefer: a preference with its parameters, and the value of `wait` as a token or as a quoted string.
+_PREFERENCE = re.compile(r'(?:[^,"]|"(?:[^"\\]|\\.)*+"?)++')
+_WHOLE_NUMBER = re.compile(r'"?([0-9]{1,9})"?')
 # Kept for each client.
 MAX_USER_AGENT = 256
 
@@ -104,10 +114,47 @@ async def notify(hub: Hub, request: Request, sender: Identity | None) -> Answer[
     appended = await hub.publish([wanted], once, sender, address=address)
     repeat = (request.scope.get("extensions") or {}).get(REPEAT_EXTENSION)
     is_plain = once is None and sender is None and content.media_type != TEXT_TYPE and content.charset == UTF_8
+    if (preferred := request.headers.getlist("prefer")) and (seconds := _wait_in(preferred)) is not None:
+        return await _published_and_known(hub, request, understood, appended, seconds)
     if repeat is not None and is_plain and hub.publishes_at_once:
         repeat(partial(_notify_again, hub))
     recipients, at = appended.receipts[0].recipients, timestamp(appended.at)
     return _published(schemas.notify_response(recipients, understood, at), appended)
+
+
+def _wait_in(preferred: list[str]) -> int | None:
+    """Return the seconds that a publisher would wait (RFC 7240, section 4.3); None where it does not say that."""
+    for preference in _PREFERENCE.findall(",".join(preferred)):
+        name, _, value = preference.partition(";")[0].partition("=")
+        if name.strip().lower() == "wait":
+            # The first one counts, and one that cannot be understood counts as none.
+            number = _WHOLE_NUMBER.fullmatch(value.strip())
+            return None if number is None else min(int(number[1]), MAX_WAIT_SECONDS)
+    return None
+
+
+async def _published_and_known(
+    hub: Hub, request: Request, understood: bytes, appended: Appended, seconds: int
+) -> Answer[schemas.NotifyResponse]:
+    """Answer a publisher once no client is behind its notification, or the time is over; or once it has left."""
+    receipt = appended.receipts[0]
+    waiting, left = create_task(hub.deliveries.settled(receipt.id, seconds)), ensure_future(request.receive())
+    try:
+        await wait((waiting, left), return_when=FIRST_COMPLETED)
+        delivery = waiting.result() if waiting.done() else None
+    finally:
+        waiting.cancel()
+        left.cancel()
+    response = schemas.notify_response(receipt.recipients, understood, timestamp(appended.at))
+    answered = _published(response if delivery is None else _with_delivery(response, delivery), appended)
+    if delivery is not None:
+        answered.raw_headers.append((b"preference-applied", b"wait=%d" % seconds))
+    return answered
+
+
+def _with_delivery(body: bytes, delivery: schemas.Delivery) -> bytes:
+    """Return a JSON object with the delivery as its last field."""
+    return b'%b,"delivery":%b}' % (body[:-1], encode(delivery))
 
 
 def _notify_again(hub: Hub, body: bytes) -> tuple[int, list[tuple[bytes, bytes]], bytes] | None:
@@ -271,13 +318,27 @@ def _newcomer(hub: Hub, scope: Scope, query: Query, since: str | None, identity:
 async def notifications(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.History]:
     """Return the history: the notifications that a client with these parameters would be replayed."""
     query: Query = request.scope[QUERY_KEY]
-    limit, order = query.limit(HISTORY_LIMIT), query.get("order", "asc")
-    if order not in get_args(Order):
-        raise InvalidRequest(f"order: expected asc or desc, got {order[:MAX_SHOWN]!r}")
+    limit, order = query.limit(HISTORY_LIMIT), query.one_of("order", Order, "asc")
     client_id, user, before = query.get("client_id") or None, query.get("user") or "", query.get("before")
     is_descending = order == "desc"
     found = await hub.history(query.since(), limit, query.topics(), client_id, user, before, newest_first=is_descending)
     return answer(found)
+
+
+async def notification(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.DeliveredNotification]:
+    """Return a notification as it was sent, and how many clients have it."""
+    sent, delivery = await hub.deliveries.notification(segment(request.path_params["id"], "id"), sender)
+    return Answer(_with_delivery(sent, delivery) + b"\n", media_type="application/json")
+
+
+async def delivery_clients(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.DeliveryClients]:
+    """Return the clients that have a notification, have acknowledged it or are still behind it, page by page."""
+    query: Query = request.scope[QUERY_KEY]
+    state, limit, after = query.one_of("state", DeliveryState, "written"), query.limit(PAGE_LIMIT), query.after()
+    id = segment(request.path_params["id"], "id")
+    page, next = await hub.deliveries.clients(id, state, after, limit, sender)
+    goes_on = None if next is None else cursor(next)
+    return answer(schemas.DeliveryClients(clients=page, next=goes_on, timestamp=timestamp()))
 
 
 async def metrics(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.Metrics]:

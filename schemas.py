@@ -90,6 +90,8 @@ ToldUser = Annotated[str, _form(_USER, "alice")]
 ToldTopic = Annotated[str, _form(_TOPIC, "builds")]
 # The order of GET /notifications by id: oldest first, or newest first.
 Order = Literal["asc", "desc"]
+# Of GET /notifications/{id}/clients.
+DeliveryState = Literal["written", "acknowledged", "pending"]
 Cursor = Annotated[str, _form("^[A-Za-z0-9_-]+$", "Y2xpZW50XzVmMGM5YTFiZTJkMzQ4NzY")]
 Version = Annotated[str, Meta(examples=[VERSION])]
 UserAgent = Annotated[str, Meta(examples=["Mozilla/5.0"])]
@@ -428,6 +430,37 @@ class NotifyResponse(Struct, kw_only=True):
     recipients: Count
     # The request as it was understood.
     notification: orjson.Fragment
+    timestamp: Time
+    # For a publisher that has waited.
+    delivery: Delivery | UnsetType = UNSET
+
+
+class Delivery(Struct, kw_only=True):
+    """How many clients a notification was addressed to, and has reached."""
+
+    # Connected when it was published; null for one of an earlier version.
+    addressed: Count | None
+    written: Count
+    acknowledged: Count
+    pending: Count
+
+
+class DeliveredNotification(Notification, kw_only=True):
+    """The answer of GET /notifications/{id}: the notification as it was sent."""
+
+    delivery: Delivery
+
+
+class DeliveryClient(Struct, kw_only=True):
+    client_id: ToldClientId
+    user: ToldUser | None
+
+
+class DeliveryClients(Struct, kw_only=True):
+    """The answer of GET /notifications/{id}/clients."""
+
+    clients: list[DeliveryClient]
+    next: Cursor | None
     timestamp: Time
 
 

@@ -83,6 +83,9 @@ class StoredLog(Protocol):
     async def read(self, interest: Audience, after: str, until: str, *, newest_first: bool = False) -> Found:
         """Return records for everyone or for these names, after one id and up to another: as many as fit in a page."""
 
+    async def find(self, id: str) -> Counted | None:
+        """Return a record within the bounds of the history, with what count() has been given for it."""
+
 
 class Store(Protocol):
     """One log and one registry. Every coroutine may raise StoreUnavailable."""
@@ -151,6 +154,9 @@ class Store(Protocol):
 
     async def census(self) -> Census: ...
 
+    async def count(self, counts: Counts) -> None:
+        """Add to the counts of deliveries, all or none; where all is in the memory, do nothing."""
+
     async def post(self, node_id: str, message: bytes) -> None:
         """Send a message to another node. To a node that is gone it is lost."""
 
@@ -177,6 +183,8 @@ class Record(NamedTuple):
     audience: Audience | None
     replayed: bool
     at: float
+    # The connected clients that it was addressed to; None where nobody has counted them.
+    addressed: int | None = None
 
 
 class Reach(NamedTuple):
@@ -199,6 +207,26 @@ class Found(NamedTuple):
     records: list[Record]
     until: str
     before: str
+
+
+class Counts(NamedTuple):
+    """The hand-overs of one process since it has told the last ones, as changes of sums.
+
+    `steps` has, by an id, the change of the number of clients that were handed the broadcasts behind it: all of them
+    together are 0. `written` and `addressed` have, by its id, what a notification has beside those and its record.
+    """
+
+    steps: dict[str, int]
+    written: dict[str, int]
+    addressed: dict[str, int]
+
+
+class Counted(NamedTuple):
+    """A record, the number of clients it has been handed to, and that of those which a farewell was addressed to."""
+
+    record: Record
+    written: int
+    addressed: int
 
 
 class Once(NamedTuple):
@@ -357,10 +385,10 @@ class MemoryStore:
 
     def append_at_once(self, draft: Draft) -> Appended:
         now = time.time()
-        record = Record(self._positions.next(), *draft, now)
+        receipt = Receipt(self._positions.next(), self._node.recipients(draft.audience))
+        record = Record(receipt.id, *draft, now, receipt.recipients)
         self._newest = record.id
         self._notifications_sent += 1
-        receipt = Receipt(record.id, self._node.recipients(record.audience))
         self._node.deliver((record,))
         return Appended([receipt], now)
 
@@ -388,11 +416,10 @@ class MemoryStore:
         records: list[Record] = []
         receipts = []
         for draft in drafts:
-            record = Record(self._positions.next(), *draft, now)
-            self._newest = record.id
+            receipts.append(receipt := Receipt(self._positions.next(), node.recipients(draft.audience)))
+            records.append(Record(receipt.id, *draft, now, receipt.recipients))
+            self._newest = receipt.id
             self._notifications_sent += 1
-            records.append(record)
-            receipts.append(Receipt(record.id, node.recipients(record.audience)))
             if self._clock() > began + SLICE_SECONDS:
                 # A large batch for large audiences must not starve the other tasks.
                 node.deliver(records)
@@ -446,6 +473,9 @@ class MemoryStore:
     async def census(self) -> Census:
         active = self._node.recipients(None)
         return Census(active, self._total, self._notifications_sent, *self._report, [])
+
+    async def count(self, counts: Counts) -> None:
+        pass
 
     async def post(self, node_id: str, message: bytes) -> None:
         pass

@@ -22,6 +22,9 @@
 --   clients        hash    the node of each client;  groups  the groups that it is in, packed
 --   group:NODE:NAME    set  its clients in this group: of a topic, of a user or, where limited, of an address
 --   dead           set     nodes with clients to remove; these count for nothing, and their ids are free
+--   step:PART      hash    by id, changes of the number of clients that are handed the broadcasts behind it; PART is the
+--                          beginning of the ids. steps  hash  the sum of each part;  stepped  zset  the parts, in order
+--   counted        hash    by id, the clients that a notification was handed to beside that; a:ID  addressed by a farewell
 --   bucket:NAME    string  when it is full; expires then
 --   bookmarks      hash    by owner (client_id, newline, user), its bookmark: the position and the spans, packed
 --   bookmarked     zset    the owners, by the end of their time;  owners  zset  the same in their order
@@ -61,9 +64,10 @@ local NODE, MEMBERS, POSTS = P..'node:', P..'members:', P..'posts:'
 local REVOKED, REVOCATIONS = P..'revoked', P..'revocations'
 local BOOKMARKS, BOOKMARKED, OWNERS = P..'bookmarks', P..'bookmarked', P..'owners'
 local GROUP, BUCKET, ONCE = P..'group:', P..'bucket:', P..'once:'
+local STEP, STEPS, STEPPED, COUNTED = P..'step:', P..'steps', P..'stepped', P..'counted'
 local FOR, OLD, KINDS = P..'for:', P..'old', {'c:', 't:', 'u:'}
 
--- Where an entry has the values of its fields: i, t, r, a, p, o, z and w.
+-- Where an entry has the values of its fields: i, t, r, a, p, o, z, w and n.
 local ID, AT, REST, AUDIENCE, REPLAYED, KEY, BYTES_OF, ANSWER = 2, 4, 6, 8, 10, 12, 14, 16
 
 -- Clients of the dead that one renewal removes, and records and bytes that one join puts back: milliseconds each.
@@ -130,11 +134,11 @@ local function up_to(key, last)  -- How many numbers of a list are at most this 
   return low
 end
 
-local function add(id, at, rest, size, audience, replayed, key, answer)
+local function add(id, at, rest, size, audience, replayed, key, answer, addressed)
   newest, seq, bytes = id, math.max(seq + 1, least), bytes + size
   if replayed == '1' then kept = kept + 1 end
   call('XADD', LOG, text(seq)..'-0', 'i', id, 't', at, 'r', rest, 'a', audience, 'p', replayed, 'o', key, 'z', size,
-    'w', answer)
+    'w', answer, 'n', addressed or '')
   for _, name in ipairs(names_of(audience, replayed)) do
     call('RPUSH', FOR..name, text(seq))
     listed = listed + 1
@@ -194,6 +198,7 @@ local function forget(entry)
   local fields = entry[2]
   before, bytes = fields[ID], bytes - fields[BYTES_OF]
   if fields[REPLAYED] == '1' then kept = kept - 1 end
+  call('HDEL', COUNTED, before, 'a:'..before)
   local key = fields[KEY]
   if key ~= '' and tonumber(call('GET', ONCE..key) or 0) == number(entry) then call('DEL', ONCE..key) end
   return unlist(entry)
@@ -561,9 +566,9 @@ local function offer()  -- Take records of the node, or return whether they are 
   call('HSET', PARTS, node, last..' '..first)
   while cursor < #ARGV do
     local id, age = arg(), arg()
-    local rest, size, audience, replayed, key, answer = arg(), arg(), arg(), arg(), arg(), arg()
+    local rest, size, audience, replayed, key, answer, addressed = arg(), arg(), arg(), arg(), arg(), arg(), arg()
     call('ZADD', OFFERED, 0, id)
-    call('HSET', OFFERS, id, cmsgpack.pack({now - age, rest, size, audience, replayed, key, answer}))
+    call('HSET', OFFERS, id, cmsgpack.pack({now - age, rest, size, audience, replayed, key, answer, addressed}))
   end
   return 'offered'
 end
@@ -601,14 +606,15 @@ function ops.append()
     local first = drafts + 4 * (k - 1)
     local rest, size, audience, replayed = unpack(ARGV, first, first + 3)
     local id, stored_key, answer = next_id(newest), '', key ~= '' and '+' or ''
+    local addressed = recipients(audience)
     reply[#reply + 1] = id
-    reply[#reply + 1] = recipients(audience)
+    reply[#reply + 1] = addressed
     if key ~= '' and k == count then
       reply[2] = 1
       stored_key, answer = key, cmsgpack.pack({fingerprint, reply})
       reply[2] = 0
     end
-    add(id, now, rest, size, audience, replayed, stored_key, answer)
+    add(id, now, rest, size, audience, replayed, stored_key, answer, addressed)
   end
   sent = sent + count
   return reply
@@ -683,6 +689,51 @@ function ops.read()  -- Records for everyone and for the names, after one id and
     reply[2], reply[3] = reply[#reply][2][ID], id_up_to(number(reply[#reply]) - 1)
   end
   return reply
+end
+
+local function step(id, change)
+  local part = id:sub(1, 8)
+  if call('HINCRBY', STEP..part, id, change) == 0 then call('HDEL', STEP..part, id) end
+  if call('HINCRBY', STEPS, part, change) == 0 then call('HDEL', STEPS, part) end
+  call('ZADD', STEPPED, 0, part)
+end
+
+local function trim_steps()  -- Of some parts that the log has passed only the sum is left, as a part before all others.
+  local parts = call('ZRANGE', STEPPED, 0, 9)
+  for _, part in ipairs(parts) do
+    if part >= before:sub(1, 8) then break end
+    call('HINCRBY', STEPS, '', call('HGET', STEPS, part) or 0)
+    call('HDEL', STEPS, part)
+    call('UNLINK', STEP..part)
+    call('ZREM', STEPPED, part)
+  end
+end
+
+function ops.tally()  -- Add to the counts of deliveries.
+  for _ = 1, number_arg() do step(arg(), number_arg()) end
+  for _ = 1, number_arg() do
+    local id, written, addressed = arg(), number_arg(), number_arg()
+    if written ~= 0 then call('HINCRBY', COUNTED, id, written) end
+    if addressed ~= 0 then call('HINCRBY', COUNTED, 'a:'..id, addressed) end
+  end
+  return 0
+end
+
+function ops.find()  -- An entry with its counts, if it is in the log.
+  local id = arg()
+  trim()
+  local number = place_of(id)
+  if not number or number <= floor() then return {} end
+  local entry = call('XRANGE', LOG, text(number)..'-0', text(number)..'-0')[1]
+  local counted = call('HMGET', COUNTED, id, 'a:'..id)
+  local written, part = tonumber(counted[1] or 0), id:sub(1, 8)
+  if entry[2][AUDIENCE] == '' then
+    local sums = call('HGETALL', STEPS)
+    for k = 1, #sums, 2 do if sums[k] < part then written = written + sums[k + 1] end end
+    local steps = call('HGETALL', STEP..part)
+    for k = 1, #steps, 2 do if steps[k] < id then written = written + steps[k + 1] end end
+  end
+  return {entry, written, tonumber(counted[2] or 0)}
 end
 
 function ops.admit()
@@ -836,6 +887,7 @@ function ops.renew()
   trim()
   trim_old()
   forget_bookmarks()
+  trim_steps()
   local known = call('HMGET', META, 'total', 'sent', 'messages', 'slow', 'counter', 'bookmarked', 'started')
   for k = 1, 7 do known[k] = tonumber(known[k] or 0) end
   known[8] = before

@@ -45,7 +45,20 @@ from buckets import Draw, Rate
 from errors import KeyReused, StoreUnavailable
 from log import ENTRY_BYTES
 from settings import Settings
-from store import LEASE_SECONDS, Appended, Census, Draft, Node, Once, Opening, Record, Registration, Report, limits_of
+from store import (
+    LEASE_SECONDS,
+    Appended,
+    Census,
+    Counts,
+    Draft,
+    Node,
+    Once,
+    Opening,
+    Record,
+    Registration,
+    Report,
+    limits_of,
+)
 from store_redis_bookmarks import RedisBookmarks
 from store_redis_link import Argument, RedisLink, send
 from store_redis_log import OPENING_RECORDS, RedisLog
@@ -398,6 +411,9 @@ class RedisStore:
         # Figures that were stated do not decrease after Redis has lost its data.
         self._sums[:2] = total, sent
         return Census(active, total, sent, messages, slow, [node.decode() for node in others])
+
+    async def count(self, counts: Counts) -> None:
+        await self._perform("tally", *packing.counts(counts))
 
     async def post(self, node_id: str, message: bytes) -> None:
         await self._perform("post", node_id, message)

@@ -20,7 +20,7 @@ from redis.asyncio.connection import AbstractConnection
 import store_redis_records as packing
 from errors import StoreUnavailable
 from log import PAGE_BYTES, Audience
-from store import Found, Reach
+from store import Counted, Found, Reach
 from store_redis_link import Argument, RedisLink
 
 PAGE_RECORDS = 200
@@ -92,6 +92,10 @@ class RedisLog:
         records = [record for record in map(packing.record_of, entries) if _is_for(record.audience, interest)]
         reached = (oldest if newest_first else last) or (after if newest_first else until).encode()
         return Found(records, reached.decode(), before.decode())
+
+    async def find(self, id: str) -> Counted | None:
+        found = await self._ask("find", id)
+        return Counted(packing.record_of(found[0]), *found[1:]) if found else None
 
 
 def _is_for(audience: Audience | None, interest: Audience) -> bool:

@@ -14,7 +14,7 @@ import msgspec
 
 from errors import ConnectionRefused
 from log import Audience
-from store import Appended, ClientIdTaken, Draft, Limit, Receipt, Record, Registration
+from store import Appended, ClientIdTaken, Counts, Draft, Limit, Receipt, Record, Registration
 from store_redis_link import Argument
 
 # A number with -0 behind it, and the names and values of the fields.
@@ -23,6 +23,8 @@ Entry = tuple[bytes, list[bytes]]
 KEY, ANSWER = 11, 15
 # Bounds of one call that fills Redis again: parts of arguments, and their bytes unless one part has more.
 CHUNK, CHUNK_BYTES = 500, 262_144
+# Behind the first five fields.
+RECIPIENTS = 7
 # Records often have the same audience, and share it in memory.
 _unpack_audience = lru_cache(maxsize=1000)(msgspec.msgpack.Decoder(Audience).decode)
 
@@ -37,9 +39,11 @@ def number_of(entry: Entry) -> int:
 
 
 def record_of(entry: Entry) -> Record:
-    _, id, _, at, _, rest, _, packed, _, replayed, *_ = entry[1]
+    _, id, _, at, _, rest, _, packed, _, replayed, *more = entry[1]
     audience = _unpack_audience(packed) if packed else None
-    return Record(id.decode(), rest, audience, replayed == b"1", int(at) / 1e6)
+    # An entry of an earlier version has no number of recipients.
+    addressed = int(more[RECIPIENTS]) if len(more) > RECIPIENTS and more[RECIPIENTS] else None
+    return Record(id.decode(), rest, audience, replayed == b"1", int(at) / 1e6, addressed)
 
 
 def draft(of: Draft | Record) -> tuple[Argument, ...]:
@@ -65,7 +69,15 @@ def chunks(parts: Iterable[tuple[Argument, ...]]) -> Iterator[list[tuple[Argumen
 
 def offer(record: Record, key: bytes, answer: bytes) -> tuple[Argument, ...]:
     # As an age, since records expire by Redis's clock.
-    return record.id, round((time.time() - record.at) * 1e6), *draft(record), key, answer
+    addressed = "" if record.addressed is None else record.addressed
+    return record.id, round((time.time() - record.at) * 1e6), *draft(record), key, answer, addressed
+
+
+def counts(of: Counts) -> tuple[Argument, ...]:
+    steps = [part for step in of.steps.items() if step[1] for part in step]
+    ids = of.written.keys() | of.addressed.keys()
+    numbers = [part for id in ids for part in (id, of.written.get(id, 0), of.addressed.get(id, 0))]
+    return len(steps) // 2, *steps, len(ids), *numbers
 
 
 def appended(reply: list[Any]) -> Appended:

@@ -33,7 +33,7 @@ from typing import Any, TypeVar
 from buckets import Draw, Rate
 from errors import ConnectionRefused, KeyReused, StoreUnavailable
 from settings import Settings, SettingsError, number
-from store import Appended, Census, ClientIdTaken, Draft, Node, Once, Registration, Report
+from store import Appended, Census, ClientIdTaken, Counts, Draft, Node, Once, Registration, Report
 from store_sqlite_bookmarks import SqliteBookmarks
 from store_sqlite_file import File, away, failure_of
 from store_sqlite_log import SqliteLog
@@ -161,6 +161,9 @@ class SqliteStore:
 
     async def census(self) -> Census:
         return await self._perform(Transaction.census)
+
+    async def count(self, counts: Counts) -> None:
+        await self._perform(Transaction.count, counts)
 
     async def post(self, node_id: str, message: bytes) -> None:
         await self._perform(Transaction.post, node_id, message)

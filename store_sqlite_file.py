@@ -45,7 +45,7 @@ CREATE TABLE state (json BLOB NOT NULL);
 CREATE TABLE log (
     sequence INTEGER PRIMARY KEY, id TEXT NOT NULL, replayed INTEGER NOT NULL, at REAL NOT NULL,
     replayed_before INTEGER NOT NULL, everyone_before INTEGER NOT NULL, bytes_before INTEGER NOT NULL,
-    audience BLOB, rest BLOB NOT NULL
+    audience BLOB, rest BLOB NOT NULL, recipients INTEGER
 );
 CREATE INDEX log_everyone ON log (sequence) WHERE audience IS NULL;
 CREATE TABLE addressed (
@@ -60,6 +60,7 @@ CREATE TABLE mail (number INTEGER PRIMARY KEY, node TEXT NOT NULL, sender TEXT N
 """
 # From a file of version 1, whose log had no index.
 UPGRADE = """
+ALTER TABLE log ADD COLUMN recipients INTEGER;
 ALTER TABLE log ADD COLUMN everyone_before INTEGER NOT NULL DEFAULT 0;
 UPDATE log SET everyone_before = earlier.number FROM (
     SELECT sequence, coalesce(sum(audience IS NULL AND replayed) OVER (
@@ -89,6 +90,9 @@ ADDED_TABLES = (
     "CREATE INDEX IF NOT EXISTS bookmark_ends ON bookmark (ends)",
     "CREATE TABLE IF NOT EXISTS revoked (number INTEGER PRIMARY KEY AUTOINCREMENT, user TEXT NOT NULL UNIQUE,"
     " second INTEGER NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS step (id TEXT PRIMARY KEY, change INTEGER NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS counted (id TEXT PRIMARY KEY, written INTEGER NOT NULL, addressed INTEGER NOT NULL)"
+    " WITHOUT ROWID",
 )
 
 # Errors of a path that was wrong from the start, as opposed to a store that is away.

@@ -18,9 +18,10 @@ from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+import store_sqlite_counts
 from log import PAGE_BYTES, PAGE_ENTRIES, Audience
 from settings import Settings, number
-from store import Found, Reach, Record
+from store import Counted, Found, Reach, Record
 from store_sqlite_file import File, away, failure_of
 from store_sqlite_state import front_of, last_up_to, record_of, state_of
 from store_sqlite_transaction import Progress
@@ -62,6 +63,9 @@ class SqliteLog:
 
     async def read(self, interest: Audience, after: str, until: str, *, newest_first: bool = False) -> Found:
         return await self._in_thread(lambda: self._read(interest, after, until, newest_first))
+
+    async def find(self, id: str) -> Counted | None:
+        return await self._in_thread(lambda: self._find(id))
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         """Run a function on a snapshot of the file. Raises StoreUnavailable."""
@@ -147,7 +151,7 @@ class SqliteLog:
         tables = ["log INDEXED BY log_everyone WHERE audience IS NULL", *["addressed WHERE name = ?"] * len(names)]
         sources = [f"SELECT * FROM (SELECT sequence FROM {table} AND {span})" for table in tables]
         sql = (
-            "SELECT id, rest, audience, replayed, at FROM log"
+            "SELECT id, rest, audience, replayed, at, recipients FROM log"
             f" WHERE sequence IN ({' UNION ALL '.join(sources)}) ORDER BY sequence {order} LIMIT {PAGE_ENTRIES}"
         )
         records: list[Record] = []
@@ -164,6 +168,17 @@ class SqliteLog:
             # The page ends before its oldest record.
             reached = self._id_of(last_up_to(reached, self._run, state) - 1)
         return Found(records, reached, state.before)
+
+    def _find(self, id: str) -> Counted | None:
+        state = state_of(self._run)
+        sequence = last_up_to(id, self._run, state)
+        row = self._run(
+            "SELECT id, rest, audience, replayed, at, recipients FROM log WHERE sequence = ? AND id = ?", (sequence, id)
+        ).fetchone()
+        if row is None or sequence < front_of(self._run, state, self._settings, time.time()):
+            return None
+        record = record_of(row)
+        return Counted(record, *store_sqlite_counts.of(self._run, id, record.audience))
 
     def _id_of(self, sequence: int) -> str:
         """Return the id of a record, or the one before the first."""

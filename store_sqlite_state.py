@@ -27,7 +27,8 @@ from store import Record, Report
 # Records that a process reads when it joins, at most: it serves within a second.
 OPENING_RECORDS = 50_000
 NEWEST = (
-    "SELECT id, rest, audience, replayed, at FROM log WHERE sequence BETWEEN ? AND ? ORDER BY sequence DESC LIMIT ?"
+    "SELECT id, rest, audience, replayed, at, recipients FROM log"
+    " WHERE sequence BETWEEN ? AND ? ORDER BY sequence DESC LIMIT ?"
 )
 
 Run = Callable[..., sqlite3.Cursor]
@@ -140,9 +141,9 @@ def state_of(run: Run) -> State:
 
 
 def record_of(row: tuple[Any, ...]) -> Record:
-    """Return the record of a row: id, rest, audience, replayed and at."""
-    id, rest, audience, replayed, at = row
-    return Record(id, rest, audience and _audience_of(audience), bool(replayed), at)
+    """Return the record of a row: id, rest, audience, replayed, at and recipients."""
+    id, rest, audience, replayed, at, recipients = row
+    return Record(id, rest, audience and _audience_of(audience), bool(replayed), at, recipients)
 
 
 # Records often have the same audience, and share it in memory.

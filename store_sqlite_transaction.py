@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import Struct
 
+import store_sqlite_counts
 from buckets import SECOND, Draw, Rate, draw
 from errors import ConnectionRefused, StoreUnavailable
 from log import Audience
@@ -33,6 +34,7 @@ from store import (
     Appended,
     Census,
     ClientIdTaken,
+    Counts,
     Draft,
     Once,
     Opening,
@@ -59,14 +61,14 @@ LONGEST_BUCKET = 3600 * SECOND
 TRIMMED_AT_ONCE, NAMES_AT_ONCE = 1000, 5000
 
 APPEND = (
-    "INSERT INTO log (sequence, replayed_before, everyone_before, bytes_before, id, rest, audience, replayed, at)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "INSERT INTO log (sequence, replayed_before, everyone_before, bytes_before, id, rest, audience, replayed, at,"
+    " recipients) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 ADDRESS = (
     "INSERT INTO addressed (name, sequence, number) VALUES (?1, ?2, 1 + coalesce("
     "(SELECT number FROM addressed WHERE name = ?1 ORDER BY sequence DESC LIMIT 1), 0))"
 )
-RECORDS = "SELECT id, rest, audience, replayed, at FROM log WHERE sequence > ? ORDER BY sequence"
+RECORDS = "SELECT id, rest, audience, replayed, at, recipients FROM log WHERE sequence > ? ORDER BY sequence"
 
 
 class Operation(NamedTuple):
@@ -250,8 +252,9 @@ class Transaction:
             state.counter, state.led = counter, self._now
         receipts = []
         for draft in drafts:
-            record = Record(self._positions.next(), *draft, at)
-            receipts.append(Receipt(record.id, self._recipients(draft.audience)))
+            receipt = Receipt(self._positions.next(), self._recipients(draft.audience))
+            receipts.append(receipt)
+            record = Record(receipt.id, *draft, at, receipt.recipients)
             state.last = record.id
             state.sequence += 1
             self.appended.append(record)
@@ -261,7 +264,7 @@ class Transaction:
                 size += sum(len(name) for names in record.audience for name in names)
                 self._addressed += [(name, state.sequence) for name in record.audience.names()]
             counts = state.sequence, state.replayed, state.everyone, state.bytes
-            self._rows.append((*counts, record.id, record.rest, audience, record.replayed, at))
+            self._rows.append((*counts, record.id, record.rest, audience, record.replayed, at, receipt.recipients))
             state.replayed += record.replayed
             state.everyone += record.replayed and audience is None
             state.bytes += size
@@ -343,6 +346,7 @@ class Transaction:
         (state.before,) = self._run("SELECT id FROM log WHERE sequence = ?", (front - 1,)).fetchone()
         self._file.run_many("DELETE FROM addressed WHERE name = ? AND sequence = ?", gone)
         self._run("DELETE FROM log WHERE sequence < ?", (front,))
+        store_sqlite_counts.trim(self._run, state.before)
 
     # --- the registry
 
@@ -438,6 +442,9 @@ class Transaction:
         state = self.state
         others = [node_id for node_id in state.nodes if node_id != self._node_id]
         return Census(state.active(), state.total, state.notifications_sent, *state.counted(), others)
+
+    def count(self, counts: Counts) -> None:
+        store_sqlite_counts.add(self._file.run_many, counts)
 
     def post(self, node_id: str, message: bytes) -> None:
         state = self.state

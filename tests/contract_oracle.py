@@ -78,6 +78,6 @@ checks.positive_data_acceptance.expected-statuses = ["2xx", 422]
 
 # `after` is the `next` of an earlier answer; every other text of its form is 400.
 [[operations]]
-include-path = ["/clients", "/topics"]
+include-path = ["/clients", "/topics", "/notifications/{id}/clients"]
 checks.positive_data_acceptance.expected-statuses = ["2xx", 400]
 """

@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import ExitStack
 from random import Random
@@ -28,12 +29,12 @@ import readers as readers_module
 import replay as replay_module
 from admission import Newcomer
 from connection import ConnectionState, Receiver
-from errors import ConnectionRefused, DuplicateClient, NotifydError, ShuttingDown, TooManyClients
+from errors import ConnectionRefused, DuplicateClient, NotFound, NotifydError, ShuttingDown, TooManyClients
 from hub import Hub
 from log import Audience, payloads
 from schemas import NotifyRequest
 from settings import Settings
-from store import Appended, Draft, Found, MemoryStore, Once, Reach, Receipt, Record, Registration
+from store import Appended, Counted, Counts, Draft, Found, MemoryStore, Once, Reach, Receipt, Record, Registration
 
 logger = logging.getLogger("notifyd")
 
@@ -88,6 +89,7 @@ class Published(NamedTuple):
     at: float
     replayed: bool
     audience: Addressees | None
+    addressed: int
 
     def is_for(self, client_id: str | None, user: str, topics: Collection[str]) -> bool:
         if self.audience is None:
@@ -254,11 +256,24 @@ class Model:
         size += sum(len(name) + log_module.NAME_BYTES for names in audience or () for name in set(names))
         at = self.loop.time() if at is None else at
         self.fault_unless(body["id"] > self.position, f"{body['id']} does not come after {self.position}")
-        self.log.append(Published(body["id"], body["data"]["message"], size, at, replayed, audience))
-        addressed = [one for one in self.sessions.values() if self.log[-1].is_for(one.client_id, one.user, one.topics)]
+        one = Published(body["id"], body["data"]["message"], size, at, replayed, audience, 0)
+        addressed = [each for each in self.sessions.values() if one.is_for(each.client_id, each.user, each.topics)]
+        self.log.append(one._replace(addressed=len(addressed)))
         for session in addressed:
             session.owed.append(body["id"])
         return len(addressed)
+
+    def delivery(self, one: Published) -> tuple[int, int, int]:
+        """Return how many clients it was addressed to, has been handed to, and is still owed to."""
+        written = sum(session.received.count(one.id) for session in self.everyone())
+        return one.addressed, written, sum(one.id in session.backlog() for session in self.sessions.values())
+
+    def delivered(self, one: Published, state: str) -> list[str]:
+        """Return the connected clients that have it, or are behind it."""
+        sessions = self.sessions.values()
+        return sorted(
+            each.client_id for each in sessions if one.id in (each.backlog() if state == "pending" else each.received)
+        )
 
     # How far back the history reaches.
 
@@ -602,6 +617,25 @@ class HubMachine(RuleBasedStateMachine):
         assert [json.loads(bytes(orjson.dumps(one)))["id"] for one in history.notifications] == [one.id for one in page]
         assert history.position == (page[-1].id if page != missed else self.model.position)
 
+    @rule(ago=st.integers(0, 7))
+    def ask_for_a_delivery(self, ago: int) -> None:
+        """Ask how many clients and which ones got a notification, of the log or of an earlier one."""
+        self.settle()
+        index = len(self.model.log) - 1 - ago
+        if index < 0:
+            return
+        one = self.model.log[index]
+        if index < self.model.front(self.loop.time()):
+            with pytest.raises(NotFound):
+                self.loop.run_until_complete(self.hub.delivery(one.id))
+            return
+        counted = self.loop.run_until_complete(self.hub.delivery(one.id))
+        assert (counted.addressed, counted.written, counted.pending) == self.model.delivery(one)
+        for state in ("written", "pending"):
+            page = self.hub.deliveries.clients(one.id, state, "", 10)
+            found = [each.client_id for each in self.loop.run_until_complete(page)[0]]
+            assert found == self.model.delivered(one, state), (state, one, found)
+
     # Time, and the end.
 
     @rule(steps=st.sampled_from([1, 4, 12, 24]))
@@ -695,6 +729,19 @@ class HubMachine(RuleBasedStateMachine):
         if not self.model.draining:
             assert self.hub.fanout.clients_behind() == sum(bool(one.backlog()) for one in self.model.sessions.values())
 
+    @invariant()
+    def each_delivery_is_counted(self) -> None:
+        self.loop.call(self._check_deliveries)
+
+    def _check_deliveries(self) -> None:
+        deliveries, tally = self.hub.deliveries, self.hub.fanout.tally
+        for one in self.model.log:
+            if (entry := deliveries.in_memory(one.id)) is not None:
+                sought = deliveries.sought(entry)
+                pending = sum(deliveries.is_behind(client, sought) for client in self.hub.clients)
+                addressed = (entry.addressed or 0) + tally.addressed(entry)
+                assert (addressed, tally.written(entry), pending) == self.model.delivery(one), one
+
 
 class _Alarm(logging.Handler):
     """Takes each error in the Hub's log for a fault."""
@@ -719,6 +766,7 @@ class ListedLog:
         self.lag = lag
         self.records: list[Record] = []
         self.gone = 0
+        self.steps, self.written = Counter[str](), Counter[str]()
 
     def trim(self, now: float) -> None:
         """Let go of the records beyond the bounds."""
@@ -759,6 +807,12 @@ class ListedLog:
         await self.lag()
         return reach
 
+    async def find(self, id: str) -> Counted | None:
+        record = next((one for one in self.records[self.front(0.0) :] if one.id == id), None)
+        broadcasts = sum(change for after, change in self.steps.items() if after < id)
+        await self.lag()
+        return record and Counted(record, self.written[id] + (broadcasts if record.audience is None else 0), 0)
+
     async def read(self, interest: Audience, after: str, until: str, *, newest_first: bool = False) -> Found:
         found = self.for_interest(interest, after, until)
         page, before = found[-2:][::-1] if newest_first else found[:2], self.before
@@ -793,19 +847,18 @@ class LaggingStore(MemoryStore):
 
     def add(self, drafts: Sequence[Draft]) -> Appended:
         """Append, as another process does."""
-        records = [Record(self._positions.next(), *draft, 0.0) for draft in drafts]
-        self._newest = records[-1].id
-        self.log.records += records
-        self.log.trim(0.0)
-        receipts = []
-        for record in records:
-            audience = record.audience
+        records, receipts = [], []
+        for draft in drafts:
+            audience, self._newest = draft.audience, self._positions.next()
             addressed = [
                 one for one in self.registered.values() if audience is None or audience.includes(*one.client[:3])
             ]
             for one in addressed:
-                one.owed.append(record.id)
-            receipts.append(Receipt(record.id, len(addressed)))
+                one.owed.append(self._newest)
+            receipts.append(Receipt(self._newest, len(addressed)))
+            records.append(Record(self._newest, *draft, 0.0, len(addressed)))
+        self.log.records += records
+        self.log.trim(0.0)
         self.tail += records
         asyncio.get_running_loop().call_later(self.chance.choice([0, 0.002, 0.02, 0.4]), self.tell)
         return Appended(receipts, 0.0)
@@ -838,6 +891,13 @@ class LaggingStore(MemoryStore):
         await self.lag()
         self.tell()
         return position
+
+    async def count(self, counts: Counts) -> None:
+        # In one step, whenever that is.
+        assert sum(counts.steps.values()) == 0
+        self.log.steps.update(counts.steps)
+        self.log.written.update(counts.written)
+        await self.lag()
 
     def leave(self, client_id: str) -> None:
         del self.registered[client_id]

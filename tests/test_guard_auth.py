@@ -941,6 +941,7 @@ def test_every_route_needs_a_right_or_is_open_on_purpose() -> None:
     # A name of no file.
     opened |= {"/ws": 426, "/console/{file}": 404}
     people = ["/clients", "/clients/{client_id}", "/users/online", "/users/{user}", "/users/{user}/topics", "/topics"]
+    people += ["/notifications/{id}", "/notifications/{id}/clients"]
     assert asyncio.run(answers()) == dict.fromkeys([*ADMIN_PATHS, *people, "/notify", "/notify/batch"], 403) | opened
 
 

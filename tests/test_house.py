@@ -27,7 +27,6 @@ KNOWN_TO_THE_CORE = {"store", "guard_identity"}
 MOST_LINES, FEWEST_LINES = 500, 100
 # Why a module is larger, or has a single reader and is smaller.
 REASONS = {
-    "store_redis_log": "The counterpart of store_sqlite_log.",
     "store_redis_queue": "The operations that wait have rules of their own.",
     "store_redis_bookmarks": "The counterpart of store_sqlite_bookmarks.",
     "schemas": "Every message of the protocol in one place.",

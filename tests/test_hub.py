@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from operator import is_
@@ -52,6 +53,14 @@ TestHub.settings = QUICK
 @pytest.mark.slow
 class TestHubForLonger(HubMachine.TestCase):  # type: ignore[misc]
     settings = settings(QUICK, max_examples=300)
+
+
+async def each_delivery_is_counted(hub: Hub, store: LaggingStore, connections: list[FakeConnection]) -> None:
+    """The counts of the log are those of the clients, also of what has left the memory long ago."""
+    seen = Counter(one["id"] for connection in connections for one in connection.messages if "id" in one)
+    for record in store.log.records:
+        delivery = await hub.delivery(record.id)
+        assert (delivery.addressed, delivery.written, delivery.pending) == (record.addressed, seen[record.id], 0)
 
 
 AUDIENCES = [
@@ -100,6 +109,7 @@ def test_with_a_shared_store_each_client_gets_its_notifications(seed: int, histo
             received = [message["id"] for message in connection.messages if "id" in message]
             is_there = connection.state is ConnectionState.OPEN
             assert received == (registration.owed if is_there else registration.owed[: len(received)])
+        loop.run_until_complete(each_delivery_is_counted(hub, store, [connection for connection, _ in met]))
         loop.run_until_complete(hub.stop())
     finally:
         loop.close()
@@ -117,11 +127,13 @@ def test_a_client_that_comes_and_goes_misses_nothing_of_a_log_larger_than_memory
     hub = Hub(quiet, store, loop.time)
     received: list[str] = []
     began: list[str] = []
+    connections: list[FakeConnection] = []
 
     async def come_and_go() -> None:
         position = ""
         while True:
             connection = FakeConnection(one_at_a_time=chance.random() < 0.5, room=chance.choice([1, 3, 9, 10**6]))
+            connections.append(connection)
             await hub.admit(connection, Newcomer("ann", position, ["red"]))
             await asyncio.sleep(chance.choice([0.001, 0.1, 1]))
             if connection.room < 1:
@@ -158,6 +170,7 @@ def test_a_client_that_comes_and_goes_misses_nothing_of_a_log_larger_than_memory
         ):
             expected = loop.run_until_complete(scenario())
             assert received == expected
+            loop.run_until_complete(each_delivery_is_counted(hub, store, connections))
             loop.run_until_complete(hub.stop())
     finally:
         loop.close()
@@ -256,7 +269,7 @@ def test_a_client_that_leaves_during_a_pass_is_owed_nothing(monkeypatch: pytest.
             client.connection.close(1000, "")
             client.left()
         await passing
-        owed = list(hub.fanout._owed)
+        owed = list(hub.fanout.owed)
         await hub.stop()
         return hub, owed
 

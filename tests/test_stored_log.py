@@ -114,6 +114,7 @@ async def test_a_file_of_version_1_gets_its_index(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "log.db")) as db:
         db.executescript(
             "DROP INDEX log_everyone; DROP TABLE addressed; ALTER TABLE log DROP COLUMN everyone_before;"
+            "ALTER TABLE log DROP COLUMN recipients;"
             "UPDATE state SET json = json_remove(CAST(json AS TEXT), '$.everyone'); PRAGMA user_version = 1"
         )
     async with members(url) as [late]:
