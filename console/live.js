@@ -131,9 +131,11 @@ function render() {
   timer = undefined;
   byId("tab-live").dataset.count = unseen ? (unseen > 99 ? "99+" : unseen) : "";
   if (!isVisible || isPaused()) return summarise();
-  const rows = fresh.filter(fits()).slice(-SHOWN);
+  const rows = fresh.filter(fits()).slice(-SHOWN).reverse().map((each) => row(each));
   fresh = [];
-  list.prepend(...rows.reverse().map((each) => row(each)));
+  // A few catch the eye; many at once would be a flicker.
+  if (rows.length < 5) for (const each of rows) each.classList.add("new");
+  list.prepend(...rows);
   while (list.children.length > SHOWN) {
     // A reader of the row goes on at the list, not at the top of the page.
     if (list.lastChild.contains(document.activeElement)) list.focus();
@@ -142,10 +144,11 @@ function render() {
   summarise();
 }
 
-/** Show all anew: the filter has changed. */
+/** Show all anew: the filter has changed. During a pause the ones that wait go on waiting. */
 function renderAll() {
-  fresh = [];
-  list.replaceChildren(...kept.filter(fits()).slice(-SHOWN).reverse().map((each) => row(each)));
+  if (!isPaused()) fresh = [];
+  const seen = kept.slice(0, kept.length - fresh.length);
+  list.replaceChildren(...seen.filter(fits()).slice(-SHOWN).reverse().map((each) => row(each)));
   summarise();
 }
 
@@ -193,7 +196,7 @@ pause.addEventListener("click", () => {
   render();
 });
 byId("live-clear").addEventListener("click", () => {
-  kept.length = 0;
+  kept.length = fresh.length = 0;
   renderAll();
 });
 for (const id of ["live-type", "live-text"]) byId(id).addEventListener("input", settled(renderAll, 150));

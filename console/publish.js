@@ -166,10 +166,10 @@ async function answered(response) {
 
 const DELIVERY = { addressed: "Addressed", written: "Written", acknowledged: "Acknowledged", pending: "Pending" };
 
-/** Show the counts of a delivery. */
+/** Show the counts of a delivery; one that nobody has counted is null. */
 export function figures(place, delivery) {
   place.replaceChildren(
-    ...Object.entries(DELIVERY).map(([name, label]) => el("div", {}, el("dt", {}, label), el("dd", {}, number(delivery[name])))),
+    ...Object.entries(DELIVERY).map(([name, label]) => el("div", {}, el("dt", {}, label), el("dd", {}, delivery[name] === null ? "unknown" : number(delivery[name])))),
   );
 }
 
