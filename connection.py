@@ -35,7 +35,7 @@ STREAM_EXTENSION = "notifyd.stream"
 # the function that answers the next request with the same head, but for its Content-Length, from the body alone: with
 # status, headers and body, or None to ask the app. A middleware that tells such requests apart has to remove it.
 REPEAT_EXTENSION = "notifyd.repeat"
-# In place of a socket: it is writable, and is to be written to by the connection's own `write`.
+# In place of a socket this, or any number below: it is writable, by the connection's own `write`.
 BY_ITS_CONNECTION = -2
 CLOSE_DEADLINE_SECONDS = 5.0
 # A connection reads this much per loop iteration. In frames of 6 bytes these are 2 to 5 ms of work; without the limit

@@ -325,7 +325,7 @@ class FanOut:
             if client.cursor == cursor and client.pending is pending and client.descriptor != -1:
                 client.cursor = end
                 client.pending = None
-                if client.descriptor == BY_ITS_CONNECTION:
+                if client.descriptor <= BY_ITS_CONNECTION:
                     client.connection.write(frames)
                     continue
                 try:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -218,11 +219,22 @@ class WireProtocol(asyncio.Protocol):
         self._parser = InflatingParser(self._config.ws_max_size)
         if session.agreement.takes_shared:
             self.write = self._write_deflated
-            self._descriptor = BY_ITS_CONNECTION
+            if self._descriptor >= 0:
+                self._descriptor = BY_ITS_CONNECTION - self._descriptor
         return ((b"sec-websocket-extensions", session.agreement.header.encode("latin-1")),)
 
     def _write_deflated(self, frames: bytes) -> None:
-        self._transport.write(deflated(frames))
+        data = deflated(frames)
+        if self.writable and self._descriptor <= BY_ITS_CONNECTION:
+            # Past the transport, as the fan-out writes to the others.
+            try:
+                sent = os.write(BY_ITS_CONNECTION - self._descriptor, data)
+            except OSError:
+                sent = 0
+            if sent == len(data):
+                return
+            data = data[sent:]
+        self._transport.write(data)
 
     def buffered(self) -> int:
         return self._transport.get_write_buffer_size()

@@ -8,8 +8,9 @@
  * one size, so that a byte count (`goal`) tells when a client is done: one byte more, or another byte, is a failure. The
  * clock stops when the last client has its last byte. load.py then checks the contents of the stream.
  *
- * Usage: load PORT WS_PATH HELLO GREETINGS PUBLISH_PORT PUBLISH_PATH, where HELLO is the text that each client sends
- * first, or empty, and GREETINGS the number of frames with which the server greets it. Commands, one a line on stdin:
+ * Usage: load PORT WS_PATH HELLO GREETINGS PUBLISH_PORT PUBLISH_PATH OFFER, where HELLO is the text that each client
+ * sends first, GREETINGS the number of frames with which the server greets it, and OFFER a line of its handshake with
+ * the extensions that it offers; HELLO and OFFER may be empty. Commands, one a line on stdin:
  *   format FRAME_BYTES PADDING [GROUP_SIZE FIELD QUERY]   FIELD ends a body, and QUERY a client's URL; %d
  *                                                         in them is the number of the group
  *   address GROUPS                                        so many groups have their turn
@@ -17,6 +18,8 @@
  *   connect CLIENTS AT_ONCE
  *   publish ROUNDS REQUESTS CONNECTIONS DEPTH BATCH       each round waits for its group. BATCH: notifications a
  *                                                         request, to PUBLISH_PATH/batch; 0 is one, to PUBLISH_PATH
+ *   drain                                                 read all that others have published, of any size, until
+ *                                                         every client has it and no more comes
  *   disconnect
  * Each is answered by a line `[SECONDS of a round...] BYTES`, and that many bytes: the stream, which is then forgotten.
  * A check that fails is answered by `failed REASON`, and ends the process.
@@ -50,7 +53,7 @@ struct publisher {
 };
 
 static struct sockaddr_in ws_address, publish_address;
-static const char *ws_path, *hello, *publish_path;
+static const char *ws_path, *hello, *publish_path, *offer;
 static char padding[OBJECT_LIMIT / 2], query[128], field[128], target[128];
 static int greetings, poller, sleep_ms = SLEEP_MS, round_number, group_size = FD_LIMIT, addressed = 1;
 static int clients[FD_LIMIT], client_count;
@@ -130,7 +133,8 @@ static void open_client(void) {
     request += sprintf(request, "GET %s", ws_path);
     request += sprintf(request, query, client_count / group_size);
     sprintf(request, " HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                     "Sec-WebSocket-Key: %s\r\nSec-WebSocket-Version: 13\r\n\r\n", ntohs(ws_address.sin_port), key);
+                     "Sec-WebSocket-Key: %s\r\nSec-WebSocket-Version: 13\r\n%s\r\n", ntohs(ws_address.sin_port), key,
+            offer);
     offsets[fd] = 0; /* bytes of the answer, until it is greeted */
     clients[client_count++] = fd;
 }
@@ -311,6 +315,20 @@ static void publish_rounds(int rounds, int requests, int connections, int depth,
     for (int i = 0; i < connections; i++) close_publisher(&publishers[i]);
 }
 
+static void drain(void) {
+    int behind = client_count;
+    goal = STREAM_LIMIT;
+    for (int i = 0; i < client_count; i++) offsets[clients[i]] = 0;
+    for (double deadline = now() + PATIENCE_SECONDS; behind;) {
+        struct epoll_event events[EVENTS];
+        int ready = epoll_wait(poller, events, EVENTS, SETTLE_MS);
+        for (int i = 0; i < ready; i++) receive(events[i].data.fd);
+        for (int i = behind = 0; !ready && i < client_count; i++) behind += offsets[clients[i]] != stream_length;
+        behind += ready || !stream_length;
+        if (now() > deadline) fail("%d clients are missing some of it", behind);
+    }
+}
+
 static void obey(const char *command) {
     int a, b, c, d, e;
     if (sscanf(command, "format %zu %d %d %127s %127s", &frame_bytes, &a, &group_size, field, query) >= 2)
@@ -319,6 +337,8 @@ static void obey(const char *command) {
         connect_clients(a, b);
     else if (sscanf(command, "publish %d %d %d %d %d", &a, &b, &c, &d, &e) == 5)
         publish_rounds(a, b, c, d, e);
+    else if (!strcmp(command, "drain\n"))
+        drain();
     else if (!strcmp(command, "disconnect\n"))
         disconnect_clients();
     else if (sscanf(command, "address %d", &addressed) != 1 && sscanf(command, "sleep %d", &sleep_ms) != 1)
@@ -339,13 +359,14 @@ static struct sockaddr_in local(const char *port) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 7) return 2;
+    if (argc != 8) return 2;
     ws_address = local(argv[1]);
     ws_path = argv[2];
     hello = argv[3];
     greetings = atoi(argv[4]);
     publish_address = local(argv[5]);
     publish_path = argv[6];
+    offer = argv[7];
     if (strlen(hello) > 125) return 2;
     poller = epoll_create1(0);
     for (char command[512]; fgets(command, sizeof command, stdin); hand_over_stream()) obey(command);

@@ -93,8 +93,10 @@ def natural_bytes(server: Server, audience: Audience) -> int:
 class Load:
     """WebSocket clients of `server`, and publishing to them. `with` connects and disconnects them."""
 
-    def __init__(self, server: Server, clients: int = 0, audience: Audience = EVERYONE) -> None:
+    def __init__(self, server: Server, clients: int = 0, audience: Audience = EVERYONE, *, offer: str = "") -> None:
+        """The clients offer these extensions in their handshake."""
         self.server = server
+        self._offer = f"Sec-WebSocket-Extensions: {offer}\r\n" if offer else ""
         self.audience = audience
         self.clients = 0
         self._to_connect = clients
@@ -105,7 +107,7 @@ class Load:
         natural = natural_bytes(self.server, self.audience)
         payload = max(PAYLOAD_BYTES, natural)
         arguments = [self.server.port, peer.ws_path, peer.hello, peer.greetings]
-        arguments += [self.server.publish_port, peer.publish_path]
+        arguments += [self.server.publish_port, peer.publish_path, self._offer]
         with on_core(LOAD_CORE):
             self.process = subprocess.Popen(
                 [CACHE / SOURCE.stem, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -149,6 +151,10 @@ class Load:
         """Open more clients, never more than `at_once` of them between SYN and greeting."""
         self._command("connect", clients, at_once)
         self.clients += clients
+
+    def drain(self) -> bytes:
+        """Return the bytes that every client has received since the last command: somebody else has published."""
+        return self._command("drain")[1]
 
     def disconnect(self) -> None:
         """Drop all clients; nothing may be left for them to read."""

@@ -17,6 +17,7 @@ from types import ModuleType
 
 import batch
 import burst
+import compression
 import handshake
 import hold
 import load
@@ -33,10 +34,8 @@ from running import CORES, LOAD_CORE, raise_file_limit
 
 import fanout
 
-MEASURES: dict[str, ModuleType] = {
-    module.__name__: module
-    for module in (fanout, burst, memory, handshake, publish, batch, target, hold, uptime, stores, long_log)
-}
+_MODULES = (fanout, burst, memory, handshake, publish, batch, target, hold, uptime, stores, long_log, compression)
+MEASURES: dict[str, ModuleType] = {module.__name__: module for module in _MODULES}
 
 
 def arguments() -> argparse.Namespace:

@@ -49,6 +49,10 @@ class Peer:
     # The text it prints when all of it serves, where an open port is not enough.
     ready: str = ""
 
+    def with_flags(self, *flags: str) -> "Peer":
+        """The same with more arguments."""
+        return replace(self, command=lambda port, folder: [*self.command(port, folder), *flags])
+
 
 def _compiler() -> str | None:
     return shutil.which("cc") or shutil.which("gcc")
