@@ -35,8 +35,8 @@ STREAM_EXTENSION = "notifyd.stream"
 # the function that answers the next request with the same head, but for its Content-Length, from the body alone: with
 # status, headers and body, or None to ask the app. A middleware that tells such requests apart has to remove it.
 REPEAT_EXTENSION = "notifyd.repeat"
-# In place of a socket this, or any number below: it is writable, by the connection's own `write`.
-BY_ITS_CONNECTION = -2
+# The number of a socket that takes frames in another form, one for all such sockets, is taken from this.
+OTHER_FORM = -2
 CLOSE_DEADLINE_SECONDS = 5.0
 # A connection reads this much per loop iteration. In frames of 6 bytes these are 2 to 5 ms of work; without the limit
 # uvloop hands over megabytes at a time, and a flooding peer starves the others for seconds.
@@ -60,8 +60,8 @@ class ConnectionState(enum.IntEnum):
 class Receiver(Protocol):
     """The client, as its connection calls it. None of these may raise or block."""
 
-    # A socket for the receiver to write ready frames to directly, or BY_ITS_CONNECTION. The connection keeps it at -1
-    # while it is not writable, and always if it is no plain socket.
+    # A socket for the receiver to write ready frames to directly; in another form if it is below -1 (OTHER_FORM). The
+    # connection keeps it at -1 while it is not writable, and always if it is no plain socket.
     descriptor: int
 
     def heard(self) -> None:
@@ -95,6 +95,12 @@ class Connection(Protocol):
 
     def write(self, frames: bytes) -> None:
         """Send ready frames. Only while it is OPEN. Also taken while it is not writable, so check that first."""
+
+    def form(self, frames: bytes) -> bytes:
+        """Return ready frames as they are written to the socket."""
+
+    def write_formed(self, data: bytes) -> None:
+        """Send on, behind the part of such data that the receiver has written itself."""
 
     def buffered(self) -> int:
         """Return the number of bytes that were written and have not been sent yet."""
@@ -189,6 +195,12 @@ class SendConnection:
             self._out.append(frames)
             self.writable = False
             self._wake.set()
+
+    def form(self, frames: bytes) -> bytes:
+        return frames
+
+    def write_formed(self, data: bytes) -> None:  # noqa: ARG002
+        raise AssertionError("there is no socket to write past it")
 
     def buffered(self) -> int:
         return sum(map(len, self._out))

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from clients import Client
-from connection import BY_ITS_CONNECTION
+from connection import OTHER_FORM
 from log import Audience, Batch, Entry, Log, frame, payload, payloads
 from readers import Readers
 from schemas import POLICY_VIOLATION
@@ -320,20 +320,23 @@ class FanOut:
         behind = []
         others = 0
         frames, notifications, end, _ = batch
-        size, write = len(frames), os.write
+        write, other = os.write, b""
         for client in clients:
-            if client.cursor == cursor and client.pending is pending and client.descriptor != -1:
+            descriptor = client.descriptor
+            if client.cursor == cursor and client.pending is pending and descriptor != -1:
                 client.cursor = end
                 client.pending = None
-                if client.descriptor <= BY_ITS_CONNECTION:
-                    client.connection.write(frames)
-                    continue
+                if descriptor >= 0:
+                    form = frames
+                else:
+                    descriptor = OTHER_FORM - descriptor
+                    form = other = other or client.connection.form(frames)
                 try:
-                    sent = write(client.descriptor, frames)
+                    sent = write(descriptor, form)
                 except OSError:
                     sent = 0
-                if sent != size:
-                    client.connection.write(frames[sent:])
+                if sent != len(form):
+                    client.connection.write_formed(form[sent:])
             else:
                 others += 1
                 if not self.advance(client):

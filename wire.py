@@ -21,14 +21,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Callable
 from typing import Any, cast
 
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from connection import BY_ITS_CONNECTION, CLOSE_DEADLINE_SECONDS, TURN_BYTES, ConnectionState, Receiver
+from connection import CLOSE_DEADLINE_SECONDS, OTHER_FORM, TURN_BYTES, ConnectionState, Receiver
 from log import frame
 from schemas import GOING_AWAY
 from wire_deflate import InflatingParser, agree, deflated
@@ -220,20 +219,16 @@ class WireProtocol(asyncio.Protocol):
         if session.agreement.takes_shared:
             self.write = self._write_deflated
             if self._descriptor >= 0:
-                self._descriptor = BY_ITS_CONNECTION - self._descriptor
+                self._descriptor = OTHER_FORM - self._descriptor
         return ((b"sec-websocket-extensions", session.agreement.header.encode("latin-1")),)
 
     def _write_deflated(self, frames: bytes) -> None:
-        data = deflated(frames)
-        if self.writable and self._descriptor <= BY_ITS_CONNECTION:
-            # Past the transport, as the fan-out writes to the others.
-            try:
-                sent = os.write(BY_ITS_CONNECTION - self._descriptor, data)
-            except OSError:
-                sent = 0
-            if sent == len(data):
-                return
-            data = data[sent:]
+        self._transport.write(deflated(frames))
+
+    def form(self, frames: bytes) -> bytes:
+        return deflated(frames) if self._descriptor <= OTHER_FORM else frames
+
+    def write_formed(self, data: bytes) -> None:
         self._transport.write(data)
 
     def buffered(self) -> int:

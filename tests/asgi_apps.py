@@ -45,6 +45,12 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
     await _echo(receive, send)
 
 
+async def compressed(scope: Any, receive: Any, send: Any) -> None:
+    """Echo to clients that may compress their messages."""
+    scope["extensions"]["notifyd.wire"].compress()
+    await echo(scope, receive, send)
+
+
 async def _echo(receive: Any, send: Any) -> None:
     while (event := await receive())["type"] == "websocket.receive":
         await send({**event, "type": "websocket.send"})
@@ -167,7 +173,7 @@ async def flood_from_two_tasks(scope: Any, receive: Any, send: Any) -> None:
     await asyncio.gather(talk(), talk())
 
 
-APPS = (echo, late, describe, deny, forbid, forget, crash_early, crash, lose_a_file, finish, close)
+APPS = (echo, compressed, late, describe, deny, forbid, forget, crash_early, crash, lose_a_file, finish, close)
 APPS += (send_too_late, dawdle, answer_in_its_own_time, flood, flood_from_two_tasks)
 BY_PATH = {"/ws": echo} | {f"/{app.__name__}": app for app in APPS}
 
