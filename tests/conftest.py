@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from members import SHORT_LEASE, Process, shorten_leases
 from processes import QUIET, ROOT, Server, program, use_extra_flags
 from redis_group import Group
 from redis_server import RedisServer
-from wheels import command
+from wheels import build, command, install
 
 from store import LEASE_SECONDS
 
@@ -181,6 +182,36 @@ def npm_package(once: Make) -> Path:
         shutil.copy(ROOT / "examples" / "listen.js", directory)
 
     return once("npm", fill)
+
+
+@pytest.fixture(scope="session")
+def client_wheel(once: Make) -> Path:
+    [wheel] = once("client", lambda directory: build(ROOT / "clients" / "python", directory)).glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="session")
+def pythons(once: Make, client_wheel: Path) -> Callable[..., str]:
+    """Return the interpreter of an environment with the Python package."""
+
+    def make(name: str, extras: str, *others: str) -> str:
+        wanted = f"notifyd-client{extras} @ file://{client_wheel}"
+        return str(once(f"client-{name}", lambda directory: install(directory, wanted, *others)) / "bin" / "python")
+
+    return make
+
+
+@pytest.fixture
+def python(pythons: Callable[..., str]) -> str:
+    return pythons("all", "[all]")
+
+
+@pytest.fixture(scope="session")
+def node() -> list[str]:
+    """The command that runs node with a WebSocket."""
+    command = program("node")
+    found = subprocess.run([command, "-p", "typeof WebSocket"], capture_output=True, text=True, check=True)
+    return [command] if found.stdout.strip() == "function" else [command, "--experimental-websocket"]
 
 
 # Stores without a server, see members.py.

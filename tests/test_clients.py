@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from functools import partial, partialmethod
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 from urllib.parse import parse_qs, quote, urlsplit
@@ -23,15 +23,15 @@ import httpx
 import jwt
 import pytest
 from browser import Browser
-from conftest import Make, StartServer
+from conftest import StartServer
 from notifyd_client import AsyncNotifyd, Notifyd, NotifydError, backoff
 from notifyd_client.publishing import retry_after
 from notifyd_client.waiting import BASE_SECONDS
 from pages import Page
-from processes import ROOT, Server, environment, eventually, free_port, node_with, program
+from processes import ROOT, Server, environment, eventually, free_port, node_with
+from scripted import BUSY, HANG_UP, REFUSED, SENT, Reply, ScriptedHttp, Site
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
-from wheels import build, install
 from ws_clients import PATIENCE
 
 pytestmark = pytest.mark.slow
@@ -54,28 +54,6 @@ except WebSocketException as error:
 
 
 # The packages, as they are installed.
-
-
-@pytest.fixture(scope="session")
-def client_wheel(once: Make) -> Path:
-    [wheel] = once("client", lambda directory: build(ROOT / "clients" / "python", directory)).glob("*.whl")
-    return wheel
-
-
-@pytest.fixture(scope="session")
-def pythons(once: Make, client_wheel: Path) -> Callable[..., str]:
-    """Return the interpreter of an environment with the Python package."""
-
-    def make(name: str, extras: str, *others: str) -> str:
-        wanted = f"notifyd-client{extras} @ file://{client_wheel}"
-        return str(once(f"client-{name}", lambda directory: install(directory, wanted, *others)) / "bin" / "python")
-
-    return make
-
-
-@pytest.fixture
-def python(pythons: Callable[..., str]) -> str:
-    return pythons("all", "[all]")
 
 
 @pytest.fixture
@@ -179,13 +157,6 @@ class ListeningPage:
         assert not failed
 
 
-class Site(SimpleHTTPRequestHandler):
-    """The checkout over HTTP, without a log."""
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def site() -> Iterator[str]:
     """The origin of a page, which is not the server's."""
@@ -193,14 +164,6 @@ def site() -> Iterator[str]:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def node() -> list[str]:
-    """The command that runs node with a WebSocket."""
-    command = program("node")
-    found = subprocess.run([command, "-p", "typeof WebSocket"], capture_output=True, text=True, check=True)
-    return [command] if found.stdout.strip() == "function" else [command, "--experimental-websocket"]
 
 
 Listen = Callable[[str], Listener]
@@ -691,50 +654,6 @@ def test_shows_the_server_s_own_words_for_an_error(run_publish: RunPublish) -> N
     failed = run_publish("notify", "", "--data", "[]")
     assert failed.returncode == 1
     assert failed.stderr.startswith("failed: 400 ")
-
-
-class Reply(NamedTuple):
-    status: int
-    body: Any
-    headers: tuple[tuple[str, str], ...] = ()
-
-
-HANG_UP = Reply(0, None)
-SENT = Reply(200, {"status": "success", "recipients": 3})
-BUSY = Reply(503, {"error": {"id": "error_1", "message": "Server is shutting down", "category": "system"}})
-REFUSED = Reply(400, {"error": {"id": "error_2", "message": "message: required", "category": "validation"}})
-
-
-class ScriptedHttp:
-    """Gives one reply to each request, in turn."""
-
-    def __init__(self, *replies: Reply) -> None:
-        script = iter(replies)
-        keys: list[str | None] = []
-
-        class Handler(Site):
-            def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["Content-Length"]))
-                self.do_GET()
-
-            def do_GET(self) -> None:
-                keys.append(self.headers["Idempotency-Key"])
-                if (reply := next(script)) is HANG_UP:
-                    return
-                self.send_response(reply.status)
-                for name, value in reply.headers:
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode())
-
-        self.keys = keys
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
 
 Publisher = Callable[..., tuple[Any, ScriptedHttp]]

@@ -15,6 +15,7 @@ from browser import Browser
 from conftest import StartServer
 from pages import Page
 from processes import ROOT, Server, eventually, node_with
+from scripted import BUSY, HANG_UP, SENT, Reply, ScriptedHttp
 from ws_clients import PATIENCE
 
 pytestmark = pytest.mark.slow
@@ -236,6 +237,122 @@ def test_a_handler_that_throws_holds_up_nothing(server: Server, open_page: OpenP
     page.until("said.includes('3')")
     assert page.said == ["1", "2", "3"]
     assert page.evaluate("told.join()") == "message,message,one"
+
+
+# Acknowledgements.
+
+HANDLER = """clientId: "page", ack: true, onError: ({ message }) => told.push(message),
+    onNotification: ({ data: { message } }) => {
+        said.push(message);
+        if (window.breaks === message) throw new Error(`failed ${message}`);
+        if (window.holds === message) return new Promise((resolve, reject) => (window.end = { resolve, reject }));
+    }"""
+
+
+def unacknowledged(server: Server) -> list[str]:
+    found = server.read("/notifications?since=acked&client_id=page")["notifications"]
+    return [each["data"]["message"] for each in found]
+
+
+def test_a_page_acknowledges_what_its_handler_is_done_with(start_server: StartServer, open_page: OpenPage) -> None:
+    """Not before its promise is fulfilled. Another page goes on from there."""
+    server = start_server()
+    page = open_page(server, HANDLER)
+    page.evaluate("window.holds = 'two'")
+    for text in ("one", "two", "three"):
+        server.notify(text)
+    page.until("window.end !== undefined")
+    eventually(lambda: unacknowledged(server) == ["two", "three"])
+    page.evaluate("end.resolve()")
+    eventually(lambda: unacknowledged(server) == [])
+    page.evaluate("holds = 'four'; end = undefined")
+    server.notify("four")
+    page.until("end !== undefined")
+    page.evaluate("client.close()")
+    again = open_page(server, HANDLER)
+    server.notify("five")
+    again.until("said.includes('five')")
+    assert (page.said, again.said) == (["one", "two", "three", "four"], ["four", "five"])
+
+
+@pytest.mark.parametrize("failure", ["window.breaks = 'two'", "window.holds = 'two'"])
+def test_a_page_comes_back_for_a_notification_over_which_its_handler_failed(
+    start_server: StartServer, open_page: OpenPage, failure: str
+) -> None:
+    """And for all after it; those before it do not come again."""
+    server = start_server()
+    page = open_page(server, HANDLER)
+    page.evaluate(failure)
+    for text in ("one", "two", "three"):
+        server.notify(text)
+    page.until("said.includes('two')")
+    page.evaluate("breaks = holds = undefined; window.end?.reject(new Error('failed two')); 1")
+    page.until("said.includes('three')")
+    eventually(lambda: unacknowledged(server) == [])
+    assert page.said == ["one", "two", "two", "three"]
+    assert page.evaluate("told.includes('failed two')")
+    assert "waiting: the handler has failed" in page.states
+
+
+# Publishing.
+
+PUBLISH = """
+    import {{ Notifyd }} from "notifyd-client";
+    Math.random = () => 0; // no delay but the one that the server asks for
+    const began = performance.now();
+    const notifyd = new Notifyd({url}, {{ token: "a-key", attempts: 3 }});
+    const shown = ({{ name, status, id, category, message }}) => ({{ name, status, id, category, message }});
+    const outcome = await {call}.catch(shown);
+    console.log(JSON.stringify({{ outcome, waited: performance.now() - began }}));
+"""
+
+
+def published(node: list[str], npm_package: Path, url: str, call: str) -> Any:
+    """Return the outcome of a call in Node.js, and its milliseconds."""
+    script = PUBLISH.format(url=json.dumps(url), call=call)
+    command = [*node, "--no-warnings", "--input-type=module", "--eval", script]
+    ended = subprocess.run(command, cwd=npm_package, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
+def test_javascript_publishes(start_server: StartServer, node: list[str], npm_package: Path) -> None:
+    """To everyone and to some, with a key of its own; and reads the figures."""
+    server = start_server("--api-key", "ci:a-key")
+    client = server.join("ann")
+    options = '{ type: "alert", data: { priority: "high" }, clients: ["ann"], key: "k1" }'
+    for _ in range(2):
+        assert (
+            published(node, npm_package, f"{server.url}/", f'notifyd.notify("m", {options})')["outcome"]["recipients"]
+            == 1
+        )
+    published(node, npm_package, server.url, 'notifyd.notify("end")')
+    received = [client.receive() for _ in range(2)]
+    assert [each["data"] for each in received] == [{"message": "m", "priority": "high"}, {"message": "end"}]
+    for name in ("health", "metrics", "status"):
+        answer = published(node, npm_package, server.url, f"notifyd.{name}()")["outcome"]
+        assert answer.keys() == server.request("GET", f"/{name}", headers={"X-API-Key": "a-key"}).json().keys()
+    refused = published(node, npm_package, server.url, 'notifyd.notify("")')["outcome"]
+    assert (refused["name"], refused["status"], refused["category"]) == ("NotifydError", 400, "validation")
+    assert refused["message"].startswith("400 message: ") and refused["id"].startswith("error_")
+
+
+def test_javascript_tries_again_with_the_same_key(node: list[str], npm_package: Path) -> None:
+    """As long as the answer may change, and after the time that the server asks for."""
+    later = Reply(429, {"error": {"message": "Later"}}, (("Retry-After", "1"),))
+    for replies, outcome in (
+        ((later, HANG_UP, SENT), SENT.body),
+        ((HANG_UP, BUSY, BUSY), {"name": "NotifydError", "status": 503, "message": "503 Server is shutting down"}),
+    ):
+        server = ScriptedHttp(*replies)
+        found = published(node, npm_package, server.url, 'notifyd.notify("once")')
+        server.stop()
+        assert found["outcome"].items() >= outcome.items()
+        assert len(server.keys) == 3 and len(set(server.keys)) == 1 and server.keys[0]
+        assert found["waited"] >= 1000 or later not in replies
+
+
+# The rest.
 
 
 @pytest.mark.parametrize("options", ["topics: ['a,b']", "topics: [' ']", "topics: [1]", "ack: true"])

@@ -203,7 +203,7 @@ export class NotifydClient {
         if (typeof promise?.then === "function") this.#await(promise, message, before);
         else this.#isDone(message, position);
       } catch (error) {
-        this.#hasFailed(error, before);
+        this.#hasFailed(error, message, before);
       }
     }
   }
@@ -215,7 +215,7 @@ export class NotifydClient {
       await promise;
       this.#isDone(message, position);
     } catch (error) {
-      this.#hasFailed(error, before);
+      this.#hasFailed(error, message, before);
     }
     this.#isBusy = false;
     this.#handle();
@@ -240,9 +240,9 @@ export class NotifydClient {
   }
 
   /** Report an error of a handler. With `ack` come back for the notification, since nobody has dealt with it. */
-  #hasFailed(error, before) {
+  #hasFailed(error, message, before) {
     this.#report(error);
-    if (!this.#options.ack || this.state === "closed") return;
+    if (!this.#options.ack || message.id === undefined || this.state === "closed") return;
     this.#sendAck();
     this.#waiting.length = 0;
     this.last = this.#received = before;
