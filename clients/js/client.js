@@ -458,7 +458,9 @@ class Link {
     this.#socket = undefined;
     this.#isOpen = false;
     this.#opened = Infinity;
-    socket?.close();
+    // A browser complains on its console of a connection that is closed before it is open.
+    if (socket?.readyState === 0) socket.onopen = () => socket.close();
+    else socket?.close();
   }
 
   /** Notice a server that vanished without a close. */
