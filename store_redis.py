@@ -93,7 +93,7 @@ class RedisStore:
         """Raises SettingsError if the URL is none."""
         self._link = RedisLink(settings, url)
         self.log = RedisLog(self._link, self._run, self._check_available)
-        self.bookmarks = RedisBookmarks(settings, self._perform, self._enqueue)
+        self.bookmarks = RedisBookmarks(settings, self._perform, self._submit, self._enqueue)
         self.node_id = secrets.token_hex(8)
         self.failure: str | None = None
         self._settings = settings

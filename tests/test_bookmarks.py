@@ -195,12 +195,17 @@ async def test_a_redis_that_lost_its_data_gets_them_back(redis: RedisServer) -> 
     async with members(redis.url) as [gone]:
         await kept(gone, bookmark("3", owner=Owner("gone", "")))
         async with members(redis.url) as [one]:
-            await kept(one, bookmark("5"))
+            await kept(one, bookmark("5"), *(bookmark("5", owner=Owner(f"c{number}", "")) for number in range(1000)))
             await gone.store.close()
             redis.empty()
             await one.until(lambda: one.store.failure is not None)
             await one.until(lambda: one.store.failure is None)
-            assert await one.store.bookmarks.find(ANN) == bookmark("5")
+
+            async def is_back() -> bool:
+                return await one.store.bookmarks.find(ANN) == bookmark("5")
+
+            # They were put back in parts, the newest first.
+            await one.eventually(is_back)
             assert await one.store.bookmarks.find(Owner("gone", "")) == Bookmark(Owner("gone", ""), NOWHERE, ())
 
 

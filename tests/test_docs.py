@@ -31,6 +31,7 @@ from ws_clients import PATIENCE
 
 import answers
 import bodies
+import bookmarks
 import clients
 import command
 import connection
@@ -247,6 +248,7 @@ def test_limits_are_the_codes_own() -> None:
     "phrase",
     [
         f"text of 1 to {longest(schemas.NotifyRequest, 'message')} characters",
+        f"{bookmarks.KEPT_FOR_EACH_CONNECTION} positions are kept, and {bookmarks.LEAST_KEPT} at least",
         f"text of 1 to {longest(schemas.NotifyRequest, 'type')} characters",
         f"1 to {schemas.MAX_TARGET_CLIENTS} client_ids",
         f"1 to {schemas.MAX_TARGET_TOPICS} names of 1 to {longest(schemas.NotifyRequest, 'topics')} characters",
