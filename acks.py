@@ -82,6 +82,10 @@ class Acks:
         """Return the newest id that a client has acknowledged; empty for none."""
         return self._acknowledged.get(client, "")
 
+    def unnamed(self) -> list[Client]:
+        """Return the clients that have acknowledged, and whose bookmarks are not written down."""
+        return [client for client in self._acknowledged if not client.is_named]
+
     def bookmark(self, client: Client) -> Bookmark | None:
         """Return the bookmark of this connection of a client."""
         if (position := self._acknowledged.get(client)) is None:

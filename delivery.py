@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec import Struct
 
 import schemas
+from bookmarks import Bookmark, Owner
 from clients import Client
 from errors import NotFound, StoreUnavailable
 from fanout import NOBODY
@@ -90,7 +91,7 @@ class Deliveries:
         return Delivery(
             addressed=None if entry.addressed is None else entry.addressed + addressed,
             written=written,
-            acknowledged=sum(one.acknowledged for one in standings),
+            acknowledged=sum(one.acknowledged for one in standings) + await self._bookmarked(entry),
             pending=sum(one.pending for one in standings),
         )
 
@@ -108,6 +109,8 @@ class Deliveries:
                 question = {"ask": "delivery", "id": id, "seconds": min(left, ANSWER_SECONDS)}
                 if not any(one.pending for one in await self._everywhere(question, Standing)):
                     break
+                # A process that drains answers at once.
+                await asyncio.sleep(min(left, LAST_PAUSE_SECONDS))
             return await self._delivery(await self._entry(id))
         except (NotFound, StoreUnavailable):
             # The notification is published, whatever comes afterwards.
@@ -125,9 +128,37 @@ class Deliveries:
         await self._hub.start()
         entry = await self._entry(id.lower(), reader)
         question = {"ask": "delivered", "id": entry.id, "state": state, "after": after, "limit": limit}
-        found: dict[str, Any] = {}
-        names, goes_on = page_of(await self._everywhere(question, Part), found, limit)
+        parts, found = await self._everywhere(question, Part), dict[str, Any]()
+        if state != "pending":
+            parts.append(await self._bookmarks_behind(entry, after, limit))
+        names, goes_on = page_of(parts, found, limit)
         return [schemas.check(found[name], schemas.DeliveryClient) for name in names], goes_on
+
+    async def _bookmarked(self, entry: Entry) -> int:
+        """Return the number of bookmarks that acknowledge a notification."""
+        return len([bookmark async for bookmark in self._bookmarks(entry, None)])
+
+    async def _bookmarks_behind(self, entry: Entry, after: str, limit: int) -> Part:
+        """Return the clients that have acknowledged a notification, behind a name: they have it, wherever they are."""
+        part = Part({})
+        client_id, _, user = after.partition(" ")
+        async for bookmark in self._bookmarks(entry, Owner(client_id, user) if after else None):
+            if len(part.found) == limit:
+                part.more = True
+                break
+            part.found[_name_of(bookmark.owner)] = _shown(bookmark.owner)
+        return part
+
+    async def _bookmarks(self, entry: Entry, after: Owner | None) -> AsyncIterator[Bookmark]:
+        """Yield the bookmarks behind an owner that acknowledge a notification. All processes have written theirs."""
+        while True:
+            page, after = await self._hub.store.bookmarks.page(after, entry.id)
+            for bookmark in page:
+                if bookmark.covers(entry.id, entry.audience):
+                    yield bookmark
+            if after is None:
+                return
+            await asyncio.sleep(0)
 
     async def _everywhere(self, question: dict[str, Any], kind: Any) -> list[Any]:
         """Return the answers of all processes. Raises StoreUnavailable."""
@@ -156,10 +187,15 @@ class Deliveries:
 
     async def answer(self, question: dict[str, Any]) -> Any:
         """Return this process's answer to a question about a notification."""
+        self._hub.acks.write_down()
         if self._stored is not None:
-            # By then this process has read the log up to now.
+            # By then this process has read the log up to now, and its bookmarks are in the store.
             await self._hub.census.report()
-        sought = self.sought(await self._entry(question["id"]))
+        try:
+            sought = self.sought(await self._entry(question["id"]))
+        except NotFound:
+            # The log has let go of it meanwhile: whoever asks will see that, too.
+            return Standing(pending=0) if question["ask"] == "delivery" else Part({})
         match question:
             case {"ask": "delivery", "seconds": seconds}:
                 return await self._standing(sought, seconds)
@@ -188,11 +224,24 @@ class Deliveries:
             else:
                 behind.pop()
         # Without await: a client is in one of the two figures.
-        pending, tally = sum(self.is_behind(client, sought) for client in behind), self._tally
+        standing = Standing(pending=sum(self.is_behind(client, sought) for client in behind))
         if self._stored is None:
-            return Standing(pending, tally.addressed(sought.entry), tally.written(sought.entry))
-        await self._hub.store.count(tally.take())
-        return Standing(pending)
+            standing.addressed, standing.written = (
+                self._tally.addressed(sought.entry),
+                self._tally.written(sought.entry),
+            )
+        else:
+            await self._hub.store.count(self._tally.take())
+        standing.acknowledged = len([one async for one in self._unnamed(sought.entry)])
+        return standing
+
+    async def _unnamed(self, entry: Entry) -> AsyncIterator[Client]:
+        """Yield the clients that have acknowledged a notification, and whose bookmarks are not written down."""
+        acks = self._hub.acks
+        async for _, client in in_slices(acks.unnamed()):
+            bookmark = acks.bookmark(client)
+            if bookmark is not None and bookmark.covers(entry.id, entry.audience):
+                yield client
 
     async def _behind(self, sought: Sought) -> list[Client]:
         """Return the clients that are behind a notification."""
@@ -208,6 +257,9 @@ class Deliveries:
         if client not in self._hub.clients:
             return False
         if client.reading is not None:
+            if turn is not None and entry.audience is not None:
+                # A farewell: in the log it is for no client.
+                return client.reading.cursor <= turn
             return self._hub.fanout.readers.owes(client, entry)
         if turn is not None and client.cursor <= turn:
             return True
@@ -219,16 +271,18 @@ class Deliveries:
     async def _clients_here(self, sought: Sought, state: DeliveryState, after: str, limit: int) -> Part:
         """Return this process's first clients behind a name in this state."""
         if state == "acknowledged":
-            return Part({})
-        wanted = self._hub.clients if state == "written" else await self._behind(sought)
+            wanted = [client async for client in self._unnamed(sought.entry)]
+        else:
+            wanted = list(self._hub.clients) if state == "written" else await self._behind(sought)
 
         def fits(client: Client) -> bool:
             is_behind = self.is_behind(client, sought)
-            return is_behind if state == "pending" else not is_behind and self._has(client, sought.entry)
+            if state == "written":
+                return not is_behind and self._has(client, sought.entry)
+            return is_behind or state == "acknowledged"
 
-        first, _ = await first_of(list(wanted), _name_of, after, limit + 1, fits)
-        shown = {_name_of(one): {"client_id": one.client_id, "user": one.user or None} for one in first[:limit]}
-        return Part(shown, len(first) > limit)
+        first, _ = await first_of(wanted, _name_of, after, limit + 1, fits)
+        return Part({_name_of(client): _shown(client) for client in first[:limit]}, len(first) > limit)
 
     def _has(self, client: Client, entry: Entry) -> bool:
         """Return whether a client that is not behind a notification has been handed it."""
@@ -247,6 +301,10 @@ def _unknown(id: str) -> NotFound:
     return NotFound(f"Notification {id[:MAX_SHOWN]} is not in the log")
 
 
-def _name_of(client: Client) -> str:
-    # No client_id has a space, and each character that one may have comes behind it.
+def _name_of(client: Client | Owner) -> str:
+    # In the order of bookmarks: no client_id has a space, and each character that one may have comes behind it.
     return f"{client.client_id} {client.user}"
+
+
+def _shown(client: Client | Owner) -> dict[str, Any]:
+    return {"client_id": client.client_id, "user": client.user or None}

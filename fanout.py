@@ -359,7 +359,11 @@ class FanOut:
             return False
         connection, was_owed = client.connection, client.pending is not None
         while connection.writable and (batch := self.log.batch(client.cursor, client.pending)) is not None:
-            self.tally.notes.append(((client.cursor, client.pending), (batch.cursor, batch.pending), 1))
+            if client.pending is None:
+                turns = client.cursor, batch.cursor
+                self.tally.moves[turns] = self.tally.moves.get(turns, 0) + 1
+            else:
+                self.tally.notes.append(((client.cursor, client.pending), (batch.cursor, batch.pending), 1))
             client.cursor, client.pending = batch.cursor, batch.pending
             self.messages_sent += batch.notifications
             connection.write(batch.frames)
@@ -398,7 +402,7 @@ class FanOut:
         log = self.log
         until = log.expired(self._clock(), min([self._passed_before, *self.admitting.values()]))
         removable = until - log.first_sequence
-        if len(self.tally.notes) > NOTES_KEPT:
+        if len(self.tally.notes) + len(self.tally.moves) > NOTES_KEPT:
             self.tally.sum_up()
         if not removable or removable <= len(log) // TRIMMED_PART:
             return

@@ -30,6 +30,8 @@ class Tally:
         # Of so many clients the places before and after a hand-over. The pending entries of a place are handed over in
         # their order, and a list of them does not change any more once a client has been handed some.
         self.notes: list[tuple[Place, Place, int]] = []
+        # The turns before and behind the broadcasts that single clients are handed, with their number.
+        self.moves: dict[tuple[int, int], int] = {}
         # By turn; those of the turns that have left the memory are in one sum.
         self._steps: dict[int, int] = {}
         self._steps_before = 0
@@ -43,6 +45,9 @@ class Tally:
         """Count the hand-overs that are noted."""
         notes, counts = self.notes.copy(), self._counts
         self.notes.clear()
+        for (cursor, end), clients in self.moves.items():
+            self._step(cursor, end, clients)
+        self.moves.clear()
         for (cursor, pending), (end, left), clients in notes:
             if end != cursor:
                 self._step(cursor, end, clients)

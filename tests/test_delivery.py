@@ -106,6 +106,31 @@ def test_a_client_that_does_not_read_is_pending_and_a_publisher_waits_for_it(ser
     eventually(lambda: first.get("/health").json()["connections"]["active"] == 0)
 
 
+def test_acknowledgements_count_for_as_much_as_was_handed_over(servers: list[Server]) -> None:
+    """Up to the id, also of a client that has left, and of one whose client_id the server has made up."""
+    first, last = servers[0], servers[-1]
+    ids = [publish(first)]
+    named, nameless = last.join(query="client_id=named&user=ann&topics=red"), first.join()
+    ids += [publish(first), publish(last, topics=["red"]), publish(last)]
+    named.receive_many(3)
+    nameless.receive_many(2)
+    named.send({"type": "ack", "id": ids[2]})
+    nameless.send({"type": "ack", "id": ids[3]})
+    # Each answer comes behind the acknowledgement.
+    for client in (named, nameless):
+        assert client.ask({"type": "status_request"})["type"] == "status_response"
+    for server in servers:
+        assert [delivery(server, id)[2] for id in ids] == [0, 2, 1, 1]
+        assert listed(server, ids[2], "acknowledged") == ["named"]
+        assert len(listed(server, ids[1], "acknowledged")) == len(listed(server, ids[1], "written")) == 2
+    named.leave()
+    nameless.leave()
+    eventually(lambda: first.get("/health").json()["connections"]["active"] == 0)
+    for server in servers:
+        assert [delivery(server, id) for id in ids] == [[0, 0, 0, 0], [2, 2, 1, 0], [1, 1, 1, 0], [2, 2, 0, 0]]
+        assert listed(server, ids[1], "written") == listed(server, ids[1], "acknowledged") == ["named"]
+
+
 def test_an_id_that_the_log_does_not_have_is_404(servers: list[Server]) -> None:
     """However it looks."""
     for id in ("550e8400-e29b-41d4-a716-446655440000", "x", "%2F", "..%2f"):
@@ -173,6 +198,23 @@ def test_counts_outlive_the_memory_and_the_process(
         client.leave()
     last.stop()
     assert [delivery(first, id) for id in (everyone, red)] == [[2, 3, 0, 0], [1, 2, 0, 0]]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_loses_no_count_that_it_has_handed_in(
+    start_together: Callable[..., list[Server]],
+) -> None:
+    """Whoever asks meanwhile waits until its lease is over."""
+    first, last = start_together("sqlite")
+    ann, bob = first.join("ann"), last.join("bob")
+    id = publish(first)
+    ann.receive()
+    bob.receive()
+    assert delivery(first, id) == [2, 2, 0, 0]
+    last.kill()
+    assert delivery(first, id) == [2, 2, 0, 0]
+    assert listed(first, id, "written") == ["ann"]
+    ann.leave()
 
 
 # --- the wait of a publisher
