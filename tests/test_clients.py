@@ -597,6 +597,24 @@ def test_javascript_pings_a_silent_server_and_then_gives_it_up(run_node: RunNode
     assert result == [[{"type": "ping"}], True, 2]
 
 
+def test_javascript_bounds_what_waits_for_a_handler(run_node: RunNode) -> None:
+    """With 10,000 messages it closes the connection, and comes back for the rest when half of them are dealt with."""
+    result = run_node(
+        FAKES.partition("const client")[0]
+        + """
+        const ends = [], seen = [], states = [];
+        const onNotification = ({ id }) => (seen.push(id), new Promise((end) => ends.push(end)));
+        const client = new NotifydClient("ws://server/ws", { WebSocket, onNotification });
+        const send = (id) => sockets.at(-1).onmessage({ data: JSON.stringify({ id: String(id), type: "custom" }) });
+        for (let id = 20000; id < 30001; id++) send(id); // the handler has the first of them
+        states.push(client.state, sockets[0].closed);
+        while (client.state === "waiting") { ends.at(-1)(); await null; await null; await null; }
+        send(30001);
+        [...states, seen.length, sockets[1].url]"""
+    )
+    assert result == ["waiting", True, 5002, "ws://server/ws?since=30000"]
+
+
 def test_javascript_stays_closed(run_node: RunNode) -> None:
     closed = "const before = timers.length; client.close(); sockets[0].onclose({ code: 1000 }); client.close();"
     result = run_node(FAKES + closed + "\n [client.state, sockets[0].closed, timers.length - before]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -366,6 +367,30 @@ def test_bad_options_are_refused(server: Server, open_page: OpenPage, options: s
 
 
 # The package.
+
+
+def test_the_readme_and_the_types_have_the_same_options() -> None:
+    """And the same members."""
+    types, readme = ((ROOT / "clients" / "js" / name).read_text() for name in ("client.d.ts", "README.md"))
+
+    def declared(name: str) -> set[str]:
+        [body] = re.findall(rf"export (?:interface|class) {name}[^{{]*{{\n(.*?)^}}", types, re.MULTILINE | re.DOTALL)
+        return set(re.findall(r"^  (?:readonly )?(\w+)\??[<(:]", body, re.MULTILINE)) - {"constructor"}
+
+    rows = re.findall(r"^\| (`.*?`) \|", readme, re.MULTILINE)
+    shown = {name for row in rows for name in re.findall(r"`(\w+)", row)}
+    assert shown == declared("ClientOptions") | declared("NotifydClient")
+
+
+def test_a_frozen_page_hears_what_came_meanwhile(server: Server, open_page: OpenPage) -> None:
+    """As a browser freezes tabs that nobody looks at; the others of its connection go on."""
+    pages = [open_page(server, "shared: true") for _ in range(2)]
+    pages[1].tab.call("Page.setWebLifecycleState", state="frozen")
+    server.notify("meanwhile")
+    pages[0].until("said.includes('meanwhile')")
+    pages[1].tab.call("Page.setWebLifecycleState", state="active")
+    pages[1].until("said.includes('meanwhile')")
+    pages[1].until("told.includes('pong')")  # It has asked whether the server is still there.
 
 
 def test_the_types_are_those_of_the_module(npm_package: Path) -> None:

@@ -146,7 +146,8 @@ export class NotifydClient {
   /** Look after the connection when the device is back from sleep, or in another network. */
   #wakeUp() {
     const { signal } = this.#ends;
-    const wake = () => globalThis.document?.visibilityState !== "hidden" && this.#connection.wake();
+    const isLeft = (type) => type === "visibilitychange" && document.visibilityState === "hidden";
+    const wake = ({ type }) => isLeft(type) || this.#connection.wake();
     for (const event of ["online", "pageshow"]) globalThis.addEventListener?.(event, wake, { signal });
     for (const event of ["visibilitychange", "resume"]) globalThis.document?.addEventListener(event, wake, { signal });
   }
