@@ -16,7 +16,8 @@ class Pair:
     def __init__(self, directory: Path, name: str) -> None:
         self.certificate, self.key = directory / f"{name}.crt", directory / f"{name}.key"
         command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-        command += ["-days", "2", "-subj", f"/CN={name}", "-keyout", str(self.key), "-out", str(self.certificate)]
+        command += ["-days", "2", "-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name},IP:127.0.0.1"]
+        command += ["-keyout", str(self.key), "-out", str(self.certificate)]
         subprocess.run(command, check=True, capture_output=True)
 
     @property

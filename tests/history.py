@@ -4,11 +4,15 @@
 
 Every message is published under a text of its own. A publish that is repeated with its key is one event, from the first
 request to the last answer. Times are of one clock.
+
+A client that is told begins anew: what it got before is a part by itself. An id that is in such parts alone is of a
+history that was given up, as that of a minority: its message may be lost, or come once more under another id.
 """
 
 from __future__ import annotations
 
 import sys
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -66,7 +70,7 @@ def faults(events: Iterable[Event]) -> list[str]:
     """Return a line for each fault, of events in any order."""
     publishes = dict[str, Publish]()
     joined = dict[str, float]()
-    told = defaultdict[str, float](float)
+    told = defaultdict[str, list[float]](list)
     deliveries = defaultdict[str, list[Delivery]](list)
     found = []
     for event in events:
@@ -78,17 +82,30 @@ def faults(events: Iterable[Event]) -> list[str]:
             case Joined(client=client, at=at):
                 joined[client] = min(at, joined.get(client, at))
             case Told(client=client, at=at):
-                told[client] = max(at, told[client])
+                told[client].append(at)
             case Delivery(client=client):
                 deliveries[client].append(event)
-    answered = [one for one in publishes.values() if one.id is not None]
+    parts = {client: _parts(mine, told[client]) for client, mine in deliveries.items()}
+    last = {one.id for mine in parts.values() for one in mine[-1]}
+    given_up = {one.id for mine in parts.values() for part in mine for one in part} - last
+    answered = [one for one in publishes.values() if one.id is not None and one.id not in given_up]
     found += _unordered(answered)
     ids = {one.message: (one.id or "", "the publisher's answer") for one in answered}
     for client in sorted(joined.keys() | deliveries.keys()):
-        mine = sorted(deliveries[client], key=lambda one: one.at)
-        found += _wrong(client, mine, publishes, ids)
-        found += _lost(client, mine, answered, max(joined.get(client, float("inf")), told[client]))
+        for part in parts.get(client, []):
+            found += _wrong(client, part, publishes, ids, given_up)
+        since = max(joined.get(client, float("inf")), *told[client], 0)
+        found += _lost(client, deliveries[client], answered, since)
     return found
+
+
+def _parts(mine: list[Delivery], told: list[float]) -> list[list[Delivery]]:
+    """Return the deliveries of a client in the order of their times, in parts that end when it was told."""
+    ends = [*sorted(told), float("inf")]
+    parts = [[] for _ in ends]  # type: list[list[Delivery]]
+    for one in sorted(mine, key=lambda one: one.at):
+        parts[bisect_right(ends, one.at)].append(one)
+    return parts
 
 
 def _unordered(answered: list[Publish]) -> Iterator[str]:
@@ -104,7 +121,11 @@ def _unordered(answered: list[Publish]) -> Iterator[str]:
 
 
 def _wrong(
-    client: str, mine: list[Delivery], publishes: dict[str, Publish], ids: dict[str, tuple[str, str]]
+    client: str,
+    mine: list[Delivery],
+    publishes: dict[str, Publish],
+    ids: dict[str, tuple[str, str]],
+    given_up: set[str],
 ) -> Iterator[str]:
     seen = dict[str, str]()
     for one in mine:
@@ -113,7 +134,7 @@ def _wrong(
         if one.message in seen:
             yield f"double: {client} got {one.message} as {seen[one.message]} and as {one.id}"
         seen.setdefault(one.message, one.id)
-        id, witness = ids.setdefault(one.message, (one.id, client))
+        id, witness = ids.setdefault(one.message, (one.id, client)) if one.id not in given_up else (one.id, client)
         if id != one.id:
             yield f"divergent: {one.message} is {one.id} for {client}, and {id} for {witness}"
     for first, second in pairwise(mine):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -37,19 +39,29 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
+# The user of the processes that a partition leaves alone with the old primary.
+MINORITY = ("ACL", "SETUSER", "minority", "on", "nopass", "~*", "&*", "+@all")
+
+
+def shut_out(primary: RedisServer) -> None:
+    """Let nobody but the minority reach a server, nor its replicas."""
+    primary.command("ACL", "SETUSER", "default", "off")
+    primary.command("CLIENT", "KILL", "USER", "default", user="minority")
+
+
 def replica_of(primary: RedisServer, *flags: str) -> RedisServer:
     return RedisServer(flags=("--replicaof", f"127.0.0.1 {primary.port}", *AT_ONCE, *flags))
 
 
 class Sentinel:
-    """A redis-server that watches others; it knows the primary of one service at first."""
+    """A redis-server that watches others; it knows the port of the primary of one service at first."""
 
-    def __init__(self, primary: RedisServer, *lines: str, service: str = SERVICE, quorum: int = 2) -> None:
+    def __init__(self, primary: int, *lines: str, service: str = SERVICE, quorum: int = 2) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="notifyd-sentinel-")
         self.port = free_port()
         config = Path(self._directory.name) / "sentinel.conf"
         own = (
-            f"sentinel monitor {service} 127.0.0.1 {primary.port} {quorum}",
+            f"sentinel monitor {service} 127.0.0.1 {primary} {quorum}",
             f"sentinel down-after-milliseconds {service} {SILENCE}",
             f"sentinel failover-timeout {service} 3000",
         )
@@ -85,7 +97,7 @@ class Group:
             self.servers += [replica_of(first, *flags) for _ in range(replicas)]
             until(lambda: len(first.command("ROLE")[2]) == replicas)
             until(lambda: all(server.command("ROLE")[3] == "connected" for server in self.servers[1:]))
-            self.sentinels += [Sentinel(first) for _ in range(sentinels)]
+            self.sentinels += [Sentinel(first.port) for _ in range(sentinels)]
             until(lambda: all(self._knows_all(sentinel) for sentinel in self.sentinels))
         except BaseException:
             self.close()
@@ -122,14 +134,13 @@ class Group:
     def url_behind_a_partition(self) -> str:
         """Return a URL for processes that stay with the primary when cut_off() leaves it alone."""
         for server in self.servers:
-            server.command("ACL", "SETUSER", "minority", "on", "nopass", "~*", "&*", "+@all")
+            server.command(*MINORITY)
         return f"redis+sentinel://minority:any@127.0.0.1:{self.sentinels[0].port}/{SERVICE}"
 
     def cut_off(self, primary: RedisServer) -> None:
         """Let nobody but the user of url_behind_a_partition() reach the primary; that user reaches no sentinel."""
         self.sentinels[0].process.send_signal(SIGSTOP)
-        primary.command("ACL", "SETUSER", "default", "off")
-        primary.command("CLIENT", "KILL", "USER", "default", user="minority")
+        shut_out(primary)
 
     def heal(self, primary: RedisServer) -> None:
         primary.command("ACL", "SETUSER", "default", "on", user="minority")
@@ -140,18 +151,87 @@ class Group:
             one.close()
 
 
+class Doors:
+    """The ways to the buses of a cluster, in a thread of their own; each server comes from an address of its own."""
+
+    def __init__(self) -> None:
+        self._cut_off = ""
+        # Open connections, with the addresses of both servers.
+        self._open: list[tuple[set[str], asyncio.StreamWriter]] = []
+        self._servers: list[asyncio.Server] = []
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+
+    def open(self, port: int, address: str) -> int:
+        """Return the port that leads to the bus of the server with this address."""
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await self._serve(port, address, reader, writer)
+
+        starting = asyncio.run_coroutine_threadsafe(asyncio.start_server(serve, "127.0.0.1", 0), self._loop)
+        self._servers.append(server := starting.result())
+        return int(server.sockets[0].getsockname()[1])
+
+    async def _serve(self, port: int, to: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        addresses = {to, writer.get_extra_info("peername")[0]}
+        if self._cut_off not in addresses:
+            with contextlib.suppress(OSError):
+                other_reader, other_writer = await asyncio.open_connection("127.0.0.1", port)
+                self._open += (addresses, writer), (addresses, other_writer)
+                await asyncio.gather(carry(reader, other_writer), carry(other_reader, writer))
+        writer.close()
+
+    def cut_off(self, address: str) -> None:
+        """Close all ways from and to this server, or with an empty address none."""
+        self._loop.call_soon_threadsafe(self._cut, address)
+
+    def _cut(self, address: str) -> None:
+        self._cut_off = address
+        for addresses, writer in self._open:
+            if address in addresses:
+                writer.close()
+
+    def close(self) -> None:
+        """Wait until all connections have ended, as those of servers that were killed do."""
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _end(self) -> None:
+        for server in self._servers:
+            server.close()
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()})
+
+
+async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Pass on what comes, until one end closes."""
+    with contextlib.suppress(OSError):
+        while data := await reader.read(65_536):
+            writer.write(data)
+    writer.close()
+
+
 class Cluster:
     """Three primaries, each with one replica, and all slots."""
 
     def __init__(self) -> None:
-        flags = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(SILENCE), *AT_ONCE)
-        # By default 10,000 above the other port, which may be no port.
-        self.servers = [RedisServer(flags=("--cluster-port", str(free_port()), *flags)) for _ in range(6)]
+        self._doors = Doors()
+        self.servers = [self._start(f"127.0.0.{10 + number}") for number in range(6)]
         places = [f"127.0.0.1:{server.port}" for server in self.servers]
         create = (program("redis-cli"), "--cluster", "create", *places, "--cluster-replicas", "1", "--cluster-yes")
         subprocess.run(create, check=True, stdout=subprocess.DEVNULL)
         until(lambda: all("cluster_state:ok" in str(server.command("CLUSTER", "INFO")) for server in self.servers))
         until(lambda: len(self.replicas(self.primary)) == 1)
+
+    def _start(self, address: str) -> RedisServer:
+        # By default 10,000 above the other port, which may be no port.
+        bus = free_port()
+        words = f"--cluster-enabled yes --cluster-node-timeout {SILENCE} --cluster-port {bus}"
+        own = f"--bind-source-addr {address} --cluster-announce-ip 127.0.0.1 --protected-mode no"
+        door = f"--cluster-announce-bus-port {self._doors.open(bus, address)}"
+        return RedisServer(flags=(*f"{words} {own} {door}".split(), *AT_ONCE))
 
     @property
     def primary(self) -> RedisServer:
@@ -199,6 +279,27 @@ class Cluster:
     def url(self) -> str:
         return f"redis+cluster://{','.join(f'127.0.0.1:{server.port}' for server in self.servers[:2])}"
 
+    def url_behind_a_partition(self) -> str:
+        """Return a URL for processes that stay with the primary when cut_off() leaves it alone."""
+        for server in self.servers:
+            server.command(*MINORITY)
+        return f"redis+cluster://minority:any@127.0.0.1:{self.primary.port}"
+
+    def cut_off(self, primary: RedisServer) -> None:
+        """Let nobody but the user of url_behind_a_partition() reach the primary; that user reaches no other."""
+        self._doors.cut_off(f"127.0.0.{10 + self.servers.index(primary)}")
+        shut_out(primary)
+        for server in self.servers:
+            if server is not primary:
+                server.command("ACL", "DELUSER", "minority")
+
+    def heal(self, primary: RedisServer) -> None:
+        self._doors.cut_off("")
+        primary.command("ACL", "SETUSER", "default", "on", user="minority")
+        for server in self.servers:
+            server.command(*MINORITY)
+
     def close(self) -> None:
         for server in self.servers:
             server.close()
+        self._doors.close()

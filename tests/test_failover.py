@@ -12,17 +12,19 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count
+from pathlib import Path
 from typing import NamedTuple
 
 import hiredis
 import pytest
+from certificates import Pair
 from conftest import StartServer
 from history import Publish
 from members import SOMETHING, Member, audience, members, on_loop
-from processes import ROOT, eventually
+from processes import ROOT, eventually, free_port
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError
-from redis_group import AT_ONCE, SERVICE, Cluster, Group, replica_of, until
+from redis_group import AT_ONCE, SERVICE, Cluster, Group, Sentinel, carry, replica_of, until
 from redis_server import RedisServer
 from traffic import Traffic
 
@@ -347,7 +349,7 @@ def serves(redis: RedisServer) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [kill, kill_with_a_process, order])
+@pytest.mark.parametrize("fault", [kill, kill_with_a_process, stop, order])
 @on_loop
 async def test_another_primary_is_found(group: Group | Cluster, fault: Callable[..., None]) -> None:
     """All that was answered is put back, and publishing is answered again soon after the promotion."""
@@ -361,6 +363,24 @@ async def test_another_primary_is_found(group: Group | Cluster, fault: Callable[
         await everyone[0].until(lambda: serves(new))
         await publishers[0].is_answered_after(time.monotonic())
         assert time.monotonic() - promoted_at < LEVEL
+        await is_whole(publishers, everyone)
+
+
+@pytest.mark.slow
+@only_sentinels
+@on_loop
+async def test_a_primary_without_sentinels_is_kept(group: Group) -> None:
+    """Also by a process that has to connect again."""
+    async with members(group.url, 2) as everyone:
+        publishers = [Publisher(member, str(number)) for number, member in enumerate(everyone)]
+        await publishers[0].is_answered_after(time.monotonic())
+        for sentinel in group.sentinels:
+            sentinel.kill()
+        await publishers[0].is_answered_after(time.monotonic() + 1)
+        assert not publishers[0].reasons
+        group.servers[0].command("CLIENT", "KILL", "TYPE", "normal")
+        await everyone[0].until(lambda: everyone[0].store.failure)
+        await publishers[0].is_answered_after(time.monotonic())
         await is_whole(publishers, everyone)
 
 
@@ -414,10 +434,9 @@ async def test_credentials_of_a_cluster(group: Cluster) -> None:
 
 
 @pytest.mark.slow
-@only_sentinels
-@pytest.mark.parametrize("replicas", [0, 1])
+@pytest.mark.parametrize(("group", "replicas"), [(Group, 0), (Group, 1), (Cluster, 0)], indirect=["group"])
 @on_loop
-async def test_an_old_primary_that_goes_on_makes_no_second_order(group: Group, replicas: int) -> None:
+async def test_an_old_primary_that_goes_on_makes_no_second_order(group: Group | Cluster, replicas: int) -> None:
     """A partition leaves it alone with one process. Without --store-replicas that process begins anew afterwards."""
     old, url = group.primary, group.url_behind_a_partition()
     async with members(url, store_replicas=replicas) as [alone], members(group.url, 2) as [one, other]:
@@ -443,6 +462,26 @@ async def test_an_old_primary_that_goes_on_makes_no_second_order(group: Group, r
         assert (alone.times_missed, one.times_missed, other.times_missed) == (int(replicas == 0), 0, 0)
         if replicas:
             assert lost <= set(one.ids)
+
+
+@pytest.mark.slow
+@on_loop
+async def test_sentinel_and_primary_with_tls(tmp_path: Path) -> None:
+    """A certificate that is not trusted is a reason; so with one address."""
+    pair, other = Pair(tmp_path, "localhost"), Pair(tmp_path, "other")
+    files = {"tls-cert-file": pair.certificate, "tls-key-file": pair.key, "tls-ca-cert-file": pair.certificate}
+    tls = [f"{name} {value}" for name, value in files.items()] + ["tls-auth-clients no", "tls-replication yes"]
+    ports = free_port(), free_port()
+    primary = RedisServer(flags=tuple(f"--tls-port {ports[0]} --{' --'.join(tls)}".split()))
+    sentinel = Sentinel(ports[0], f"tls-port {ports[1]}", *tls, quorum=1)
+    for place in (f"rediss+sentinel://127.0.0.1:{ports[1]}/{SERVICE}", f"rediss://127.0.0.1:{ports[0]}"):
+        async with members(f"{place}?ssl_ca_certs={pair.certificate}", 2) as [one, two]:
+            newest = await one.publish()
+            await two.until(lambda two=two, newest=newest: two.ids[-1:] == [newest])
+        async with members(f"{place}?ssl_ca_certs={other.certificate}") as [one]:
+            assert one.store.failure == "The store is away: TLS: CERTIFICATE_VERIFY_FAILED"
+    sentinel.close()
+    primary.close()
 
 
 # A slot that moves.
@@ -482,13 +521,7 @@ class Endpoint:
         with contextlib.suppress(OSError):
             other_reader, other_writer = await asyncio.open_connection("127.0.0.1", self.target.port)
             self._writers += writer, other_writer
-            await asyncio.gather(self._pass(reader, other_writer), self._pass(other_reader, writer))
-        writer.close()
-
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(65_536):
-                writer.write(data)
+            await asyncio.gather(carry(reader, other_writer), carry(other_reader, writer))
         writer.close()
 
     def turn_to(self, target: RedisServer) -> None:
@@ -752,6 +785,28 @@ def test_clients_behind_a_partition_stay_and_lose_nothing(
         assert servers[0].post({"message": "to the old primary"}).status_code == 503
         group.heal(old)
         running.is_whole(connections=1)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@only_sentinels
+def test_publishers_of_a_minority_repeat_with_their_keys(start_server: StartServer, group: Group) -> None:
+    """Without --store-replicas: only clients that were told lack anything, and only they had what is given up."""
+    old, size = group.primary, ("--history-size", "100000")
+    other = start_server("--store", group.url, *size)
+    alone = start_server("--store", group.url_behind_a_partition(), *size)
+    with Traffic(other, alone, may_miss=True) as running:
+        # The counters of the minority go back to those of the majority.
+        running.stays_up = False
+        group.cut_off(old)
+        group.promoted(old)
+        before = list(running.answers)
+        # Both sides go on: half of the publishers each.
+        eventually(lambda: all(now > then + 3 for now, then in zip(running.answers, before, strict=True)), 20)
+        group.heal(old)
+        eventually(running.told, 20)
+        running.is_whole()
+        assert running.told() == {listener.name for listener in running.listeners[1::2]}
 
 
 @pytest.mark.slow

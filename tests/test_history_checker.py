@@ -35,6 +35,22 @@ def test_a_client_that_was_told_may_lack_all_from_before() -> None:
     assert faults([*without(lost), Told("bob", 0.5)]) == ["lost: bob never got one (1)"]
 
 
+MINORITY: list[Event] = [
+    *(Publish("alone", 4.1, 4.3, "2b"), Delivery("bob", 4.2, "2b", "alone"), Told("bob", 4.5)),
+    *(Delivery("bob", 4.6, "1", "one"), Delivery("bob", 4.7, "2", "two")),
+]
+
+
+def test_a_minority_may_lose_what_its_clients_alone_had() -> None:
+    """They are told. A message that comes again for all has another id; one that others had, too, is not given up."""
+    assert faults(RIGHT + MINORITY) == []
+    again = [Delivery(client, 6, "4", "alone") for client in ("ann", "bob", "eve")]
+    assert faults(RIGHT + MINORITY + again) == []
+    assert faults(RIGHT + MINORITY + again + again[1:2])[0] == "double: bob got alone as 4 and as 4"
+    assert faults(RIGHT + MINORITY[:2])[0] == "lost: ann never got alone (2b)"
+    assert faults([*RIGHT, *MINORITY, Delivery("ann", 4.2, "2b", "alone")]) == ["lost: eve never got alone (2b)"]
+
+
 @pytest.mark.parametrize(
     ("wrong", "kind"),
     [

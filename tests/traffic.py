@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 from expected import parse
-from history import Delivery, Event, Joined, Publish, faults
+from history import Delivery, Event, Joined, Publish, Told, faults
 from processes import Server, eventually
 from websockets.asyncio.client import connect
 from websockets.exceptions import WebSocketException
@@ -35,8 +35,8 @@ RETRY_SECONDS = 0.05
 class Listener:
     """A client that reconnects from its last position, and records every notification."""
 
-    def __init__(self, name: str, fail: Callable[[str], None], history: list[Event]) -> None:
-        self.name = name
+    def __init__(self, name: str, fail: Callable[[str], None], history: list[Event], *, may_miss: bool) -> None:
+        self.name, self._may_miss = name, may_miss
         self._history = history
         self.start = self.position = ""
         self.received: dict[str, str] = {}
@@ -70,7 +70,11 @@ class Listener:
             self.start = self.start or message["data"]["position"]
             self.position = self.position or self.start
             if not message["data"]["complete"]:
-                self._fail(f"{self.name} is told that something is missing after {self.position}")
+                if not self._may_miss:
+                    self._fail(f"{self.name} is told that something is missing after {self.position}")
+                self._history.append(Told(self.name, time.monotonic()))
+                # All that is kept comes again.
+                self.position = self.start
         elif message["type"] == "test_notification":
             self.test_counters.append(message["data"]["counter"])
             self._follow(message["id"])
@@ -88,7 +92,7 @@ class Listener:
 class Traffic:
     """Publishers, listeners and a look at the counters, from the beginning of a test until its verdict."""
 
-    def __init__(self, *servers: Server, clients: int = CLIENTS, pause: float = 0.01) -> None:
+    def __init__(self, *servers: Server, clients: int = CLIENTS, pause: float = 0.01, may_miss: bool = False) -> None:
         self.servers = servers
         self.history: list[Event] = []
         self._pause = pause
@@ -97,7 +101,9 @@ class Traffic:
         self.faults: list[str] = []
         # Those of the answers that were 503.
         self.reasons: set[str] = set()
-        self.listeners = [Listener(f"listener{n}", self.faults.append, self.history) for n in range(clients)]
+        self.listeners = [
+            Listener(f"listener{n}", self.faults.append, self.history, may_miss=may_miss) for n in range(clients)
+        ]
         self.stays_up = True
         self._publishing = threading.Event()
         self._publishing.set()
@@ -208,6 +214,10 @@ class Traffic:
         )
         newest = max(self.answered)
         self._await(lambda: all(one.position >= newest for one in self.listeners), "all receive again")
+
+    def told(self) -> set[str]:
+        """Return the listeners that were told that they missed something."""
+        return {event.client for event in self.history if isinstance(event, Told)}
 
     def says_unhealthy(self) -> None:
         """All servers say on /health that the store is away; nobody loses a connection for that."""
