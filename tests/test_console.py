@@ -234,6 +234,7 @@ def test_publish_reaches_topics_users_and_clients(server: Server, browse: Open) 
     console.sees("For those who follow builds, none, and for all clients of alice, and for the client phone.")
     console.click("button", "Publish")
     console.sees("It is for 1 connected client.")
+    console.sees("Addressed\n1\nWritten\n1\nAcknowledged\n0\nPending\n0", "#publish-delivery")
     received = client.receive()
     assert received["type"] == "alert"
     assert received["data"] == {"message": 'it\'s "quoted"', "big": 9007199254740993, "text": "a  b"}
@@ -338,8 +339,9 @@ def test_clients_are_found_and_put_out(server: Server, browse: Open) -> None:
 
 
 def test_history_goes_back_page_by_page(start_server: StartServer, browse: Open) -> None:
-    """By topic and user and time, newest first; the focus stays at the place of reading."""
+    """By topic and user and time, newest first; the focus stays at the place of reading, and a row tells who got it."""
     server = start_server()
+    server.join(query="client_id=phone&user=alice")
     server.publish(*(f"number {each}" for each in range(70)))
     server.publish("for builds", topics=["builds"])
     server.publish("for alice", users=["alice"])
@@ -353,6 +355,8 @@ def test_history_goes_back_page_by_page(start_server: StartServer, browse: Open)
     console.fill("User", "alice")
     console.click("button", "Show")
     eventually(lambda: rows(console, "#history-list")[:2] == ["for alice", "for builds"])
+    console.evaluate("document.querySelector('#history-list summary').click()")
+    console.sees("Written\nphone of alice", "#history-list")
     console.evaluate("document.getElementById('history-until').value = '2020-01-01T00:00'")
     console.click("button", "Show")
     console.sees("The log has nothing for these.")
