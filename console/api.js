@@ -20,7 +20,11 @@ function storageHere() {
     return sessionStorage;
   } catch {
     const held = new Map();
-    return { getItem: (name) => held.get(name), setItem: (name, value) => held.set(name, value), removeItem: (name) => held.delete(name) };
+    return {
+      getItem: (name) => held.get(name),
+      setItem: (name, value) => held.set(name, value),
+      removeItem: (name) => held.delete(name),
+    };
   }
 }
 
@@ -37,10 +41,12 @@ export class Refusal extends Error {
 function advice(status, reason, wait) {
   const said = reason.replace(/\.?$/, ".");
   if (status === 0) return "The server does not answer. Is it running? The page goes on by itself once it is back.";
-  if (status === 401 && /^Invalid token/.test(reason)) return "The server does not know this key or token. Type another.";
+  if (status === 401 && /^Invalid token/.test(reason))
+    return "The server does not know this key or token. Type another.";
   if (status === 401) return `${said} Type another key or token.`;
   if (status === 403 && /needs admin/.test(reason)) return "This needs a key, or a token with the right “admin”.";
-  if (status === 403 && /to publish$/.test(reason)) return "Publishing needs a key, or a token with the right “publish”.";
+  if (status === 403 && /to publish$/.test(reason))
+    return "Publishing needs a key, or a token with the right “publish”.";
   if (status === 403) return `${said} Use a key, or a token that allows it.`;
   if (status === 429) return `${said} Wait ${wait} s, then try again.`;
   if (status === 503 && /shutting down/i.test(reason)) return "The server is shutting down. Try again once it is back.";

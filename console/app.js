@@ -140,7 +140,8 @@ byId("gate").addEventListener("submit", (event) => {
   event.preventDefault();
   const typed = byId("key").value.trim();
   byId("key").value = "";
-  if (/[^\x21-\x7e]/.test(typed)) return say(byId("key-error"), "A key or token has no spaces and no letters beyond ASCII. Type it again.");
+  if (/[^\x21-\x7e]/.test(typed))
+    return say(byId("key-error"), "A key or token has no spaces and no letters beyond ASCII. Type it again.");
   key.set(typed);
   unlock();
 });

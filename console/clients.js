@@ -18,7 +18,8 @@ let turn = 0; // of the newest reading: an older one that is still under way giv
 
 addEventListener("connected", ({ detail }) => (own = detail.clientId));
 
-const haystack = (client) => [client.user, client.client_id, ...client.topics, client.user_agent, client.address].join(" ").toLowerCase();
+const haystack = (client) =>
+  [client.user, client.client_id, ...client.topics, client.user_agent, client.address].join(" ").toLowerCase();
 
 /** Read the clients, all pages as far as they are needed, and show those that have the text; `aloud` for a person. */
 async function refresh(aloud = true) {
@@ -60,20 +61,36 @@ function draw(found, total, matches, wanted) {
   for (const client of found) update(rows.get(client.client_id), client);
   const wantedRows = [...rows.values()];
   for (const [id, row] of before) if (!rows.has(id)) row.remove();
-  wantedRows.forEach((row, place) => body.children[place] !== row && body.insertBefore(row, body.children[place] ?? null));
+  wantedRows.forEach(
+    (row, place) => body.children[place] !== row && body.insertBefore(row, body.children[place] ?? null),
+  );
   const shown = found.length < matches ? `, ${number(found.length)} shown` : "";
-  say(byId("clients-note"), wanted ? `${number(matches)} of ${count(total, "client")}${shown}` : `${count(total, "client")} connected${shown}`);
+  say(
+    byId("clients-note"),
+    wanted ? `${number(matches)} of ${count(total, "client")}${shown}` : `${count(total, "client")} connected${shown}`,
+  );
   byId("clients-table").hidden = !found.length;
   byId("clients-more").hidden = found.length >= matches;
   const empty = byId("clients-empty");
   empty.hidden = found.length > 0 || byId("clients-error").textContent !== "";
-  say(empty, wanted ? "No client has this text." : "Nobody is connected. A client connects with: curl -N " + new URL("events", document.baseURI).href);
+  say(
+    empty,
+    wanted
+      ? "No client has this text."
+      : "Nobody is connected. A client connects with: curl -N " + new URL("events", document.baseURI).href,
+  );
 }
 
 const LABELS = ["User", "Client", "Topics", "Connected", "Last heard", "Agent"];
 
 function newRow(client) {
-  const cells = LABELS.map((label) => el(label === "Client" ? "th" : "td", { role: label === "Client" ? "rowheader" : "cell", scope: label === "Client" && "row", "data-label": label }));
+  const cells = LABELS.map((label) =>
+    el(label === "Client" ? "th" : "td", {
+      role: label === "Client" ? "rowheader" : "cell",
+      scope: label === "Client" && "row",
+      "data-label": label,
+    }),
+  );
   const id = `client-${client.client_id}`;
   cells[1].id = id;
   const button = el("button", { type: "button", "aria-describedby": id, onclick: () => ask(client) }, "Disconnect");
@@ -84,9 +101,19 @@ function update(row, client) {
   const [user, id, topics, since, heard, agent] = row.cells;
   say(user, client.user ?? "nobody");
   user.classList.toggle("faint", client.user === null);
-  if (!id.firstChild) id.append(el("code", {}, client.client_id), el("span.tag", { hidden: true }, "this page"), el("small", {}, [client.transport === "sse" ? "stream" : client.transport, client.address].filter(Boolean).join(" · ")));
+  if (!id.firstChild)
+    id.append(
+      el("code", {}, client.client_id),
+      el("span.tag", { hidden: true }, "this page"),
+      el(
+        "small",
+        {},
+        [client.transport === "sse" ? "stream" : client.transport, client.address].filter(Boolean).join(" · "),
+      ),
+    );
   id.querySelector(".tag").hidden = client.client_id !== own;
-  if (topics.textContent.trim() !== client.topics.join(" ")) topics.replaceChildren(...client.topics.flatMap((topic) => [el("span.topic", {}, topic), " "]));
+  if (topics.textContent.trim() !== client.topics.join(" "))
+    topics.replaceChildren(...client.topics.flatMap((topic) => [el("span.topic", {}, topic), " "]));
   since.replaceChildren(ago(client.connected_at));
   heard.replaceChildren(ago(client.last_ping));
   say(agent, client.user_agent ?? "");
@@ -97,7 +124,9 @@ function update(row, client) {
 function ask(client) {
   const dialog = byId("ask");
   say(byId("ask-title"), `Disconnect ${client.client_id}?`);
-  say(byId("ask-text"), `${client.user ? `It belongs to ${client.user}. ` : ""}${client.client_id === own ? "It is this page. " : ""}It is closed for good: the clients of notifyd do not come back by themselves.`);
+  const facts = [client.user && `It belongs to ${client.user}.`, client.client_id === own && "It is this page."];
+  const end = "It is closed for good: the clients of notifyd do not come back by themselves.";
+  say(byId("ask-text"), [...facts, end].filter(Boolean).join(" "));
   say(byId("ask-yes"), "Disconnect");
   dialog.returnValue = "";
   dialog.addEventListener("close", () => dialog.returnValue === "yes" && disconnect(client), { once: true });
@@ -131,13 +160,18 @@ export function hide() {
   clearTimeout(timer);
 }
 
-text.addEventListener("input", settled(() => refresh(), 250));
+text.addEventListener(
+  "input",
+  settled(() => refresh(), 250),
+);
 byId("clients-refresh").addEventListener("click", () => refresh());
 byId("clients-more").addEventListener("click", () => {
   most += MOST;
   refresh();
 });
-byId("clients").querySelector("form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  refresh();
-});
+byId("clients")
+  .querySelector("form")
+  .addEventListener("submit", (event) => {
+    event.preventDefault();
+    refresh();
+  });

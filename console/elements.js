@@ -57,7 +57,14 @@ export const number = (value) => NUMBER.format(value);
 export const count = (value, noun) => `${number(value)} ${noun}${value === 1 ? "" : "s"}`;
 
 /** Return the names in a field, which commas separate, each once. */
-export const names = (text) => [...new Set(text.split(",").map((name) => name.trim()).filter(Boolean))];
+export const names = (text) => [
+  ...new Set(
+    text
+      .split(",")
+      .map((name) => name.trim())
+      .filter(Boolean),
+  ),
+];
 
 /** Call a function once the calls have paused for so long. */
 export function settled(call, milliseconds) {

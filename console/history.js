@@ -51,7 +51,10 @@ async function older() {
     byId("history-empty").hidden = list.children.length > 0;
     say(byId("history-error"), "");
     const lost = isEnd && !complete && !from ? " Older ones have left the log." : "";
-    say(byId("history-note"), list.children.length ? `${count(list.children.length, "notification")}${isEnd ? "" : ", and more"}.${lost}` : "");
+    say(
+      byId("history-note"),
+      list.children.length ? `${count(list.children.length, "notification")}${isEnd ? "" : ", and more"}.${lost}` : "",
+    );
     // Reading goes on at the first that is new.
     if (hadFocus) list.children[Math.min(first, list.children.length - 1)]?.querySelector("summary").focus();
   } catch (refusal) {
@@ -80,10 +83,14 @@ async function ask(place, id) {
   figures(counts, delivery);
   place.replaceChildren(counts);
   if (!links.notifications_id_clients) return;
-  const states = await Promise.all(STATES.map((state) => read(`notifications/${segment(id)}/clients`, { state, limit: WHO })));
+  const states = await Promise.all(
+    STATES.map((state) => read(`notifications/${segment(id)}/clients`, { state, limit: WHO })),
+  );
   for (const [number, { clients, next }] of states.entries()) {
     if (!clients.length) continue;
-    const items = clients.map(({ client_id: client, user }) => el("li", {}, el("code", {}, client), user ? ` of ${user}` : null));
+    const items = clients.map(({ client_id: client, user }) =>
+      el("li", {}, el("code", {}, client), user ? ` of ${user}` : null),
+    );
     const title = STATES[number][0].toUpperCase() + STATES[number].slice(1);
     place.append(el("h3", {}, `${title}${next ? `, the first ${WHO}` : ""}`), el("ul", {}, ...items));
   }

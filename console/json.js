@@ -32,7 +32,8 @@ export function checkObject(text) {
     if (found !== undefined) at += found.length;
     return found;
   };
-  const found = () => (at < text.length ? `got ${JSON.stringify(String.fromCodePoint(text.codePointAt(at)))}` : "the text ends");
+  const found = () =>
+    at < text.length ? `got ${JSON.stringify(String.fromCodePoint(text.codePointAt(at)))}` : "the text ends";
   const skip = () => take(SPACE);
 
   function string() {
@@ -40,8 +41,13 @@ export function checkObject(text) {
     for (;;) {
       take(PLAIN);
       if (text[at] === '"') return at++;
-      if (text[at] === "\\") take(ESCAPE) ?? fail("expected one of \\\" \\\\ \\/ \\b \\f \\n \\r \\t \\u0000");
-      else fail(at < text.length ? "a text cannot have a line break or a tab: write \\n or \\t" : 'expected " at the end of the text');
+      if (text[at] === "\\") take(ESCAPE) ?? fail('expected one of \\" \\\\ \\/ \\b \\f \\n \\r \\t \\u0000');
+      else
+        fail(
+          at < text.length
+            ? "a text cannot have a line break or a tab: write \\n or \\t"
+            : 'expected " at the end of the text',
+        );
     }
   }
   function items(end, item) {

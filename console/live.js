@@ -1,7 +1,7 @@
 // The panel Live: the page as a client, and its notifications as they arrive.
 //
-// 1. The page keeps the newest KEPT notifications and shows the newest SHOWN of those that fit, so an old tab is as fast
-//    as a new one. Rows are made a few times a second, however many notifications come.
+// 1. The page keeps the newest KEPT notifications and shows the newest SHOWN of those that fit, so an old tab is as
+//    fast as a new one. Rows are made a few times a second, however many notifications come.
 // 2. A screen reader hears a summary every few seconds, never each notification.
 
 import { NotifydClient } from "../client.js";
@@ -72,7 +72,8 @@ function entered(state, detail) {
   if (state === "waiting") {
     lostAt ||= Date.now();
     dispatchEvent(new CustomEvent("unsettled"));
-    note(`The connection is lost${detail.reason ? `: ${detail.reason}` : ""}. The page connects again by itself, and then gets what it has missed.`);
+    const reason = detail.reason ? `: ${detail.reason}` : "";
+    note(`The connection is lost${reason}. The page connects again by itself, and then gets what it has missed.`);
   }
   if (state === "closed") ended(detail.reason);
 }
@@ -84,7 +85,10 @@ function ended(reason) {
   }
   const isAboutTopics = /topic/.test(reason);
   byId("live-topics").setAttribute("aria-invalid", isAboutTopics);
-  note(isAboutTopics ? `${reason}. Change the topics above.` : `The server has closed the connection: ${reason}.`, true);
+  note(
+    isAboutTopics ? `${reason}. Change the topics above.` : `The server has closed the connection: ${reason}.`,
+    true,
+  );
 }
 
 /** Say what the connection that was lost has missed. */
@@ -92,7 +96,9 @@ function resumed({ replayed, complete }) {
   if (!lostAt) return;
   const away = span((Date.now() - lostAt) / 1000);
   lostAt = 0;
-  const came = replayed ? `${count(replayed, "notification")} came meanwhile and ${replayed === 1 ? "is" : "are"} here now` : "nothing came meanwhile";
+  const came = replayed
+    ? `${count(replayed, "notification")} came meanwhile and ${replayed === 1 ? "is" : "are"} here now`
+    : "nothing came meanwhile";
   const gap = complete ? "" : " Some may be missing: the log of the server does not reach back that far.";
   note(`Connected again after ${away}: ${came}.${gap}`);
 }
@@ -131,7 +137,11 @@ function render() {
   timer = undefined;
   byId("tab-live").dataset.count = unseen ? (unseen > 99 ? "99+" : unseen) : "";
   if (!isVisible || isPaused()) return summarise();
-  const rows = fresh.filter(fits()).slice(-SHOWN).reverse().map((each) => row(each));
+  const rows = fresh
+    .filter(fits())
+    .slice(-SHOWN)
+    .reverse()
+    .map((each) => row(each));
   fresh = [];
   // A few catch the eye; many at once would be a flicker.
   if (rows.length < 5) for (const each of rows) each.classList.add("new");
@@ -148,7 +158,13 @@ function render() {
 function renderAll() {
   if (!isPaused()) fresh = [];
   const seen = kept.slice(0, kept.length - fresh.length);
-  list.replaceChildren(...seen.filter(fits()).slice(-SHOWN).reverse().map((each) => row(each)));
+  list.replaceChildren(
+    ...seen
+      .filter(fits())
+      .slice(-SHOWN)
+      .reverse()
+      .map((each) => row(each)),
+  );
   summarise();
 }
 
@@ -156,8 +172,14 @@ function summarise() {
   byId("live-empty").hidden = kept.length > 0;
   const shown = list.children.length;
   const parts = [];
-  if (isPaused()) parts.push(`Paused: ${fresh.length ? `${count(fresh.length, "notification")} waiting` : "nothing new"}`);
-  if (kept.length) parts.push(shown < kept.length ? `${number(shown)} of ${count(kept.length, "notification")} shown` : count(kept.length, "notification"));
+  if (isPaused())
+    parts.push(`Paused: ${fresh.length ? `${count(fresh.length, "notification")} waiting` : "nothing new"}`);
+  if (kept.length)
+    parts.push(
+      shown < kept.length
+        ? `${number(shown)} of ${count(kept.length, "notification")} shown`
+        : count(kept.length, "notification"),
+    );
   if (kept.length === KEPT) parts.push("older ones are in the History");
   say(byId("live-count"), parts.join(" · "));
 }
@@ -170,13 +192,17 @@ let telling;
 
 function tell() {
   unsaid++;
-  telling ??= setTimeout(() => {
-    telling = undefined;
-    saidAt = Date.now();
-    const { type, data } = kept.at(-1) ?? {};
-    if (isVisible && !isPaused() && unsaid) byId("live-said").textContent = `${unsaid} new. The last: ${type}, ${data?.message ?? ""}`;
-    unsaid = 0;
-  }, Math.max(RENDER_MS, saidAt + SAID_MS - Date.now()));
+  telling ??= setTimeout(
+    () => {
+      telling = undefined;
+      saidAt = Date.now();
+      const { type, data } = kept.at(-1) ?? {};
+      if (isVisible && !isPaused() && unsaid)
+        byId("live-said").textContent = `${unsaid} new. The last: ${type}, ${data?.message ?? ""}`;
+      unsaid = 0;
+    },
+    Math.max(RENDER_MS, saidAt + SAID_MS - Date.now()),
+  );
 }
 
 // --- the panel
@@ -211,7 +237,9 @@ const follow = () => {
 };
 byId("live-topics").addEventListener("input", settled(follow, 600));
 byId("live-topics").addEventListener("change", follow);
-byId("live").querySelector("form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  follow();
-});
+byId("live")
+  .querySelector("form")
+  .addEventListener("submit", (event) => {
+    event.preventDefault();
+    follow();
+  });

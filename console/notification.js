@@ -18,14 +18,16 @@ export function row(notification, more) {
   details.addEventListener(
     "toggle",
     () => {
-      const json = JSON.stringify(notification, null, 2);
-      const text = el("pre", { tabindex: "0", role: "region", "aria-label": "JSON of the notification" }, json);
-      details.append(el("div.body", {}, text, more?.(notification)));
+      details.append(el("div.body", {}, json(notification, "notification"), more?.(notification)));
     },
     { once: true },
   );
   return el("li.row", { "data-id": id }, details);
 }
+
+/** Return a value as JSON to read; `of` says whose it is. A keyboard scrolls it. */
+export const json = (value, of) =>
+  el("pre", { tabindex: "0", role: "region", "aria-label": `JSON of the ${of}` }, JSON.stringify(value, null, 2));
 
 /** Return the message of a notification's data: the server puts it there always, but a host's own might be anything. */
 const shown = (data) => (typeof data?.message === "string" ? data.message : JSON.stringify(data));

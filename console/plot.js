@@ -59,11 +59,17 @@ export class Plot {
     }
     const drawn = lines.filter((line) => line.length);
     this.#line.setAttribute("d", drawn.map((line) => `M${line.join("L")}`).join(""));
-    this.#area.setAttribute("d", drawn.map((line) => `M${line[0][0]},${HEIGHT}L${line.join("L")}L${line.at(-1)[0]},${HEIGHT}Z`).join(""));
+    this.#area.setAttribute(
+      "d",
+      drawn.map((line) => `M${line[0][0]},${HEIGHT}L${line.join("L")}L${line.at(-1)[0]},${HEIGHT}Z`).join(""),
+    );
     const last = this.#points.at(-1)[1];
     say(this.#now, last === null ? "–" : rounded(last));
     say(this.#top, rounded(most));
     const said = last === null ? "unknown now" : `now ${rounded(last)}`;
-    this.picture.setAttribute("aria-label", `${this.title}: ${said}, at most ${rounded(Math.max(0, ...values))} in the last 5 minutes`);
+    this.picture.setAttribute(
+      "aria-label",
+      `${this.title}: ${said}, at most ${rounded(Math.max(0, ...values))} in the last 5 minutes`,
+    );
   }
 }

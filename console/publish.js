@@ -3,7 +3,7 @@
 import { BASE, Refusal, key, read, request, segment } from "./api.js";
 import { byId, count, el, names, number, say } from "./elements.js";
 import { Mistake, checkObject, compact } from "./json.js";
-import { row } from "./notification.js";
+import { json, row } from "./notification.js";
 
 const FIELDS = ["message", "type", "data", "topics", "users", "clients"];
 const AUDIENCES = ["topics", "users", "clients"];
@@ -53,7 +53,10 @@ function preview() {
     users.length && `all clients of ${listed(users)}`,
     clients.length && `the client${clients.length === 1 ? "" : "s"} ${listed(clients)}`,
   ].filter(Boolean);
-  say(byId("publish-for"), whom.length ? `For ${whom.join(", and for ")}. Commas separate names.` : "For everyone who is connected.");
+  say(
+    byId("publish-for"),
+    whom.length ? `For ${whom.join(", and for ")}. Commas separate names.` : "For everyone who is connected.",
+  );
   say(byId("publish-curl"), curl());
 }
 
@@ -80,7 +83,8 @@ function mistakeInData() {
     // Of a long line, the part around the mistake.
     const from = Math.max(0, mistake.column - 31);
     const before = mistake.shown.slice(from, mistake.column - 1).replaceAll("\t", " ");
-    place.textContent = `${before}${mistake.shown.slice(mistake.column - 1, mistake.column + 30)}\n${" ".repeat(before.length)}^`;
+    const after = mistake.shown.slice(mistake.column - 1, mistake.column + 30);
+    place.textContent = `${before}${after}\n${" ".repeat(before.length)}^`;
     place.hidden = false;
     return mistake;
   }
@@ -132,21 +136,23 @@ async function publish() {
 }
 
 /** Return a new Idempotency-Key; randomUUID() is for pages of localhost and https alone. */
-const newKey = () => `console-${[...crypto.getRandomValues(new Uint8Array(12))].map((byte) => byte.toString(16).padStart(2, "0")).join("")}`;
+const newKey = () => `console-${[...crypto.getRandomValues(new Uint32Array(4))].join("-")}`;
 
 async function answered(response) {
   published = response.headers.get("Notification-Id");
-  const text = await response.text();
-  const { recipients } = JSON.parse(text);
+  const answer = await response.json();
+  const { recipients } = answer;
   const mine = published;
-  const whom = recipients ? `It is for ${count(recipients, "connected client")}.` : "Nobody whom it is for is connected: the log keeps it for those who come back.";
+  const whom = recipients
+    ? `It is for ${count(recipients, "connected client")}.`
+    : "Nobody whom it is for is connected: the log keeps it for those who come back.";
   byId("publish-answer").replaceChildren(
     el("p.good", {}, el("strong", {}, "Published."), ` ${whom}`),
     el("div", { id: "publish-arrived" }),
   );
   const delivery = el("dl.figures.small", { id: "publish-delivery" });
   const fields = el("dl.pairs", {}, el("dt", {}, "Id"), el("dd", {}, el("code", {}, mine)));
-  const whole = el("details", {}, el("summary", {}, "JSON"), el("pre", { tabindex: "0", role: "region", "aria-label": "JSON of the answer" }, JSON.stringify(JSON.parse(text), null, 2)));
+  const whole = el("details", {}, el("summary", {}, "JSON"), json(answer, "answer"));
   byId("publish-body").replaceChildren(delivery, fields, whole);
   showArrival();
   if (!links.notifications_id) return;
@@ -169,7 +175,9 @@ const DELIVERY = { addressed: "Addressed", written: "Written", acknowledged: "Ac
 /** Show the counts of a delivery; one that nobody has counted is null. */
 export function figures(place, delivery) {
   place.replaceChildren(
-    ...Object.entries(DELIVERY).map(([name, label]) => el("div", {}, el("dt", {}, label), el("dd", {}, delivery[name] === null ? "unknown" : number(delivery[name])))),
+    ...Object.entries(DELIVERY).map(([name, label]) =>
+      el("div", {}, el("dt", {}, label), el("dd", {}, delivery[name] === null ? "unknown" : number(delivery[name]))),
+    ),
   );
 }
 
@@ -188,7 +196,10 @@ function showArrival() {
   const place = byId("publish-arrived");
   if (!place || !arrivals.has(published) || place.firstChild) return;
   const link = el("a", { href: "#live" }, "Live");
-  place.append(el("p", {}, "It has arrived here, and stands in ", link, ":"), el("ol.rows", { role: "list" }, row(arrivals.get(published))));
+  place.append(
+    el("p", {}, "It has arrived here, and stands in ", link, ":"),
+    el("ol.rows", { role: "list" }, row(arrivals.get(published))),
+  );
 }
 
 // --- the panel

@@ -95,7 +95,11 @@ function tell(status, { active, total, max_allowed: most }, message) {
     drain(active);
   } else {
     remaining = active;
-    banner(status === "unhealthy" ? `${message.replace(/\.?$/, ".")} Notifications are refused until it is back; clients stay connected.` : "");
+    banner(
+      status === "unhealthy"
+        ? `${message.replace(/\.?$/, ".")} Notifications are refused until it is back; clients stay connected.`
+        : "",
+    );
   }
 }
 
@@ -107,7 +111,10 @@ function banner(text) {
 
 function drain(active) {
   const place = byId("drain");
-  say(place.querySelector("p"), active ? `${number(active)} of ${count(remaining, "client")} still connected.` : "No client is connected any more.");
+  say(
+    place.querySelector("p"),
+    active ? `${number(active)} of ${count(remaining, "client")} still connected.` : "No client is connected any more.",
+  );
   const bar = place.querySelector("progress");
   bar.max = Math.max(remaining, 1);
   bar.value = bar.max - active;
@@ -119,18 +126,27 @@ function drain(active) {
 /** Return the metrics in Prometheus' text format by name; of one with labels, the sum. */
 function parsed(text) {
   const found = {};
-  for (const [, name, value] of text.matchAll(/^([a-z_:][\w:]*)(?:\{.*\})? (\S+)$/gim)) found[name] = (found[name] ?? 0) + Number(value);
+  for (const [, name, value] of text.matchAll(/^([a-z_:][\w:]*)(?:\{.*\})? (\S+)$/gim))
+    found[name] = (found[name] ?? 0) + Number(value);
   return found;
 }
 
 const NO_RIGHT = "The figures need a key, or a token with the right “admin”.";
 
-const bytes = (value) => (value < 1e3 ? `${value} B` : value < 1e6 ? `${number(Math.round(value / 1e3))} kB` : `${number(Math.round(value / 1e5) / 10)} MB`);
+const bytes = (value) =>
+  value < 1e3
+    ? `${value} B`
+    : value < 1e6
+      ? `${number(Math.round(value / 1e3))} kB`
+      : `${number(Math.round(value / 1e5) / 10)} MB`;
 
 async function metrics() {
   const second = Date.now() / 1000;
   if (!links.metrics_prometheus) {
-    return say(byId("server-note"), "The figures are on a separate port of this server (internal_port), and not on this one. Open this page there.");
+    return say(
+      byId("server-note"),
+      "The figures are on a separate port of this server (internal_port), and not on this one. Open this page there.",
+    );
   }
   if (!mayRead) return say(byId("server-note"), NO_RIGHT);
   try {
@@ -185,9 +201,11 @@ function settings({ server, shutdown, configuration, notification_service: servi
     notification_interval: service.notification_interval,
     shutdown_timeout: shutdown.shutdown_timeout,
   };
-  list.querySelector("dl").replaceChildren(
-    ...Object.entries(pairs).map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, String(value)))),
-  );
+  list
+    .querySelector("dl")
+    .replaceChildren(
+      ...Object.entries(pairs).map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, String(value)))),
+    );
   list.hidden = false;
 }
 
