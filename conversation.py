@@ -64,6 +64,9 @@ class Change(NamedTuple):
 Asked = schemas.ClientMessage | Expected | InvalidRequest | Change
 
 
+PUBLISHES = (schemas.Publish, InvalidPublish)
+
+
 class Conversation:
     """Answers the clients of this process."""
 
@@ -86,7 +89,7 @@ class Conversation:
         if isinstance(asked, schemas.Acknowledge) and self._hub.acks.take(client, asked.id):
             # Free, since a client may acknowledge each notification. It is read in turns, of TURN_BYTES each.
             return
-        if isinstance(asked, schemas.Publish | InvalidPublish) and self._hub.publishers.admits(client):
+        if isinstance(asked, PUBLISHES) and self._hub.publishers.admits(client):
             asked = self._hub.publishers.expect(client, asked, len(message))
         elif not client.take_token():
             self._hub.admission.dismiss(client, POLICY_VIOLATION, "Message rate exceeded")
@@ -111,7 +114,7 @@ class Conversation:
 
     def _answer(self, client: Client, asked: Asked) -> Answer | Work:
         """Return the answer to a message, or the work that finds it."""
-        if isinstance(asked, schemas.Publish | InvalidPublish):
+        if isinstance(asked, PUBLISHES):
             # It came without the right, which a token before it may have brought meanwhile.
             asked = self._hub.publishers.asked_late(client, asked)
         if isinstance(asked, Expected):

@@ -18,6 +18,7 @@ import enum
 import logging
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -331,7 +332,7 @@ class Hub:
         """Return a checked request as the store takes it. Raises InvalidRequest or TooLarge."""
         data = {"message": request.message, **request.data}
         data["message"] = request.message
-        topics = sorted(set(request.topics or ()))
+        topics = sorted(set(request.topics)) if request.topics else []
         try:
             rest = schemas.compose(request.type, data, topics=topics or UNSET)
         except InvalidRequest as error:
@@ -342,7 +343,7 @@ class Hub:
         clients, users = request.clients or (), request.users or ()
         if not (clients or topics or users):
             return Draft(rest)
-        return Draft(rest, Audience(frozenset(clients), frozenset(topics), frozenset(users)))
+        return Draft(rest, _audience(tuple(clients), tuple(topics), tuple(users)))
 
     def check_revoked(self, identity: Identity) -> None:
         """Raise Unauthorized where the token has been revoked since it was read."""
@@ -428,6 +429,12 @@ class Hub:
         for client_id in client_ids:
             if (client := self.clients.by_id.get(client_id)) is not None:
                 self.admission.dismiss(client, POLICY_VIOLATION, "Replaced by a new connection")
+
+
+# Many notifications in a row have the same, and then share it in memory.
+@lru_cache(maxsize=16)
+def _audience(*names: tuple[str, ...]) -> Audience:
+    return Audience(*map(frozenset, names))
 
 
 async def _start_again(work: Work) -> None:

@@ -29,6 +29,7 @@ import math
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator
+from functools import lru_cache
 from itertools import islice
 from operator import attrgetter
 from typing import NamedTuple
@@ -99,9 +100,12 @@ class Audience(NamedTuple):
     topics: frozenset[str]
     users: frozenset[str] = frozenset()
 
+    # Many notifications in a row have the same audience.
+    @lru_cache(maxsize=16)  # noqa: B019 - of values that nothing is known to leave
     def size(self) -> int:
         """Return the memory that the names take, in bytes, approximately."""
-        return sum(len(name) + NAME_BYTES for names in self for name in names)
+        names = [*self.clients, *self.topics, *self.users]
+        return NAME_BYTES * len(names) + len("".join(names))
 
     def includes(self, client_id: str | None, user: str, topics: Collection[str]) -> bool:
         return client_id in self.clients or user in self.users or not self.topics.isdisjoint(topics)

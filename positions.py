@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 
-_LOW_BITS = (1 << 62) - 1
+_LOW_BITS, _NODE_BITS = (1 << 62) - 1, (1 << 48) - 1
 
 
 class Positions:
@@ -41,5 +41,5 @@ class Positions:
         if self._prefixed != (high := value >> 62):
             self._prefixed = high
             self._prefix = f"{high >> 28:08x}-{high >> 12 & 0xFFFF:04x}-7{high & 0xFFF:03x}"
-        digits = f"{value & _LOW_BITS | 2 << 62:016x}"
-        return f"{self._prefix}-{digits[:4]}-{digits[4:]}"
+        low = value & _LOW_BITS | 2 << 62
+        return f"{self._prefix}-{low >> 48:04x}-{low & _NODE_BITS:012x}"

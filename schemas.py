@@ -644,7 +644,7 @@ class ErrorResponse(Struct, kw_only=True):
 
 def timestamp(seconds: float | None = None) -> str:
     """Return UTC as YYYY-MM-DDTHH:MM:SS.mmmZ, of `seconds` since the epoch or of now."""
-    return _timestamp(round((time.time() if seconds is None else seconds) * 1_000_000) // 1000)
+    return _timestamp(time.time_ns() // 1_000_000 if seconds is None else round(seconds * 1_000_000) // 1000)
 
 
 # Under load many messages have one timestamp, and making one takes 2 us (bench/run.py --measure publish).
