@@ -24,6 +24,7 @@ import load
 import long_log
 import memory
 import publish
+import publishing
 import report
 import stores
 import target
@@ -34,7 +35,21 @@ from running import CORES, LOAD_CORE, raise_file_limit
 
 import fanout
 
-_MODULES = (fanout, burst, memory, handshake, publish, batch, target, hold, uptime, stores, long_log, compression)
+_MODULES = (
+    fanout,
+    burst,
+    memory,
+    handshake,
+    publish,
+    publishing,
+    batch,
+    target,
+    hold,
+    uptime,
+    stores,
+    long_log,
+    compression,
+)
 MEASURES: dict[str, ModuleType] = {module.__name__: module for module in _MODULES}
 
 
