@@ -10,6 +10,7 @@ import encodings.aliases
 import json
 import pkgutil
 import re
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from starlette.requests import ClientDisconnect, Request
@@ -64,7 +65,7 @@ class Content(NamedTuple):
     charset: str
 
 
-def content_of(request: Request, body: bytes) -> Content:
+def content_of(request: Request, body: bytes, others: Collection[str] = ()) -> Content:
     """Read a body as it is declared. Raises UnsupportedMediaType, or InvalidRequest for bytes of another charset."""
     for coding in ",".join(request.headers.getlist("content-encoding")).split(","):
         if coding.strip().lower() not in ("", "identity"):
@@ -75,7 +76,11 @@ def content_of(request: Request, body: bytes) -> Content:
         raise InvalidRequest("content-type: expected one header, got several")
     media_type, _, parameters = "".join(types).partition(";")
     media_type = media_type.strip().lower()
-    known = media_type in ("", JSON_TYPE, FORM_TYPE) or media_type.startswith("text/") or media_type.endswith("+json")
+    known = (
+        media_type in ("", JSON_TYPE, FORM_TYPE, *others)
+        or media_type.startswith("text/")
+        or media_type.endswith("+json")
+    )
     if not known or "," in media_type:
         text = f"content-type: expected {JSON_TYPE} or {TEXT_TYPE}, got {media_type[:MAX_SHOWN]!r}"
         raise UnsupportedMediaType(text)

@@ -37,6 +37,8 @@ STREAM_EXTENSION = "notifyd.stream"
 REPEAT_EXTENSION = "notifyd.repeat"
 # The number of a socket that takes frames in another form, one for all such sockets, is taken from this.
 OTHER_FORM = -2
+# In scope["extensions"] of a request: an app that has its own deadlines for the body calls it, and the server has none.
+TIME_EXTENSION = "notifyd.time"
 CLOSE_DEADLINE_SECONDS = 5.0
 # A connection reads this much per loop iteration. In frames of 6 bytes these are 2 to 5 ms of work; without the limit
 # uvloop hands over megabytes at a time, and a flooding peer starves the others for seconds.

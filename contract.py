@@ -32,6 +32,7 @@ from bodies import JSON_TYPE, MAX_BATCH_BYTES, TEXT_TYPE
 from errors import NotifydError
 from guard import EXEMPT
 from guard_identity import Identity, Right
+from ndjson import MEDIA_TYPE as LINES_TYPE
 from query import Limit
 from routes import MAX_WAIT_SECONDS, PROMETHEUS_TYPE
 from schemas import MAX_KEY_LENGTH, Before, Id, NotifyRequest, Since
@@ -345,6 +346,8 @@ class _OpenAPI:
         if note.is_text:
             text = self._schemas.named[f"{self._names}NotifyRequest"]["properties"]["message"]
             content[TEXT_TYPE] = self._media(text)
+        if handler.__name__ == "notify_batch":
+            content[LINES_TYPE] = {"schema": {"type": "string"}, "example": '{"message":"disk full"}\n'}
         return {"required": not note.is_optional, "description": f"{limit} bytes at most", "content": content}
 
     def _media(self, schema: Schema) -> Schema:
@@ -400,6 +403,8 @@ class _OpenAPI:
         if typing.get_origin(kind) is not Answer:
             return {JSON_TYPE: {"schema": {"type": "object"}}}
         in_json = {JSON_TYPE: self._media(self._schemas.of(typing.get_args(kind)[0]))}
+        if handler.__name__ == "notify_batch":
+            in_json[LINES_TYPE] = {"schema": {"type": "string"}}
         return in_json | ({"text/html": {"schema": {"type": "string"}}} if self._has_page(path) else {})
 
     def _has_page(self, path: str) -> bool:

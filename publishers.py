@@ -1,7 +1,7 @@
 """Publishing over connections: many requests on each, published in groups and answered in their order.
 
-Owns the requests between their arrival and their answers, and the window that bounds them. Knows of a connection only
-its `Publisher`, and nothing of the form of its messages.
+Owns the requests between their arrival and their answers, the publishing clients, and the window that bounds both.
+Publishing by lines over HTTP is ndjson.py's.
 
 1. The requests of a publisher are published, and answered, in their order.
 2. The requests that wait, of all publishers, are one group, and the next is taken when that one is answered: a shared
@@ -19,7 +19,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from msgspec import UNSET, Struct
 from msgspec.structs import asdict
@@ -53,11 +53,29 @@ class Expected(Struct):
     """A request that has arrived, or its fault, with its size in bytes."""
 
     publisher: Publisher
-    request: schemas.Publish | InvalidPublish
+    request: schemas.NotifyRequest | NotifydError
     size: int
 
 
-class Publisher:
+class Publisher(Protocol):
+    """The sender of many requests, as these are published. No call blocks."""
+
+    # Requests that are being published.
+    in_flight: int
+
+    @property
+    def sender(self) -> Identity | None: ...
+    @property
+    def address(self) -> str: ...
+
+    def answer(self, expected: Expected, outcome: Outcome | NotifydError) -> None:
+        """Take the answer to the oldest request without one."""
+
+    def hand_over(self) -> None:
+        """Send the answers so far."""
+
+
+class PublishingClient:
     """A client that publishes: its requests without an answer, and the answers that it has yet to take."""
 
     __slots__ = (
@@ -156,7 +174,7 @@ class Publishers:
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._is_open = hub.settings.publish_over_websocket
-        self._of: dict[Client, Publisher] = {}
+        self._of: dict[Client, PublishingClient] = {}
         self._waiting: deque[Expected] = deque()
         # Set when requests wait.
         self._wake = asyncio.Event()
@@ -174,7 +192,7 @@ class Publishers:
     def expect(self, client: Client, request: schemas.Publish | InvalidPublish, size: int) -> Expected:
         """Count a request that has arrived into the window of its client."""
         if (publisher := self._of.get(client)) is None:
-            publisher = self._of[client] = Publisher(client)
+            publisher = self._of[client] = PublishingClient(client)
         publisher.expect(size)
         return Expected(publisher, request, size)
 
@@ -288,7 +306,7 @@ class Publishers:
     def _draft(self, expected: Expected) -> tuple[Draft, Once | None] | NotifydError:
         """Return a request as the store takes it, or its refusal."""
         request, sender = expected.request, expected.publisher.sender
-        if isinstance(request, InvalidPublish):
+        if isinstance(request, NotifydError):
             return request
         try:
             if sender is not None:
@@ -330,16 +348,17 @@ class Append(NamedTuple):
 UNKNOWN = NotifydError("Internal server error")
 
 
-def _once(request: schemas.Publish) -> Once | None:
+def _once(request: schemas.NotifyRequest) -> Once | None:
     """Return the key of a request with a digest of all of it but the key and the `ref`."""
-    if request.key is UNSET:
+    if not isinstance(request, schemas.Publish) or request.key is UNSET:
         return None
     stated = {name: value for name, value in asdict(request).items() if name not in ("key", "ref")}
     given = {name: value for name, value in stated.items() if value is not UNSET}
     return Once(request.key, hashlib.sha256(FORM + b"\0" + encode(given)).digest())
 
 
-def _ref(request: schemas.Publish | InvalidPublish) -> str | None:
+def _ref(request: schemas.NotifyRequest | NotifydError) -> str | None:
+    assert isinstance(request, schemas.Publish | InvalidPublish)
     return None if request.ref is UNSET else request.ref
 
 

@@ -22,6 +22,7 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import figures
+import ndjson
 import schemas
 from admission import Newcomer
 from answers import Answer, Endpoint, Handler, SegmentRoute, Socket, answer, refuse_handshake, stream_of
@@ -33,6 +34,7 @@ from errors import (
     ShuttingDown,
     StoreUnavailable,
     TooManyConnections,
+    UnsupportedMediaType,
     UpgradeRequired,
 )
 from guard_identity import Identity, Right
@@ -175,7 +177,9 @@ def _notify_again(hub: Hub, body: bytes) -> tuple[int, list[tuple[bytes, bytes]]
 
 
 async def notify_batch(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.BatchResponse]:
-    """Publish many notifications: all of them, or none."""
+    """Publish many notifications: all of them, or none; those in lines each by itself, as they arrive."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() == ndjson.MEDIA_TYPE:
+        return _lines(hub, request, sender)  # type: ignore[return-value]
     body = await _body_of(hub, request, MAX_BATCH_BYTES)
     content = content_of(request, body)
     once = _once(request, content, body) if KEY_HEADER in request.headers else None
@@ -187,6 +191,17 @@ async def notify_batch(hub: Hub, request: Request, sender: Identity | None) -> A
     receipts = [schemas.BatchReceipt(id=receipt.id, recipients=receipt.recipients) for receipt in appended.receipts]
     count, at = len(receipts), timestamp(appended.at)
     return _published(encode(schemas.BatchResponse(count=count, notifications=receipts, timestamp=at)), appended)
+
+
+def _lines(hub: Hub, request: Request, sender: Identity | None) -> ndjson.Lines:
+    """Return the answer to lines, which reads them."""
+    if content_of(request, b"", [ndjson.MEDIA_TYPE]).charset != UTF_8:
+        raise UnsupportedMediaType("content-type: lines are UTF-8")
+    if KEY_HEADER in request.headers:
+        raise InvalidRequest("Idempotency-Key: not for lines, which are published one by one")
+    if not hub.is_ready:
+        raise ShuttingDown
+    return ndjson.Lines(hub, sender, (request.scope.get("client") or ("",))[0])
 
 
 async def _body_of(hub: Hub, request: Request, limit: int) -> bytes:

@@ -65,6 +65,7 @@ class Exchange:
         "_body_left",
         "_changed",
         "_has_body",
+        "_has_own_time",
         "_head",
         "_http",
         "_is_chunked",
@@ -84,6 +85,7 @@ class Exchange:
         self.keeps_alive = http.parser.keeps_alive
         # Whether the app has yet to be told the end of the request's body.
         self._owes_body = True
+        self._has_own_time = False
         self.state = AWAITED
         # The head of the response until it is written.
         self._head = b""
@@ -100,6 +102,16 @@ class Exchange:
     def has_begun(self) -> bool:
         """Whether a part of the response has been written."""
         return self.state >= STARTED and not self._head
+
+    @property
+    def keeps_time(self) -> bool:
+        """Whether the app has its own deadlines for the rest of the body."""
+        return self._has_own_time and self.state < COMPLETE
+
+    def keep_time(self) -> None:
+        """Hear from the app that it has them."""
+        self._has_own_time = True
+        self._http.time_request()
 
     async def run(self, app: ASGIApp, scope: Scope) -> None:
         has_returned = False

@@ -25,7 +25,7 @@ from typing import Any, cast
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from connection import REPEAT_EXTENSION, STREAM_EXTENSION, TURN_BYTES
+from connection import REPEAT_EXTENSION, STREAM_EXTENSION, TIME_EXTENSION, TURN_BYTES
 from errors import Category
 from schemas import GOING_AWAY
 from wire import WireProtocol
@@ -231,7 +231,7 @@ class HttpProtocol(asyncio.Protocol):
             return
         self._unread = data[start:]
         if self._phase is not WHOLE or self._deadline is not None:
-            self._time_request()
+            self.time_request()
         if allowed <= 0 and self._unread and self._phase < WHOLE:
             self._goes_on = True
             self._loop.call_soon(self._go_on)
@@ -296,7 +296,7 @@ class HttpProtocol(asyncio.Protocol):
         scope["method"] = parser.method.decode("ascii")
         has_answered = self._exchange is not None and parser.keeps_alive and end - start <= TURN_BYTES
         exchange = self._exchange = Exchange(self)
-        scope["extensions"] = {STREAM_EXTENSION: exchange.be_taken_by}
+        scope["extensions"] = {STREAM_EXTENSION: exchange.be_taken_by, TIME_EXTENSION: exchange.keep_time}
         # From the second request on: a connection for a single request remembers no head.
         if has_answered and self._repeats and parser.body and parser.is_complete and not parser.expects_continue:
             scope["extensions"][REPEAT_EXTENSION] = partial(self._remember, data[start:end])
@@ -375,6 +375,8 @@ class HttpProtocol(asyncio.Protocol):
         # A peer that sends the rest of its body before it reads, as most do, may do so until the deadline.
         elif self._phase is not BODY or exchange.expects_continue:
             self._end_our_side()
+        else:
+            self.time_request()
         if self._phase is IDLE and (self._unread or self.peer_has_ended):
             self._read_on()
         elif self.is_paused:
@@ -384,7 +386,7 @@ class HttpProtocol(asyncio.Protocol):
         """Read no more requests: a stream has taken over, and the end of the peer must be seen behind any bytes."""
         self._phase = STREAM
         self._unread = b""
-        self._time_request()
+        self.time_request()
         self.pace()
 
     # --- time
@@ -394,7 +396,7 @@ class HttpProtocol(asyncio.Protocol):
         self._idle_since = self._loop.time()
         if self._deadline is not None:
             # Each request has its own, also where half of the next has come already.
-            self._time_request()
+            self.time_request()
         if self._idle_timer is None:
             self._idle_timer = self._loop.call_later(self._config.timeout_keep_alive, self._check_idle)
 
@@ -407,9 +409,10 @@ class HttpProtocol(asyncio.Protocol):
         elif self._phase is IDLE:
             self._close()
 
-    def _time_request(self) -> None:
+    def time_request(self) -> None:
         """See to it that a request has a deadline as long as it is incomplete; one that comes whole costs no timer."""
-        is_incomplete = self._phase in (HEAD, BODY)
+        exchange = self._exchange
+        is_incomplete = self._phase is HEAD or (self._phase is BODY and not (exchange and exchange.keeps_time))
         if is_incomplete and self._deadline is None:
             self._deadline = self._loop.call_later(REQUEST_SECONDS, self._expire)
         elif not is_incomplete and self._deadline is not None:
@@ -457,7 +460,7 @@ class HttpProtocol(asyncio.Protocol):
         is_sending = self._phase is not WHOLE or bool(self._unread)
         self._phase = ENDED
         self._unread = b""
-        self._time_request()
+        self.time_request()
         self.pace()
         if self.transport.can_write_eof():
             # Where the peer has just reset the connection, asyncio lets the system's error through.

@@ -545,7 +545,7 @@ def test_a_curl_line_works_as_written(server: Server, command: str) -> None:
         return
     answers = {struct.__name__ for struct in STRUCTS if is_example_of(parse(body), struct)}
     known = {"Health", "NotifyResponse", "BatchResponse", "History", "Metrics", "Status", "ConnectedClients"}
-    assert answers & (known | {"ConnectedUser", "FollowedTopics", "Disconnected"})
+    assert answers & (known | {"ConnectedUser", "FollowedTopics", "Disconnected", "BatchReceipt"})
     assert ("-i " in command) == ("notification-id: " in head)
 
 
