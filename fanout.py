@@ -179,6 +179,9 @@ class FanOut:
             for client in self._clients.addressed(audience):
                 yield client, sequences
             return
+        if not any(audience.clients or audience.users for audience in targeted):
+            yield from self._followers(targeted)
+            return
         audiences_of: dict[Client, list[Audience]] = {}
         for audience in targeted:
             for client in self._clients.addressed(audience):
@@ -189,6 +192,23 @@ class FanOut:
             if key not in merged:
                 merged[key] = sorted(sequence for audience in audiences for sequence in targeted[audience])
             yield client, merged[key]
+
+    def _followers(self, targeted: dict[Audience, list[int]]) -> Iterator[tuple[Client, list[int]]]:
+        """Yield the same for audiences of topics alone: clients that follow the same topics are looked up once."""
+        for_topic: dict[str, set[int]] = {}
+        for audience, sequences in targeted.items():
+            for topic in audience.topics:
+                for_topic.setdefault(topic, set()).update(sequences)
+        groups = [group for topic in for_topic if (group := self._clients.by_topic.get(topic)) is not None]
+        # Many that overlap are more work than everybody.
+        overlap = sum(map(len, groups)) > len(self._clients)
+        merged: dict[frozenset[str], list[int]] = {}
+        for client in self._clients if overlap else set().union(*groups):
+            if client.topics not in merged:
+                owed = set[int]().union(*(for_topic[topic] for topic in client.topics & for_topic.keys()))
+                merged[client.topics] = sorted(owed)
+            if sequences := merged[client.topics]:
+                yield client, sequences
 
     def _put(self, record: Record, at: float) -> int:
         data = frame(payload(record.id, record.rest))

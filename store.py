@@ -375,6 +375,8 @@ class MemoryStore:
 
     async def open(self, node: Node) -> None:
         self._node = node
+        # Held by a batch: where it takes more than one step, the next batch comes behind it.
+        self._batch = asyncio.Lock()
         # A Hub that is started again continues its log.
         if not self._opened:
             self._opened = True
@@ -412,22 +414,23 @@ class MemoryStore:
         return appended
 
     async def _append(self, drafts: Sequence[Draft]) -> Appended:
-        now, began, node = time.time(), self._clock(), self._node
-        records: list[Record] = []
-        receipts = []
-        for draft in drafts:
-            receipts.append(receipt := Receipt(self._positions.next(), node.recipients(draft.audience)))
-            records.append(Record(receipt.id, *draft, now, receipt.recipients))
-            self._newest = receipt.id
-            self._notifications_sent += 1
-            if self._clock() > began + SLICE_SECONDS:
-                # A large batch for large audiences must not starve the other tasks.
+        async with self._batch:
+            now, began, node = time.time(), self._clock(), self._node
+            records: list[Record] = []
+            receipts = []
+            for draft in drafts:
+                receipts.append(receipt := Receipt(self._positions.next(), node.recipients(draft.audience)))
+                records.append(Record(receipt.id, *draft, now, receipt.recipients))
+                self._newest = receipt.id
+                self._notifications_sent += 1
+                if self._clock() > began + SLICE_SECONDS:
+                    # A large batch for large audiences must not starve the other tasks.
+                    node.deliver(records)
+                    records = []
+                    await asyncio.sleep(0)
+                    began = self._clock()
+            if records:
                 node.deliver(records)
-                records = []
-                await asyncio.sleep(0)
-                began = self._clock()
-        if records:
-            node.deliver(records)
         return Appended(receipts, now)
 
     async def admit(self, client: Registration) -> str:

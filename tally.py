@@ -48,7 +48,13 @@ class Tally:
         for (cursor, end), clients in self.moves.items():
             self._step(cursor, end, clients)
         self.moves.clear()
-        for (cursor, pending), (end, left), clients in notes:
+        # Clients that do not stand in a slice's group are noted one by one, at the same places.
+        alike: dict[tuple[int, int, int, int], tuple[Place, Place, int]] = {}
+        for before, after, clients in notes:
+            key = before[0], id(before[1]), after[0], id(after[1])
+            known = alike.get(key)
+            alike[key] = before, after, clients + (0 if known is None else known[2])
+        for (cursor, pending), (end, left), clients in alike.values():
             if end != cursor:
                 self._step(cursor, end, clients)
             if pending is not None:

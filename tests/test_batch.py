@@ -213,3 +213,17 @@ def test_each_is_counted(start_server: StartServer) -> None:
         client.receive_many(3)
     assert server.read("/status")["notification_service"]["notifications_sent"] == 3
     assert server.read("/metrics")["connections"]["messages_sent"] == 6
+
+
+def test_a_batch_to_overlapping_topics_reaches_each_follower_once_and_in_order(server: Server) -> None:
+    """Whatever topics clients share, and also where the topics have more followers together than there are clients."""
+    topics = [f"t{number}" for number in range(6)]
+    followed = [topics[:6], topics[:6], topics[1:3], topics[5:], []]
+    clients = [server.join(query=f"topics={','.join(each)}") for each in followed]
+    batch = [{"message": str(number), "topics": [topics[number % 6], topics[number % 3]]} for number in range(30)]
+    server.request("POST", "/notify/batch", json=batch)
+    server.publish("last")
+    for client, mine in zip(clients, followed, strict=True):
+        expected = [each["message"] for each in batch if not set(mine).isdisjoint(each["topics"])]
+        received = [message["data"]["message"] for message in client.receive_many(len(expected) + 1)]
+        assert received == [*expected, "last"]
