@@ -34,6 +34,7 @@ from log import frame, interest_of
 from schemas import ACKED, INTERNAL_ERROR, POLICY_VIOLATION, encode, timestamp
 from settings import number
 from store import ClientIdTaken, Reach, Registration
+from streams import PutOut
 
 if TYPE_CHECKING:
     from hub import Hub
@@ -226,6 +227,7 @@ class Admission:
             logger.debug("Client %s has connected from %s", client.client_id, source)
         greeting = frame(encode(welcome))
         if newcomer.since is not None:
+            hub.counts.resumes[resume.complete] += 1
             greeting += frame(encode(schemas.Resume(timestamp=timestamp(), data=resume)))
         # With a replay, the position that precedes it: the stream may be cut before its first notification.
         connection.accept(client, greeting, newcomer.since or resume.position)
@@ -244,6 +246,7 @@ class Admission:
 
     def dismiss(self, client: Client, code: int, reason: str) -> None:
         """Take a client out of the directory, then close its connection."""
+        self._hub.counts.close(code, reason, is_put_out=isinstance(reason, PutOut))
         self.leave(client)
         if client.connection.state is not ConnectionState.CLOSED:
             self._closing.add(client)
@@ -252,6 +255,8 @@ class Admission:
 
     def left(self, client: Client) -> None:
         """Take out a client after the end of its connection."""
+        if client in self._hub.clients:
+            self._hub.counts.leave()
         self.leave(client)
         self._closing.discard(client)
         if not self._closing:

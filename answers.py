@@ -98,6 +98,7 @@ class Endpoint:
             # The host's own exception as it was, for the host to answer.
             raise error.cause from error.cause.__cause__
         except NotifydError as error:
+            self._hub.counts.refuse(error)
             response = refusal(error, scope)
         except Exception as error:
             response = unexpected_response(error, scope)

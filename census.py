@@ -11,13 +11,14 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import orjson
 from msgspec import Struct
 
 import schemas
+from counts import Sample
 from errors import DuplicateClient, StoreUnavailable
 from schemas import ClientDetails, timestamp
 from slices import in_slices
@@ -34,6 +35,8 @@ ANSWER_SECONDS = 1.0
 EVERYONE_SECONDS = 2 * LEASE_SECONDS
 # How often this process reports its figures to the store, and asks whether it leads.
 REPORT_SECONDS = 1.0
+# The name of the process where there is only one, with its store in memory.
+ONLY_PROCESS = "only"
 _TEST_START = b',"type":"test_notification"'
 
 
@@ -47,6 +50,9 @@ class Share(Struct):
     log_notifications: int
     log_bytes: int
     details: list[ClientDetails]
+    largest_backlog: int = 0
+    # What each process has counted for itself, by its name. A process of an earlier version tells none.
+    counted: dict[str, list[Sample]] = {}
 
 
 def _together(shares: Sequence[Share], limit: int) -> Share:
@@ -56,6 +62,8 @@ def _together(shares: Sequence[Share], limit: int) -> Share:
         max(share.log_notifications for share in shares),
         max(share.log_bytes for share in shares),
         sorted(details, key=lambda client: (client.connected_at, client.client_id))[:limit],
+        max(share.largest_backlog for share in shares),
+        {name: samples for share in shares for name, samples in share.counted.items()},
     )
 
 
@@ -91,7 +99,9 @@ class CensusTaker:
             with contextlib.suppress(StoreUnavailable):
                 await self._hub.deliveries.hand_in()
                 await self._hub.store.lead()
+            due = self._hub.clock() + REPORT_SECONDS
             await asyncio.sleep(REPORT_SECONDS)
+            self._hub.counts.tick(self._hub.clock() - due)
 
     async def take(self) -> Census:
         """Return the figures of all processes; while the store is away, the last ones."""
@@ -116,8 +126,18 @@ class CensusTaker:
 
     async def share(self, limit: int) -> Share:
         """Return this process's share."""
-        fanout, details = self._hub.fanout, await self.details(limit)
-        return Share(fanout.clients_behind(), len(fanout.log), fanout.log.size, details)
+        hub, details = self._hub, await self.details(limit)
+        behind, largest = hub.fanout.backlogs()
+        counted = {hub.store.node_id or ONLY_PROCESS: list(self._samples())}
+        return Share(behind, len(hub.fanout.log), hub.fanout.log.size, details, largest, counted)
+
+    def _samples(self) -> Iterator[Sample]:
+        """Yield what this process has counted for itself, and its state."""
+        hub = self._hub
+        yield from hub.counts.samples(hub.store.durations)
+        yield Sample("users", "", [len(hub.clients.by_user)])
+        yield Sample("topics", "", [len(hub.clients.by_topic)])
+        yield Sample("store_up", "", [int(hub.store.failure is None)])
 
     async def details(self, limit: int) -> list[ClientDetails]:
         """Return this process's first clients, in the order of their admission."""

@@ -183,6 +183,7 @@ class Conversation:
         try:
             return await work()
         except NotifydError as error:
+            self._hub.counts.refuse(error)
             return (error_message(error.message),)
         except Exception as error:
             # A host's authentication backend may raise anything, and the client waits for an answer.
@@ -218,6 +219,7 @@ class Conversation:
             # comes later finds the client subscribed. So nothing is missing at the seam, and nothing comes twice.
             resume = self._hub.replay.follow_topics(client, named, since, position, reach)
             self._set_topics(client, topics)
+            self._hub.counts.resumes[resume.complete] += 1
         subscribed = schemas.Subscribed(topics=sorted(topics), timestamp=timestamp())
         return subscribed, schemas.Resume(timestamp=timestamp(), data=resume)
 

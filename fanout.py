@@ -111,6 +111,7 @@ class FanOut:
         self._hub = hub
         self._clients = hub.clients
         self._clock = hub.clock
+        self._counts = hub.counts
         self.restart()
 
     def restart(self) -> None:
@@ -122,6 +123,8 @@ class FanOut:
         self._published = asyncio.Event()
         # Whether a broadcast has been appended since the last full pass began.
         self._for_everyone = False
+        # When the oldest notification was appended that no pass has taken yet.
+        self._oldest_at: float | None = None
         # Held while clients are handed frames in portions: by a pass, or by the drain.
         self.passing = asyncio.Lock()
         # The sequences up to which the last pass and the pass before it have gone. A client that is neither owed
@@ -167,6 +170,8 @@ class FanOut:
                     continue
                 lists.owe(client, sequences)
                 self.owed.add(client)
+        if self._oldest_at is None:
+            self._oldest_at = now
         self._published.set()
 
     def _addressees(self, targeted: dict[Audience, list[int]]) -> Iterator[tuple[Client, list[int]]]:
@@ -289,6 +294,7 @@ class FanOut:
             started_at = self._clock()
             async with self.passing:
                 await self._pass()
+            self._counts.passes.uncounted.append(self._clock() - started_at)
             if self._published.is_set():
                 await asyncio.sleep(min(self._clock() - started_at, COLLECT_SECONDS))
 
@@ -300,6 +306,7 @@ class FanOut:
         """
         # No await up to the first slice: every client that is owed something before `reached` is among the clients.
         reached = self.log.next_sequence
+        oldest_at, self._oldest_at = self._oldest_at, None
         full, self._for_everyone = self._for_everyone, False
         clients = list(self._clients.by_id.values() if full else self.owed)
         if self.readers.clients:
@@ -323,6 +330,8 @@ class FanOut:
             raise
         if full:
             self._behind = behind
+        if oldest_at is not None:
+            self._counts.delivery.uncounted.append(self._clock() - oldest_at)
         self._passed_before, self._passed = self._passed, reached
         self.trim()
 
@@ -363,6 +372,7 @@ class FanOut:
                     behind.append(client)
         self.messages_sent += notifications * (len(clients) - others)
         self.tally.notes.append(((cursor, pending), (end, None), len(clients) - others))
+        self._counts.bytes_sent += size * (len(clients) - others)
         if pending is not None:
             self.owed.difference_update(clients)
             # A client that has left since the pass began does not come back: forget() took its pending entries.
@@ -386,6 +396,7 @@ class FanOut:
                 self.tally.notes.append(((client.cursor, client.pending), (batch.cursor, batch.pending), 1))
             client.cursor, client.pending = batch.cursor, batch.pending
             self.messages_sent += batch.notifications
+            self._counts.bytes_sent += len(batch.frames)
             connection.write(batch.frames)
         if was_owed and client.pending is None:
             self.owed.discard(client)
@@ -401,14 +412,17 @@ class FanOut:
         client.told = newest
         return log.position
 
-    def clients_behind(self) -> int:
-        end = self.log.next_turn
-        return sum(
-            client.cursor != end or client.pending is not None
-            if client.reading is None
-            else self.readers.backlog(client) > 0
-            for client in self._clients
-        )
+    def backlogs(self) -> tuple[int, int]:
+        """Return how many clients have a backlog, and the notifications of the largest."""
+        end, behind, largest = self.log.next_turn, 0, 0
+        for client in self._clients:
+            if client.reading is None:
+                backlog = end - client.cursor + len(client.pending or ())
+            else:
+                backlog = self.readers.backlog(client)
+            if backlog > 0:
+                behind, largest = behind + 1, max(largest, backlog)
+        return behind, largest
 
     # --- the slow consumer
 

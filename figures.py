@@ -6,6 +6,11 @@ made from one census, so its figures fit together.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+from census import Share
+from counts import BOUNDS
 from hub import Hub
 from schemas import (
     Health,
@@ -109,23 +114,36 @@ async def status(hub: Hub, limit: int) -> Status:
     )
 
 
+# The figures of each process, with `process` in their names: how much is counted there ends with it, so a sum over all
+# processes would go back.
+FAMILIES = {
+    "publish_duration_seconds": ("histogram", "Time from a publish to its place in the log"),
+    "delivery_duration_seconds": (
+        "histogram",
+        "Time from the oldest publish of a pass over the clients to its last write",
+    ),
+    "pass_duration_seconds": ("histogram", "Time of a pass over the clients"),
+    "store_operation_duration_seconds": ("histogram", "Time until the store has answered, by operation"),
+    "loop_delay_seconds": ("histogram", "Time by which the event loop was late, once a second"),
+    "publishes_total": ("counter", "Publishes, by result"),
+    "closes_total": ("counter", "Connections of clients that ended, by close code and kind"),
+    "refusals_total": ("counter", "Requests and newcomers refused, by kind"),
+    "auth_failures_total": ("counter", "Requests and newcomers refused for their key or token, by reason"),
+    "sent_bytes_total": ("counter", "Bytes of notifications handed to clients"),
+    "resumes_total": ("counter", "Resumes, by whether nothing is missing"),
+    "users": ("gauge", "Users with a client of the process"),
+    "topics": ("gauge", "Topics that a client of the process follows"),
+    "store_up": ("gauge", "Whether the process reaches the store"),
+}
+
+
 async def prometheus(hub: Hub) -> str:
     """Return the figures in Prometheus' text format: the documented four first, to the letter."""
     await hub.start()
     census, share = await hub.census.take_exact()
     figures: list[tuple[str, str, str, float]] = [
-        (
-            "websocket_active_connections",
-            "gauge",
-            "Number of active WebSocket connections",
-            census.active,
-        ),
-        (
-            "websocket_total_connections",
-            "counter",
-            "Total number of connections since server start",
-            census.total,
-        ),
+        ("websocket_active_connections", "gauge", "Number of active WebSocket connections", census.active),
+        ("websocket_total_connections", "counter", "Total number of connections since server start", census.total),
         ("websocket_notifications_sent", "counter", "Total number of notifications sent", census.messages_sent),
         ("websocket_server_uptime_seconds", "gauge", "Server uptime in seconds", hub.census.uptime()),
         (
@@ -136,9 +154,34 @@ async def prometheus(hub: Hub) -> str:
         ),
         ("notifyd_slow_consumers_total", "counter", "Clients closed for being too far behind", census.slow_consumers),
         ("notifyd_clients_behind", "gauge", "Clients that have a backlog", share.clients_behind),
+        ("notifyd_largest_backlog_notifications", "gauge", "Largest backlog of a client", share.largest_backlog),
         ("notifyd_log_notifications", "gauge", "Notifications in the log", share.log_notifications),
         ("notifyd_log_bytes", "gauge", "Bytes of notifications in the log", share.log_bytes),
+        ("notifyd_workers_alive", "gauge", "Processes that serve, on all machines", 1 + len(census.others)),
     ]
-    return "\n".join(
-        f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value}\n" for name, kind, text, value in figures
-    )
+    totals = [f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value}\n" for name, kind, text, value in figures]
+    return "\n".join([*totals, *_of_processes(share)])
+
+
+def _of_processes(share: Share) -> Iterator[str]:
+    """Yield the text of each family with the samples of all processes."""
+    for family, (kind, text) in FAMILIES.items():
+        name = f"notifyd_process_{family}"
+        lines = [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+        for process, samples in sorted(share.counted.items()):
+            for _, labels, values in (each for each in samples if each.family == family):
+                labelled = f'process="{process}"' + (f",{labels}" if labels else "")
+                if kind == "histogram":
+                    lines += _histogram(name, labelled, values)
+                else:
+                    lines.append(f"{name}{{{labelled}}} {int(values[0])}")
+        yield "\n".join(lines) + "\n"
+
+
+def _histogram(name: str, labels: str, values: Sequence[float]) -> Iterator[str]:
+    *buckets, total = values
+    counts = list(accumulate(map(int, buckets)))
+    for bound, count in zip((*BOUNDS, "+Inf"), counts, strict=True):
+        yield f'{name}_bucket{{{labels},le="{bound}"}} {count}'
+    yield f"{name}_sum{{{labels}}} {total:.9g}"
+    yield f"{name}_count{{{labels}}} {counts[-1]}"

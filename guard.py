@@ -26,6 +26,7 @@ from answers import refuse
 from assets import FILES
 from buckets import SECOND, Buckets, Draw, Rate
 from connection import REPEAT_EXTENSION, SUBSCRIBER, WIRE_EXTENSION
+from counts import Counts
 from errors import Forbidden, InvalidRequest, NotifydError, RateExceeded, StoreUnavailable
 from guard_peers import MAX_ADDRESS_LENGTH, UNIX, Address, RefusalLog, parsed, subscriber
 from settings import Settings, is_origin, named_origin, normal_origin
@@ -47,8 +48,9 @@ _ANSWERS = ("http.response.start", "websocket.accept", "websocket.http.response.
 class Guard:
     """Check the address, the rate and the origin, and let the routes answer, or refuse."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, store: Store) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, store: Store, counts: Counts) -> None:
         self._app = app
+        self._counts = counts
         uses_addresses = settings.rate_limit or settings.trusted_proxies or settings.max_connections_per_ip
         self._proxies = Proxies(settings.trusted_proxies) if uses_addresses else None
         self._ipv6_prefix = settings.ipv6_prefix
@@ -79,6 +81,7 @@ class Guard:
         if refusal is None:
             await self._app(scope, receive, send)
         else:
+            self._counts.refuse(refusal)
             await refuse(refusal, scope, receive, send)
 
 

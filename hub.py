@@ -31,9 +31,10 @@ from census import CensusTaker, Questions, TestNotifications
 from clients import Client, Clients, ExpiringClients
 from connection import CLOSE_DEADLINE_SECONDS, Connection
 from conversation import Conversation, Renew
+from counts import QUICK_SECONDS, Counts
 from delivery import Deliveries
 from drain import Drain
-from errors import InvalidRequest, ShuttingDown, StoreUnavailable, TooLarge
+from errors import InvalidRequest, NotifydError, ShuttingDown, StoreUnavailable, TooLarge
 from fanout import FanOut
 from guard_identity import Identity, origin_of
 from heartbeat import Heartbeat
@@ -107,6 +108,7 @@ class Hub:
         self.clients = Clients()
         # The Node's; the directory answers.
         self.recipients = self.clients.count
+        self.counts = Counts()
         self.fanout = FanOut(self)
         self.replay = Replay(self)
         self.acks = Acks(self)
@@ -284,20 +286,31 @@ class Hub:
         `sender`, raises Forbidden for a request that it may not publish. The log names its `address`, None for this
         process. Errors of `numbered` requests name the place, counted from 0.
         """
-        if not self.is_ready or self._loop is not asyncio.get_running_loop():
-            await self.start()
-        if sender is not None:
-            sender.check_publish(requests)
-            self.check_revoked(sender)
-        if numbered:
-            drafts = [self.draft(request, f"[{place}].") async for place, request in in_slices(requests)]
+        began = self.clock()
+        try:
+            if not self.is_ready or self._loop is not asyncio.get_running_loop():
+                await self.start()
+            if sender is not None:
+                sender.check_publish(requests)
+                self.check_revoked(sender)
+            if numbered:
+                drafts = [self.draft(request, f"[{place}].") async for place, request in in_slices(requests)]
+            else:
+                drafts = list(map(self.draft, requests))
+            if not self.is_ready:
+                drafts = self.refuse_new(once)
+            appended = await self.store.append(drafts, once)
+            if not appended.receipts:
+                raise ShuttingDown
+        except NotifydError as error:
+            self.counts.fail(error)
+            raise
+        if (took := self.clock() - began) < QUICK_SECONDS:
+            self.counts.publish.buckets[0] += 1
+            self.counts.publish.sum += took
         else:
-            drafts = list(map(self.draft, requests))
-        if not self.is_ready:
-            drafts = self.refuse_new(once)
-        appended = await self.store.append(drafts, once)
-        if not appended.receipts:
-            raise ShuttingDown
+            self.counts.publish.uncounted.append(took)
+        self.counts.repeated += appended.repeated
         if logger.isEnabledFor(logging.DEBUG):
             done = "Repeated" if appended.repeated else "Published"
             source = "this process" if address is None else origin_of(address, sender)
@@ -326,7 +339,15 @@ class Hub:
         append = self.store.append_at_once
         if append is None or not self.is_ready or self._loop is not asyncio.get_running_loop():
             return None
-        return append(self.draft(request))
+        began = self.clock()
+        appended = append(self.draft(request))
+        # Not a call: of a publish on the fast path this would be a fiftieth.
+        if (took := self.clock() - began) < QUICK_SECONDS:
+            self.counts.publish.buckets[0] += 1
+            self.counts.publish.sum += took
+        else:
+            self.counts.publish.uncounted.append(took)
+        return appended
 
     def draft(self, request: schemas.NotifyRequest, place: str = "") -> Draft:
         """Return a checked request as the store takes it. Raises InvalidRequest or TooLarge."""

@@ -78,7 +78,7 @@ class App(Router):
             described(hub, table(hub, authenticator)),
             redirect_slashes=False,
             default=not_found,
-            middleware=[Middleware(Guard, settings=hub.settings, store=hub.store)],
+            middleware=[Middleware(Guard, settings=hub.settings, store=hub.store, counts=hub.counts)],
             lifespan=lifespan,
         )
         self.state = State({"hub": hub})

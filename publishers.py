@@ -251,7 +251,10 @@ class Publishers:
             while self._waiting:
                 await self._collect()
                 group = self._take_group()
-                self._answer(group, await self._publish(group))
+                began = self._hub.clock()
+                outcomes = await self._publish(group)
+                self._count(outcomes, self._hub.clock() - began)
+                self._answer(group, outcomes)
             self._settled.set()
 
     def _answer(self, group: Sequence[Expected], outcomes: Sequence[Outcome | NotifydError]) -> None:
@@ -268,6 +271,13 @@ class Publishers:
         while before < len(self._waiting) < GROUP_REQUESTS:
             before = len(self._waiting)
             await asyncio.sleep(0)
+
+    def _count(self, outcomes: Sequence[Outcome | NotifydError], took: float) -> None:
+        refusals = [outcome for outcome in outcomes if isinstance(outcome, NotifydError)]
+        for refusal in refusals:
+            self._hub.counts.fail(refusal)
+        if accepted := len(outcomes) - len(refusals):
+            self._hub.counts.publish.observe(took, accepted)
 
     def _take_group(self) -> list[Expected]:
         group: list[Expected] = []

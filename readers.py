@@ -386,6 +386,7 @@ class Readers:
             reading.last_id = part.last
             reading.count -= part.notifications
             self._fanout.messages_sent += part.notifications
+            self._hub.counts.bytes_sent += len(part.frames)
             client.connection.write(part.frames)
         reading.position, reading.next_id = until, ""
         return _Step.GOES_ON

@@ -273,12 +273,14 @@ async def _admit_or_close(
         query = Query(scope["query_string"], known)
         identity = None if authenticator is None else await authenticator.identify(scope)
         await hub.admit(connection, _newcomer(hub, scope, query, query.since(), identity))
-    except TooManyConnections:
-        raise
-    except StoreUnavailable:
-        # The reason is for the operator, on /health.
-        connection.close(TRY_AGAIN_LATER, "Try again later")
     except NotifydError as refusal:
+        hub.counts.refuse(refusal)
+        if isinstance(refusal, TooManyConnections):
+            raise
+        if isinstance(refusal, StoreUnavailable):
+            # The reason is for the operator, on /health.
+            connection.close(TRY_AGAIN_LATER, "Try again later")
+            return
         connection.close(refusal.close_code, refusal.message)
 
 

@@ -24,6 +24,7 @@ from typing import NamedTuple, Protocol
 
 from bookmarks import Bookmarks, BookmarksInMemory
 from buckets import SECOND, Buckets, Draw, Rate
+from counts import Durations
 from errors import ConnectionRefused, TooManyClients, TooManyConnections
 from log import Audience
 from positions import Positions
@@ -101,6 +102,9 @@ class Store(Protocol):
     node_id: str
     # Why the store cannot be used now; None while it can.
     failure: str | None
+
+    # The durations of its operations, by kind; none where nothing is waited for.
+    durations: Durations
 
     async def open(self, node: Node) -> None:
         """Join. Returns after node.opened(), or at once while the store is away: opened() then comes later."""
@@ -358,6 +362,7 @@ class MemoryStore:
         self.bookmarks = BookmarksInMemory(settings, clock)
         self._settings = settings
         self._clock = clock
+        self.durations = Durations()
         self._positions = Positions()
         self._newest = self._positions.next()
         self._keys = IdempotencyKeys(settings.history_size, settings.history_ttl)

@@ -42,6 +42,7 @@ from redis.asyncio.connection import AbstractConnection
 
 import store_redis_records as packing
 from buckets import Draw, Rate
+from counts import Durations
 from errors import KeyReused, StoreUnavailable
 from log import ENTRY_BYTES
 from settings import Settings
@@ -96,6 +97,7 @@ class RedisStore:
         self.bookmarks = RedisBookmarks(settings, self._perform, self._submit, self._enqueue)
         self.node_id = secrets.token_hex(8)
         self.failure: str | None = None
+        self.durations = Durations()
         self._settings = settings
         self._prefix, self._timeout = settings.store_prefix, settings.store_timeout
         self._task: asyncio.Task[None] | None = None
@@ -348,6 +350,7 @@ class RedisStore:
 
     def _submit(self, *arguments: Argument) -> asyncio.Future[Any]:
         answer = asyncio.get_running_loop().create_future()
+        self.durations.time(str(arguments[0]), answer)
         self._enqueue(*arguments, answer=answer)
         return answer
 

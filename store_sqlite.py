@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from buckets import Draw, Rate
+from counts import Durations
 from errors import ConnectionRefused, KeyReused, StoreUnavailable
 from settings import Settings, SettingsError, number
 from store import Appended, Census, ClientIdTaken, Counts, Draft, Node, Once, Registration, Report
@@ -66,6 +67,7 @@ class SqliteStore:
     def __init__(self, settings: Settings, path: str) -> None:
         self.node_id = ""
         self.failure: str | None = CLOSED
+        self.durations = Durations()
         self._timeout = settings.store_timeout
         self._database = Database(settings, path)
         self.log = SqliteLog(settings, self._database.file, self._database.progress)
@@ -184,6 +186,7 @@ class SqliteStore:
     async def _submit(self, run: Callable[..., T], *arguments: Any) -> T:
         """Have the thread run a method of Transaction, even while the store is away."""
         future: asyncio.Future[T] = self._loop.create_future()
+        self.durations.time(run.__name__, future)
         self._enqueue(Operation(run, arguments, future))
         try:
             async with asyncio.timeout(self._timeout):

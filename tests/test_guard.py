@@ -15,6 +15,7 @@ from processes import Server, worker_count
 from websockets.exceptions import InvalidStatus
 
 from buckets import Buckets, Draw, Rate
+from counts import Counts
 from errors import StoreUnavailable
 from guard import Guard
 from settings import Settings, SettingsError
@@ -45,7 +46,7 @@ def answers(store: FakeStore, count: int, *, client: Any = ("192.0.2.1", 1), **s
     """Return the answers to so many requests, one after the other."""
 
     async def ask() -> list[httpx.Response]:
-        guard = Guard(show_address, Settings(**settings), store)  # type: ignore[arg-type]
+        guard = Guard(show_address, Settings(**settings), store, Counts())  # type: ignore[arg-type]
         transport = httpx.ASGITransport(guard, client=client)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             header = {"X-Forwarded-For": "6.6.6.6, 203.0.113.1"}

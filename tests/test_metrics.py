@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from datetime import datetime
 from typing import Any
 
 import pytest
 from conftest import StartServer
 from expected import COUNT, SECONDS, TIME
-from processes import Server, worker_count
+from processes import ROOT, Server, eventually, program, worker_count
+
+from contract_closes import CLOSES
+from counts import Counts, Durations
 
 # The reference, to the letter, with every number left open.
 DOCUMENTED = """\
@@ -45,6 +49,90 @@ def sample(server: Server, name: str) -> float:
 
 def sent(server: Server) -> Any:
     return server.read("/metrics")["connections"]["messages_sent"]
+
+
+def of_processes(server: Server, family: str, labels: str = "") -> float:
+    """Return the sum over all processes of a figure with these labels, or of all with that name."""
+    found = re.findall(rf"^notifyd_process_{family}{{(.*)}} (\S+)$", prometheus(server), re.MULTILINE)
+    assert all(given.startswith('process="') for given, _ in found)
+    return sum(float(value) for given, value in found if labels in given)
+
+
+def test_promtool_finds_fault_with_the_documented_names_alone(server: Server) -> None:
+    """Units, types and suffixes are those of Prometheus' conventions."""
+    server.notify("hi")
+    ended = subprocess.run(
+        [program("promtool"), "check", "metrics"], input=prometheus(server), capture_output=True, text=True, check=False
+    )
+    documented = re.findall(r"^# TYPE (\S+)", DOCUMENTED, re.MULTILINE)
+    assert {line.split()[0] for line in (ended.stdout + ended.stderr).splitlines()} <= set(documented)
+
+
+def test_a_histogram_counts_each_publish_and_pass(start_server: StartServer) -> None:
+    """The buckets are cumulative, and each publish is accepted, repeated or refused."""
+    server = start_server()
+    client = server.join()
+    for _ in range(5):
+        server.notify("hi")
+        client.receive()
+    server.post({"message": "hi"}, headers={"Idempotency-Key": "a"})
+    server.post({"message": "hi"}, headers={"Idempotency-Key": "a"})
+    server.post({"message": "another"}, headers={"Idempotency-Key": "a"})
+    client.receive()
+    eventually(
+        lambda: (
+            of_processes(server, "delivery_duration_seconds_count")
+            == of_processes(server, "pass_duration_seconds_count")
+        )
+    )
+    assert of_processes(server, "publish_duration_seconds_count") == 7
+    assert of_processes(server, "publish_duration_seconds_bucket", 'le="+Inf"') == 7
+    assert 0 < of_processes(server, "publish_duration_seconds_sum") < 7
+    assert of_processes(server, "publishes_total", 'result="accepted"') == 6
+    assert of_processes(server, "publishes_total", 'result="repeated"') == 1
+    assert of_processes(server, "publishes_total", 'result="refused"') == 1
+    assert of_processes(server, "sent_bytes_total") > 6 * 100
+
+
+def test_the_ends_of_clients_are_counted_by_code_and_kind(start_server: StartServer) -> None:
+    """With refusals, resumes and failed keys beside them; no label is a text from outside."""
+    server = start_server("--api-key", "ci:secret", "--on-duplicate", "replace")
+    key = {"X-API-Key": "secret"}
+    bob, again = server.join("bob"), server.join("bob", query="client_id=bob&since=")
+    bob.connection.close()
+    server.join("eve").connection.close()
+    server.request("DELETE", "/clients/bob", headers=key, json={"reason": 'Disconnected "quoted"'})
+    again.connection.close()
+    server.get("/status", headers={"X-API-Key": "wrong"})
+    server.connect(query="nonsense=1").closed()
+    server.connect(query="since=00000000-0000-0000-0000-000000000000").receive()
+    server.http.headers.update(key)
+    eventually(lambda: of_processes(server, "closes_total", 'kind="left"') == 1)
+    assert of_processes(server, "closes_total", 'code="1008",kind="replaced"') == 1
+    assert of_processes(server, "closes_total", 'code="1008",kind="put_out"') == 1
+    assert of_processes(server, "refusals_total", 'kind="unauthorized"') == 1
+    assert of_processes(server, "refusals_total", 'kind="invalid_request"') == 1
+    assert of_processes(server, "auth_failures_total", 'reason="invalid_token"') == 1
+    assert of_processes(server, "resumes_total", 'complete="true"') == 1
+    assert of_processes(server, "resumes_total", 'complete="false"') == 1
+    assert "quoted" not in prometheus(server)
+
+
+def test_every_close_of_a_client_has_a_kind() -> None:
+    """The kinds are those of the documented reasons, but for those of newcomers and of broken frames."""
+    counts = Counts()
+    for close in CLOSES:
+        for reason in close.reasons:
+            counts.close(close.code, reason, is_put_out=reason == "Disconnected")
+    kinds = {
+        labels.partition("kind=")[2].strip('"')
+        for family, labels, _ in counts.samples(Durations())
+        if family == "closes_total"
+    }
+    [row] = re.findall(
+        r"^\| `notifyd_process_closes_total` .*$", (ROOT / "docs" / "protocol.md").read_text(), re.MULTILINE
+    )
+    assert kinds <= set(re.findall(r"`(\w+)`", row)) and len(kinds) == 11
 
 
 def test_the_answer_has_the_documented_fields_in_their_order(server: Server) -> None:
