@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Awaitable, Callable, Collection, Mapping, Set
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from msgspec import Struct
@@ -39,6 +40,9 @@ TEMPORARY = frozenset((409, 429, 500, 503))
 _WEIGHT = re.compile(r"q\s*=\s*([01](?:\.\d*)?)\Z")
 # For so long a browser reuses the answer to a preflight.
 PREFLIGHT_SECONDS = 600
+
+# The X-Request-ID of the request that is under way, for the log; empty where there is none.
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 
 # The identity is None where there is no authentication.
 Handler = Callable[[Hub, Request, Identity | None], Awaitable[ASGIApp]]

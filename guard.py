@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from answers import refuse
+from answers import REQUEST_ID, refuse
 from assets import FILES
 from buckets import SECOND, Buckets, Draw, Rate
 from connection import REPEAT_EXTENSION, SUBSCRIBER, WIRE_EXTENSION
@@ -41,6 +41,7 @@ EXPOSED = (
 )
 
 
+_REQUEST_ID = re.compile(rb"[!-~]{1,128}\Z")
 Headers = list[tuple[bytes, bytes]]
 _ANSWERS = ("http.response.start", "websocket.accept", "websocket.http.response.start")
 
@@ -56,11 +57,14 @@ class Guard:
         self._ipv6_prefix = settings.ipv6_prefix
         self._limiter = Limiter(store) if settings.rate_limit else None
         self._origins = Origins(settings.allow_origin)
+        self._names_requests = settings.log_format == "json"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
+        if self._names_requests:
+            REQUEST_ID.set(_request_id(scope["headers"]))
         if scope["path"].endswith("/"):
             _drop_added_slash(scope)
         if self._proxies is not None:
@@ -83,6 +87,12 @@ class Guard:
         else:
             self._counts.refuse(refusal)
             await refuse(refusal, scope, receive, send)
+
+
+def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """Return the id that a proxy or publisher has given to a request, empty for none or for one of another form."""
+    given = [value for name, value in headers if name == b"x-request-id"]
+    return given[0].decode("ascii") if len(given) == 1 and _REQUEST_ID.match(given[0]) else ""
 
 
 def _drop_added_slash(scope: Scope) -> None:

@@ -23,7 +23,6 @@ import json
 import logging
 import threading
 from collections.abc import AsyncIterator
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from starlette.authentication import AuthenticationBackend
@@ -190,24 +189,6 @@ def _shared_store(settings: Settings) -> Store | None:
     return RedisStore(settings, settings.store)
 
 
-class _LogFormat(logging.Formatter):
-    """Times as in RFC 3339, with their offset: a reader in another zone knows the moment."""
-
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802, ARG002
-        return datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
-
-
-def _configure_logging(settings: Settings) -> None:
-    process = " [%(process)d]" if settings.workers > 1 else ""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_LogFormat(f"%(asctime)s{process} %(levelname)s %(message)s"))
-    logging.basicConfig(level=settings.log_level, handlers=[handler])
-    # uvicorn logs a WebSocket's URL with its query at INFO, and the websockets library whole handshakes at DEBUG: both
-    # may hold secrets.
-    for name in ("uvicorn", "websockets", "asyncio"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
 def _print(text: str) -> None:
     try:
         print(text, flush=True)
@@ -218,7 +199,8 @@ def _print(text: str) -> None:
 
 def main() -> int:
     """Run the command line; return its exit status: 0 after a drain, 1 when it cannot listen, 2 for a bad setting."""
-    from server_workers import read_start  # noqa: PLC0415 - a host does not serve
+    from server_logs import configure_logging, tell  # noqa: PLC0415 - a host does not serve
+    from server_workers import read_start  # noqa: PLC0415
 
     try:
         if sys.argv[1:] and not sys.argv[1].startswith("-"):
@@ -227,7 +209,7 @@ def main() -> int:
             return run(sys.argv[1:], os.environ)
         start = read_start(os.environ)
         settings, warnings, contract = load(sys.argv[1:], os.environ) if start is None else (start.settings, (), "")
-        _configure_logging(settings)
+        configure_logging(settings)
         for warning in warnings:
             logger.warning(warning)
         if contract:
@@ -240,7 +222,7 @@ def main() -> int:
 
         return serve(settings, create_app) if start is None else work(start, create_app)
     except SettingsError as error:
-        print(f"notifyd: {error}", file=sys.stderr)
+        tell(str(error), logging.ERROR, "notifyd: ")
         return 2
 
 

@@ -20,7 +20,6 @@ import resource
 import signal
 import socket
 import ssl
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ import msgspec
 import uvicorn
 
 from guard_auth import authenticator_of, warnings_of
+from server_logs import tell
 from server_workers import ParentLink, WorkerStart, check_store, signals_to, supervise
 from settings import VERSION, Settings, SettingsError, extra
 from wire import WireProtocol
@@ -264,7 +264,7 @@ def serve(settings: Settings, create_app: CreateApp) -> int:
     try:
         listeners = bind_all(settings)
     except ListenError as error:
-        print(f"notifyd: {error}", file=sys.stderr)
+        tell(str(error), logging.ERROR, "notifyd: ")
         return 1
     addresses = [listener.getsockname()[:2] for listener in listeners]
     settings = msgspec.structs.replace(settings, port=addresses[0][1])
@@ -289,7 +289,7 @@ def work(start: WorkerStart, create_app: CreateApp) -> int:
 
 
 def announce(where: str) -> None:
-    print(f"notifyd {VERSION} listens on {where} (Ctrl+C stops it)", file=sys.stderr, flush=True)
+    tell(f"notifyd {VERSION} listens on {where} (Ctrl+C stops it)")
 
 
 def certificate_of(settings: Settings) -> Certificate | None:

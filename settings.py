@@ -104,6 +104,9 @@ class Settings(Struct, frozen=True, kw_only=True):
         Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
         Meta(description="lowest level that is logged"),
     ] = "INFO"
+    log_format: Annotated[
+        Literal["text", "json"], Meta(description="form of the log: lines for people, or an object on each line")
+    ] = "text"
     notification_interval: Annotated[
         Seconds, Meta(description="seconds between test notifications, at least 0.01; 0: off")
     ] = 10
