@@ -36,7 +36,7 @@ _CLOSES = {
     "Token revoked": "token_revoked",
     "Notifications are missing": "missed",
 }
-_REASONS = ("Authentication required", "Invalid token", "Token expired", "Token revoked")
+AUTH_REASONS = ("Authentication required", "Invalid token", "Token expired", "Token revoked")
 # An admin has chosen another reason.
 PUT_OUT = "put_out"
 # The client's own close, the loss of its connection, or an end over a broken frame: no code of the Hub's.
@@ -59,7 +59,7 @@ class Histogram:
     def __init__(self) -> None:
         self.buckets = [0] * (len(BOUNDS) + 1)
         self.sum = 0.0
-        # On the way of a publish a duration costs no call: it is appended here, and counted within a second.
+        # On the way of a publish a duration costs one append here. They are counted together, within a second.
         self.uncounted: list[float] = []
 
     def observe(self, seconds: float, times: int = 1) -> None:
@@ -69,8 +69,11 @@ class Histogram:
     def count(self) -> int:
         """Count all durations, and return how many there are."""
         uncounted, self.uncounted = self.uncounted, []
-        for seconds in uncounted:
-            self.observe(seconds)
+        slow = [seconds for seconds in uncounted if seconds > QUICK_SECONDS]
+        self.buckets[0] += len(uncounted) - len(slow)
+        for seconds in slow:
+            self.buckets[bisect_left(BOUNDS, seconds)] += 1
+        self.sum += sum(uncounted)
         return sum(self.buckets)
 
     def sample(self, family: str, labels: str = "") -> Sample:
@@ -125,7 +128,7 @@ class Counts:
         """Count a request or newcomer that is refused."""
         self._refusals[snake(type(error).__name__)] += 1
         if isinstance(error, Unauthorized):
-            reason = error.message if error.message in _REASONS else "other"
+            reason = error.message if error.message in AUTH_REASONS else "other"
             self._auth_failures[snake(reason)] += 1
 
     def close(self, code: int, reason: str, *, is_put_out: bool) -> None:

@@ -294,7 +294,6 @@ class FanOut:
             started_at = self._clock()
             async with self.passing:
                 await self._pass()
-            self._counts.passes.uncounted.append(self._clock() - started_at)
             if self._published.is_set():
                 await asyncio.sleep(min(self._clock() - started_at, COLLECT_SECONDS))
 
@@ -305,7 +304,7 @@ class FanOut:
         entries.
         """
         # No await up to the first slice: every client that is owed something before `reached` is among the clients.
-        reached = self.log.next_sequence
+        started_at, reached = self._clock(), self.log.next_sequence
         oldest_at, self._oldest_at = self._oldest_at, None
         full, self._for_everyone = self._for_everyone, False
         clients = list(self._clients.by_id.values() if full else self.owed)
@@ -330,8 +329,10 @@ class FanOut:
             raise
         if full:
             self._behind = behind
-        if oldest_at is not None:
-            self._counts.delivery.uncounted.append(self._clock() - oldest_at)
+        if clients and oldest_at is not None:
+            now = self._clock()
+            self._counts.passes.uncounted.append(now - started_at)
+            self._counts.delivery.uncounted.append(now - oldest_at)
         self._passed_before, self._passed = self._passed, reached
         self.trim()
 
@@ -372,7 +373,7 @@ class FanOut:
                     behind.append(client)
         self.messages_sent += notifications * (len(clients) - others)
         self.tally.notes.append(((cursor, pending), (end, None), len(clients) - others))
-        self._counts.bytes_sent += size * (len(clients) - others)
+        self._counts.bytes_sent += len(frames) * (len(clients) - others)
         if pending is not None:
             self.owed.difference_update(clients)
             # A client that has left since the pass began does not come back: forget() took its pending entries.

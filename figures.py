@@ -117,23 +117,29 @@ async def status(hub: Hub, limit: int) -> Status:
 # The figures of each process, with `process` in their names: how much is counted there ends with it, so a sum over all
 # processes would go back.
 FAMILIES = {
-    "publish_duration_seconds": ("histogram", "Time from a publish to its place in the log"),
-    "delivery_duration_seconds": (
+    "notifyd_process_publish_duration_seconds": ("histogram", "Time from a publish to its place in the log"),
+    "notifyd_process_delivery_duration_seconds": (
         "histogram",
         "Time from the oldest publish of a pass over the clients to its last write",
     ),
-    "pass_duration_seconds": ("histogram", "Time of a pass over the clients"),
-    "store_operation_duration_seconds": ("histogram", "Time until the store has answered, by operation"),
-    "loop_delay_seconds": ("histogram", "Time by which the event loop was late, once a second"),
-    "publishes_total": ("counter", "Publishes, by result"),
-    "closes_total": ("counter", "Connections of clients that ended, by close code and kind"),
-    "refusals_total": ("counter", "Requests and newcomers refused, by kind"),
-    "auth_failures_total": ("counter", "Requests and newcomers refused for their key or token, by reason"),
-    "sent_bytes_total": ("counter", "Bytes of notifications handed to clients"),
-    "resumes_total": ("counter", "Resumes, by whether nothing is missing"),
-    "users": ("gauge", "Users with a client of the process"),
-    "topics": ("gauge", "Topics that a client of the process follows"),
-    "store_up": ("gauge", "Whether the process reaches the store"),
+    "notifyd_process_pass_duration_seconds": ("histogram", "Time of a pass over the clients"),
+    "notifyd_process_store_operation_duration_seconds": (
+        "histogram",
+        "Time until the store answers, by operation",
+    ),
+    "notifyd_process_loop_delay_seconds": ("histogram", "Time by which the event loop was late, once a second"),
+    "notifyd_process_publishes_total": ("counter", "Publishes, by result"),
+    "notifyd_process_closes_total": ("counter", "Connections of clients that ended, by close code and kind"),
+    "notifyd_process_refusals_total": ("counter", "Requests and newcomers refused, by kind"),
+    "notifyd_process_auth_failures_total": (
+        "counter",
+        "Refusals for a wrong or missing key or token, by reason",
+    ),
+    "notifyd_process_sent_bytes_total": ("counter", "Bytes of notifications handed to clients"),
+    "notifyd_process_resumes_total": ("counter", "Resumes, by whether nothing is missing"),
+    "notifyd_process_users": ("gauge", "Users with a client of the process"),
+    "notifyd_process_topics": ("gauge", "Topics that a client of the process follows"),
+    "notifyd_process_store_up": ("gauge", "Whether the process reaches the store"),
 }
 
 
@@ -165,8 +171,8 @@ async def prometheus(hub: Hub) -> str:
 
 def _of_processes(share: Share) -> Iterator[str]:
     """Yield the text of each family with the samples of all processes."""
-    for family, (kind, text) in FAMILIES.items():
-        name = f"notifyd_process_{family}"
+    for name, (kind, text) in FAMILIES.items():
+        family = name.removeprefix("notifyd_process_")
         lines = [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
         for process, samples in sorted(share.counted.items()):
             for _, labels, values in (each for each in samples if each.family == family):

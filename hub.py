@@ -31,7 +31,7 @@ from census import CensusTaker, Questions, TestNotifications
 from clients import Client, Clients, ExpiringClients
 from connection import CLOSE_DEADLINE_SECONDS, Connection
 from conversation import Conversation, Renew
-from counts import QUICK_SECONDS, Counts
+from counts import Counts
 from delivery import Deliveries
 from drain import Drain
 from errors import InvalidRequest, NotifydError, ShuttingDown, StoreUnavailable, TooLarge
@@ -305,11 +305,7 @@ class Hub:
         except NotifydError as error:
             self.counts.fail(error)
             raise
-        if (took := self.clock() - began) < QUICK_SECONDS:
-            self.counts.publish.buckets[0] += 1
-            self.counts.publish.sum += took
-        else:
-            self.counts.publish.uncounted.append(took)
+        self.counts.publish.uncounted.append(self.clock() - began)
         self.counts.repeated += appended.repeated
         if logger.isEnabledFor(logging.DEBUG):
             done = "Repeated" if appended.repeated else "Published"
@@ -341,12 +337,7 @@ class Hub:
             return None
         began = self.clock()
         appended = append(self.draft(request))
-        # Not a call: of a publish on the fast path this would be a fiftieth.
-        if (took := self.clock() - began) < QUICK_SECONDS:
-            self.counts.publish.buckets[0] += 1
-            self.counts.publish.sum += took
-        else:
-            self.counts.publish.uncounted.append(took)
+        self.counts.publish.uncounted.append(self.clock() - began)
         return appended
 
     def draft(self, request: schemas.NotifyRequest, place: str = "") -> Draft:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import shutil
@@ -47,7 +48,7 @@ def seconds(text: str) -> float:
 # Settings.
 
 
-@pytest.mark.parametrize("path", sorted(DEPLOY.iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(filter(Path.is_file, DEPLOY.rglob("*.*"))), ids=lambda path: path.name)
 def test_every_variable_is_a_settings_own(path: Path) -> None:
     """Variables in comments count too: people uncomment them."""
     known = {f"NOTIFYD_{name.upper()}" for name in Settings.__struct_fields__}
@@ -201,8 +202,10 @@ def test_two_nodes_on_the_redis_of_the_compose_file_are_one_server(image: Path) 
 def test_the_compose_file_names_existing_files() -> None:
     """Services, volumes, ports and the Dockerfile."""
     services: dict[str, Any] = COMPOSE["services"]
-    assert set(services) == {"redis", *NODES}
-    assert {volume.split(":")[0] for volume in services["redis"]["volumes"]} == set(COMPOSE["volumes"])
+    assert set(services) == {"redis", *NODES, "prometheus", "grafana"}
+    volumes = {volume.split(":")[0] for service in services.values() for volume in service.get("volumes", ())}
+    assert {volume for volume in volumes if volume[0] != "."} == set(COMPOSE["volumes"])
+    assert all((DEPLOY / volume).is_file() for volume in volumes if volume[0] == ".")
     for node in NODES:
         build = services[node]["build"]
         assert (DEPLOY / build["context"]).resolve() == ROOT
@@ -210,6 +213,106 @@ def test_the_compose_file_names_existing_files() -> None:
         assert services[node]["depends_on"] == {"redis": {"condition": "service_healthy"}}
         [(address, _, inside)] = [port.split(":") for port in services[node]["ports"]]
         assert (address, inside) == ("127.0.0.1", "8000")
+
+
+# Monitoring.
+
+PROMETHEUS = DEPLOY / "prometheus"
+BOARD = orjson.loads((DEPLOY / "grafana" / "notifyd.json").read_bytes())
+
+
+def test_promtool_takes_the_alerts_and_the_configuration() -> None:
+    """The rules too, and the configuration finds them."""
+    for check, name in (("rules", "alerts.yaml"), ("config", "prometheus.yaml")):
+        command = [program("promtool"), "check", check, str(PROMETHEUS / name)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0 and "FAILED" not in ended.stdout, ended.stdout + ended.stderr
+
+
+def expressions() -> dict[str, list[str]]:
+    """Return the expressions of the alerts and of the board's panels."""
+    rules = yaml.safe_load((PROMETHEUS / "alerts.yaml").read_text())["groups"][0]["rules"]
+    shown = [target["expr"] for panel in BOARD["panels"] for target in panel["targets"]]
+    return {"alerts": [rule["expr"] for rule in rules], "board": shown}
+
+
+def test_alerts_and_board_name_metrics_that_are_there(tmp_path: Path) -> None:
+    """With their labels, on a server whose store has operations; and each expression is one of Prometheus' language."""
+    server = Server.notifyd("--port", "0", "--store", f"sqlite:{tmp_path / 'log'}", "--api-key", "ci:secret")
+    try:
+        server.http.headers["X-API-Key"] = "secret"
+        server.notify("hi")
+        server.join("bob").leave()
+        server.get("/status", headers={"X-API-Key": "wrong"})
+        until(lambda: "closes_total{" in server.get("/metrics/prometheus").text)
+        text = server.get("/metrics/prometheus").text
+    finally:
+        server.stop()
+    there = set(re.findall(r"^(\w+)", text, re.MULTILINE))
+    labels = set(re.findall(r"[{,](\w+)=", text)) | {"instance"}
+    for source, found in expressions().items():
+        names = set(re.findall(r"(?:notifyd|websocket)_\w+", " ".join(found)))
+        assert names and names <= there, source
+        grouped = ",".join(re.findall(r"(?:by|without) \((.*?)\)", " ".join(found)))
+        assert {name.strip() for name in grouped.split(",")} <= labels
+    rules = [
+        {"record": f"panel_{place}", "expr": expr.replace("$__rate_interval", "5m")}
+        for place, expr in enumerate(expressions()["board"])
+    ]
+    (tmp_path / "board.yaml").write_text(yaml.safe_dump({"groups": [{"name": "board", "rules": rules}]}))
+    command = [program("promtool"), "check", "rules", str(tmp_path / "board.yaml")]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def cells_of(x: int, y: int, w: int, h: int) -> Iterator[tuple[int, int]]:
+    return itertools.product(range(x, x + w), range(y, y + h))
+
+
+def test_the_board_imports() -> None:
+    """It has its own id, a variable for the source, and panels with different ids beside each other."""
+    assert BOARD["uid"] == "notifyd" and BOARD["templating"]["list"][0]["type"] == "datasource"
+    panels = BOARD["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    cells = list(itertools.chain(*(cells_of(**panel["gridPos"]) for panel in panels)))
+    assert len(set(cells)) == len(cells) and max(x for x, _ in cells) < 24
+    assert {target["datasource"]["uid"] for panel in panels for target in panel["targets"]} == {"${datasource}"}
+
+
+LATE = 'notifyd_process_loop_delay_seconds_bucket{process="a",instance="x",le="%s"}'
+# Series of one of two nodes that tell the same, and when the alert of that name fires.
+FIRES = {
+    "NotifydStoreAway": ({'notifyd_process_store_up{process="a",instance="x"}': "1 0x20"}, "2m"),
+    "NotifydBacklog": ({'notifyd_largest_backlog_notifications{instance="x"}': "600x20"}, "3m"),
+    "NotifydRefusals": (
+        {'notifyd_process_refusals_total{process="a",kind="rate_exceeded",instance="x"}': "0+600x60"},
+        "12m",
+    ),
+    "NotifydLoopHeld": ({LATE % "+Inf": "0+60x60", LATE % "1.0": "0+60x60", LATE % "0.1": "0x60"}, "25m"),
+}
+
+
+@pytest.mark.parametrize("alert", FIRES)
+def test_an_alert_fires(tmp_path: Path, alert: str) -> None:
+    """Of two nodes that tell the same, each alert is one."""
+    series, at = FIRES[alert]
+    given = [
+        {"series": name.replace('instance="x"', f'instance="{node}"'), "values": values}
+        for name, values in series.items()
+        for node in NODES
+    ]
+    expected = [{"eval_time": at, "alertname": alert, "exp_alerts": []}]
+    test = {
+        "rule_files": [str(PROMETHEUS / "alerts.yaml")],
+        "evaluation_interval": "1m",
+        "tests": [{"interval": "1m", "input_series": given, "alert_rule_test": expected}],
+    }
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump(test))
+    command = [program("promtool"), "test", "rules", str(tmp_path / "test.yaml")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1 and (ended.stdout + ended.stderr).count("severity") == 1, ended.stdout + ended.stderr
+
+
+# A failover.
 
 
 def test_the_compose_file_of_a_failover_names_what_is_there() -> None:

@@ -37,6 +37,7 @@ import command
 import connection
 import contract_closes
 import conversation
+import counts
 import errors
 import guard_auth
 import guard_tokens
@@ -71,7 +72,7 @@ MODULES = {path.name: path.read_text() for path in ROOT.glob("*.py")}
 
 # Flags of other programs that the pages name.
 FOREIGN_FLAGS = {"experimental-websocket", "factory", "appendonly", "save", "build", "deploy-hook", "stop-timeout"}
-FOREIGN_FLAGS |= {"shell", "forwarded-allow-ips", "graceful-timeout", "measure"}
+FOREIGN_FLAGS |= {"shell", "profile", "forwarded-allow-ips", "graceful-timeout", "measure"}
 # Raised in the Hub's part of the code, and never the reason of a close: one is for nobody, two are told otherwise.
 NO_REASONS = {
     *map(
@@ -629,12 +630,13 @@ def test_every_link_leads_somewhere(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_name_in_code_is_one_of_the_code(page: str) -> None:
     """Words such as `_join` or `HubState`, and `file.py`, exist in the code; a renamed one is noticed here."""
+    labels = {counts.snake(each.__name__) for each in error_classes()} | set(map(counts.snake, counts.AUTH_REASONS))
     tests = re.findall(r"def (test_\w+)", "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py")))
     code = "\n".join([*MODULES.values(), (ROOT / "Makefile").read_text(), *tests]).lower()
     for span in spans(prose(page)):
         if re.fullmatch(r"[\w/]+\.py", span):
             assert (ROOT / span).exists(), span
-        elif re.fullmatch(r"_\w+|[a-z]+_\w+|[A-Z][a-z]+[A-Z]\w+", span) and span not in FOREIGN_NAMES:
+        elif re.fullmatch(r"_\w+|[a-z]+_\w+|[A-Z][a-z]+[A-Z]\w+", span) and span not in FOREIGN_NAMES | labels:
             assert re.search(rf"\b{span.lower()}\b", code), span
         elif method := re.fullmatch(r"([A-Z]\w+)\.(\w+)", span):
             assert method[2] in members(method[1]), span
