@@ -36,7 +36,7 @@ from settings import Settings, SettingsError, extra, is_api_key
 if TYPE_CHECKING:
     from guard_tokens import Tokens
 
-KEY_HOLDER = Identity(user=None, topics=ALL, publishes=True, admin=True)
+KEY_HOLDER = Identity(user=None, topics=ALL, publishes=True, admin=True, is_lasting=True)
 # More addresses than of anything that one peer can invent: each of these takes a connection.
 MAX_WARNED = 1000
 # With keys alone everybody may still listen.

@@ -36,6 +36,8 @@ class Identity(Struct, frozen=True, kw_only=True):
     admin: bool = False
     # Seconds since the epoch, None for never and for unknown.
     expires_at: float | None = None
+    # Whether the same credentials stand for it again, but for an end or a revocation; a host's may change their mind.
+    is_lasting: bool = False
     issued_at: float | None = None
 
     def check_admin(self) -> None:

@@ -12,11 +12,13 @@ Owns the checks of a token, its claims, and the keys of --jwks-url. Knows no req
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import math
 import time
 import urllib.request
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from http.client import HTTPException
@@ -55,6 +57,9 @@ MAX_TRIED = 16
 MAX_WAITING = 1000
 # Firewalls of identity providers refuse a client without a name of its own.
 FETCH_HEADERS = [("User-Agent", f"notifyd/{VERSION}"), ("Accept", "application/json")]
+# Tokens that have been proven and are remembered: to prove one again costs 50 us or more. The end and the revocation
+# of a token are checked each time.
+MAX_SEEN = 1000
 # The end of the year 9999: a later time has no timestamp.
 _LAST_SECOND = 253_402_300_799
 # PyJWT raises these for a bad token, msgspec for claims of a wrong type.
@@ -104,18 +109,35 @@ class Claims(Struct):
 class Tokens:
     """Reads the tokens of one issuer."""
 
-    def __init__(self, find: Find, audience: str = "", issuer: str = "", user_claim: str = "sub") -> None:
-        """`find` yields keys until one proves the token; `user_claim` names the claim that holds the user."""
+    def __init__(
+        self, find: Find, audience: str = "", issuer: str = "", user_claim: str = "sub", *, remembers: bool = False
+    ) -> None:
+        """`find` yields keys until one proves the token; `user_claim` names the claim that holds the user.
+
+        It `remembers` the tokens where the keys stay the same.
+        """
         self._find = find
         self._user_claim = user_claim
         self._audience = audience or None
         self._issuer = issuer or None
         self._jwt = jwt.PyJWT({"enforce_minimum_key_length": True})
+        # Tokens that have been proven, by their digests, the oldest first; None where their keys may go.
+        self._seen: OrderedDict[bytes, Identity] | None = OrderedDict() if remembers else None
 
     async def identity(self, token: str) -> Identity:
         """Return the Identity of a token; it may have expired just now. Raises Unauthorized or KeysUnavailable."""
         if len(token) > MAX_TOKEN_BYTES:
             raise Unauthorized("Invalid token")
+        if self._seen is None:
+            return await self._read(token)
+        digest = hashlib.sha256(token.encode(errors="surrogatepass")).digest()
+        if (identity := self._seen.get(digest)) is None:
+            identity = self._seen[digest] = await self._read(token)
+            if len(self._seen) > MAX_SEEN:
+                self._seen.popitem(last=False)
+        return identity
+
+    async def _read(self, token: str) -> Identity:
         try:
             user, claims = await self._proven(token)
         except jwt.ExpiredSignatureError:
@@ -133,6 +155,7 @@ class Tokens:
             admin=claims.admin,
             expires_at=claims.exp,
             issued_at=claims.iat,
+            is_lasting=True,
         )
 
     async def _proven(self, token: str) -> tuple[str, Claims]:
@@ -172,7 +195,8 @@ def tokens_of(settings: Settings) -> Tokens:
         async def find(_kid: str | None, _algorithm: str) -> AsyncGenerator[Key]:
             yield key
 
-    return Tokens(find, settings.jwt_audience, settings.jwt_issuer, settings.jwt_user_claim)
+    names = settings.jwt_audience, settings.jwt_issuer, settings.jwt_user_claim
+    return Tokens(find, *names, remembers=not settings.jwks_url)
 
 
 def check_fetch(settings: Settings) -> None:

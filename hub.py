@@ -34,7 +34,7 @@ from conversation import Conversation, Renew
 from counts import Counts
 from delivery import Deliveries
 from drain import Drain
-from errors import InvalidRequest, NotifydError, ShuttingDown, StoreUnavailable, TooLarge
+from errors import InvalidRequest, NotifydError, ShuttingDown, StoreUnavailable, TooLarge, Unauthorized
 from fanout import FanOut
 from guard_identity import Identity, origin_of
 from heartbeat import Heartbeat
@@ -356,6 +356,18 @@ class Hub:
         if not (clients or topics or users):
             return Draft(rest)
         return Draft(rest, _audience(tuple(clients), tuple(topics), tuple(users)))
+
+    def trusts(self, identity: Identity, until: float) -> bool:
+        """Whether an identity that was read earlier counts without being read again, up to this moment at most."""
+        now = time.time()
+        if now >= until or (identity.expires_at is not None and identity.expires_at <= now):
+            return False
+        if self.revocations is None:
+            return True
+        with contextlib.suppress(Unauthorized):
+            self.revocations.check(identity)
+            return self.revocations.is_newest
+        return False
 
     def check_revoked(self, identity: Identity) -> None:
         """Raise Unauthorized where the token has been revoked since it was read."""

@@ -48,9 +48,14 @@ class Revocations:
         if is_older and time.time() < second + self._seconds_kept:
             raise Unauthorized("Token revoked")
 
+    @property
+    def is_newest(self) -> bool:
+        """Whether no revocation can have left this copy out."""
+        return time.monotonic() - self._read_at <= store.LEASE_SECONDS
+
     async def check_newest(self, identity: Identity) -> None:
         """Check an identity, by a copy that no revocation can have left out."""
-        if time.monotonic() - self._read_at > store.LEASE_SECONDS:
+        if not self.is_newest:
             with contextlib.suppress(StoreUnavailable):
                 await self.read()
         self.check(identity)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+import time
 from asyncio import FIRST_COMPLETED, create_task, ensure_future, wait
 from collections.abc import Set
 from functools import partial
@@ -92,6 +93,8 @@ def _route(
 PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Its request may be a repeat, so it is read also during the drain.
 KEY_HEADER = "idempotency-key"
+# The credentials of a request that repeats are read again after so long: a key may be gone from --jwks-url.
+TRUSTED_SECONDS = 60.0
 # The seconds that a publisher may wait for the delivery.
 MAX_WAIT_SECONDS = 60
 # In Prefer: a preference with its parameters, and the value of `wait` as a token or as a quoted string.
@@ -115,11 +118,12 @@ async def notify(hub: Hub, request: Request, sender: Identity | None) -> Answer[
     address = (request.scope.get("client") or ("",))[0]
     appended = await hub.publish([wanted], once, sender, address=address)
     repeat = (request.scope.get("extensions") or {}).get(REPEAT_EXTENSION)
-    is_plain = once is None and sender is None and content.media_type != TEXT_TYPE and content.charset == UTF_8
+    is_lasting = sender is None or sender.is_lasting
+    is_plain = once is None and is_lasting and content.media_type != TEXT_TYPE and content.charset == UTF_8
     if (preferred := request.headers.getlist("prefer")) and (seconds := _wait_in(preferred)) is not None:
         return await _published_and_known(hub, request, understood, appended, seconds)
     if repeat is not None and is_plain and hub.publishes_at_once:
-        repeat(partial(_notify_again, hub))
+        repeat(partial(_notify_again, hub, sender, time.time() + TRUSTED_SECONDS))
     recipients, at = appended.receipts[0].recipients, timestamp(appended.at)
     return _published(schemas.notify_response(recipients, understood, at), appended)
 
@@ -159,12 +163,21 @@ def _with_delivery(body: bytes, delivery: schemas.Delivery) -> bytes:
     return b'%b,"delivery":%b}' % (body[:-1], encode(delivery))
 
 
-def _notify_again(hub: Hub, body: bytes) -> tuple[int, list[tuple[bytes, bytes]], bytes] | None:
-    """Answer a request with the head of one before, all at once; None where notify() has to, with nothing done."""
-    if len(body) > hub.settings.max_message_size:
+# The status, headers and body of an answer.
+_Told = tuple[int, list[tuple[bytes, bytes]], bytes]
+
+
+def _notify_again(hub: Hub, sender: Identity | None, until: float, body: bytes) -> _Told | None:
+    """Answer a request with the head of one before, all at once; None where notify() has to, with nothing done.
+
+    The sender is known by that head, up to `until`.
+    """
+    if len(body) > hub.settings.max_message_size or (sender is not None and not hub.trusts(sender, until)):
         return None
     try:
         wanted = schemas.decode(body, schemas.NotifyRequest)
+        if sender is not None:
+            sender.check_publish((wanted,))
         understood = encode(wanted)
         appended = hub.publish_at_once(wanted)
     except NotifydError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from asyncio import StreamReader, StreamWriter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from credentials import SECRET, token
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 from ws_clients import PATIENCE
@@ -185,7 +187,6 @@ def test_any_other_request_is_answered_as_ever(request_: bytes) -> None:
     [
         (JSON, {"rate_limit": True}),
         (JSON, {"allow_origin": ["https://app.example"]}),
-        (JSON + "Authorization: Bearer hush\r\n", {"api_key": ["ci:hush"]}),
         (JSON + "Idempotency-Key: k\r\n", {}),
         (JSON + "Expect: 100-continue\r\n", {}),
         ("Content-Type: text/plain\r\n", {}),
@@ -203,6 +204,48 @@ def test_the_app_is_asked_where_more_than_the_body_counts(headers: str, settings
         assert server.asked == ["/notify"] * 6
 
     with_server(talk, **settings)
+
+
+def test_a_repeat_with_a_key_is_answered_without_the_app() -> None:
+    """The head is the same, and so are the credentials."""
+
+    async def talk(server: Served) -> None:
+        headers = JSON + "Authorization: Bearer hush\r\n"
+        first = await server.answer(post(headers=headers))
+        assert [await server.answer(post(headers=headers)) for _ in range(4)] == [first] * 4
+        assert server.asked == ["/notify"] * 2
+        assert b" 401 " in await server.answer(post(headers=JSON + "Authorization: Bearer hash\r\n"))
+
+    with_server(talk, api_key=["ci:hush"])
+
+
+def test_the_end_and_the_rights_of_a_token_count_for_each_repeat() -> None:
+    """Its topics, its revocation, and its exp."""
+
+    async def talk(server: Served) -> None:
+        shown = token(sub="ann", publish=["a.*"], exp=int(time.time()) + 2)
+        headers = JSON + f"Authorization: Bearer {shown}\r\n"
+        good, foreign = (post(f'{{"message":"hi","topics":["{name}"]}}', headers) for name in ("a.b", "b"))
+        assert [b" 200 OK" in await server.answer(good) for _ in range(4)] == [True] * 4
+        assert b" 403 " in await server.answer(foreign)
+        assert b" 200 OK" in await server.answer(good)
+        await asyncio.sleep(2)
+        assert b"Token expired" in await server.answer(good)
+
+    with_server(talk, jwt_secret=SECRET)
+
+
+def test_a_revoked_token_is_refused_at_the_next_repeat() -> None:
+    """At once."""
+
+    async def talk(server: Served) -> None:
+        headers = JSON + f"Authorization: Bearer {token(sub='ann', publish=True)}\r\n"
+        assert [b" 200 OK" in await server.answer(post(headers=headers)) for _ in range(4)] == [True] * 4
+        assert server.app.hub.revocations is not None
+        await server.app.hub.revocations.revoke("ann")
+        assert b"Token revoked" in await server.answer(post(headers=headers))
+
+    with_server(talk, jwt_secret=SECRET)
 
 
 def test_a_repeat_is_refused_during_the_drain() -> None:
