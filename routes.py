@@ -114,7 +114,7 @@ async def notify(hub: Hub, request: Request, sender: Identity | None) -> Answer[
     once = _once(request, content, body) if KEY_HEADER in request.headers else None
     wanted = text_in(content) if content.media_type == TEXT_TYPE else json_in(content, schemas.NotifyRequest)
     # Encoded before it is published: data without a JSON form is refused.
-    understood = encode(wanted)
+    understood = schemas.understood(wanted)
     address = (request.scope.get("client") or ("",))[0]
     appended = await hub.publish([wanted], once, sender, address=address)
     repeat = (request.scope.get("extensions") or {}).get(REPEAT_EXTENSION)
@@ -178,7 +178,7 @@ def _notify_again(hub: Hub, sender: Identity | None, until: float, body: bytes) 
         wanted = schemas.decode(body, schemas.NotifyRequest)
         if sender is not None:
             sender.check_publish((wanted,))
-        understood = encode(wanted)
+        understood = schemas.understood(wanted)
         appended = hub.publish_at_once(wanted)
     except NotifydError:
         return None

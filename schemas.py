@@ -699,6 +699,16 @@ _NOTIFY_RESPONSE = encode(NotifyResponse(recipients=0, notification=orjson.Fragm
 _NOTIFY_RESPONSE = _NOTIFY_RESPONSE.replace(b'"recipients":0', b'"recipients":%d')
 
 
+def understood(request: NotifyRequest) -> bytes:
+    """Return a request as JSON, with its defaults. Raises InvalidRequest where its data has no JSON form."""
+    # As plain values: that costs a third of encoding the Struct.
+    fields: dict[str, Any] = {"message": request.message, "type": request.type, "data": request.data}
+    for name in ("clients", "topics", "users"):
+        if (names := getattr(request, name)) is not UNSET:
+            fields[name] = names
+    return encode(fields)
+
+
 def notify_response(recipients: int, understood: bytes, at: str) -> bytes:
     """Return a NotifyResponse as JSON; `understood` is that of its notification."""
     return _NOTIFY_RESPONSE % (recipients, understood, at.encode())
