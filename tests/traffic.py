@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from itertools import count, cycle
 from typing import Any
 
@@ -112,10 +112,14 @@ class Traffic:
 
     def __enter__(self) -> Traffic:
         self._thread.start()
-        self._await(lambda: all(listener.position for listener in self.listeners), "all are listening")
-        self._publishers = [self._begin(self._publish(number)) for number in range(PUBLISHERS)]
-        self._watchers = [self._begin(self._watch(server)) for server in self.servers]
-        self.goes_on()
+        with ExitStack() as stack:
+            # A thread that goes on would keep the whole process of the tests.
+            stack.push(self.__exit__)
+            self._await(lambda: all(listener.position for listener in self.listeners), "all are listening")
+            self._publishers = [self._begin(self._publish(number)) for number in range(PUBLISHERS)]
+            self._watchers = [self._begin(self._watch(server)) for server in self.servers]
+            self.goes_on()
+            stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
