@@ -14,8 +14,8 @@ from __future__ import annotations
 import sys
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, pairwise
 from pathlib import Path
 
 import msgspec
@@ -66,12 +66,10 @@ def read(path: Path) -> list[Event]:
     return [decode(line) for line in path.read_bytes().splitlines()]
 
 
-def faults(events: Iterable[Event]) -> list[str]:
+def faults(events: Sequence[Event]) -> list[str]:
     """Return a line for each fault, of events in any order."""
     publishes = dict[str, Publish]()
     joined = dict[str, float]()
-    told = defaultdict[str, list[float]](list)
-    deliveries = defaultdict[str, list[Delivery]](list)
     found = []
     for event in events:
         match event:
@@ -81,30 +79,40 @@ def faults(events: Iterable[Event]) -> list[str]:
                 publishes[message] = event
             case Joined(client=client, at=at):
                 joined[client] = min(at, joined.get(client, at))
-            case Told(client=client, at=at):
-                told[client].append(at)
-            case Delivery(client=client):
-                deliveries[client].append(event)
-    parts = {client: _parts(mine, told[client]) for client, mine in deliveries.items()}
-    last = {one.id for mine in parts.values() for one in mine[-1]}
-    given_up = {one.id for mine in parts.values() for part in mine for one in part} - last
-    answered = [one for one in publishes.values() if one.id is not None and one.id not in given_up]
+    told, parts, gone = _told(events), _parts(events), given_up(events)
+    answered = [one for one in publishes.values() if one.id is not None and one.id not in gone]
     found += _unordered(answered)
     ids = {one.message: (one.id or "", "the publisher's answer") for one in answered}
-    for client in sorted(joined.keys() | deliveries.keys()):
-        for part in parts.get(client, []):
-            found += _wrong(client, part, publishes, ids, given_up)
+    for client in sorted(joined.keys() | parts.keys()):
+        mine = parts.get(client, [])
+        for part in mine:
+            found += _wrong(client, part, publishes, ids, gone)
         since = max(joined.get(client, float("inf")), *told[client], 0)
-        found += _lost(client, deliveries[client], answered, since)
+        found += _lost(client, [*chain(*mine)], answered, since)
     return found
 
 
-def _parts(mine: list[Delivery], told: list[float]) -> list[list[Delivery]]:
-    """Return the deliveries of a client in the order of their times, in parts that end when it was told."""
-    ends = [*sorted(told), float("inf")]
-    parts = [[] for _ in ends]  # type: list[list[Delivery]]
-    for one in sorted(mine, key=lambda one: one.at):
-        parts[bisect_right(ends, one.at)].append(one)
+def given_up(events: Sequence[Event]) -> set[str]:
+    """Return the ids that clients got before they were told, and that nobody has in the end."""
+    parts = _parts(events).values()
+    return {one.id for mine in parts for one in chain(*mine)} - {one.id for mine in parts for one in mine[-1]}
+
+
+def _told(events: Sequence[Event]) -> defaultdict[str, list[float]]:
+    """Return for each client the moments at which it was told, in order."""
+    told = defaultdict[str, list[float]](list)
+    for event in sorted((event for event in events if isinstance(event, Told)), key=lambda event: event.at):
+        told[event.client].append(event.at)
+    return told
+
+
+def _parts(events: Sequence[Event]) -> dict[str, list[list[Delivery]]]:
+    """Return the deliveries of each client in the order of their times, in parts that end when it was told."""
+    told = _told(events)
+    parts = dict[str, list[list[Delivery]]]()
+    for one in sorted((event for event in events if isinstance(event, Delivery)), key=lambda event: event.at):
+        mine = parts.setdefault(one.client, [[] for _ in range(len(told[one.client]) + 1)])
+        mine[bisect_right(told[one.client], one.at)].append(one)
     return parts
 
 

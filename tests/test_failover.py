@@ -19,7 +19,7 @@ import hiredis
 import pytest
 from certificates import Pair
 from conftest import StartServer
-from history import Publish
+from history import Publish, given_up
 from members import SOMETHING, Member, audience, members, on_loop
 from processes import ROOT, eventually, free_port
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -807,6 +807,7 @@ def test_publishers_of_a_minority_repeat_with_their_keys(start_server: StartServ
         eventually(running.told, 20)
         running.is_whole()
         assert running.told() == {listener.name for listener in running.listeners[1::2]}
+        assert given_up(running.history)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from history import Delivery, Event, Joined, Publish, Told, faults, read, write
+from history import Delivery, Event, Joined, Publish, Told, faults, given_up, read, write
 
 RIGHT: list[Event] = [
     *(Joined("ann", 0), Joined("bob", 0), Joined("eve", 2.5)),
@@ -44,6 +44,7 @@ MINORITY: list[Event] = [
 def test_a_minority_may_lose_what_its_clients_alone_had() -> None:
     """They are told. A message that comes again for all has another id; one that others had, too, is not given up."""
     assert faults(RIGHT + MINORITY) == []
+    assert (given_up(RIGHT), given_up(RIGHT + MINORITY)) == (set(), {"2b"})
     again = [Delivery(client, 6, "4", "alone") for client in ("ann", "bob", "eve")]
     assert faults(RIGHT + MINORITY + again) == []
     assert faults(RIGHT + MINORITY + again + again[1:2])[0] == "double: bob got alone as 4 and as 4"
