@@ -10,6 +10,7 @@ An error is one line on stderr. notifyd.py imports this where the first word of 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import signal
@@ -42,6 +43,7 @@ Arguments = argparse.Namespace
 
 def run(argv: list[str], environ: Mapping[str, str]) -> int:
     """Run the command that the first word names, and return the exit status. Raises SettingsError for a misuse."""
+    _prepare_streams()
     arguments = parser().parse_args(argv)
     arguments.environ = environ
     try:
@@ -51,9 +53,17 @@ def run(argv: list[str], environ: Mapping[str, str]) -> int:
         complain(str(refusal))
         return 1
     except ReaderGone:
-        # The reader has seen enough; without this the rest in the buffer would fail at the end of the process.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _prepare_streams() -> None:
+    """Open the standard streams that a shell has closed, lest a socket takes their place, and write UTF-8."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode))  # noqa: SIM115 - open until the end
+    # As JSON is, whatever the locale.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
 
 
 def parser() -> Parser:

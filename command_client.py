@@ -62,7 +62,13 @@ class Refused(Exception):
 
 def is_url(text: str) -> bool:
     """Whether a text is the URL of a server: without a user, which might be a secret, and without a query."""
-    return _URL.match(text) is not None and not set("?#") & set(text)
+    if _URL.match(text) is None or set("?#") & set(text):
+        return False
+    try:
+        parts = urlsplit(text)
+        return bool((parts.hostname or "").encode("idna")) and parts.port != 0
+    except ValueError:
+        return False  # a port, an address or a name that there cannot be
 
 
 class ReaderGone(Exception):
@@ -70,11 +76,15 @@ class ReaderGone(Exception):
 
 
 def write(text: str) -> None:
-    """Write a line on standard output. Raises ReaderGone."""
+    """Write a line on standard output. Raises ReaderGone, and Refused where it cannot be written."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
-        raise ReaderGone from None
+    except OSError as error:
+        # What is left in the buffer would fail again at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise ReaderGone from None
+        raise Refused(f"standard output: {error.strerror}") from None
 
 
 def complain(text: str) -> None:

@@ -246,6 +246,9 @@ MISUSE = [
     (["publish", "hi", "--type", "a", "--type", "b"], "--type: expected one value, got several"),
     (["publish", "hi", "--url", "localhost:8000"], "--url: expected a URL such as http://localhost:8000, "),
     (["publish", "hi", "--url", "http://me:hush@localhost"], "--url: expected a URL such as http://localhost:8000, "),
+    (["publish", "hi", "--url", "http://localhost:65536"], "--url: expected a URL such as http://localhost:8000, "),
+    (["listen", "--url", "http://[:::::]"], "--url: expected a URL such as http://localhost:8000, "),
+    (["listen", "--url", "http://no..host"], "--url: expected a URL such as http://localhost:8000, "),
     (["publish", "hi", "--key", "hush hush"], "--key: expected a key or token without spaces"),
     (["publish", "hi", "--no-such-flag=hush"], "unrecognized arguments: --no-such-flag (--help"),
     (["listen", "--since", "yesterday"], "--since: expected a duration such as 90s, 10m, 1h or 7d"),
@@ -360,6 +363,39 @@ def test_a_reader_that_has_enough_ends_it_quietly(start_server: StartServer) -> 
     first, statuses = ended.stdout.splitlines()
     assert json.loads(first)["data"] == {"message": "one"} and statuses == "0 0"
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk_ends_it_with_the_first_notification_that_it_loses(server: Server) -> None:
+    server.publish("before")
+    for command in (["publish", "hi"], ["listen", "--since", "1h"]):
+        with open("/dev/full", "w") as full:
+            ended = subprocess.run(
+                words(*command, "--url", server.url),
+                env=environment(),
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+        assert (ended.returncode, "Traceback" in ended.stderr) == (1, False)
+        assert ended.stderr.endswith("notifyd: standard output: No space left on device\n")
+
+
+def test_a_shell_may_close_the_standard_streams(server: Server) -> None:
+    command = ["bash", "-c", '"$@" <&- >&- 2>&-', "-", *words("publish", "quiet", "--url", server.url)]
+    assert subprocess.run(command, env=environment(), timeout=60, check=False).returncode == 0
+    (newest,) = server.read("/notifications?order=desc&limit=1")["notifications"]
+    assert newest["data"] == {"message": "quiet"}
+
+
+def test_json_is_in_utf8_whatever_the_locale(start_server: StartServer, listen: Callable[..., Listening]) -> None:
+    server = start_server()
+    server.publish("größer")
+    listening = listen("--url", server.url, "--since", "1h", variables={"PYTHONIOENCODING": "ascii"})
+    assert listening.next()["data"]["message"] == "größer"
+    assert listening.end() == (0, "")
 
 
 def test_a_terminal_gets_short_lines_without_control_characters(
