@@ -39,7 +39,8 @@ async def test_an_appended_notification_is_delivered(any_store: str) -> None:
         ]
         appended = await one.store.append(drafts)
         expected = [
-            Record(receipt.id, *draft, appended.at) for receipt, draft in zip(appended.receipts, drafts, strict=True)
+            Record(receipt.id, *draft, appended.at, receipt.recipients)
+            for receipt, draft in zip(appended.receipts, drafts, strict=True)
         ]
         assert one.records == expected
         assert abs(appended.at - time.time()) < 5
