@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from itertools import count, cycle
 from typing import Any
 
@@ -107,7 +107,8 @@ class Traffic:
         self.stays_up = True
         self._publishing = threading.Event()
         self._publishing.set()
-        self._loop = asyncio.new_event_loop()
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._loop = self._runner.get_loop()
         self._thread = threading.Thread(target=self._run)
 
     def __enter__(self) -> Traffic:
@@ -134,7 +135,8 @@ class Traffic:
                 for listener, servers in zip(self.listeners, places, strict=True):
                     self._tasks.create_task(listener.run(servers))
 
-        with suppress(asyncio.CancelledError), closing(self._loop):
+        # Publishers that are left, where a test has failed, are cancelled, too.
+        with suppress(asyncio.CancelledError), self._runner:
             self._main = self._loop.create_task(main())
             self._loop.run_until_complete(self._main)
 
