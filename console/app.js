@@ -84,12 +84,15 @@ async function unlock() {
     }
     // 403 is a token with fewer rights. Every other refusal has its place in the panels.
   }
+  const wasLocked = isLocked;
   isStarted = true;
   isLocked = false;
   byId("gate").hidden = true;
   byId("leave").hidden = !key.get();
   byId("tabs").hidden = false;
   select(named());
+  // The form that had the focus is gone.
+  if (wasLocked) byId(`tab-${named()}`).focus();
   if (links.ws) live.connect();
   else byId("connection").hidden = true;
   server.start(links);

@@ -66,6 +66,7 @@ async function state() {
     if (!(refusal instanceof Refusal)) throw refusal;
     isWell = refusal.status !== 0;
     figure("State", isWell ? "unknown" : "away");
+    figure("Store", "unknown");
     // What every panel says by itself needs no banner.
     banner(isWell ? "" : refusal.message);
   }

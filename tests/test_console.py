@@ -390,6 +390,9 @@ def test_the_drain_is_shown_while_it_goes_on(start_server: StartServer, browse: 
     console.sees("still connected")
     stays.socket.close()
     console.sees("The server does not answer.")
+    console.open("Server")
+    console.sees("away", "#server-figures")
+    assert "answers" not in console.text("#server-figures")
     console.tab.console.clear()
 
 
@@ -432,6 +435,7 @@ def test_a_key_opens_the_page(start_server: StartServer, browse: Open) -> None:
     console.fill("Key or token", KEY)
     console.press("Enter")
     console.sees("Connected as client_")
+    assert console.focus() == "tab-live"
     server.post({"message": "secret"}, headers={"X-API-Key": KEY})
     eventually(lambda: rows(console) == ["secret"])
     for panel in PANELS:
@@ -544,6 +548,13 @@ def test_axe_finds_nothing(server: Server, browse: Open, size: tuple[int, int], 
         )
         assert found == [], panel
         assert console.evaluate("document.documentElement.scrollWidth") <= size[0]
+
+
+def test_an_address_of_a_panel_shows_the_page_from_its_top(server: Server, browse: Open) -> None:
+    console = browse(f"{server.url}/#publish", NARROW)
+    console.sees("Connected as client_")
+    assert console.evaluate("document.documentElement.scrollHeight - innerHeight") > 0
+    assert console.evaluate("scrollY") == 0
 
 
 def test_the_keyboard_reaches_everything(server: Server, browse: Open) -> None:
