@@ -374,7 +374,10 @@ class _OpenAPI:
     def _answer(self, path: str, handler: Handler, note: Note) -> Schema:
         headers = {}
         if note.has_key:
-            headers["Notification-Id"] = self._header("Notification-Id", self._schemas.of(Id))
+            # An answer in lines has none.
+            id, may_be_lines = self._schemas.of(Id), handler.__name__ == "notify_batch"
+            sent = {"required": False, "schema": id} if may_be_lines else self._header("Notification-Id", id)
+            headers["Notification-Id"] = sent
             headers["Idempotent-Replayed"] = self._header("Idempotent-Replayed", {"const": "true"}, is_required=False)
         if note.may_wait:
             applied = {"type": "string", "pattern": "^wait=[0-9]+$"}
