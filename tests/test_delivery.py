@@ -106,6 +106,19 @@ def test_a_client_that_does_not_read_is_pending_and_a_publisher_waits_for_it(ser
     eventually(lambda: first.get("/health").json()["connections"]["active"] == 0)
 
 
+def test_a_client_that_is_replayed_a_topic_is_listed(servers: list[Server]) -> None:
+    """Though the notification is older than its connection."""
+    first, last = servers[0], servers[-1]
+    start, id = publish(first), publish(first, topics=["dusk"])
+    client = last.join("follower")
+    client.send({"type": "subscribe", "topics": ["dusk"], "since": start})
+    eventually(lambda: delivery(first, id) == [0, 1, 0, 0])
+    for server in servers:
+        assert listed(server, id, "written") == ["follower"]
+    client.leave()
+    eventually(lambda: first.get("/health").json()["connections"]["active"] == 0)
+
+
 def test_acknowledgements_count_for_as_much_as_was_handed_over(servers: list[Server]) -> None:
     """Up to the id, also of a client that has left, and of one whose client_id the server has made up."""
     first, last = servers[0], servers[-1]
