@@ -11,8 +11,8 @@
  * Usage: load PORT WS_PATH HELLO GREETINGS PUBLISH_PORT PUBLISH_PATH OFFER, where HELLO is the text that each client
  * sends first, GREETINGS the number of frames with which the server greets it, and OFFER a line of its handshake with
  * the extensions that it offers; HELLO and OFFER may be empty. Commands, one a line on stdin:
- *   format FRAME_BYTES PADDING [GROUP_SIZE FIELD QUERY]   FIELD ends a body, and QUERY a client's URL; %d
- *                                                         in them is the number of the group
+ *   format FRAME_BYTES PADDING GROUP_SIZE =FIELD =QUERY   FIELD ends a body, and QUERY a client's URL; %d in them
+ *                                                         is the number of the group
  *   address GROUPS                                        so many groups have their turn
  *   sleep MILLISECONDS                                    for as long as nothing comes; 0 is polling
  *   connect CLIENTS AT_ONCE
@@ -331,8 +331,11 @@ static void drain(void) {
 
 static void obey(const char *command) {
     int a, b, c, d, e;
-    if (sscanf(command, "format %zu %d %d %127s %127s", &frame_bytes, &a, &group_size, field, query) >= 2)
+    if (sscanf(command, "format %zu %d %d %127s %127s", &frame_bytes, &a, &group_size, field, query) == 5) {
         memset(padding, 'x', (size_t)a);
+        memmove(field, field + 1, sizeof field - 1);
+        memmove(query, query + 1, sizeof query - 1);
+    }
     else if (sscanf(command, "connect %d %d", &a, &b) == 2)
         connect_clients(a, b);
     else if (sscanf(command, "publish %d %d %d %d %d", &a, &b, &c, &d, &e) == 5)

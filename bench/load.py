@@ -116,7 +116,7 @@ class Load:
             audience = self.audience
             of_body = audience.field + peer.field
             sizes = (payload + FRAME_HEAD_BYTES, payload - natural, audience.group_size)
-            self._command("format", *sizes, of_body, audience.query)
+            self._command("format", *sizes, f"={of_body}", f"={audience.query}")
             self.connect(self._to_connect)
         except BaseException:
             self._end()
