@@ -180,7 +180,10 @@ class Doors:
                 other_reader, other_writer = await asyncio.open_connection("127.0.0.1", port)
                 self._open += (addresses, writer), (addresses, other_writer)
                 await asyncio.gather(carry(reader, other_writer), carry(other_reader, writer))
+                await other_writer.wait_closed()
         writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
     def cut_off(self, address: str) -> None:
         """Close all ways from and to this server, or with an empty address none."""
@@ -202,7 +205,9 @@ class Doors:
     async def _end(self) -> None:
         for server in self._servers:
             server.close()
-        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()})
+        # A connection that has just come begins a task of its own meanwhile.
+        while left := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.gather(*left)
 
 
 async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
