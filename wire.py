@@ -198,7 +198,7 @@ class WireProtocol(asyncio.Protocol):
     ) -> None:
         session = self.session
         assert session is not None and self.state is CONNECTING
-        own_headers = self._agree(session)
+        own_headers = self._agree(session, receiver)
         answer = acceptance(session.key, subprotocol or session.subprotocol, [*headers, *session.headers, *own_headers])
         if receiver is not None:
             self._receiver = receiver
@@ -210,13 +210,14 @@ class WireProtocol(asyncio.Protocol):
             # It must not be told before this has returned.
             self._put_off(session.early)
 
-    def _agree(self, session: Session) -> Headers:
+    def _agree(self, session: Session, receiver: Receiver | None) -> Headers:
         """Read as agreed from now on, and write to a receiver so; return the header that says it."""
         if session.agreement is None:
             self._parser = FrameParser(self._config.ws_max_size)
             return ()
         self._parser = InflatingParser(self._config.ws_max_size)
-        if session.agreement.takes_shared:
+        # An app with the standard `send` has frames of its own kinds.
+        if receiver is not None and session.agreement.takes_shared:
             self.write = self._write_deflated
             if self._descriptor >= 0:
                 self._descriptor = OTHER_FORM - self._descriptor

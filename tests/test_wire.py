@@ -750,3 +750,12 @@ def test_a_handshake_over_tls_is_refused_as_any_other(secure: Apps) -> None:
     with pytest.raises(InvalidStatus) as refused:
         over_tls(secure, "deny", closed)
     assert (refused.value.response.status_code, refused.value.response.body) == (418, b"teapot")
+
+
+def test_an_app_with_the_standard_send_answers_as_it_means_to(apps: Apps) -> None:
+    """Also to a client whose messages are compressed: bytes stay bytes, and text stays text."""
+    client = apps.join_app("compressed", compression="deflate")
+    assert [extension.name for extension in client.connection.protocol.extensions] == ["permessage-deflate"]
+    for message in (b'{"id":"' + b"x" * 500, "text " * 100):
+        client.send(message)
+        assert client.connection.recv(PATIENCE) == message
