@@ -93,7 +93,7 @@ function newRow(client) {
   );
   const id = `client-${client.client_id}`;
   cells[1].id = id;
-  const button = el("button", { type: "button", "aria-describedby": id, onclick: () => ask(client) }, "Disconnect");
+  const button = el("button", { type: "button", "aria-describedby": id }, "Disconnect");
   return el("tr", { role: "row" }, ...cells, el("td.act", { role: "cell" }, button));
 }
 
@@ -102,16 +102,12 @@ function update(row, client) {
   say(user, client.user ?? "nobody");
   user.classList.toggle("faint", client.user === null);
   if (!id.firstChild)
-    id.append(
-      el("code", {}, client.client_id),
-      el("span.tag", { hidden: true }, "this page"),
-      el(
-        "small",
-        {},
-        [client.transport === "sse" ? "stream" : client.transport, client.address].filter(Boolean).join(" · "),
-      ),
-    );
+    id.append(el("code", {}, client.client_id), el("span.tag", { hidden: true }, "this page"), el("small"));
   id.querySelector(".tag").hidden = client.client_id !== own;
+  // A newer connection may have taken the id over.
+  const transport = client.transport === "sse" ? "stream" : client.transport;
+  say(id.querySelector("small"), [transport, client.address].filter(Boolean).join(" · "));
+  row.querySelector("button").onclick = () => ask(client);
   if (topics.textContent.trim() !== client.topics.join(" "))
     topics.replaceChildren(...client.topics.flatMap((topic) => [el("span.topic", {}, topic), " "]));
   since.replaceChildren(ago(client.connected_at));

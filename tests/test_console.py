@@ -15,6 +15,7 @@ from browser import Browser
 from carriers import host, uvicorn
 from conftest import StartServer
 from credentials import SECRET, token
+from event_stream import Stream
 from processes import ROOT, Server, environment, eventually, free_port, node_with, program
 from ws_clients import PATIENCE
 
@@ -333,6 +334,18 @@ def test_clients_are_found_and_put_out(server: Server, browse: Open) -> None:
     assert alice.closed() == (1008, "Disconnected")
     console.sees("phone is disconnected.")
     assert console.focus() == "clients-refresh"
+
+
+def test_a_client_id_that_is_taken_over_shows_its_new_connection(start_server: StartServer, browse: Open) -> None:
+    server = start_server("--on-duplicate", "replace", "--trusted-proxies", "127.0.0.1")
+    Stream(server, "client_id=phone&user=alice", {"X-Forwarded-For": "10.1.1.1"})
+    console = browse(f"{server.url}/#clients")
+    console.sees("phone\nstream · 10.1.1.1", "#clients-table")
+    server.join(query="client_id=phone&user=bob", additional_headers={"X-Forwarded-For": "10.2.2.2"})
+    console.click("button", "Refresh")
+    console.sees("phone\nwebsocket · 10.2.2.2", "#clients-table")
+    console.evaluate("document.querySelector('[aria-describedby=client-phone]').click()")
+    console.sees("It belongs to bob.", "#ask-text")
 
 
 # History.
