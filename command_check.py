@@ -147,7 +147,8 @@ def _certificate(context: ssl.SSLContext, path: str) -> Findings:
         return
     days = (ssl.cert_time_to_seconds((near.getpeercert() or {})["notAfter"]) - time.time()) / 86_400  # type: ignore[arg-type]
     if days < LAST_DAYS:
-        yield odd(f"--ssl-certfile: the certificate in {path} ends in {days:.0f} days")
+        left = "1 day" if days < 1.5 else f"{days:.0f} days"
+        yield odd(f"--ssl-certfile: the certificate in {path} ends in {left}{' or less' if days < 1 else ''}")
 
 
 # --- sockets

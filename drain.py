@@ -107,10 +107,10 @@ class Drain:
             reporter.cancel()
 
     async def _report(self) -> None:
-        while self._hub.clients:
+        while left := len(self._hub.clients):
             logger.info(
-                "Draining: %d clients remain; they are closed in %.0f s at most (a second signal: now)",
-                len(self._hub.clients),
+                "Draining: %s closed in %.0f s at most (a second signal: now)",
+                "1 client remains; it is" if left == 1 else f"{left} clients remain; they are",
                 max(0.0, self._left()),
             )
             await asyncio.sleep(REPORT_SECONDS)

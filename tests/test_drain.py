@@ -361,15 +361,16 @@ def test_a_second_signal_is_not_paced(start_server: StartServer) -> None:
 # In the log.
 
 
-def test_the_log_says_how_many_remain(start_server: StartServer) -> None:
+@pytest.mark.parametrize("clients", [1, 3])
+def test_the_log_says_how_many_remain(start_server: StartServer, clients: int) -> None:
     """An operator sees how many clients are waited for, and for how long at most."""
     server = start_server("--shutdown-timeout", "77")
-    for _ in range(3):
+    for _ in range(clients):
         server.join()
     server.signal()
-    line = r"Draining: (\d+) clients remain; they are closed in 7[67] s"
+    line = r"Draining: (?:(1) client remains; it is|([2-9]) clients remain; they are) closed in 7[67] s"
     # Each process tells of its own.
-    eventually(lambda: sum(int(count) for count in re.findall(line, "\n".join(server.stderr))) == 3)
+    eventually(lambda: sum(int(one or more) for one, more in re.findall(line, "\n".join(server.stderr))) == clients)
 
 
 def test_a_killed_server_leaves_nothing_that_stops_the_next(start_server: StartServer) -> None:
