@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 
 from msgspec import structs
 
-from guard_auth import keys_and_tokens_of, warnings_of
+from guard_auth import keys_and_tokens_of, keys_of, warnings_of
 from server_workers import check_store
 from settings import Settings, SettingsError, extra, is_secret, number
 
 # A certificate that ends within this time is odd: renewals come earlier.
 LAST_DAYS = 14
+# Random ones hold 128 bits in base64, which nobody guesses.
+LEAST_KEY_CHARACTERS = 22
 
 
 class Finding(NamedTuple):
@@ -121,6 +123,10 @@ def _files(settings: Settings) -> Findings:
     from server import certificate_of  # noqa: PLC0415 - needs uvicorn
 
     keys_and_tokens_of(settings)
+    for source, key in keys_of(settings):
+        name, _, secret = key.partition(":")
+        if len(secret) < LEAST_KEY_CHARACTERS:
+            yield odd(f"{source}: the secret of {name} is short: {LEAST_KEY_CHARACTERS} random characters or more")
     if (certificate := certificate_of(settings)) is not None:
         yield from _certificate(certificate.context, settings.ssl_certfile)
     if settings.jwks_url:

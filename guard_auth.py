@@ -223,7 +223,7 @@ def authenticator_of(settings: Settings, backend: AuthenticationBackend | None =
 def keys_and_tokens_of(settings: Settings) -> KeysAndTokens | None:
     """Return the keys and tokens that the settings name, None for neither. Raises SettingsError."""
     keys = dict[str, str]()
-    for source, text in _keys_of(settings):
+    for source, text in keys_of(settings):
         name, _, secret = text.partition(":")
         if name in keys:
             raise SettingsError(f"{source}: there are two keys called {name}")
@@ -238,8 +238,8 @@ def keys_and_tokens_of(settings: Settings) -> KeysAndTokens | None:
     return KeysAndTokens(keys.items()) if keys else None
 
 
-def _keys_of(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Yield each key with the flag, or the line of the file, that has it."""
+def keys_of(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Yield each key with the flag, or the line of the file, that has it. Raises SettingsError."""
     for key in settings.api_key:
         yield "--api-key", key
     path = settings.api_key_file

@@ -466,7 +466,7 @@ def test_nothing_is_found_where_nothing_is_wrong(tmp_path: Path) -> None:
     store = tmp_path / "stores"
     store.mkdir()
     keys = tmp_path / "keys"
-    keys.write_text("ci:secret\n")
+    keys.write_text("ci:0123456789abcdef012345\n")
     keys.chmod(0o600)
     flags = ["--store", f"sqlite:{store}/log", "--api-key-file", str(keys), "--host", "0.0.0.0"]
     found = odd_or_wrong(*flags, variables=variables)
@@ -501,6 +501,25 @@ ODD = {
         "--allow-origin: with * and without keys or tokens every web page reads and publishes",
     ),
 }
+
+
+def test_a_short_secret_is_odd_and_is_not_shown(tmp_path: Path) -> None:
+    """Of each key with its place; a token's secret is refused by its length alone."""
+    keys = tmp_path / "keys"
+    keys.write_text("# here\nci:0123456789abcdef012345\nops:0123456789abcdef01234\n")
+    keys.chmod(0o600)
+    status, found = odd_or_wrong("--api-key-file", str(keys), variables={"NOTIFYD_API_KEY": "dev:secret"})
+    rest = "is short: 22 random characters or more"
+    assert (status, found) == (
+        0,
+        [
+            f"odd: --api-key: the secret of dev {rest}",
+            f"odd: --api-key-file: {keys}, line 3: the secret of ops {rest}",
+        ],
+    )
+    short = "0123456789abcdef0123456789abcde"
+    status, found = odd_or_wrong(variables={"NOTIFYD_JWT_SECRET": short})
+    assert (status, found) == (1, ["wrong: NOTIFYD_JWT_SECRET: expected 32 bytes or more"])
 
 
 @pytest.mark.parametrize("case", ODD)
