@@ -161,8 +161,8 @@ async def prometheus(hub: Hub) -> str:
         ("notifyd_slow_consumers_total", "counter", "Clients closed for being too far behind", census.slow_consumers),
         ("notifyd_clients_behind", "gauge", "Clients that have a backlog", share.clients_behind),
         ("notifyd_largest_backlog_notifications", "gauge", "Largest backlog of a client", share.largest_backlog),
-        ("notifyd_log_notifications", "gauge", "Notifications in the log", share.log_notifications),
-        ("notifyd_log_bytes", "gauge", "Bytes of notifications in the log", share.log_bytes),
+        ("notifyd_log_notifications", "gauge", "Notifications in memory, also of tests", share.log_notifications),
+        ("notifyd_log_bytes", "gauge", "Bytes of notifications in memory", share.log_bytes),
         ("notifyd_workers_alive", "gauge", "Processes that serve, on all machines", 1 + len(census.others)),
     ]
     totals = [f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value}\n" for name, kind, text, value in figures]

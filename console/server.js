@@ -175,7 +175,7 @@ function draw(second, now) {
   figure("Deliveries", number(now.websocket_notifications_sent));
   figure("Published", number(now.notifyd_notifications_published_total));
   figure("Slow clients closed", number(now.notifyd_slow_consumers_total));
-  figure("In the log", number(now.notifyd_log_notifications));
+  figure("In memory, with test ones", number(now.notifyd_log_notifications));
   figure("Log in memory", bytes(now.notifyd_log_bytes));
   figure("Up for", span(now.websocket_server_uptime_seconds));
   before = { second, metrics: now };

@@ -390,6 +390,7 @@ def test_server_plots_its_figures(server: Server, browse: Open) -> None:
     eventually(lambda: console.evaluate("document.querySelectorAll('.plot path.line[d^=M]').length") == 4, 2 * PATIENCE)
     assert "running" in console.text("#server-figures")
     assert str(server.port) in console.text("#server-settings")
+    assert "In memory, with test ones\n1" in console.text("#server-figures")
 
 
 def test_the_drain_is_shown_while_it_goes_on(start_server: StartServer, browse: Open) -> None:

@@ -278,6 +278,27 @@ def test_the_board_imports() -> None:
     assert {target["datasource"]["uid"] for panel in panels for target in panel["targets"]} == {"${datasource}"}
 
 
+@pytest.mark.parametrize("name", ["users", "topics"])
+def test_the_board_shows_how_many_there_are_at_least_and_at_most(tmp_path: Path, name: str) -> None:
+    """Of two processes, about which each of two nodes tells: one may have what the other has."""
+    [panel] = [panel for panel in BOARD["panels"] if panel["title"] == name.capitalize()]
+    given = [
+        {"series": f'notifyd_process_{name}{{process="{process}",instance="{node}"}}', "values": f"{count}x5"}
+        for process, count in (("a", 3), ("b", 2))
+        for node in NODES
+    ]
+    expected = [
+        {"expr": target["expr"], "eval_time": "1m", "exp_samples": [{"labels": "{}", "value": value}]}
+        for target, value in zip(panel["targets"], (3, 5), strict=True)
+    ]
+    assert [target["legendFormat"] for target in panel["targets"]] == ["at least", "at most"]
+    test = {"tests": [{"interval": "1m", "input_series": given, "promql_expr_test": expected}]}
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump(test))
+    command = [program("promtool"), "test", "rules", str(tmp_path / "test.yaml")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
 LATE = 'notifyd_process_loop_delay_seconds_bucket{process="a",instance="x",le="%s"}'
 # Series of one of two nodes that tell the same, and when the alert of that name fires.
 FIRES = {

@@ -118,6 +118,14 @@ def test_the_ends_of_clients_are_counted_by_code_and_kind(start_server: StartSer
     assert "quoted" not in prometheus(server)
 
 
+def test_the_log_in_memory_says_that_it_has_the_test_notifications_too(start_server: StartServer) -> None:
+    """The history leaves them out, so the two differ, and the words say why."""
+    server = start_server("--notification-interval", "0.01")
+    eventually(lambda: sample(server, "notifyd_log_notifications") > 2)
+    assert server.read("/notifications")["notifications"] == []
+    assert "# HELP notifyd_log_notifications Notifications in memory, also of tests\n" in prometheus(server)
+
+
 def test_every_close_of_a_client_has_a_kind() -> None:
     """The kinds are those of the documented reasons, but for those of newcomers and of broken frames."""
     counts = Counts()
