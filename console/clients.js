@@ -1,7 +1,7 @@
 // The panel Clients: who is connected, on all processes of the server.
 
 import { Refusal, read, request, segment } from "./api.js";
-import { ago, byId, count, el, number, say, settled } from "./elements.js";
+import { ago, byId, count, el, named, number, say, settled } from "./elements.js";
 
 const PAGE = 1000; // clients in an answer of the server, at most
 const MOST = 200; // rows, until somebody asks for more
@@ -99,7 +99,7 @@ function newRow(client) {
 
 function update(row, client) {
   const [user, id, topics, since, heard, agent] = row.cells;
-  say(user, client.user ?? "nobody");
+  say(user, client.user === null ? "nobody" : named(client.user));
   user.classList.toggle("faint", client.user === null);
   if (!id.firstChild)
     id.append(el("code", {}, client.client_id), el("span.tag", { hidden: true }, "this page"), el("small"));
@@ -108,11 +108,10 @@ function update(row, client) {
   const transport = client.transport === "sse" ? "stream" : client.transport;
   say(id.querySelector("small"), [transport, client.address].filter(Boolean).join(" · "));
   row.querySelector("button").onclick = () => ask(client);
-  if (topics.textContent.trim() !== client.topics.join(" "))
-    topics.replaceChildren(...client.topics.flatMap((topic) => [el("span.topic", {}, topic), " "]));
+  say(topics, ...client.topics.flatMap((topic) => [el("span.topic", {}, named(topic)), " "]));
   since.replaceChildren(ago(client.connected_at));
   heard.replaceChildren(ago(client.last_ping));
-  say(agent, client.user_agent ?? "");
+  say(agent, named(client.user_agent ?? ""));
 }
 
 // --- putting a client out
@@ -120,9 +119,10 @@ function update(row, client) {
 function ask(client) {
   const dialog = byId("ask");
   say(byId("ask-title"), `Disconnect ${client.client_id}?`);
-  const facts = [client.user && `It belongs to ${client.user}.`, client.client_id === own && "It is this page."];
+  const owner = client.user === null ? [] : ["It belongs to ", named(client.user), ". "];
+  const page = client.client_id === own ? "It is this page. " : "";
   const end = "It is closed for good: the clients of notifyd do not come back by themselves.";
-  say(byId("ask-text"), [...facts, end].filter(Boolean).join(" "));
+  say(byId("ask-text"), ...owner, page, end);
   say(byId("ask-yes"), "Disconnect");
   dialog.returnValue = "";
   dialog.addEventListener("close", () => dialog.returnValue === "yes" && disconnect(client), { once: true });

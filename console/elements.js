@@ -18,10 +18,20 @@ export function el(name, attributes = {}, ...children) {
   return element;
 }
 
-/** Set a text only where it differs: a live region is read out again for each change. */
-export function say(element, text) {
-  if (element.textContent !== text) element.textContent = text;
+/** Set a text, or texts and nodes, only where it differs: a live region is read out again for each change. */
+export function say(element, ...parts) {
+  if (element.textContent !== parts.map((part) => part.textContent ?? part).join("")) element.replaceChildren(...parts);
 }
+
+// Characters that nobody sees, and that may turn the order of the others; a joiner is part of a letter.
+const UNSEEN = /[\p{Cc}\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/gu;
+
+/** Return a text with such characters written out: \u202e. */
+export const visible = (text) =>
+  text.replace(UNSEEN, (unseen) => `\\u${unseen.codePointAt(0).toString(16).padStart(4, "0")}`);
+
+/** Return a name as a node: it changes nothing beside it, whatever a stranger has put into it. */
+export const named = (text) => el("bdi", {}, visible(text));
 
 const CLOCK = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit" });
 const DAY = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short" });

@@ -1,7 +1,7 @@
 // The panel History: the log, newest first, and who has got a notification.
 
 import { Refusal, read, segment } from "./api.js";
-import { byId, count, el, say } from "./elements.js";
+import { byId, count, el, named, say } from "./elements.js";
 import { row } from "./notification.js";
 import { figures } from "./publish.js";
 
@@ -89,7 +89,7 @@ async function ask(place, id) {
   for (const [number, { clients, next }] of states.entries()) {
     if (!clients.length) continue;
     const items = clients.map(({ client_id: client, user }) =>
-      el("li", {}, el("code", {}, client), user ? ` of ${user}` : null),
+      el("li", {}, el("code", {}, client), ...(user ? [" of ", named(user)] : [])),
     );
     const title = STATES[number][0].toUpperCase() + STATES[number].slice(1);
     place.append(el("h3", {}, `${title}${next ? `, the first ${WHO}` : ""}`), el("ul", {}, ...items));

@@ -6,7 +6,7 @@
 
 import { NotifydClient } from "../client.js";
 import { BASE, Refusal, key } from "./api.js";
-import { byId, count, el, names, number, say, settled, span } from "./elements.js";
+import { byId, count, el, named, names, number, say, settled, span, visible } from "./elements.js";
 import { has, row } from "./notification.js";
 
 const KEPT = 2000;
@@ -55,17 +55,17 @@ export function disconnect() {
 const heard = { resume: resumed, shutdown: () => dispatchEvent(new CustomEvent("unsettled")) };
 
 const STATES = {
-  connecting: () => "Connecting",
-  open: ({ clientId, user }) => `Connected as ${clientId}${user ? ` of ${user}` : ""}`,
-  waiting: () => "Connection lost, trying again",
-  closed: () => "Not connected",
+  connecting: () => ["Connecting"],
+  open: ({ clientId, user }) => [el("span", {}, `Connected as ${clientId}`, ...(user ? [" of ", named(user)] : []))],
+  waiting: () => ["Connection lost, trying again"],
+  closed: () => ["Not connected"],
 };
 
 function entered(state, detail) {
   const shown = byId("connection");
   if (state !== "connecting" || shown.dataset.state !== "waiting") {
     shown.dataset.state = state;
-    say(shown, STATES[state](detail));
+    say(shown, ...STATES[state](detail));
   }
   if (state === "open") dispatchEvent(new CustomEvent("connected", { detail }));
   if (state === "open" && !lostAt) note("");
@@ -105,9 +105,9 @@ function resumed({ replayed, complete }) {
 
 /** Show a text above the list, maybe with a button that connects again. */
 function note(text, canConnect = false) {
-  const place = byId("live-note");
-  if (place.firstChild?.textContent === text) return;
-  place.replaceChildren(text);
+  const [place, shown] = [byId("live-note"), visible(text)];
+  if (place.firstChild?.textContent === shown) return;
+  place.replaceChildren(shown);
   if (canConnect) place.append(" ", el("button", { type: "button", onclick: connect }, "Connect again"));
 }
 
@@ -196,9 +196,9 @@ function tell() {
     () => {
       telling = undefined;
       saidAt = Date.now();
-      const { type, data } = kept.at(-1) ?? {};
+      const { type = "", data } = kept.at(-1) ?? {};
       if (isVisible && !isPaused() && unsaid)
-        byId("live-said").textContent = `${unsaid} new. The last: ${type}, ${data?.message ?? ""}`;
+        byId("live-said").textContent = `${unsaid} new. The last: ${visible(type)}, ${data?.message ?? ""}`;
       unsaid = 0;
     },
     Math.max(RENDER_MS, saidAt + SAID_MS - Date.now()),

@@ -1,6 +1,6 @@
 // One notification as a row: time, type, topics, message, and its JSON folded.
 
-import { clock, el } from "./elements.js";
+import { clock, el, named, visible } from "./elements.js";
 
 /** Return a notification as a list item. `more(notification)` is asked for elements when its JSON is first unfolded. */
 export function row(notification, more) {
@@ -9,9 +9,9 @@ export function row(notification, more) {
     "summary",
     {},
     clock(timestamp),
-    el("span.type", { title: type }, type),
+    el("span.type", { title: visible(type) }, named(type)),
     el("span.message", { dir: "auto" }, shown(data)),
-    topics && el("span.topics", {}, ...topics.flatMap((topic) => [el("span.topic", {}, topic), " "])),
+    topics && el("span.topics", {}, ...topics.flatMap((topic) => [el("span.topic", {}, named(topic)), " "])),
   );
   const details = el("details", {}, summary);
   // Most are never unfolded.
@@ -26,8 +26,10 @@ export function row(notification, more) {
 }
 
 /** Return a value as JSON to read; `of` says whose it is. A keyboard scrolls it. */
-export const json = (value, of) =>
-  el("pre", { tabindex: "0", role: "region", "aria-label": `JSON of the ${of}` }, JSON.stringify(value, null, 2));
+export function json(value, of) {
+  const lines = JSON.stringify(value, null, 2).split("\n");
+  return el("pre", { tabindex: "0", role: "region", "aria-label": `JSON of the ${of}` }, lines.map(visible).join("\n"));
+}
 
 /** Return the message of a notification's data: the server puts it there always, but a host's own might be anything. */
 const shown = (data) => (typeof data?.message === "string" ? data.message : JSON.stringify(data));

@@ -154,6 +154,32 @@ def test_live_shows_a_notification_whole(server: Server, browse: Open) -> None:
     assert console.evaluate("document.querySelectorAll('#live-list :is(img, i, script)').length") == 0
 
 
+def test_a_name_turns_nothing_beside_it(server: Server, browse: Open) -> None:
+    """Characters that nobody sees are written out, wherever a type, topic or user stands, and each name is isolated."""
+    turned, shown = "a\u202eb\u2066", "a\\u202eb\\u2066"
+    server.join(query=f"client_id=phone&user={quote(turned)}&topics={quote(turned)}")
+    console = browse(server.url)
+    console.fill("Topics", turned)
+    eventually(lambda: [topic["clients"] for topic in server.read("/topics")["topics"]] == [2])
+    server.notify("hi", type=f"{turned}\x9b\n", topics=[turned], users=[turned], data={"\u202e": "\u200f\x7f"})
+    console.sees(f"{shown}\\u009b\\u000a\nhi\n{shown}", "#live-list")
+    console.evaluate("document.querySelector('#live-list summary').click()")
+    console.sees('"\\u202e": "\\u200f\\u007f"\n', "#live-list pre")
+    console.open("Clients")
+    console.sees(f"{shown}\tphone", "#clients-table")
+    console.evaluate("document.querySelector('[aria-describedby=client-phone]').click()")
+    console.sees(f"It belongs to {shown}. It is closed", "#ask-text")
+    console.press("Escape")
+    console.open("History")
+    console.fill("Topics", turned)
+    console.click("button", "Show")
+    console.sees("1 notification.")
+    console.evaluate("document.querySelector('#history-list summary').click()")
+    console.sees(f"phone of {shown}", "#history-list")
+    assert not re.search("[\u202e\u2066\u200f\x9b]", console.evaluate("document.body.outerHTML"))
+    assert console.evaluate("getComputedStyle(document.querySelector('bdi')).unicodeBidi") == "isolate"
+
+
 def test_live_is_filtered_and_paused(server: Server, browse: Open) -> None:
     """By type, text and topic; nothing that comes during a pause is lost."""
     console = browse(server.url)
