@@ -371,7 +371,7 @@ class Server:
     def connect(self, client_id: str | None = None, *, query: str = "", **options: Any) -> Client:
         """Connect and read nothing yet: a welcome or the reason of a refusal is still to come."""
         defaults = {"compression": None, "proxy": None, "ping_interval": None, "close_timeout": 1}
-        defaults |= {"max_queue": None, "max_size": None}
+        defaults |= {"max_queue": None, "max_size": None, "open_timeout": PATIENCE}
         address = options.pop("url", "") or self.address(client_id, query=query)
         return Client(self._clients.enter_context(connect(address, **(defaults | options))))
 
@@ -530,7 +530,7 @@ class Ended(NamedTuple):
 def run(*flags: str, variables: Mapping[str, str] | None = None) -> Ended:
     """Run notifyd in a process that must end by itself."""
     command, variables = notifyd_command(*flags), environment(variables)
-    ended = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=20, check=False)
+    ended = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60, check=False)
     return Ended(ended.returncode, ended.stdout, ended.stderr)
 
 

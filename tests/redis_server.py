@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import redis
-from processes import program
+from processes import free_port, program
 
-READY_SECONDS = 10.0
+READY_SECONDS = 30.0
 
 
 class RedisServer:
@@ -21,9 +20,7 @@ class RedisServer:
 
     def __init__(self, *, append_only: bool = False, flags: tuple[str, ...] = ()) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="notifyd-redis-")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.socket = Path(self._directory.name) / "redis.sock"
         durable = ("--appendonly", "yes", "--appendfsync", "always") if append_only else ("--appendonly", "no")
         self._command = (

@@ -22,7 +22,7 @@ from websockets.http11 import Response
 from websockets.sync.client import ClientConnection
 from websockets.uri import parse_uri
 
-PATIENCE = 8.0  # Seconds until an event that should come counts as missing; the machine may be busy.
+PATIENCE = 20.0  # Seconds until an event that should come counts as missing; the machine may be busy.
 
 
 def parse_message(text: str | bytes) -> Any:
@@ -180,7 +180,8 @@ def claims(urls: Iterable[str]) -> list[str]:
 
 
 async def _claim(url: str, answered: asyncio.Barrier) -> str:
-    async with connect_async(url, compression=None, ping_interval=None, proxy=None, close_timeout=2) as connection:
+    options = {"compression": None, "ping_interval": None, "proxy": None, "close_timeout": 2, "open_timeout": PATIENCE}
+    async with connect_async(url, **options) as connection:
         try:
             met = str(parse_message(await asyncio.wait_for(connection.recv(), PATIENCE))["type"])
         except ConnectionClosed:
