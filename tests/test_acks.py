@@ -305,6 +305,6 @@ def test_repetitions_count_for_the_rate(server: Server) -> None:
     [one] = server.publish("one")
     client = server.join("ann")
     with suppress(ConnectionClosed):
-        for _ in range(200):
+        for _ in range(1000):
             client.send({"type": "ack", "id": one})
     assert client.closed() == (1008, "Message rate exceeded")

@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
 import pytest
+from bytes import masked
 from conftest import StartServer
 from expected import CLIENT_ID, PONG, answered, http_error, welcome, ws_error
 from processes import Server, eventually
 from websockets.frames import Opcode
-from ws_clients import claims
+from ws_clients import PATIENCE, claims
 
 FULL = "Connection limit exceeded: 2/2"
 TAKEN = "Client bob is already connected"
@@ -92,12 +93,11 @@ def test_a_second_claim_leaves_the_first_alone(server: Server) -> None:
     assert bob.ask({"type": "ping"}) == PONG
 
 
-def test_a_claim_on_a_living_client_is_refused_at_once(server: Server) -> None:
-    """The probe of the old connection ends with its answer, not after two seconds."""
+def test_a_claim_on_a_living_client_is_refused_at_once(start_server: StartServer) -> None:
+    """The probe of the old connection ends with its answer, not after its seconds."""
+    server = start_server(constants={"heartbeat.PROBE_SECONDS": 60.0})
     server.join("bob")
-    began = time.monotonic()
-    server.connect("bob").closed()
-    assert time.monotonic() - began < 1.5
+    assert server.connect("bob").closed() == (1008, TAKEN)
 
 
 def test_an_id_is_free_when_its_client_has_left(server: Server) -> None:
@@ -126,7 +126,7 @@ def test_a_dead_client_gives_way_to_a_newcomer(server: Server) -> None:
     dead = server.join_bare("bob")
     began = time.monotonic()
     server.join("bob")
-    assert 1 < time.monotonic() - began < 4
+    assert 1 < time.monotonic() - began < 6
     assert dead.closed() == (1011, "Ping timeout")
 
 
@@ -372,8 +372,7 @@ def test_a_hundred_messages_at_once_are_answered(server: Server) -> None:
 def test_a_flood_of_messages_closes_the_connection(server: Server, message: str) -> None:
     """More than 50 messages a second over two seconds, of any kind, close with 1008."""
     client = server.join_bare()
-    for _ in range(250):
-        client.send_frame(Opcode.TEXT, message.encode())
+    client.socket.sendall(masked(Opcode.TEXT, message.encode()) * 250)
     assert client.closed() == (1008, "Message rate exceeded")
 
 
@@ -382,7 +381,7 @@ def test_protocol_pings_do_not_count_for_the_rate(server: Server) -> None:
     client = server.join()
     for number in range(300):
         last = client.connection.ping(str(number))
-    assert last.wait(5)
+    assert last.wait(PATIENCE)
     assert client.ask("nonsense") == ws_error("Invalid JSON format")
 
 

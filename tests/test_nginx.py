@@ -172,17 +172,17 @@ def test_a_user_in_a_path_goes_through_as_it_was_sent(nginx: Nginx, backend: Ser
 
 def test_nginx_refuses_as_the_server_does(nginx: Nginx) -> None:
     """After as many requests, with the same body and headers; the server is not asked."""
-    began, answers = time.monotonic(), [nginx.http.get("/metrics") for _ in range(30)]
-    seconds = time.monotonic() - began
-    refused = [answer for answer in answers if answer.status_code == 429]
-    assert 20 <= len(answers) - len(refused) <= 20 + 10 * seconds
-    refusal = refused[-1]
+    began, since, allowed = time.monotonic(), time.time(), 0
+    while (refusal := nginx.http.get("/metrics")).status_code == 200:
+        allowed += 1
+    assert refusal.status_code == 429
+    assert 20 <= allowed <= 20 + 10 * (time.monotonic() - began)
     assert refusal.headers["content-type"] == "application/json"
     assert parse(refusal.content) == http_error("application", "Rate limit exceeded: 10 requests a second, 20 at once")
     assert refusal.headers["retry-after"] == "1"
     limit, remaining, reset = limits(refusal.headers)
     assert (limit, remaining) == (10, 0)
-    assert 1 <= reset - time.time() <= 3.1
+    assert since + 1 <= reset <= time.time() + 3.1
     stamp = time.strptime(parse(refusal.content)["error"]["timestamp"][:19], "%Y-%m-%dT%H:%M:%S")
     assert abs(calendar.timegm(stamp) - time.time()) < 10
 
@@ -214,9 +214,9 @@ def test_an_ipv6_network_is_one_subscriber(start_server: StartServer, tmp_path: 
 @pytest.mark.parametrize("ask", ["get", "knock"])
 def test_the_refusals_are_nginx_own(nginx: Nginx, ask: str) -> None:
     """nginx refuses these by itself: the server has not seen them."""
-    began = time.monotonic()
-    for _ in range(30):
-        nginx.knock() if ask == "knock" else nginx.http.get("/metrics")
+    began, refused = time.monotonic(), 0
+    while refused < 5:
+        refused += (nginx.knock()[0] if ask == "knock" else nginx.http.get("/metrics").status_code) == 429
     seconds = time.monotonic() - began
     lines = [line for line in nginx.logs().splitlines() if line.startswith(f"{nginx.address} ") and " 429 " in line]
     # One that is let through just when the bucket is refilled may come to the server a moment too soon.
@@ -225,10 +225,12 @@ def test_the_refusals_are_nginx_own(nginx: Nginx, ask: str) -> None:
 
 def test_a_handshake_is_refused_as_the_server_does(nginx: Nginx) -> None:
     """Before the upgrade, after as many."""
-    began, answers = time.monotonic(), [nginx.knock() for _ in range(16)]
-    statuses = [status for status, _, _ in answers]
-    assert 10 <= statuses.count(101) <= 10 + 5 * (time.monotonic() - began)
-    headers, body = next((headers, body) for status, headers, body in answers if status == 429)
+    began, answers = time.monotonic(), [nginx.knock()]
+    while answers[-1][0] == 101:
+        answers.append(nginx.knock())
+    status, headers, body = answers[-1]
+    assert status == 429
+    assert 10 <= len(answers) - 1 <= 10 + 5 * (time.monotonic() - began)
     assert parse(body) == http_error("connection", "Rate limit exceeded: 5 handshakes a second, 10 at once")
     assert (headers["Content-Type"], headers["Retry-After"]) == ("application/json", "1")
     assert limits(headers)[:2] == (5, 0)
@@ -255,9 +257,9 @@ def test_health_is_exempt(nginx: Nginx, path: str) -> None:
 @pytest.mark.parametrize("path", ["/healthz", "/health/", "/health%20x"])
 def test_nothing_else_is_exempt(nginx: Nginx, path: str) -> None:
     """nginx refuses paths that only begin like /health by itself, and names no upstream."""
-    for _ in range(50):
-        nginx.http.get(path)
-    assert re.search(rf"^{nginx.address} .* 429 \d+ \S+ - ", nginx.logs(), re.MULTILINE)
+    while nginx.http.get(path).status_code != 429:
+        pass
+    eventually(lambda: re.search(rf"^{nginx.address} .* 429 \d+ \S+ - ", nginx.logs(), re.MULTILINE))
 
 
 def test_a_client_is_welcomed_and_gets_notifications(nginx: Nginx, backend: Server) -> None:
@@ -575,10 +577,12 @@ def test_more_than_six_streams_share_a_connection(nginx: Nginx, backend: Server)
     nginx.http.get("/health")
     urls = [f"{nginx.url}/events?client_id=h2-{number}" for number in range(8)]
     outputs = [word for url in urls for word in ("--output", os.devnull, url)]
-    shown = ("--write-out", "%{http_version} %{num_connects}\n", "--parallel", "--max-time", "4")
+    shown = ("--write-out", "%{http_version} %{num_connects}\n", "--parallel", "--max-time", "60")
     with ThreadPoolExecutor() as pool:
         lines = pool.submit(curl, nginx, *shown, *outputs)
         eventually(lambda: backend.active() == 8)
+        for number in range(8):
+            assert backend.request("DELETE", f"/clients/h2-{number}").status_code == 200
     assert sorted(lines.result()) == ["2 0"] * 7 + ["2 1"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import httpx
@@ -22,6 +23,7 @@ HANDSHAKES, REQUESTS = (5, 10), (10, 20)
 ALICE, BOB = {"X-Forwarded-For": "203.0.113.1"}, {"X-Forwarded-For": "203.0.113.2"}
 RATE = Rate(10, 20)
 APP = "https://app.example"
+NUMBERS = count(1)
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +37,9 @@ def _limited() -> Iterator[Server]:
 
 
 @pytest.fixture
-def limited(_limited: Server, request: pytest.FixtureRequest) -> Server:
+def limited(_limited: Server) -> Server:
     """A server with limits; each test has another address."""
-    number = hash(request.node.name) % 2**24
+    number = next(NUMBERS)
     _limited.http.headers["X-Forwarded-For"] = f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"
     return _limited
 
@@ -134,12 +136,13 @@ def test_as_many_requests_as_the_bucket_holds(limited: Server) -> None:
 
 def test_a_refusal_has_the_documented_body_and_headers(limited: Server) -> None:
     """429, when to come back, and when the bucket is full."""
-    refusal = exhaust(limited)
+    began, refusal = time.time(), exhaust(limited)
     assert parse(refusal.content) == http_error("application", "Rate limit exceeded: 10 requests a second, 20 at once")
     assert refusal.headers["retry-after"] == "1"
     limit, remaining, reset = limits(refusal.headers)
     assert (limit, remaining) == (10, 0)
-    assert 1 <= reset - time.time() <= 3
+    # Nothing is left of two seconds' worth, up to the next request.
+    assert began + 1.9 <= reset <= time.time() + 3
 
 
 def test_a_client_that_waits_for_retry_after_gets_in(limited: Server) -> None:
@@ -178,8 +181,8 @@ def test_everything_counts(limited: Server, method: str, path: str) -> None:
 
 def test_one_bucket_is_for_all_of_them(limited: Server) -> None:
     """All methods and paths share the bucket."""
-    exhaust(limited)
     began, asked = time.monotonic(), [("POST", "/notify"), ("HEAD", "/metrics"), ("OPTIONS", "/status"), ("PUT", "/")]
+    exhaust(limited)
     statuses = [limited.request(method, path).status_code for method, path in asked * 5]
     assert len(statuses) - statuses.count(429) <= 1 + 10 * (time.monotonic() - began)
 
@@ -219,11 +222,11 @@ def test_a_stream_tells_its_limits(limited: Server) -> None:
 
 def test_as_many_handshakes_as_the_bucket_holds(limited: Server) -> None:
     """10 at once, and then 5 a second; each answer tells."""
-    began = time.monotonic()
-    answers = [knock(limited) for _ in range(16)]
-    statuses = [answer.status_code for answer in answers]
-    assert set(statuses) == {101, 429}
-    assert 10 <= statuses.count(101) <= 10 + 5 * (time.monotonic() - began)
+    began, answers = time.monotonic(), [knock(limited)]
+    while answers[-1].status_code == 101:
+        answers.append(knock(limited))
+    assert answers[-1].status_code == 429
+    assert 10 <= len(answers) - 1 <= 10 + 5 * (time.monotonic() - began)
     assert limits(answers[0].headers)[:2] == (5, 9)
 
 
