@@ -256,7 +256,7 @@ class Process:
 
 
 async def _serve(url: str, settings: dict[str, int]) -> None:
-    member = await Member(url, store_timeout=1, max_connections=10_000, **settings).open()
+    member = await Member(url, store_timeout=10, max_connections=10_000, **settings).open()
     loop = asyncio.get_running_loop()
     while expression := await loop.run_in_executor(None, sys.stdin.readline):
         try:

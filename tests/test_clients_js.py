@@ -203,7 +203,7 @@ def test_a_token_is_renewed_before_it_expires(start_server: StartServer, open_pa
     server = start_server("--jwt-secret", SECRET, "--api-key", "ci:a-key")
     server.http.headers["X-API-Key"] = "a-key"
     now = int(time.time())
-    tokens = [jwt.encode({"sub": "alice", "exp": now + seconds}, SECRET) for seconds in (4, 3600)]
+    tokens = [jwt.encode({"sub": "alice", "exp": now + seconds}, SECRET) for seconds in (9, 3600)]
     page = open_page(server, f"token: () => {json.dumps(tokens)}[window.asked = (window.asked ?? -1) + 1]")
     page.until("told.includes('authenticated')")
     server.notify("hi")

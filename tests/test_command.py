@@ -339,7 +339,7 @@ def age(server: Server, id: str) -> float:
 def test_a_final_end_is_told(start_server: StartServer, listen: Callable[..., Listening], way: str) -> None:
     """A client that is put out, replaced by another, or whose token ends, does not come back."""
     server = start_server("--jwt-secret", SECRET, "--api-key", "ci:secret")
-    key = call_command("token", "--jwt-secret", SECRET, "--sub", "bob", "--expires", "2s").stdout.strip()
+    key = call_command("token", "--jwt-secret", SECRET, "--sub", "bob", "--expires", "7s").stdout.strip()
     variables = {"NOTIFYD_KEY": key if way == "token" else "secret", "NOTIFYD_URL": server.url}
     listening = listen("--client-id", "bob", variables=variables)
     if way == "client":

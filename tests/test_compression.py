@@ -254,7 +254,7 @@ def test_gzip_is_for_who_takes_it(header: str, takes: bool) -> None:
 def test_a_stream_in_gzip_is_read_as_it_comes(server: Server) -> None:
     """By httpx: the welcome, then each notification before the next is published."""
     other = server.join()
-    with httpx.stream("GET", f"{server.url}/events", headers={"Accept": "text/event-stream"}, timeout=10) as response:
+    with httpx.stream("GET", f"{server.url}/events", headers={"Accept": "text/event-stream"}, timeout=60) as response:
         assert response.headers["content-encoding"] == "gzip"
         assert response.headers["vary"].lower() == "accept-encoding"
         lines = response.iter_lines()
@@ -270,7 +270,7 @@ def test_a_stream_in_gzip_is_read_as_it_comes(server: Server) -> None:
 def test_curl_shows_a_stream_in_gzip(server: Server) -> None:
     """Without --compressed it is sent as it is."""
     for flag, coding in (("--compressed", "gzip"), ("--silent", "identity")):
-        command = ["curl", "--silent", "--include", "--no-buffer", "--max-time", "10", flag, f"{server.url}/events"]
+        command = ["curl", "--silent", "--include", "--no-buffer", "--max-time", "60", flag, f"{server.url}/events"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as curl:
             assert curl.stdout is not None
             lines = iter(curl.stdout.readline, "")

@@ -68,10 +68,17 @@ class Console:
         return bool(self._found(role, name))
 
     def _do(self, role: str, name: str, act: str) -> None:
-        eventually(lambda: self.has(role, name))
+        eventually(lambda: self._done(role, name, act))
+
+    def _done(self, role: str, name: str, act: str) -> bool:
+        """Do it, unless the element is not there, or has just been replaced."""
         found = self._found(role, name)
-        resolved = self.tab.call("DOM.resolveNode", backendNodeId=found[0])["result"]["object"]["objectId"]
-        self.tab.call("Runtime.callFunctionOn", objectId=resolved, functionDeclaration=f"function () {{ {act} }}")
+        resolved = self.tab.call("DOM.resolveNode", backendNodeId=found[0]).get("result") if found else None
+        if resolved is None:
+            return False
+        function = {"objectId": resolved["object"]["objectId"], "functionDeclaration": f"function () {{ {act} }}"}
+        self.tab.call("Runtime.callFunctionOn", **function)
+        return True
 
     def click(self, role: str, name: str) -> None:
         self._do(role, name, "this.focus(); this.click()")
@@ -134,7 +141,7 @@ def test_a_newcomer_publishes_and_sees_it(server: Server, browse: Open) -> None:
     console.sees("Published. It is for 1 connected client.")
     console.sees("hello <b>world</b>", "#publish-answer")
     console.click("link", "Live")
-    assert rows(console) == ["hello <b>world</b>"]
+    eventually(lambda: rows(console) == ["hello <b>world</b>"])
 
 
 # Live.
@@ -190,7 +197,7 @@ def test_live_is_filtered_and_paused(server: Server, browse: Open) -> None:
     console.sees("2 notifications")
     console.fill("Type", "ALE")
     console.sees("1 of 2 notifications shown")
-    assert rows(console) == ["disk full"]
+    eventually(lambda: rows(console) == ["disk full"])
     console.fill("Type", "")
     console.fill("Text", "17", "searchbox")
     eventually(lambda: rows(console) == ["build 17"])

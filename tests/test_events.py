@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import time
 from http.client import IncompleteRead
 from typing import Any
 
@@ -38,7 +37,7 @@ def is_told_when_to_retry(response: httpx.Response) -> bool:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_curl_shows_each_notification(server: Server) -> None:
     """curl shows each notification as soon as it arrives, in the documented lines."""
-    command = ["curl", "--silent", "--no-buffer", "--max-time", "10", "--noproxy", "*", f"{server.url}/events"]
+    command = ["curl", "--silent", "--no-buffer", "--max-time", "60", "--noproxy", "*", f"{server.url}/events"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as curl:
         assert curl.stdout is not None
         lines = iter(curl.stdout.readline, "")
@@ -171,8 +170,11 @@ def test_a_polyfill_resumes_by_itself(server: Server) -> None:
             assert polyfill.stdout is not None
             eventually(lambda: server.active() == 1)
             [id] = server.publish("one")
-            (name, notification), (resumed, resume) = (json.loads(polyfill.stdout.readline()) for _ in range(2))
-            assert (name, notification["id"]) == ("message", id)
+            told = (json.loads(line) for line in polyfill.stdout)
+            # On a busy machine it has come back before, too.
+            [_, notification] = next(each for each in told if each[0] == "message")
+            resumed, resume = next(told)
+            assert notification["id"] == id
             assert (resumed, resume["data"]) == ("resume", {"position": id, "replayed": 0, "complete": True})
         finally:
             polyfill.kill()
@@ -333,12 +335,11 @@ def test_a_stream_that_takes_no_goodbye_is_aborted(start_server: StartServer) ->
 # The owner of a client_id.
 
 
-def test_a_newcomer_replaces_a_stream(server: Server) -> None:
+def test_a_newcomer_replaces_a_stream(start_server: StartServer) -> None:
     """It cannot be asked whether it is alive, so it gives way at once, to a stream."""
+    server = start_server(constants={"heartbeat.PROBE_SECONDS": 60.0})
     old = join(server, "client_id=ann")
-    started = time.monotonic()
     new = join(server, "client_id=ann")
-    assert time.monotonic() - started < 1.5
     assert old.rest() == [REPLACED]
     server.publish("for the new")
     assert texts(new.events(1)) == ["for the new"]

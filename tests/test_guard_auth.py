@@ -485,10 +485,10 @@ def test_only_an_admin_may_read_history_and_figures(signed: Server, path: str) -
 
 def test_the_end_of_a_token_is_the_end_of_the_client(signed: Server) -> None:
     """No sooner than it says, and not long after; the id is free again."""
-    ends = int(time.time()) + 2
+    ends = int(time.time()) + 4
     client = listener(signed, sub="alice", exp=ends)
     assert client.closed() == (1008, EXPIRED)
-    assert 0 <= time.time() - ends < 2
+    assert 0 <= time.time() - ends < 5
     assert listener(signed, sub="alice")
     assert refusal(signed, token(exp=ends)) == EXPIRED
     assert signed.get("/status", headers=bearer(token(admin=True, exp=ends))).json()["error"]["message"] == EXPIRED
@@ -496,14 +496,14 @@ def test_the_end_of_a_token_is_the_end_of_the_client(signed: Server) -> None:
 
 def test_a_stream_ends_with_its_token(signed: Server) -> None:
     """It is told why, in an event."""
-    with signed.http.stream("GET", "/events", headers=bearer(token(exp=time.time() + 1.5))) as stream:
+    with signed.http.stream("GET", "/events", headers=bearer(token(exp=time.time() + 4))) as stream:
         *_, name, data, _ = stream.iter_lines()
     assert (name, data) == ("event: closed", 'data: {"code":1008,"reason":"Token expired"}')
 
 
 def test_a_new_token_goes_on_where_the_last_one_ended(signed: Server) -> None:
     """A renewed client has the rights of the new token, and ends with it."""
-    first, last = time.time() + 1.5, int(time.time()) + 5
+    first, last = time.time() + 4, int(time.time()) + 7
     client = listener(signed, sub="alice", exp=first)
     until = Like(time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(last)))
     renewed = client.ask({"type": "auth", "token": token(sub="alice", topics=["builds"], exp=last)})
@@ -528,7 +528,7 @@ def test_a_new_token_goes_on_where_the_last_one_ended(signed: Server) -> None:
 )
 def test_a_bad_renewal_changes_nothing(signed: Server, message: Record, answer: str) -> None:
     """It is an error message; the client ends when its first token does."""
-    client = listener(signed, sub="alice", topics=["builds"], exp=int(time.time()) + 2)
+    client = listener(signed, sub="alice", topics=["builds"], exp=int(time.time()) + 5)
     assert client.ask({"type": "subscribe", "topics": ["builds"]})["type"] == "subscribed"
     assert client.ask({"type": "auth", **message}) == ws_error(answer)
     assert client.ask({"type": "subscribe", "topics": ["ops"]}) == ws_error("Not allowed: topic ops")
@@ -593,14 +593,14 @@ def test_a_client_without_a_subject_renews_without_one(signed: Server, claims: d
 
 def test_a_key_renews_for_ever(signed: Server) -> None:
     """It has no end, and no limits."""
-    client = listener(signed, sub="alice", exp=time.time() + 1.5)
+    client = listener(signed, sub="alice", exp=time.time() + 4)
     assert client.ask({"type": "auth", "token": KEY}) == {
         "type": "authenticated",
         "expires_at": None,
         "timestamp": TIME,
     }
     assert client.ask({"type": "subscribe", "topics": ["ops"]})["type"] == "subscribed"
-    time.sleep(2.7)  # Nothing must happen, and so nothing can be waited for.
+    time.sleep(5.2)  # Nothing must happen, and so nothing can be waited for.
     assert client.ask({"type": "ping"})["type"] == "pong"
 
 

@@ -235,7 +235,7 @@ def test_a_slow_issuer_does_not_delay_other_requests(start_server: StartServer, 
     eventually(lambda: issuer.asked == 1)
     began = time.monotonic()
     assert server.get("/health").status_code == 200
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < tokens.FETCH_SECONDS - 1
     issuer.answers.set()
     assert all(one.recv(12) == b"HTTP/1.1 101" for one in waiting)
     assert issuer.asked == 1
@@ -403,6 +403,7 @@ def rotated(server: Server, issuer: Issuer) -> str:
 def test_a_token_of_a_new_key_waits_for_the_next_fetch(start_server: StartServer, issuer: Issuer) -> None:
     """On every way in, within the pause between two fetches, and among them a renewal on a WebSocket."""
     issuer.publish(jwk("r1"))
+    began = time.monotonic()
     server = start_server("--jwks-url", issuer.url, constants={"guard_tokens.PAUSE_SECONDS": 1.5})
     held = from_issuer("r1", sub="alice")
     client = server.connect(additional_headers=bearer(held))
@@ -420,7 +421,7 @@ def test_a_token_of_a_new_key_waits_for_the_next_fetch(start_server: StartServer
         assert ways[3].result()["user"] == "bob"
     assert {client.receive()["type"], client.receive()["type"]} == {"authenticated", "custom"}
     assert server.connect(query=f"token={from_issuer('nobody')}").closed() == (1008, "Invalid token")
-    assert issuer.asked <= 4, "no more often than the pause allows"
+    assert issuer.asked <= 1 + (time.monotonic() - began) / 1.5, "no more often than the pause allows"
 
 
 def test_a_token_of_a_new_key_is_not_refused_while_the_issuer_is_away(

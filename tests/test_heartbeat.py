@@ -7,7 +7,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from itertools import pairwise
 from signal import SIGCONT, SIGSTOP
+from statistics import median
 
 import pytest
 from conftest import StartServer
@@ -18,14 +20,14 @@ from websockets.frames import Opcode
 
 @pytest.fixture(scope="module")
 def pinging() -> Iterator[Server]:
-    """A server that pings five times a second and gives up after a second of silence."""
-    flags = ("--notification-interval", "0", "--ping-interval", "0.2", "--ping-timeout", "1")
+    """A server that pings five times a second and gives up after two seconds of silence."""
+    flags = ("--notification-interval", "0", "--ping-interval", "0.2", "--ping-timeout", "2")
     server = Server.notifyd(*flags)
     yield server
     server.stop()
 
 
-def stays(server: Server, client_id: str, keep_alive: object, seconds: float = 1.5) -> bool:
+def stays(server: Server, client_id: str, keep_alive: object, seconds: float = 3) -> bool:
     """Whether a client is still connected when it has called `keep_alive` again and again for so long."""
     assert callable(keep_alive)
     deadline = time.monotonic() + seconds
@@ -46,8 +48,8 @@ def test_pings_go_on(pinging: Server) -> None:
 
 def test_pings_come_once_in_an_interval(pinging: Server) -> None:
     """Two pings are about one interval apart."""
-    first, *_, last = (datetime.fromisoformat(each["timestamp"]) for each in pinging.join().receive_many(6))
-    assert 0.6 < (last - first).total_seconds() < 1.8
+    times = [datetime.fromisoformat(each["timestamp"]).timestamp() for each in pinging.join().receive_many(8)]
+    assert 0.1 < median(later - earlier for earlier, later in pairwise(times)) < 0.4
 
 
 def test_a_protocol_ping_comes_along(pinging: Server) -> None:
@@ -61,7 +63,7 @@ def test_silence_closes_with_1011(pinging: Server) -> None:
     """A client that answers neither kind of ping for ping_timeout is closed with the documented reason."""
     client, began = pinging.join_bare(), time.monotonic()
     assert client.closed() == (1011, "Ping timeout")
-    assert 0.9 < time.monotonic() - began < 2.5
+    assert 1.9 < time.monotonic() - began < 6
 
 
 def test_the_silent_make_room(pinging: Server) -> None:

@@ -552,11 +552,11 @@ def vast() -> Iterator[Server]:
     server.stop()
 
 
-def test_a_number_of_a_million_digits_is_an_answer_too(vast: Server) -> None:
+def test_a_number_of_ten_million_digits_is_an_answer_too(vast: Server) -> None:
     """A number that nobody can keep is refused, and quickly."""
     began = time.monotonic()
-    status = vast.post(b'{"message": "hi", "data": {"n": ' + b"9" * 1_000_000 + b"}}").status_code
-    assert status in (200, 400) and time.monotonic() - began < 2
+    status = vast.post(b'{"message": "hi", "data": {"n": ' + b"9" * 10_000_000 + b"}}").status_code
+    assert status in (200, 400) and time.monotonic() - began < 10
 
 
 @pytest.mark.usefixtures("bystander")

@@ -196,7 +196,7 @@ def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def _shared(start: StartMany) -> Iterator[Many]:
     limits = ("--max-connections", str(LIMIT), "--max-connections-per-user", str(USER_LIMIT))
-    many = start("--notification-interval", "0", *limits)
+    many = start("--notification-interval", "0", "--history-size", "100000", *limits)
     yield many
     for server in many.servers:
         server.stop()
@@ -274,7 +274,7 @@ def test_a_client_id_of_the_dead_is_free_on_another_process(many: Many) -> None:
     here.join_dead("a")
     began = time.monotonic()
     there.join("a")
-    assert 1.9 < time.monotonic() - began < 4
+    assert 1.9 < time.monotonic() - began < 6
     assert many.counts()["active"] == 1
 
 
@@ -388,7 +388,7 @@ def test_all_clients_receive_one_order(many: Many) -> None:
     assert recipients == [6] * 60
     first, *others = [ids(client.receive_many(60)) for client in clients]
     assert first == sorted(set(first)) and others == [first] * 5
-    assert ids(many.read("/notifications?limit=1000")["notifications"])[-60:] == first
+    assert ids(many.read("/notifications?order=desc&limit=60")["notifications"]) == first[::-1]
 
 
 def test_history_is_the_same_everywhere_at_once(many: Many) -> None:

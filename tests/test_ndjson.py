@@ -97,7 +97,7 @@ def test_curl_publishes_what_a_program_writes(server: Server) -> None:
     """With `-T -`, as documented."""
     command = [program("curl"), "-sN", "-X", "POST", "-T", "-", "-H", f"Content-Type: {NDJSON['Content-Type']}"]
     ended = subprocess.run(
-        [*command, f"{server.url}/notify/batch"], input=lines(3), capture_output=True, check=True, timeout=20
+        [*command, f"{server.url}/notify/batch"], input=lines(3), capture_output=True, check=True, timeout=60
     )
     assert [parse(line) for line in ended.stdout.splitlines()] == [PUBLISHED] * 3
 
@@ -179,7 +179,7 @@ def test_a_line_has_a_deadline(start_server: StartServer) -> None:
 
 def test_in_the_drain_the_lines_are_refused(start_server: StartServer) -> None:
     """Those before it are published; the answer ends."""
-    server = start_server("--shutdown-timeout", "5")
+    server = start_server()
     listener, sending = server.join(), Sending(server)
     answers = sending.answers()
     sending.send(lines(2))

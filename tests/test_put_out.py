@@ -201,7 +201,7 @@ def test_a_second_counts_as_a_whole(together: list[Server]) -> None:
 
 
 def test_a_revocation_ends(start_server: StartServer) -> None:
-    server = start_server(*FLAGS, "--revocation-ttl", "2")
+    server = start_server(*FLAGS, "--revocation-ttl", "4")
     shown = bearer(named(USER, admin=True))
     assert put_out(server, revoke=True).status_code == 200
     assert server.get("/status", headers=shown).status_code == 401

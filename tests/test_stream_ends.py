@@ -221,7 +221,7 @@ def test_a_page_renews_its_token_with_another_stream(start_server: StartServer) 
 def test_the_end_of_a_token_is_told(start_server: StartServer) -> None:
     """The browser comes back with the same token, and gets 401, which is final."""
     server = start_server("--jwt-secret", SECRET)
-    query = f"token={token(sub='ann', exp=time.time() + 1.5)}"
+    query = f"token={token(sub='ann', exp=time.time() + 4)}"
     assert join(server, query).rest() == [closed(1008, "Token expired")]
     assert server.get(f"/events?{query}", headers=BROWSER).status_code == 401
 

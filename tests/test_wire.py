@@ -534,7 +534,7 @@ def test_a_goodbye_in_the_middle_of_small_messages_is_followed_by_the_rest(apps:
         sender = threading.Thread(target=client.socket.sendall, args=(small + large,))
         sender.start()
         apps.wake()
-        sender.join(CLOSE_DEADLINE_SECONDS / 2)
+        sender.join(CLOSE_DEADLINE_SECONDS - 0.5)
         assert not sender.is_alive()
         assert client.next_frame(Opcode.CLOSE).data == b"\x0f\xa0Enough"
 

@@ -42,9 +42,8 @@ HALF_A_POST = b"POST /notify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000
 
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[Server]:
-    """A server that waits half a second for a request, or for its answer to be taken, and a second between requests."""
-    constants = {"wire_http.REQUEST_SECONDS": 0.5, "wire_http.STALLED_SECONDS": 0.5}
-    server = Server.notifyd(*QUIET, "--keep-alive-timeout", "1", constants=constants)
+    """A server that waits half a second for a request, and a second between requests."""
+    server = Server.notifyd(*QUIET, "--keep-alive-timeout", "1", constants={"wire_http.REQUEST_SECONDS": 0.5})
     yield server
     server.stop()
 
@@ -284,23 +283,24 @@ def test_an_idle_connection_is_closed_without_an_answer(impatient: Server, sent:
 
 
 @needs_proc
-def test_half_an_empty_line_does_not_keep_a_connection(impatient: Server) -> None:
+def test_half_an_empty_line_does_not_keep_a_connection(start_server: StartServer) -> None:
     """CR comes before the end of keep_alive_timeout, LF behind it."""
-    connection = impatient.raw(b"")
-    time.sleep(0.8)
+    server = start_server("--keep-alive-timeout", "3", constants={"wire_http.REQUEST_SECONDS": 0.5})
+    connection = server.raw(b"")
+    time.sleep(1)
     connection.sendall(b"\r")
-    time.sleep(0.35)
+    time.sleep(2.2)
     connection.sendall(b"\n")
-    eventually(lambda: not impatient.holds(connection))
+    eventually(lambda: not server.holds(connection))
 
 
 @pytest.mark.parametrize("before", [b"", HEALTH], ids=["nothing", "a request"])
-def test_a_late_request_gets_its_own_answer(impatient: Server, before: bytes) -> None:
+def test_a_late_request_gets_its_own_answer(start_server: StartServer, before: bytes) -> None:
     """Browsers connect in advance, and take a 408 that comes meanwhile for the answer to their first request."""
-    connection = impatient.raw(before)
+    connection = start_server(constants={"wire_http.REQUEST_SECONDS": 0.5}).raw(before)
     if before:
         read_until(connection, b"}\n")
-    connection.settimeout(0.7)  # Longer than a request may take, and shorter than keep_alive_timeout.
+    connection.settimeout(1)  # Longer than a request may take, and shorter than keep_alive_timeout.
     with pytest.raises(TimeoutError):
         connection.recv(1)
     connection.settimeout(PATIENCE)
@@ -312,34 +312,42 @@ def test_a_late_request_gets_its_own_answer(impatient: Server, before: bytes) ->
 # A peer that does not read.
 
 
+@pytest.fixture(scope="module")
+def resigned() -> Iterator[Server]:
+    """A server that waits two seconds for its answer to be taken."""
+    server = Server.notifyd(*QUIET, constants={"wire_http.STALLED_SECONDS": 2.0})
+    yield server
+    server.stop()
+
+
 @pytest.fixture
-def history(impatient: Server) -> bytes:
+def history(resigned: Server) -> bytes:
     """Requests whose answers are larger than what the kernel holds for a peer."""
     for _ in range(17):
-        impatient.notify("large", data={"pad": "x" * 60_000})
+        resigned.notify("large", data={"pad": "x" * 60_000})
     page = b"GET /notifications HTTP/1.1\r\nHost: localhost\r\n"
     return (page + b"\r\n") * 19 + page + b"Connection: close\r\n\r\n"
 
 
 @needs_proc
-def test_an_answer_that_nobody_takes_is_given_up(impatient: Server, history: bytes) -> None:
+def test_an_answer_that_nobody_takes_is_given_up(resigned: Server, history: bytes) -> None:
     """The descriptor is free again, long before the peer looks."""
-    connection = impatient.raw(history)
+    connection = resigned.raw(history)
     read_until(connection, b"200 OK")
-    assert impatient.holds(connection)
-    eventually(lambda: not impatient.holds(connection))
+    assert resigned.holds(connection)
+    eventually(lambda: not resigned.holds(connection))
     assert len(rest(connection)) < 17_000_000
 
 
-def test_an_answer_that_is_taken_slowly_comes_whole(impatient: Server, history: bytes) -> None:
+def test_an_answer_that_is_taken_slowly_comes_whole(resigned: Server, history: bytes) -> None:
     """A slow reader gets the whole answer, as long as it goes on reading."""
-    connection = impatient.raw(b"")
+    connection = resigned.raw(b"")
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 500_000)
     connection.sendall(history)
     received, began = 0, time.monotonic()
     while data := connection.recv(200_000):
         received += len(data)
-        if time.monotonic() < began + 1.5:
+        if time.monotonic() < began + 3:
             time.sleep(0.1)
     assert received > 17_000_000
 

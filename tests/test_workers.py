@@ -32,7 +32,7 @@ from processes import (
     workers,
 )
 from websockets.exceptions import ConnectionClosed
-from ws_clients import Client
+from ws_clients import PATIENCE, Client
 
 from server_workers import VARIABLE
 
@@ -169,7 +169,7 @@ def test_a_signal_during_the_start_ends_it(number: int) -> None:
         eventually(children.read_text)
         os.killpg(process.pid, number)
         # stderr ends when all processes that hold it have ended.
-        _, text = process.communicate(timeout=10)
+        _, text = process.communicate(timeout=PATIENCE)
     assert b"Traceback" not in text and process.returncode == 0
 
 
@@ -190,14 +190,16 @@ def test_a_killed_worker_is_replaced_and_the_others_go_on(server: Server) -> Non
     join_each_worker(server)
 
 
-def test_a_worker_that_keeps_dying_is_replaced_ever_later(server: Server) -> None:
+def test_a_worker_that_keeps_dying_is_replaced_ever_later(start_server: StartServer) -> None:
     """A fault that kills every worker at its start must not keep the machine busy."""
-    steady = min(workers(server))
+    server = start_server("--workers", "2", constants={"server_workers.STABLE_SECONDS": 60.0})
+    others = {min(workers(server))}
     for pause in ("0.25", "0.50"):
-        eventually(lambda: workers(server) - {steady})
-        os.kill((workers(server) - {steady}).pop(), SIGKILL)
+        eventually(lambda: workers(server) - others)
+        [dying] = workers(server) - others
+        os.kill(dying, SIGKILL)
         server.wait_for_line(rf"status 137 and is replaced in {pause} s")
-        eventually(lambda: workers(server) == {steady})
+        others.add(dying)
 
 
 def test_a_worker_that_is_asked_to_leave_drains_alone(server: Server) -> None:
@@ -221,13 +223,14 @@ def test_a_worker_that_is_asked_to_leave_drains_alone(server: Server) -> None:
 
 def test_a_killed_parent_leaves_nothing_that_stops_the_next(start_server: StartServer, tmp_path: Path) -> None:
     """Its workers close their clients and end, the same port serves again, and the log of the dead is removed."""
-    first = start_server("--workers", "2", variables={"TMPDIR": str(tmp_path)})
+    lasting = {"connection.CLOSE_DEADLINE_SECONDS": 60.0}
+    first = start_server("--workers", "2", variables={"TMPDIR": str(tmp_path)}, constants=lasting)
     clients, orphans = join_each_worker(first), workers(first)
     first.join_bare()  # It never answers a close, and is not waited for.
     [leftover] = tmp_path.iterdir()
     first.process.kill()
     assert [client.closed() for client in clients] == [GONE] * len(clients)
-    eventually(lambda: not any(runs(pid) for pid in orphans), 3)
+    eventually(lambda: not any(runs(pid) for pid in orphans))
     second = start_server("--workers", "2", "--port", str(first.port), variables={"TMPDIR": str(tmp_path)})
     assert second.join().ask({"type": "ping"}) == PONG
     assert len(list(tmp_path.iterdir())) == 1 and not leftover.exists()
