@@ -4,27 +4,50 @@ Method: 8 keep-alive connections with 8 pipelined requests each, 64 in flight, p
 clock runs from the first request to the last byte at the last client. Median of the runs. Taking turns with the floor,
 as in fanout.py, was tried and made the figure less steady: the floor's own results in a burst vary by a factor of 3.
 
+Among few clients the publishing is most of the work. So notifyd is measured there also with one publisher that has 500
+requests in flight, over a WebSocket (where it is a client as well, and gets what it publishes) and as NDJSON; beside it
+stand the peers' figures of the row before.
+
 Not measured: the effect of a slow client on the others; the load's clients read as fast as they can.
 """
 
+import time
 from collections.abc import Iterator
 from statistics import median
 
 from load import Load
-from peers import Peer
+from peers import NOTIFYD, Peer
 from plan import BEST, Figure, Level, Row, Scale
 from running import Server
 
 CONNECTIONS, DEPTH = 8, 8
+# Of a single publisher: half of its window.
+IN_FLIGHT = 500
+# After so long no other run begins: the slowest peers take 10 s for one.
+LONG_SECONDS = 10.0
+FORMS = {"frames": "over one WebSocket", "lines": "as NDJSON"}
+
+
+def _seconds(server: Server, clients: int, scale: Scale, connections: int, depth: int, form: str = "") -> float:
+    with Load(server, clients, form=form) as load:
+        load.poll()
+        load.burst(connections * depth, connections, depth)
+        ends, seconds = time.monotonic() + LONG_SECONDS, list[float]()
+        while len(seconds) < scale.burst_runs and (time.monotonic() < ends or not seconds):
+            seconds.append(load.burst(scale.burst, connections, depth))
+        return median(seconds)
 
 
 def measure(peer: Peer, scale: Scale) -> Iterator[Figure]:
-    levels = {scale.clients: (Level(5), Level(2, BEST)), scale.few_clients: (Level(1, BEST),)}
-    for clients in (scale.clients, scale.few_clients):
-        with Server(peer) as server, Load(server, clients) as load:
-            load.poll()
-            load.burst(CONNECTIONS * DEPTH, CONNECTIONS, DEPTH)
-            seconds = median(load.burst(scale.burst, CONNECTIONS, DEPTH) for _ in range(scale.burst_runs))
+    levels = {scale.clients: (Level(2, BEST),), scale.few_clients: ()}
+    for clients, wanted in levels.items():
         title = f"deliveries in a burst of {scale.burst:,}, {clients:,} clients"
-        row = Row(title, "M/s", 2, more_is_better=True, levels=levels[clients])
-        yield Figure(row, scale.burst * clients / seconds / 1e6)
+        with Server(peer) as server:
+            rate = scale.burst * clients / _seconds(server, clients, scale, CONNECTIONS, DEPTH) / 1e6
+        yield Figure(Row(title, "M/s", 2, more_is_better=True, levels=wanted), rate)
+    with Server(peer.with_flags("--publish-over-websocket") if peer is NOTIFYD else peer) as server:
+        for form, published in FORMS.items():
+            if peer is NOTIFYD:
+                rate = scale.burst * clients / _seconds(server, clients, scale, 1, IN_FLIGHT, form) / 1e6
+            beside = f"{title}, published {published} (peers as above)"
+            yield Figure(Row(beside, "M/s", 2, more_is_better=True, levels=(Level(1, BEST),)), rate)

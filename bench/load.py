@@ -12,20 +12,24 @@ import http.client
 import json
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
 from peers import CACHE, HERE, compile_c
-from running import LOAD_CORE, Server, on_core
+from running import LOAD_CORE, Server, on_cores, process_seconds
 from websockets.sync.client import connect
 
 SOURCE = HERE.parent / "load.c"
 PAYLOAD_BYTES = 200
 # A payload of 126 to 65,535 bytes has a head of 4 (RFC 6455, section 5.2).
 FRAME_HEAD_BYTES = 4
+# NATS: a line before the payload, and the end of a line behind it.
+MSG = re.compile(rb"MSG bench 1 \d+\r\n(.*)\r\n")
+MSG_BYTES = 19
+EVENT = re.compile(rb"^data: (.*)$", re.M)
 TIMEOUT_SECONDS = 5.0
 FIRST_NUMBER = 1_000_000
 NUMBER = "%04d"
@@ -72,6 +76,8 @@ def payloads(stream: bytes) -> Iterator[bytes]:
 def natural_bytes(server: Server, audience: Audience) -> int:
     """How long a delivered payload is before padding, by an independent client: servers wrap bodies differently."""
     peer = server.peer
+    if peer.protocol == "nats":
+        return len(BODY % (FIRST_NUMBER, 0, "", peer.field))
     query, field = (text.replace(NUMBER, NUMBER % 0) for text in (audience.query, audience.field + peer.field))
     url = f"ws://127.0.0.1:{server.port}{peer.ws_path}{query}"
     # The floor answers no close frame.
@@ -80,7 +86,7 @@ def natural_bytes(server: Server, audience: Audience) -> int:
             client.send(peer.hello)
         for _ in range(peer.greetings):
             client.recv(TIMEOUT_SECONDS)
-        publishing = http.client.HTTPConnection("127.0.0.1", server.publish_port)
+        publishing = http.client.HTTPConnection("127.0.0.1", server.publish_port, timeout=TIMEOUT_SECONDS)
         body = BODY % (FIRST_NUMBER, 0, "", field)
         publishing.request("POST", peer.publish_path, body, {"Content-Type": "application/json"})
         answer = publishing.getresponse()
@@ -93,10 +99,24 @@ def natural_bytes(server: Server, audience: Audience) -> int:
 class Load:
     """WebSocket clients of `server`, and publishing to them. `with` connects and disconnects them."""
 
-    def __init__(self, server: Server, clients: int = 0, audience: Audience = EVERYONE, *, offer: str = "") -> None:
-        """The clients offer these extensions in their handshake."""
+    def __init__(
+        self,
+        server: Server,
+        clients: int = 0,
+        audience: Audience = EVERYONE,
+        *,
+        offer: str = "",
+        streams: bool = False,
+        form: str = "",
+    ) -> None:
+        """The clients offer these extensions in their handshake, or are streams of Server-Sent Events.
+
+        `form` is the form of publishing (load.c), if not the peer's usual one.
+        """
         self.server = server
-        self._offer = f"Sec-WebSocket-Extensions: {offer}\r\n" if offer else ""
+        self._header = f"Sec-WebSocket-Extensions: {offer}\r\n" if offer else ""
+        self._streams = streams
+        self._form = form
         self.audience = audience
         self.clients = 0
         self._to_connect = clients
@@ -106,17 +126,21 @@ class Load:
         peer = self.server.peer
         natural = natural_bytes(self.server, self.audience)
         payload = max(PAYLOAD_BYTES, natural)
-        arguments = [self.server.port, peer.ws_path, peer.hello, peer.greetings]
-        arguments += [self.server.publish_port, peer.publish_path, self._offer]
-        with on_core(LOAD_CORE):
+        protocol, path = ("stream", peer.events_path) if self._streams else (peer.protocol, peer.ws_path)
+        arguments = [protocol, self.server.port, path, peer.hello, peer.greetings]
+        arguments += [self.server.publish_port, peer.publish_path, self._header]
+        with on_cores({LOAD_CORE}):
             self.process = subprocess.Popen(
                 [CACHE / SOURCE.stem, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
         try:
             audience = self.audience
             of_body = audience.field + peer.field
-            sizes = (payload + FRAME_HEAD_BYTES, payload - natural, audience.group_size)
+            head = MSG_BYTES if protocol == "nats" else FRAME_HEAD_BYTES
+            sizes = (0 if self._streams else payload + head, payload - natural, audience.group_size)
             self._command("format", *sizes, f"={of_body}", f"={audience.query}")
+            if self._form:
+                self._command("form", self._form)
             self.connect(self._to_connect)
         except BaseException:
             self._end()
@@ -149,7 +173,8 @@ class Load:
 
     def connect(self, clients: int, at_once: int = 500) -> None:
         """Open more clients, never more than `at_once` of them between SYN and greeting."""
-        self._command("connect", clients, at_once)
+        # NATS greets a client for two seconds.
+        self._command("connect", clients, clients if self.server.peer.protocol == "nats" else at_once)
         self.clients += clients
 
     def drain(self) -> bytes:
@@ -172,6 +197,9 @@ class Load:
         )
         assert switches
         return int(switches[1])
+
+    def cpu_seconds(self) -> float:
+        return process_seconds(self.process.pid)
 
     def poll(self) -> None:
         """From now on the clients never sleep, and ask again and again whether there is something to read."""
@@ -197,14 +225,20 @@ class Load:
         expected = range(self._next_number, self._next_number + notifications)
         self._next_number += notifications
         if self.clients:
-            check(stream, expected, self.server.peer.notification)
+            check(self._received(stream), expected, self.server.peer.notification)
         return seconds
 
+    def _received(self, stream: bytes) -> Iterable[bytes]:
+        """Return the notifications as a client has received them."""
+        if self._streams:
+            return EVENT.findall(stream)
+        return MSG.findall(stream) if self.server.peer.protocol == "nats" else payloads(stream)
 
-def check(stream: bytes, expected: range, notification: Callable[[bytes], Any] = json.loads) -> None:
+
+def check(received: Iterable[bytes], expected: range, notification: Callable[[bytes], Any] = json.loads) -> None:
     """Raise CheckFailed unless each number has been received once, and those of one publisher in their order."""
     try:
-        seen = [notification(payload)["data"] for payload in payloads(stream)]
+        seen = [notification(payload)["data"] for payload in received]
     except (ValueError, LookupError, TypeError) as error:
         raise CheckFailed(f"not as it was published: {error!r}") from None
     if sorted(data["number"] for data in seen) != list(expected):

@@ -73,6 +73,7 @@ class Scale:
     batch_pairs: int
     singles_a_turn: int
     batched_a_turn: int
+    acknowledged: int
     log_notifications: int
     log_readers: int
     log_seconds: float
@@ -111,6 +112,7 @@ FULL = Scale(
     batch_pairs=8,
     singles_a_turn=300,
     batched_a_turn=4000,
+    acknowledged=200,
     log_notifications=1_000_000,
     log_readers=1000,
     log_seconds=6,
@@ -138,6 +140,7 @@ QUICK = Scale(
     batch_pairs=2,
     singles_a_turn=100,
     batched_a_turn=2000,
+    acknowledged=50,
     log_notifications=50_000,
     log_readers=100,
     log_seconds=2,
@@ -165,6 +168,7 @@ TINY = Scale(
     batch_pairs=1,
     singles_a_turn=3,
     batched_a_turn=1000,
+    acknowledged=5,
     log_notifications=10_000,
     log_readers=3,
     log_seconds=0.5,

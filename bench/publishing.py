@@ -1,101 +1,32 @@
-"""How much does a publish over the WebSocket cost, and how many a second does one connection reach?
+"""How much does a publish over the WebSocket or as a line of NDJSON cost, and how many a second take one connection?
 
-Method: one client publishes to a topic that nobody follows, in turns of `publishes`, 500 of them unanswered at a time;
-the log in memory, in a SQLite file, and in a redis-server on the same core, whose own time is not in the cost. Each
-answer must be `published`, in the order of the requests, with an id above the one before. The rate is from the first
-request to the last answer; median of the turns.
+Method: one connection publishes to a topic that nobody follows, in turns of `publishes`, 500 of them unanswered at a
+time; the log in memory, in a SQLite file, and in a redis-server on the same core, whose own time is not in the cost.
+Each has to be answered by success, in the order of the requests. The rate is from the first request to the last answer;
+median of the turns. Beside it stands what uWebSockets.js takes by POST, as in publish.py.
 
-Not measured: peers, because their clients publish without answers, and deliveries, which fanout.py and burst.py do.
+Not measured: other peers, because their clients publish without answers, and deliveries, which fanout.py and burst.py
+do.
 """
 
 import contextlib
-import json
-import re
-import socket
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from statistics import median
 
-from load import CheckFailed
-from peers import NOTIFYD, REDIS, Peer, notifyd_on
+from burst import IN_FLIGHT
+from load import Audience, Load
+from peers import NOTIFYD, REDIS, UWS, Peer, notifyd_on
 from plan import MEMORY, Figure, Level, Row, Scale
-from running import LOAD_CORE, Server, on_core
-from websockets.frames import Frame, Opcode
+from publish import rate
+from running import Server
 
-DEPTH, TURNS = 500, 5
-REQUEST = {
-    "type": "publish",
-    "message": "bench",
-    "topics": ["nobody"],
-    "data": {"number": 0, "by": "000", "pad": "x" * 20},
+TURNS = 5
+FORMS = {
+    "frames": ("publish over a WebSocket", "publishes over one WebSocket"),
+    "lines": ("line of NDJSON", "lines of NDJSON"),
 }
-HANDSHAKE = b"\r\n".join(
-    (
-        *(b"GET /ws HTTP/1.1", b"Host: localhost", b"Upgrade: websocket", b"Connection: Upgrade"),
-        *(b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", b"Sec-WebSocket-Version: 13", b"", b""),
-    )
-)
-ANSWER = re.compile(rb'"published","id":"([^"]+)","recipients":0,"ref":"(\d+)"')
-CPU = Row("CPU per publish over a WebSocket", "us", 1, levels=(Level(10),))
-RATE = Row("publishes over one WebSocket", "/s", 0, more_is_better=True, levels=(Level(60_000),))
-STORED_CPU = Row("CPU per publish over a WebSocket", "us", 1, base=MEMORY)
-STORED_RATE = Row("publishes over one WebSocket", "/s", 0, more_is_better=True, base=MEMORY, levels=(Level(40_000),))
-
-
-@dataclass
-class Publishing:
-    """A publishing client, and its figures by turn."""
-
-    server: Server
-    publishes: int
-    costs: list[float] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)
-
-    def measure(self) -> None:
-        frames = []
-        for number in range(self.publishes):
-            text = json.dumps({**REQUEST, "ref": str(number)}, separators=(",", ":"))
-            frames.append(Frame(Opcode.TEXT, text.encode()).serialize(mask=True))
-        with on_core(LOAD_CORE), socket.create_connection(("127.0.0.1", self.server.port)) as client:
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            client.sendall(HANDSHAKE)
-            greeting = b""
-            while b"welcome" not in greeting:
-                greeting += client.recv(1 << 16)
-            for turn in range(TURNS + 1):
-                cpu, began = self.server.cpu_seconds(), time.perf_counter()
-                answers = _exchange(client, frames)
-                seconds = time.perf_counter() - began
-                if turn:
-                    self.costs.append((self.server.cpu_seconds() - cpu) / self.publishes)
-                    self.rates.append(self.publishes / seconds)
-                _check(answers, self.publishes)
-
-
-def _exchange(connection: socket.socket, frames: list[bytes]) -> bytes:
-    """Send all frames, with DEPTH of them unanswered, and return the answers."""
-    answers, sent, answered = bytearray(), 0, 0
-    while answered < len(frames):
-        if sent - answered <= DEPTH // 2 and sent < len(frames):
-            part = frames[sent : answered + DEPTH]
-            connection.sendall(b"".join(part))
-            sent += len(part)
-        # Also an answer that is cut: its beginning counts once, and its rest comes before any after it.
-        before = max(0, len(answers) - len(b'"published"') + 1)
-        answers += connection.recv(1 << 20)
-        answered += answers.count(b'"published"', before)
-        if b'"error"' in answers[before:]:
-            raise CheckFailed(f"a publish was answered by {bytes(answers[before:])!r:.300}")
-    return bytes(answers)
-
-
-def _check(answers: bytes, publishes: int) -> None:
-    found = ANSWER.findall(answers)
-    ids = [id for id, _ in found]
-    # The last answer may be cut behind its beginning.
-    if [int(ref) for _, ref in found][: publishes - 1] != list(range(publishes - 1)) or ids != sorted(set(ids)):
-        raise CheckFailed("the answers are not those of the requests, in their order")
+NOBODY = Audience(1, "?topics=nobody", ',"topics":["nobody"]')
+CPU_LEVEL, RATE_LEVELS, STORED_LEVEL = Level(10), (Level(60_000), Level(1, "uws")), Level(40_000)
 
 
 @contextlib.contextmanager
@@ -109,15 +40,34 @@ def _servers() -> Iterator[dict[str, Server]]:
         yield {name: stack.enter_context(Server(peer)) for name, peer in peers.items()}
 
 
+def _take(server: Server, form: str, publishes: int) -> tuple[float, float]:
+    """Return the CPU seconds of a publish, and the publishes a second."""
+    costs, rates = [], []
+    with Load(server, 0, NOBODY, form=form) as load:
+        load.burst(publishes, 1, IN_FLIGHT)
+        for _ in range(TURNS):
+            before = server.cpu_seconds()
+            rates.append(publishes / load.burst(publishes, 1, IN_FLIGHT))
+            costs.append((server.cpu_seconds() - before) / publishes)
+    return median(costs), median(rates)
+
+
 def measure(peer: Peer, scale: Scale) -> Iterator[Figure]:
+    over_websocket = Row(FORMS["frames"][1], "/s", 0, more_is_better=True, base="uws", levels=RATE_LEVELS)
+    if peer is UWS:
+        with Server(peer) as server:
+            yield Figure(over_websocket, rate(server, scale), remark="by POST")
     if peer is not NOTIFYD:
         return
     with _servers() as servers:
-        for name, server in servers.items():
-            side = Publishing(server, scale.publishes)
-            side.measure()
-            if name == MEMORY:
-                yield Figure(CPU, median(side.costs) * 1e6)
-                yield Figure(RATE, median(side.rates))
-            yield Figure(STORED_CPU, median(side.costs) * 1e6, column=name)
-            yield Figure(STORED_RATE, median(side.rates), column=name)
+        for form, (one, many) in FORMS.items():
+            levels = (CPU_LEVEL,) if form == "frames" else ()
+            for name, server in servers.items():
+                cost, reached = _take(server, form, scale.publishes)
+                if name == MEMORY:
+                    yield Figure(Row(f"CPU per {one}", "us", levels=levels), cost * 1e6)
+                    row = over_websocket if form == "frames" else Row(many, "/s", 0, more_is_better=True)
+                    yield Figure(row, reached)
+                yield Figure(Row(f"CPU per {one}", "us", base=MEMORY), cost * 1e6, column=name)
+                row = Row(many, "/s", 0, more_is_better=True, base=MEMORY, levels=(STORED_LEVEL,) if levels else ())
+                yield Figure(row, reached, column=name)

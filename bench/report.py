@@ -3,11 +3,12 @@
 import os
 import platform
 import re
+import shutil
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from peers import PEERS
+from peers import PEERS, ROOT, output
 from plan import BEST, MEMORY, Figure, Level, Row
 from running import CORES
 
@@ -30,7 +31,7 @@ class Results:
 
     def fail(self, measure: str, peer: str, reason: str) -> None:
         """Note why a peer has no figures, or not all, in one line and without this machine's folders."""
-        last_line = (reason.splitlines() or [""])[-1]
+        last_line = (reason.strip().splitlines() or [""])[-1]
         self.failures[measure, peer] = re.sub(r"(?<!\S)(['\"(]?)/\S*/", r"\1", last_line)
 
     def rows(self, *, of_stores: bool) -> dict[Row, dict[str, Figure]]:
@@ -187,16 +188,32 @@ def machine() -> list[str]:
     memory = re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())
     gigabytes = int(memory[1]) / 2**20 if memory else 0
     return [
-        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {_commit()}",
         f"{cpu[1] if cpu else platform.machine()}, {len(CORES)} cores, {gigabytes:.0f} GiB, load average "
         f"{os.getloadavg()[0]:.1f} at the start",
         f"{platform.system()} {platform.release()}, Python {sys.version.split()[0]}",
     ]
 
 
+def _version(name: str) -> str:
+    try:
+        return PEERS[name].version()
+    except (OSError, ValueError, LookupError):  # a run of half an hour does not end here
+        return "unknown"
+
+
+def _commit() -> str:
+    """The commit that runs, and whether the server differs from it."""
+    git = "git", "-C", str(ROOT)
+    if not shutil.which("git") or not (commit := output(*git, "rev-parse", "--short=12", "HEAD")).isalnum():
+        return "no commit is known"
+    changed = output(*git, "status", "--porcelain", "--untracked-files=no", "--", ":/*.py", ":/*.lua", ":/bench/*.c")
+    return f"commit {commit}" + (", with changes that are not committed" if changed else "")
+
+
 def write_results(results: Results, about: list[str], notes: list[str]) -> None:
     """Write RESULTS.md: the facts, the table, how to read it, and the plot where there is one."""
-    versions = [f"{name}: {PEERS[name].version()}" for name in results.peers()]
+    versions = [f"{name}: {_version(name)}" for name in results.peers()]
     facts = "\n".join(f"- {fact}" for fact in [*about, *versions, *notes])
     plot = f"\n![The same as bars]({PLOT.name})\n" if PLOT.exists() else ""
     RESULTS.write_text(f"# Results of `make bench`\n\n{facts}\n\n{table(results)}\n\n{EXPLANATION}\n{plot}")

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -21,6 +21,8 @@ from peers import ROOT, Peer
 
 START_SECONDS = 20.0
 STOP_SECONDS = 5.0
+# For a server to have nothing left to do.
+PATIENCE_SECONDS = 20.0
 # A server whose CPU time stays the same for this long has nothing left to do. The time is longer than a tick of the
 # scheduler (1 to 10 ms).
 QUIET_SECONDS = 0.012
@@ -32,10 +34,10 @@ SERVER_CORE, LOAD_CORE = CORES[0], CORES[-1]
 
 
 @contextlib.contextmanager
-def on_core(core: int) -> Iterator[None]:
-    """Processes that are started inside stay on that core; the caller comes back."""
+def on_cores(cores: Iterable[int]) -> Iterator[None]:
+    """Processes that are started inside stay on these cores; the caller comes back."""
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
+    os.sched_setaffinity(0, cores)
     try:
         yield
     finally:
@@ -57,6 +59,11 @@ def free_port() -> int:
             first.bind(("127.0.0.1", port))
             second.bind(("127.0.0.1", port + 1))
             return port
+
+
+def process_seconds(pid: int) -> float:
+    """CPU time of a process since its start: the clock of clock_getcpuclockid(3)."""
+    return time.clock_gettime(~pid << 3 | 2)
 
 
 @functools.cache
@@ -81,9 +88,10 @@ def _text(path: Path) -> str:
 class Server:
     """A server that serves inside `with Server(peer) as server:`. If the start fails, its output is shown."""
 
-    def __init__(self, peer: Peer) -> None:
+    def __init__(self, peer: Peer, cores: Iterable[int] = (SERVER_CORE,)) -> None:
         self.peer = peer
         self.port = free_port()
+        self._cores = set(cores)
 
     @property
     def publish_port(self) -> int:
@@ -94,7 +102,7 @@ class Server:
         folder = Path(self._scratch.name)
         self._log = (folder / "log").open("w")
         environ = {k: v for k, v in os.environ.items() if not k.startswith("NOTIFYD_")}
-        with on_core(SERVER_CORE):
+        with on_cores(self._cores):
             self.process = subprocess.Popen(
                 self.peer.command(self.port, folder), stdout=self._log, stderr=self._log, cwd=ROOT, env=environ
             )
@@ -134,19 +142,19 @@ class Server:
                 found += [Path("/proc", pid) for pid in children.read_text().split()]
         return found
 
-    def _cpu_nanoseconds(self) -> int:
-        # The result of clock_getcpuclockid(3) for a process.
+    def _cpu_seconds(self) -> float:
         processes = [*self._processes(), *_soft_interrupts()]
-        return sum(time.clock_gettime_ns(~int(process.name) << 3 | 2) for process in processes)
+        return sum(process_seconds(int(process.name)) for process in processes)
 
     def cpu_seconds(self) -> float:
         """CPU time since the start, once it has stopped growing."""
-        spent = self._cpu_nanoseconds()
-        while True:
+        spent, deadline = self._cpu_seconds(), time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < deadline:
             time.sleep(QUIET_SECONDS)
-            before, spent = spent, self._cpu_nanoseconds()
-            if spent - before < QUIET_SECONDS * 1e9 / 100:
-                return spent / 1e9
+            before, spent = spent, self._cpu_seconds()
+            if spent - before < QUIET_SECONDS / 100:
+                return spent
+        raise RuntimeError(f"{self.peer.name} did not come to rest within {PATIENCE_SECONDS:.0f} s")
 
     def rss_bytes(self) -> int:
         pages = sum(int((process / "statm").read_text().split()[1]) for process in self._processes())

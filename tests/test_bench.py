@@ -12,10 +12,10 @@ BENCH = Path(__file__).parent.parent / "bench" / "run.py"
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    "peer",
-    ["notifyd", "floor", "uws", "bun", "nchan", "centrifugo", "ws", "picows", "websockets", "socketio", "fastapi"],
-)
+PEERS = "notifyd floor uws bun nats nchan centrifugo ws picows websockets socketio fastapi"
+
+
+@pytest.mark.parametrize("peer", PEERS.split())
 def test_every_measure_of_a_peer_passes_its_checks(peer: str) -> None:
     command = [sys.executable, str(BENCH), "--tiny", "--only", peer]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

