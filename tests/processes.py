@@ -79,6 +79,15 @@ def free_port() -> int:
             return port
 
 
+def is_free(port: int) -> bool:
+    """Whether a server could listen on this port."""
+    with socket.socket() as probe, suppress(OSError):
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("", port))
+        return True
+    return False
+
+
 def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return this process's environment with these NOTIFYD_ variables and no others."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("NOTIFYD_")}

@@ -27,7 +27,7 @@ import orjson
 import pytest
 from bytes import masked
 from conftest import StartServer
-from processes import Server, eventually, workers
+from processes import Server, eventually, free_port, is_free, workers
 from redis_server import RedisServer
 from websockets.client import ClientProtocol
 from websockets.exceptions import InvalidState
@@ -522,6 +522,7 @@ def test_with_a_log_larger_than_memory_everyone_ends_with_exactly_its_own(
     """
     url = store if isinstance(store, str) else store.url
     flags = ("--workers", "2", "--store", url, "--history-size", "30000", "--cache-bytes", "260000")
+    flags += "--port", str(free_port()), "--store-timeout", "10"
 
     def kill_a_worker(raging: Storm) -> None:
         os.kill(min(workers(raging.server)), signal.SIGKILL)
@@ -529,15 +530,16 @@ def test_with_a_log_larger_than_memory_everyone_ends_with_exactly_its_own(
     def kill_the_parent(raging: Storm) -> None:
         killed = raging.server
         os.kill(killed.pid, signal.SIGKILL)
-        eventually(lambda: not workers(killed))
-        raging.server = start_server(*flags, "--store-timeout", "10", "--port", str(killed.port))
+        # Its workers let go of the port when they notice it.
+        eventually(lambda: is_free(killed.port))
+        raging.server = start_server(*flags)
 
     def kill_redis(raging: Storm) -> None:
         if isinstance(store, RedisServer):
             store.kill()
             store.start()
 
-    raging = storm(start_server(*flags, "--store-timeout", "10"), kill_a_worker, kill_redis, kill_the_parent)
+    raging = storm(start_server(*flags), kill_a_worker, kill_redis, kill_the_parent)
     assert Counter(client.verdict() for client in raging.clients) == {"whole": CLIENTS}
     assert not any(client.gaps for client in raging.clients)
     assert sum(client.again for client in raging.clients if client.acknowledges) > 0

@@ -227,7 +227,8 @@ def test_receives_published_notifications(start_server: StartServer, site: str, 
 
 @pytest.mark.parametrize("listen", EVERYWHERE, indirect=True)
 def test_comes_back_by_itself_after_the_server_was_killed(start_server: StartServer, site: str, listen: Listen) -> None:
-    first = start_server("--allow-origin", site)
+    flags = ("--allow-origin", site, "--port", str(free_port()))
+    first = start_server(*flags)
     listener = listen(first.ws_url)
     listener.wait_until("connected")
     first.notify("before")
@@ -235,7 +236,7 @@ def test_comes_back_by_itself_after_the_server_was_killed(start_server: StartSer
     first.signal(signal.SIGKILL)
     first.exit_status()
     listener.wait_until("disconnected")
-    second = start_server("--allow-origin", site, "--port", str(first.port))
+    second = start_server(*flags)
     listener.wait_until("connected")
     second.notify("after")
     assert listener.receive() == "custom: after"
@@ -505,14 +506,14 @@ def test_misses_nothing_that_comes_while_it_is_away(
     start_server: StartServer, site: str, listen: Listen, tmp_path: Path
 ) -> None:
     """A client that had received nothing before misses nothing either."""
-    flags = ("--allow-origin", site, "--store", f"sqlite:{tmp_path}/log.db")
-    first, other = start_server(*flags), start_server(*flags)
+    flags, port = ("--allow-origin", site, "--store", f"sqlite:{tmp_path}/log.db"), str(free_port())
+    first, other = start_server(*flags, "--port", port), start_server(*flags)
     listener = listen(first.ws_url)
     listener.wait_until("connected")
     first.signal(signal.SIGKILL)
     first.exit_status()
     other.notify("meanwhile")
-    start_server(*flags, "--port", str(first.port))
+    start_server(*flags, "--port", port)
     assert listener.receive() == "custom: meanwhile"
 
 

@@ -15,7 +15,7 @@ import pytest
 from browser import Browser
 from conftest import StartServer
 from pages import Page
-from processes import ROOT, Server, eventually, node_with
+from processes import ROOT, Server, eventually, free_port, node_with
 from scripted import BUSY, HANG_UP, SENT, Reply, ScriptedHttp
 from ws_clients import PATIENCE
 
@@ -168,12 +168,13 @@ def test_a_tab_that_closes_its_client_leaves_the_others_connected(server: Server
 
 
 def test_tabs_come_back_after_the_server_was_away(start_server: StartServer, open_page: OpenPage) -> None:
-    first = start_server()
+    port = ("--port", str(free_port()))
+    first = start_server(*port)
     pages = [open_page(first, "shared: true") for _ in range(2)]
     first.kill()
     for page in pages:
         page.until("client.state === 'waiting'")
-    second = start_server("--port", str(first.port))
+    second = start_server(*port)
     for page in pages:
         page.until("client.state === 'open'")
     second.notify("again")
@@ -186,12 +187,13 @@ def test_tabs_come_back_after_the_server_was_away(start_server: StartServer, ope
 
 def test_a_page_that_hears_of_a_network_connects_at_once(start_server: StartServer, open_page: OpenPage) -> None:
     """It does not wait for the end of its delay; once it is connected it asks whether the server is there."""
-    first = start_server()
+    port = ("--port", str(free_port()))
+    first = start_server(*port)
     page = open_page(first)
     page.evaluate("const random = Math.random; Math.random = () => 50; 1")  # seconds until its next attempt
     first.kill()
     page.until("client.state === 'waiting'")
-    start_server("--port", str(first.port))
+    start_server(*port)
     page.evaluate("dispatchEvent(new Event('online')); 1")
     page.until("client.state === 'open'")
     page.evaluate("dispatchEvent(new Event('online')); 1")

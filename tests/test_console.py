@@ -233,13 +233,14 @@ def test_live_keeps_a_bounded_list(server: Server, browse: Open) -> None:
 def test_live_resumes_and_says_what_it_has_missed(start_server: StartServer, browse: Open, tmp_path: Path) -> None:
     """Notifications of the other process of the store come as soon as the page's own is back."""
     store = ("--store", f"sqlite:{tmp_path / 'notifyd.db'}")
-    first, second = start_server(*store), start_server(*store)
+    port = ("--port", str(free_port()))
+    first, second = start_server(*store, *port), start_server(*store)
     console = browse(first.url)
     console.sees("Connected as client_")
     first.kill()
     console.sees("The connection is lost")
     second.publish("missed")
-    start_server(*store, "--port", str(first.port))
+    start_server(*store, *port)
     console.sees("1 notification came meanwhile and is here now.")
     eventually(lambda: rows(console) == ["missed"])
     console.sees("Connected as client_")

@@ -16,9 +16,9 @@ import pytest
 from bytes import read_until, rest
 from conftest import StartServer
 from expected import COUNT, PONG, SHUTDOWN, SYSTEM, TIME, answered, http_error, naming
-from processes import Server, eventually, worker_count
+from processes import Server, eventually, free_port, is_free, worker_count
 from websockets.exceptions import InvalidStatus
-from ws_clients import Client
+from ws_clients import PATIENCE, Client
 
 from connection import CLOSE_DEADLINE_SECONDS
 
@@ -299,7 +299,7 @@ def test_a_publisher_that_races_the_signal_loses_nothing(start_server: StartServ
 
     def publish() -> None:
         with (
-            httpx.Client(base_url=server.url, trust_env=False, verify=False) as http,
+            httpx.Client(base_url=server.url, trust_env=False, timeout=PATIENCE) as http,
             suppress(httpx.TransportError),
         ):
             while not stop.is_set():
@@ -379,9 +379,9 @@ def test_the_log_says_how_many_remain(start_server: StartServer, clients: int) -
 
 def test_a_killed_server_leaves_nothing_that_stops_the_next(start_server: StartServer) -> None:
     """After SIGKILL, with a client connected, the same port serves again at once."""
-    first = start_server()
+    port = str(free_port())
+    first = start_server("--port", port)
     first.join()
-    port = str(first.port)
     first.process.kill()
-    first.exit_status()
+    eventually(lambda: is_free(first.port))
     assert start_server("--port", port).read("/health")["status"] == "healthy"

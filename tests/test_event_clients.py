@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from browser import Browser, Tab
 from conftest import StartServer
-from processes import ROOT, Server, environment, eventually, node_with
+from processes import ROOT, Server, environment, eventually, free_port, node_with
 from ws_clients import PATIENCE
 
 pytestmark = pytest.mark.slow
@@ -174,14 +174,14 @@ def test_a_client_that_received_nothing_misses_nothing(
     start_server: StartServer, follow_for_ever: Open, tmp_path: Path
 ) -> None:
     """The server dies, and another has a notification when the client comes back by itself."""
-    flags = ("--store", f"sqlite:{tmp_path}/log.db")
-    first, other = start_server(*flags), start_server(*flags)
+    flags, port = ("--store", f"sqlite:{tmp_path}/log.db"), str(free_port())
+    first, other = start_server(*flags, "--port", port), start_server(*flags)
     client = follow_for_ever(first)
     event(client, "welcome")
     first.signal(signal.SIGKILL)
     first.exit_status()
     other.publish("meanwhile")
-    start_server(*flags, "--port", str(first.port))
+    start_server(*flags, "--port", port)
     assert json.loads(event(client, "resume")[1])["data"]["complete"] is True
     assert json.loads(event(client, "message")[1])["data"]["message"] == "meanwhile"
 

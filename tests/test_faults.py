@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from conftest import StartServer
-from processes import Server, eventually, needs_proc, program, serving
+from processes import Server, eventually, free_port, is_free, needs_proc, program, serving
 from redis_server import RedisServer
 from traffic import FREE_SECONDS, Traffic, health
 
@@ -92,13 +92,13 @@ def test_one_of_two_servers_is_killed(two: list[Server], which: int) -> None:
 @pytest.mark.parametrize("victims", ["parent", "all"])
 def test_the_parent_is_killed_and_started_again(start_server: StartServer, path: Path, victims: str) -> None:
     """The log in the file is there for resume, whether the workers could still say goodbye or not."""
-    flags = ("--workers", "2", "--store", f"sqlite:{path}", *HISTORY)
+    flags = ("--workers", "2", "--store", f"sqlite:{path}", *HISTORY, "--port", str(free_port()))
     first = start_server(*flags)
     with Traffic(first) as traffic:
         traffic.stays_up = False
         os.kill(first.pid, SIGKILL) if victims == "parent" else os.killpg(first.pid, SIGKILL)
-        first.process.wait()
-        start_server(*flags, "--port", str(first.port))
+        eventually(lambda: is_free(first.port))
+        start_server(*flags)
         traffic.is_whole()
 
 

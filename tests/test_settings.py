@@ -15,7 +15,17 @@ import httpx
 import pytest
 from conftest import StartServer
 from expected import PONG, welcome
-from processes import ROOT, Server, call, environment, eventually, notifyd_command, run, with_one_and_two_workers
+from processes import (
+    ROOT,
+    Server,
+    call,
+    environment,
+    eventually,
+    free_port,
+    notifyd_command,
+    run,
+    with_one_and_two_workers,
+)
 from ws_clients import PATIENCE
 
 from server import bind
@@ -307,9 +317,7 @@ def test_known_variables_are_not_warned_about(start_server: StartServer) -> None
 
 def test_the_server_listens_on_the_given_port(start_server: StartServer) -> None:
     """A server that is started on a port serves there, and shows it in its configuration."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = start_server("--port", str(port))
     assert (server.port, server.read("/status")["configuration"]["port"]) == (port, port)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 import time
 from collections.abc import Iterator
 
@@ -13,7 +12,7 @@ from conftest import StartServer
 from credentials import SECRET, token
 from cryptography.hazmat.primitives.asymmetric import ec
 from event_stream import REPLACED, Stream, closed, join
-from processes import Server, eventually
+from processes import Server, eventually, free_port
 from redis_server import RedisServer
 
 BROWSER = {"Accept": "text/event-stream"}
@@ -145,9 +144,7 @@ def test_a_store_that_is_away_ends_the_stream_of_a_browser(start_server: StartSe
 
 def test_keys_that_cannot_be_fetched_end_the_stream_of_a_browser(start_server: StartServer) -> None:
     """A token that cannot be checked now may be good."""
-    with socket.create_server(("127.0.0.1", 0)) as closed_soon:
-        port = closed_soon.getsockname()[1]
-    server = start_server("--jwks-url", f"http://127.0.0.1:{port}/jwks.json")
+    server = start_server("--jwks-url", f"http://127.0.0.1:{free_port()}/jwks.json")
     signed = token(ec.generate_private_key(ec.SECP256R1()), "ES256", sub="ann")
     assert refused(server, f"token={signed}").rest() == [closed(1013, "The keys for tokens cannot be fetched")]
 

@@ -23,6 +23,8 @@ from processes import (
     Server,
     environment,
     eventually,
+    free_port,
+    is_free,
     listens,
     needs_proc,
     notifyd_command,
@@ -224,22 +226,27 @@ def test_a_worker_that_is_asked_to_leave_drains_alone(server: Server) -> None:
 def test_a_killed_parent_leaves_nothing_that_stops_the_next(start_server: StartServer, tmp_path: Path) -> None:
     """Its workers close their clients and end, the same port serves again, and the log of the dead is removed."""
     lasting = {"connection.CLOSE_DEADLINE_SECONDS": 60.0}
-    first = start_server("--workers", "2", variables={"TMPDIR": str(tmp_path)}, constants=lasting)
+    flags, variables = ("--workers", "2", "--port", str(free_port())), {"TMPDIR": str(tmp_path)}
+    first = start_server(*flags, variables=variables, constants=lasting)
     clients, orphans = join_each_worker(first), workers(first)
     first.join_bare()  # It never answers a close, and is not waited for.
     [leftover] = tmp_path.iterdir()
     first.process.kill()
     assert [client.closed() for client in clients] == [GONE] * len(clients)
     eventually(lambda: not any(runs(pid) for pid in orphans))
-    second = start_server("--workers", "2", "--port", str(first.port), variables={"TMPDIR": str(tmp_path)})
+    second = start_server(*flags, variables=variables)
     assert second.join().ask({"type": "ping"}) == PONG
     assert len(list(tmp_path.iterdir())) == 1 and not leftover.exists()
 
 
-def test_the_port_is_free_at_once_after_a_killed_parent(server: Server, start_server: StartServer) -> None:
+def test_the_port_is_free_at_once_after_a_killed_parent(start_server: StartServer) -> None:
     """A new start need not wait."""
-    server.process.kill()
-    assert start_server("--workers", "2", "--port", str(server.port)).read("/health")["status"] == "healthy"
+    flags = ("--workers", "2", "--port", str(free_port()))
+    first = start_server(*flags)
+    first.process.kill()
+    # Its workers notice it first of all, as soon as they run.
+    eventually(lambda: is_free(first.port))
+    assert start_server(*flags).read("/health")["status"] == "healthy"
 
 
 # The temporary log.
