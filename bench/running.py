@@ -19,7 +19,7 @@ from typing import Self
 
 from peers import ROOT, Peer
 
-START_SECONDS = 20.0
+START_SECONDS = 60.0
 STOP_SECONDS = 5.0
 # For a server to have nothing left to do.
 PATIENCE_SECONDS = 20.0

@@ -288,7 +288,8 @@ def test_curl_shows_a_stream_in_gzip(server: Server) -> None:
 def test_a_stream_in_gzip_is_told_its_end(start_server: StartServer) -> None:
     """The event `closed` is in the stream."""
     server = start_server("--compression", "auto", "--on-duplicate", "replace")
-    with httpx.stream("GET", f"{server.url}/events?client_id=ann", headers={"Accept": "text/event-stream"}) as response:
+    accepted, url = {"Accept": "text/event-stream"}, f"{server.url}/events?client_id=ann"
+    with httpx.stream("GET", url, headers=accepted, timeout=60) as response:
         lines = response.iter_lines()
         while next(lines) != "event: welcome":
             pass

@@ -27,6 +27,7 @@ from redis.exceptions import NoPermissionError
 from redis_group import AT_ONCE, SERVICE, Cluster, Group, Sentinel, carry, replica_of, until
 from redis_server import RedisServer
 from traffic import Traffic
+from ws_clients import PATIENCE
 
 from errors import StoreUnavailable
 from settings import Settings, SettingsError
@@ -171,7 +172,7 @@ async def test_the_newest_word_outlives_the_sentinels_that_have_said_it() -> Non
         sentinels[0].word = "silent"
         assert await primary.find() == ("127.0.0.1", 7002)
         sentinels[0].word = (1, 7001)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             # The question that was not answered is given up first.
             while await primary.find() != ("127.0.0.1", 7001):
                 pass
@@ -232,7 +233,7 @@ async def test_a_slow_sentinel_is_heard_in_the_end() -> None:
         sentinels[1].seconds = 0.2
         assert await primary.find() == ("127.0.0.1", 7001)
         with pytest.raises(PrimaryMoved):
-            await asyncio.wait_for(primary.watch(), 5)
+            await asyncio.wait_for(primary.watch(), PATIENCE)
         await primary.release()
         assert await primary.find() == ("127.0.0.1", 7002)
 
@@ -252,7 +253,7 @@ async def test_a_primary_is_left_for_a_newer_one_alone() -> None:
         began = time.monotonic()
         with pytest.raises(PrimaryMoved):
             await watch
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 3
 
 
 # Stores without a server.

@@ -352,7 +352,7 @@ def test_nothing_is_lost_or_repeated_at_the_seam(start_server: StartServer) -> N
 
     publisher = threading.Thread(target=server.publish, args=messages)
     publisher.start()
-    asyncio.run(asyncio.wait_for(everyone(), 60))
+    asyncio.run(asyncio.wait_for(everyone(), 180))
     publisher.join()
     assert [client.received for client in clients] == [messages] * 50
     assert sum(client.connections for client in clients) > 250

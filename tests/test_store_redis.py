@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from members import SHORT_LEASE, SOMETHING, Member, Process, audience, members, on_loop, registration
 from redis_server import RedisServer
+from ws_clients import PATIENCE
 
 from errors import ConnectionRefused, KeyReused, StoreUnavailable
 from hub import Hub
@@ -251,7 +252,7 @@ async def test_stopped_for_longer_than_a_lease(start_redis: StartRedis) -> None:
         redis.stop()
         began = time.monotonic()
         await is_away(other, "no answer within 0.3 s")
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 5
         await asyncio.sleep(2 * SHORT_LEASE)
         redis.resume()
         answered.append(await publish_until_it_works(one))
@@ -802,7 +803,7 @@ async def test_close_ends_operations_in_flight(start_redis: StartRedis, monkeypa
     redis = start_redis()
     for _ in range(50):
         member = await Member(redis.url).open()
-        await asyncio.wait_for(member.store.close(), 5)
+        await asyncio.wait_for(member.store.close(), PATIENCE)
 
 
 @on_loop

@@ -213,7 +213,7 @@ async def test_a_locked_store_is_away_until_it_is_free(
             began = time.monotonic()
             with pytest.raises(StoreUnavailable, match=f"The store is away: ({reason})"):
                 await one.publish()
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 4
             assert one.store.failure is not None
             took = []
             for _ in range(3):
@@ -281,7 +281,7 @@ async def test_a_process_may_end_while_the_store_is_away(path: Path) -> None:
         going = await Member(f"sqlite:{path}", store_timeout=0.2).open()
         await going.admit("a")
         with lock_held(path):
-            await asyncio.wait_for(going.store.close(), 1)
+            await asyncio.wait_for(going.store.close(), 5)
 
         async def is_free() -> bool:
             with suppress(ClientIdTaken):

@@ -8,7 +8,7 @@ from conftest import StartServer
 from expected import CLIENT_ID, COUNT, PONG, SECONDS, TIME, notification, welcome, ws_error
 from processes import Server
 from websockets.frames import Opcode
-from ws_clients import Client
+from ws_clients import PATIENCE, Client
 
 PING = b'{"type": "ping"}'
 
@@ -129,7 +129,7 @@ def test_a_protocol_ping_between_fragments_is_answered_first(server: Server) -> 
 
 def test_a_protocol_ping_is_answered_with_its_payload(client: Client) -> None:
     """The library's own ping works as RFC 6455 has it."""
-    assert client.connection.ping(b"any payload").wait(5)
+    assert client.connection.ping(b"any payload").wait(PATIENCE)
 
 
 def test_frames_that_come_at_once_are_answered_one_by_one(server: Server) -> None:
