@@ -28,7 +28,7 @@ import msgspec
 import uvicorn
 
 from guard_auth import authenticator_of, warnings_of
-from server_logs import tell
+from server_logs import AccessLog, tell
 from server_workers import ParentLink, WorkerStart, check_store, signals_to, supervise
 from settings import VERSION, Settings, SettingsError, extra
 from wire import WireProtocol
@@ -302,7 +302,7 @@ def certificate_of(settings: Settings) -> Certificate | None:
 
 def _config(app: App, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
-        app,
+        AccessLog(app) if settings.access_log else app,
         log_config=None,
         access_log=False,
         server_header=False,

@@ -107,6 +107,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     log_format: Annotated[
         Literal["text", "json"], Meta(description="form of the log: lines for people, or an object on each line")
     ] = "text"
+    access_log: Annotated[
+        bool, Meta(description="log a line for each request and handshake, at level INFO, without its query")
+    ] = False
     notification_interval: Annotated[
         Seconds, Meta(description="seconds between test notifications, at least 0.01; 0: off")
     ] = 10

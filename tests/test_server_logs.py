@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from datetime import datetime
 from typing import Any
 
 import pytest
 from conftest import StartServer
+from event_stream import Stream
 from processes import Server, call, eventually
 
 from answers import REQUEST_ID
@@ -52,6 +54,45 @@ def test_lines_about_a_request_have_its_id(start_server: StartServer) -> None:
     [refused] = [event for event in log if "are refused" in event["message"]]
     assert (connected["request_id"], refused["request_id"]) == ("second", "third")
     assert "hush" not in "".join(server.stderr) and "wrong" not in "".join(server.stderr)
+
+
+def test_the_access_log_has_a_line_for_each_answer(start_server: StartServer) -> None:
+    """Also for one that repeats the request before it, and for a stream; never the query, where a token may be."""
+    server = start_server(
+        "--access-log", "--log-format", "json", "--api-key", "ci:hush", "--trusted-proxies", "127.0.0.1"
+    )
+    server.http.headers["X-Forwarded-For"] = "10.1.1.1"
+    for _ in range(3):
+        server.post({"message": "hi"}, headers={"X-API-Key": "hush", "X-Request-ID": "one"})
+    server.get("/no%0Awhere?token=hush")
+    server.get("/status?token=wrong")
+    server.join(query="token=hush")
+    Stream(server, "token=hush")
+    server.raw(
+        b"GET /ws HTTP/1.1\r\nHost: a\r\nOrigin: http://b\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    ).recv(1)
+    eventually(lambda: any(event.get("status") == 403 for event in events(server)))
+    log = [event for event in events(server) if "seconds" in event]
+    assert [(event["address"], event["method"], event["path"], event["status"]) for event in log] == [
+        *[("10.1.1.1", "POST", "/notify", 200)] * 3,
+        ("10.1.1.1", "GET", r"/no\nwhere", 404),
+        ("10.1.1.1", "GET", "/status", 401),
+        ("127.0.0.1", "GET", "/ws", 101),
+        ("127.0.0.1", "GET", "/events", 200),
+        ("127.0.0.1", "GET", "/ws", 403),
+    ]
+    assert [event.get("request_id") for event in log[:4]] == ["one"] * 3 + [None]
+    assert all(0 <= event["seconds"] < 60 for event in log)
+    assert "hush" not in "".join(server.stderr) and "wrong" not in "".join(server.stderr)
+
+
+def test_the_access_log_is_off_by_default_and_has_lines_for_people(start_server: StartServer) -> None:
+    silent, server = start_server("--log-level", "DEBUG"), start_server("--access-log")
+    for each in (silent, server):
+        each.get("/topics")
+    assert re.search(r" INFO 127\.0\.0\.1 GET /topics 200 \d+\.\d ms$", server.wait_for_line("GET /topics"))
+    assert not any("/topics" in line for line in silent.stderr)
 
 
 def test_a_mistake_at_the_start_is_an_object_too(server: Server) -> None:
