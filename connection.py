@@ -33,7 +33,8 @@ SUBSCRIBER = "notifyd.subscriber"
 STREAM_EXTENSION = "notifyd.stream"
 # In scope["extensions"] of a request that came whole, to an app that has the server to itself: a handler calls it with
 # the function that answers the next request with the same head, but for its Content-Length, from the body alone: with
-# status, headers and body, or None to ask the app. A middleware that tells such requests apart has to remove it.
+# the bytes of a response with status 200, from its headers on, or None to ask the app. A middleware that tells such
+# requests apart has to remove it.
 REPEAT_EXTENSION = "notifyd.repeat"
 # The number of a socket that takes frames in another form, one for all such sockets, is taken from this.
 OTHER_FORM = -2

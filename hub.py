@@ -22,7 +22,6 @@ from functools import lru_cache
 from typing import Any
 
 import orjson
-from msgspec import UNSET
 
 import schemas
 from acks import Acks
@@ -327,26 +326,24 @@ class Hub:
         """Whether publish_at_once() is worth a try: the store never waits, and nothing is logged."""
         return self.store.append_at_once is not None and not logger.isEnabledFor(logging.DEBUG)
 
-    def publish_at_once(self, request: schemas.NotifyRequest) -> Appended | None:
+    def publish_at_once(self, request: schemas.NotifyRequest, spelled: schemas.Spelled) -> Receipt | None:
         """Publish a checked request without an await; None where that takes publish(), or publish() says why not.
 
-        Raises InvalidRequest or TooLarge as publish() does.
+        Raises InvalidRequest or TooLarge as publish() does. The caller runs on the Hub's event loop.
         """
         append = self.store.append_at_once
-        if append is None or not self.is_ready or self._loop is not asyncio.get_running_loop():
+        if append is None or not self.is_ready:
             return None
         began = self.clock()
-        appended = append(self.draft(request))
+        receipt = append(self.draft(request, spelled=spelled))
         self.counts.publish.uncounted.append(self.clock() - began)
-        return appended
+        return receipt
 
-    def draft(self, request: schemas.NotifyRequest, place: str = "") -> Draft:
+    def draft(self, request: schemas.NotifyRequest, place: str = "", spelled: schemas.Spelled | None = None) -> Draft:
         """Return a checked request as the store takes it. Raises InvalidRequest or TooLarge."""
-        data = {"message": request.message, **request.data}
-        data["message"] = request.message
         topics = sorted(set(request.topics)) if request.topics else []
         try:
-            rest = schemas.compose(request.type, data, topics=topics or UNSET)
+            rest = schemas.notification(request, spelled or schemas.spelled(request), topics)
         except InvalidRequest as error:
             raise InvalidRequest(place + error.message) from None
         limit, size = self.settings.max_message_size + ENVELOPE_BYTES, len(rest) + ID_BYTES

@@ -114,7 +114,7 @@ async def notify(hub: Hub, request: Request, sender: Identity | None) -> Answer[
     once = _once(request, content, body) if KEY_HEADER in request.headers else None
     wanted = text_in(content) if content.media_type == TEXT_TYPE else json_in(content, schemas.NotifyRequest)
     # Encoded before it is published: data without a JSON form is refused.
-    understood = schemas.understood(wanted)
+    understood = schemas.understood(wanted, schemas.spelled(wanted))
     address = (request.scope.get("client") or ("",))[0]
     appended = await hub.publish([wanted], once, sender, address=address)
     repeat = (request.scope.get("extensions") or {}).get(REPEAT_EXTENSION)
@@ -163,11 +163,11 @@ def _with_delivery(body: bytes, delivery: schemas.Delivery) -> bytes:
     return b'%b,"delivery":%b}' % (body[:-1], encode(delivery))
 
 
-# The status, headers and body of an answer.
-_Told = tuple[int, list[tuple[bytes, bytes]], bytes]
+# The headers of _published() as they are sent, and the body.
+_ANSWER = b"notification-id: %b\r\ncontent-length: %d\r\ncontent-type: application/json\r\n\r\n%b\n"
 
 
-def _notify_again(hub: Hub, sender: Identity | None, until: float, body: bytes) -> _Told | None:
+def _notify_again(hub: Hub, sender: Identity | None, until: float, body: bytes) -> bytes | None:
     """Answer a request with the head of one before, all at once; None where notify() has to, with nothing done.
 
     The sender is known by that head, up to `until`.
@@ -175,18 +175,18 @@ def _notify_again(hub: Hub, sender: Identity | None, until: float, body: bytes) 
     if len(body) > hub.settings.max_message_size or (sender is not None and not hub.trusts(sender, until)):
         return None
     try:
-        wanted = schemas.decode(body, schemas.NotifyRequest)
+        if (wanted := schemas.read_at_once(body)) is None:
+            return None
         if sender is not None:
             sender.check_publish((wanted,))
-        understood = schemas.understood(wanted)
-        appended = hub.publish_at_once(wanted)
+        spelled = schemas.spelled(wanted)
+        if (receipt := hub.publish_at_once(wanted, spelled)) is None:
+            return None
     except NotifydError:
         return None
-    if appended is None:
-        return None
-    recipients, at = appended.receipts[0].recipients, timestamp(appended.at)
-    answered = _published(schemas.notify_response(recipients, understood, at), appended)
-    return answered.status_code, answered.raw_headers, bytes(answered.body)
+    id, recipients = receipt
+    response = schemas.notify_response(recipients, schemas.understood(wanted, spelled), timestamp())
+    return _ANSWER % (id.encode(), len(response) + 1, response)
 
 
 async def notify_batch(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.BatchResponse]:

@@ -113,7 +113,7 @@ class Store(Protocol):
         """Leave with all clients, and release everything. Earlier calls of post() and leave() are still done."""
 
     @property
-    def append_at_once(self) -> Callable[[Draft], Appended] | None:
+    def append_at_once(self) -> Callable[[Draft], Receipt] | None:
         """The method that appends a draft as append() does, and never waits; None where others have to be asked."""
 
     async def append(self, drafts: Sequence[Draft], once: Once | None = None, counter: int | None = None) -> Appended:
@@ -390,20 +390,21 @@ class MemoryStore:
     async def close(self) -> None:
         pass
 
-    def append_at_once(self, draft: Draft) -> Appended:
-        now = time.time()
-        receipt = Receipt(self._positions.next(), self._node.recipients(draft.audience))
-        record = Record(receipt.id, *draft, now, receipt.recipients)
-        self._newest = record.id
+    def append_at_once(self, draft: Draft) -> Receipt:
+        rest, audience, replayed = draft
+        id, recipients = self._positions.next(), self._node.recipients(audience)
+        self._newest = id
         self._notifications_sent += 1
-        self._node.deliver((record,))
-        return Appended([receipt], now)
+        self._node.deliver((Record(id, rest, audience, replayed, time.time(), recipients),))
+        return Receipt(id, recipients)
 
     async def append(self, drafts: Sequence[Draft], once: Once | None = None, counter: int | None = None) -> Appended:
         if counter is not None:
             self._counter = counter
         if once is None:
-            return self.append_at_once(drafts[0]) if len(drafts) == 1 else await self._append(drafts)
+            if len(drafts) == 1:
+                return Appended([self.append_at_once(drafts[0])], time.time())
+            return await self._append(drafts)
         while (in_flight := self._in_flight.get(once.key)) is not None:
             await in_flight.wait()
         if (known := self._keys.find(once, self._clock())) is not None:

@@ -44,8 +44,9 @@ MAX_AWAITED_BYTES = 16_384
 _NO_CONTROLS = bytes(byte for byte in range(256) if (byte >= 32 and byte != 127) or byte == ord("\t"))
 
 
-# The status, headers and body of the response to a request with that body, or None where the app has to be asked.
-AnswerAtOnce = Callable[[bytes], tuple[int, Headers, bytes] | None]
+# From the body of a request to the bytes of a response with status 200 from its headers on; None where the app has to
+# be asked.
+AnswerAtOnce = Callable[[bytes], bytes | None]
 
 
 class Answer(enum.IntEnum):
@@ -270,7 +271,7 @@ class Repeat:
     again nor shown to the app, and the request costs no task and no exchange (bench/run.py --measure publish).
     """
 
-    __slots__ = ("_after", "_answer", "_before")
+    __slots__ = ("_after", "_answer", "_before", "_beginning", "_last", "_length", "_own")
 
     def __init__(self, head: bytes, answer: AnswerAtOnce) -> None:
         """Take a head that has been checked, and has one Content-Length."""
@@ -278,9 +279,16 @@ class Repeat:
         assert length is not None
         self._before, self._after = head[: length.start(1)], head[length.end(1) :]
         self._answer = answer
+        # The head of the last request, and the length of its body: most have the same.
+        self._last, self._length = head, int(length[1])
+        # The server's own headers, and the response up to their end. It makes a new list when Date changes.
+        self._own: Headers | None = None
+        self._beginning = b""
 
     def answers(self, data: bytes, most: int, default_headers: Headers) -> tuple[int, list[bytes]]:
         """Answer the requests that begin in the first `most` bytes; return where the last ends, and the responses."""
+        if default_headers is not self._own:
+            self._own, self._beginning = default_headers, response_head(200, [], default_headers).removesuffix(b"\r\n")
         start, responses = 0, []
         while start < min(len(data), most):
             body, end = self._find_body(data, start)
@@ -290,12 +298,11 @@ class Repeat:
                 answered = self._answer(data[body:end])
             except Exception:
                 logger.exception("Unexpected error in the app of a repeated request")
-                answered = 500, *_error("Internal server error", "system")
-            if answered is None:
-                break
-            status, headers, content = answered
-            lines = [b"%b: %b\r\n" % header for header in headers]
-            responses.append(response_head(status, lines, default_headers) + content)
+                responses.append(_unexpected(default_headers))
+            else:
+                if answered is None:
+                    break
+                responses.append(self._beginning + answered)
             start = end
         return start, responses
 
@@ -306,12 +313,16 @@ class Repeat:
 
     def _find_body(self, data: bytes, start: int) -> tuple[int, int]:
         """Return where the body of the request that begins here begins and ends; both 0 if it has another head."""
+        if data.startswith(self._last, start):
+            body = start + len(self._last)
+            return body, body + self._length
         digits = start + len(self._before)
         end = data.find(b"\r", digits, digits + MAX_LENGTH_DIGITS + 1)
         if data.startswith(self._before, start) and data.startswith(self._after, end):
             length, body = data[digits:end], end + len(self._after)
             if length.isdigit():
-                return body, body + int(length)
+                self._last, self._length = data[start:body], int(length)
+                return body, body + self._length
         return 0, 0
 
 
@@ -352,6 +363,12 @@ def error_response(
     """Return a whole response with the documented body of an HTTP error."""
     own, body = _error(message, category)
     return http_response(status, body, [*own, *headers], default_headers)
+
+
+def _unexpected(default_headers: Headers) -> bytes:
+    """Return a response that does not end its connection."""
+    headers, body = _error("Internal server error", "system")
+    return response_head(500, [b"%b: %b\r\n" % header for header in headers], default_headers) + body
 
 
 def _error(message: str, category: Category) -> tuple[list[tuple[bytes, bytes]], bytes]:

@@ -206,12 +206,13 @@ class HttpProtocol(asyncio.Protocol):
 
     def _read_on(self) -> None:
         """Parse the bytes that have arrived, as far as this iteration allows."""
-        allowed = TURN_BYTES
+        allowed, start = TURN_BYTES, 0
         # Taken, so that nothing is parsed twice where an app runs at once (asyncio.eager_task_factory).
         data, self._unread = self._unread, b""
-        start = 0
         if self._repeat is not None and self._phase <= HEAD and not self.is_full:
             start = self._answer_repeats(self._repeat, data)
+            if start == len(data) and not (self.peer_has_ended or self.is_paused):
+                return
             allowed -= start
         try:
             while start < len(data) and allowed > 0 and self._phase < WHOLE:

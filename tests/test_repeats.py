@@ -37,6 +37,10 @@ def post(body: str = '{"message":"hi"}', headers: str = JSON, length: object = N
     return f"POST {target} HTTP/1.1\r\nHost: localhost\r\n{headers}Content-Length: {told}\r\n\r\n{body}".encode()
 
 
+def data(value: object) -> str:
+    return f'{{"message":"hi","data":{{"x":{value}}}}}'
+
+
 class Served:
     """An app on a socket, and one connection to it. `asked` has the paths that the app was asked for."""
 
@@ -182,6 +186,39 @@ def test_any_other_request_is_answered_as_ever(request_: bytes) -> None:
             return [*told, re.sub(NEW, b"NEW", await server.reader.read())]
 
     assert asyncio.run(answers(repeats=True)) == asyncio.run(answers(repeats=False))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"message":"hi","data":{}}',
+        ' { "message" : "\\u0068\\u00e9\\ud83d\\ude00" ,\n"data":{ "a" : [1.0, -0, 1e5, "\\/", null] } } ',
+        '{"message":"\u2028","type":"alért","message":"last","data":{"b":1,"a":2,"b":3}}',
+        '{"message":"hi","data":{"message":"other"}}',
+        '{"message":"hi","data":{"a":1,"message":[2],"b":{"message":3}}}',
+        '{"message":"hi","clients":["ann"],"topics":[" red ","red","blue"],"users":["bob","ann"]}',
+        '{"message":"hi","topics":[]}',
+        '{"message":"hi","datum":{}}',
+        *map(data, ('"\\ud800"', "NaN", "1e400", 2**64 - 1, 2**64, -(2**63), -(2**63) - 1, "9" * 5000)),
+        *(data("[" * deep + "]" * deep) for deep in (251, 252, 253, 254)),
+        b'{"message":"\xff"}',
+        b'\xef\xbb\xbf{"message":"hi"}',
+    ],
+    ids=lambda body: repr(body[:60]),
+)
+def test_the_body_of_a_repeat_means_the_same(body: str | bytes) -> None:
+    """The answer and the notification are those of a server without repeats."""
+    raw = body if isinstance(body, bytes) else body.encode()
+    request = post("x" * len(raw)).removesuffix(b"x" * len(raw)) + raw
+
+    async def outcome(*, repeats: bool) -> tuple[bytes, list[bytes]]:
+        async with served(repeats=repeats) as server:
+            for _ in range(2):
+                await server.answer(post())
+            told = await server.answer(request)
+            return told, [re.sub(NEW, b"NEW", record.rest) for record in server.app.hub.fanout.records("")]
+
+    assert asyncio.run(outcome(repeats=True)) == asyncio.run(outcome(repeats=False))
 
 
 @pytest.mark.parametrize(
