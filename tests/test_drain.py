@@ -372,7 +372,7 @@ def test_the_log_says_how_many_remain(start_server: StartServer, clients: int) -
     for _ in range(clients):
         server.join()
     server.signal()
-    line = r"Draining: (?:(1) client remains; it is|([2-9]) clients remain; they are) closed in 7[67] s"
+    line = r"Draining: (?:(1) client remains; it is|([2-9]) clients remain; they are) closed in 7[0-7] s"
     # Each process tells of its own.
     eventually(lambda: sum(int(one or more) for one, more in re.findall(line, "\n".join(server.stderr))) == clients)
 
