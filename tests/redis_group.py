@@ -14,6 +14,7 @@ from signal import SIGCONT, SIGSTOP
 from typing import Any
 
 import redis
+from certificates import Pair
 from processes import free_port, program
 from redis.crc import key_slot
 from redis_server import RedisServer
@@ -51,6 +52,12 @@ def shut_out(primary: RedisServer) -> None:
 
 def replica_of(primary: RedisServer, *flags: str) -> RedisServer:
     return RedisServer(flags=("--replicaof", f"127.0.0.1 {primary.port}", *AT_ONCE, *flags))
+
+
+def tls_lines(pair: Pair) -> list[str]:
+    """Return the lines of a configuration with TLS, also between servers, by a certificate that is its own root."""
+    files = {"tls-cert-file": pair.certificate, "tls-key-file": pair.key, "tls-ca-cert-file": pair.certificate}
+    return [*(f"{name} {value}" for name, value in files.items()), "tls-auth-clients no", "tls-replication yes"]
 
 
 class Sentinel:
@@ -219,10 +226,10 @@ async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 class Cluster:
-    """Three primaries, each with one replica, and all slots."""
+    """Three primaries, each with one replica, and all slots; with a certificate, with TLS, and `tls_ports` too."""
 
-    def __init__(self) -> None:
-        self._doors = Doors()
+    def __init__(self, pair: Pair | None = None) -> None:
+        self._doors, self._pair, self.tls_ports = Doors(), pair, list[int]()
         self.servers = [self._start(f"127.0.0.{10 + number}") for number in range(6)]
         places = [f"127.0.0.1:{server.port}" for server in self.servers]
         create = (program("redis-cli"), "--cluster", "create", *places, "--cluster-replicas", "1", "--cluster-yes")
@@ -236,7 +243,13 @@ class Cluster:
         words = f"--cluster-enabled yes --cluster-node-timeout {SILENCE} --cluster-port {bus}"
         own = f"--bind-source-addr {address} --cluster-announce-ip 127.0.0.1 --protected-mode no"
         door = f"--cluster-announce-bus-port {self._doors.open(bus, address)}"
-        return RedisServer(flags=(*f"{words} {own} {door}".split(), *AT_ONCE))
+        return RedisServer(flags=(*f"{words} {own} {door}".split(), *AT_ONCE, *self._tls()))
+
+    def _tls(self) -> list[str]:
+        if self._pair is None:
+            return []
+        self.tls_ports.append(free_port())
+        return f"--tls-port {self.tls_ports[-1]} --tls-cluster yes --{' --'.join(tls_lines(self._pair))}".split()
 
     @property
     def primary(self) -> RedisServer:
@@ -265,7 +278,9 @@ class Cluster:
 
     def replicas(self, primary: RedisServer) -> list[RedisServer]:
         roles = {server: server.command("ROLE") for server in self.servers}
-        return [server for server, role in roles.items() if role[0] == "slave" and role[2] == primary.port]
+        place = self.servers.index(primary)
+        ports = {primary.port, *self.tls_ports[place : place + 1]}
+        return [server for server, role in roles.items() if role[0] == "slave" and role[2] in ports]
 
     def move(self) -> tuple[RedisServer, RedisServer]:
         """Move the slot to another primary, a key at a time, while it is used; return both."""
@@ -282,7 +297,8 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        return f"redis+cluster://{','.join(f'127.0.0.1:{server.port}' for server in self.servers[:2])}"
+        scheme, ports = "rediss" if self._pair else "redis", self.tls_ports or [server.port for server in self.servers]
+        return f"{scheme}+cluster://{','.join(f'127.0.0.1:{port}' for port in ports[:2])}"
 
     def url_behind_a_partition(self) -> str:
         """Return a URL for processes that stay with the primary when cut_off() leaves it alone."""

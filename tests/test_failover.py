@@ -24,7 +24,7 @@ from members import SOMETHING, Member, audience, members, on_loop
 from processes import ROOT, eventually, free_port
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError
-from redis_group import AT_ONCE, SERVICE, Cluster, Group, Sentinel, carry, replica_of, until
+from redis_group import AT_ONCE, SERVICE, Cluster, Group, Sentinel, carry, replica_of, tls_lines, until
 from redis_server import RedisServer
 from traffic import Traffic
 from ws_clients import PATIENCE
@@ -472,9 +472,7 @@ async def test_an_old_primary_that_goes_on_makes_no_second_order(group: Group | 
 async def test_sentinel_and_primary_with_tls(tmp_path: Path) -> None:
     """A certificate that is not trusted is a reason; so with one address."""
     pair, other = Pair(tmp_path, "localhost"), Pair(tmp_path, "other")
-    files = {"tls-cert-file": pair.certificate, "tls-key-file": pair.key, "tls-ca-cert-file": pair.certificate}
-    tls = [f"{name} {value}" for name, value in files.items()] + ["tls-auth-clients no", "tls-replication yes"]
-    ports = free_port(), free_port()
+    tls, ports = tls_lines(pair), (free_port(), free_port())
     primary = RedisServer(flags=tuple(f"--tls-port {ports[0]} --{' --'.join(tls)}".split()))
     sentinel = Sentinel(ports[0], f"tls-port {ports[1]}", *tls, quorum=1)
     for place in (f"rediss+sentinel://127.0.0.1:{ports[1]}/{SERVICE}", f"rediss://127.0.0.1:{ports[0]}"):
@@ -485,6 +483,30 @@ async def test_sentinel_and_primary_with_tls(tmp_path: Path) -> None:
             assert one.store.failure == "The store is away: TLS: CERTIFICATE_VERIFY_FAILED"
     sentinel.close()
     primary.close()
+
+
+@pytest.mark.slow
+@on_loop
+async def test_a_cluster_with_tls(tmp_path: Path) -> None:
+    """Its nodes are asked for the primary over TLS as well, and a failover finds another."""
+    pair, other = Pair(tmp_path, "localhost"), Pair(tmp_path, "other")
+    group = Cluster(pair)
+    try:
+        async with members(f"{group.url}?ssl_ca_certs={pair.certificate}", 2) as everyone:
+            publishers = [Publisher(member, str(number)) for number, member in enumerate(everyone)]
+            await publishers[0].is_answered_after(time.monotonic())
+            old = group.primary
+            await asyncio.to_thread(order, group, old)
+            new = await asyncio.to_thread(group.promoted, old)
+            await everyone[0].until(lambda: serves(new))
+            await publishers[1].is_answered_after(time.monotonic())
+            await is_whole(publishers, everyone)
+            connections = new.command("CLIENT", "LIST")
+            assert connections.count(f"laddr=127.0.0.1:{group.tls_ports[group.servers.index(new)]}") >= 4
+        async with members(f"{group.url}?ssl_ca_certs={other.certificate}") as [one]:
+            assert one.store.failure == "The store is away: TLS: CERTIFICATE_VERIFY_FAILED"
+    finally:
+        group.close()
 
 
 # A slot that moves.
