@@ -445,7 +445,7 @@ local function restore()  -- Put some of the offered records back; return whethe
   if count > 0 then call('ZREMRANGEBYRANK', OFFERED, 0, count - 1) end
   save()
   if call('EXISTS', OFFERED) == 0 then
-    call('HDEL', META, 'restoring', 'offers_of', 'restored')
+    call('HDEL', META, 'restoring', 'offers_of', 'restored', 'unused')
     call('UNLINK', AWAITED, PARTS)
     return true
   end
@@ -501,7 +501,15 @@ local function join()
   remove_dead_nodes()
   load()
   local is_ahead = not restoring and current and (branch > current or branch == current and last > newest)
-  if not current or run ~= state[2] or is_ahead then
+  -- A fresh node has begun an empty log before the others missed theirs. No record is in it, so that of the others counts.
+  local is_unused = not restoring and not fresh and current and branch ~= current and last ~= ''
+    and newest == call('HGET', META, 'origin')
+  if is_unused then
+    newest = ''
+    call('HSET', META, 'restored', '', 'newest', '', 'unused', current)
+    nodes = {}
+  end
+  if not current or run ~= state[2] or is_ahead or is_unused then
     current = begin_epoch(run, current, branch, nodes)
     restoring = tonumber(call('HGET', META, 'restoring'))
     if fresh and #nodes == 0 then restoring = now end
@@ -552,13 +560,13 @@ local function offer()  -- Take records of the node, or return whether they are 
   -- The newest record of the node and the id that it goes back to with these, in one unbroken part of the log. Of these
   -- the newest, and their number.
   local branch, last, first, newest_here, count = arg(), arg(), arg(), arg(), number_arg()
-  local state = call('HMGET', META, 'epoch', 'restoring', 'offers_of', 'restored')
+  local state = call('HMGET', META, 'epoch', 'restoring', 'offers_of', 'restored', 'unused')
   if state[1] ~= epoch then return 'join' end
   call('ZADD', NODES, now + LEASE, node)
   -- Of two branches the later one counts; the nodes of the other, and late ones, learn with their join that their
   -- records are none.
   local of = state[3] or state[4]
-  if not state[2] or state[2] == '0' or branch < of then return 'refused' end
+  if not state[2] or state[2] == '0' or branch < of or branch == state[5] then return 'refused' end
   if branch > of then call('UNLINK', OFFERS, OFFERED, PARTS) end
   call('HSET', META, 'offers_of', branch)
   wait_on()

@@ -16,7 +16,9 @@ for operations, new records and pages of the log. Redis must not evict keys (max
    that a process has delivered, or when a replica takes over. Every process then has RESTORE_SECONDS, or two
    thirds more while known processes are missing, to begin to offer the records that the log lacks. It is waited for
    while it offers them, and registers its clients; meanwhile the store is away.
-   Ids and order stay, numbers begin anew. So a lost connection, a lost primary and lost data are one case: join again.
+   A newcomer that comes before all others to an emptied Redis begins an empty log. While no record is in it, its epoch
+   ends when a process with records comes. Ids and order stay, numbers begin anew. So a lost connection, a lost primary
+   and lost data are one case: join again.
 6. An Idempotency-Key and its answer are in the log at the last record of the append, and in every process as long as
    that record, to re-offer both. A batch with a key is read whole or not at all, so a retry duplicates no part of it.
 7. A process joins with each new connection and registers its clients again. So an operation that failed half way
