@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 0.001, 0.25
 # Another process tells at least so often whether its clients are still behind.
 ANSWER_SECONDS = 1.0
+# Counts that the store is told of in one step, a millisecond or two, and the pause behind it.
+COUNTED_AT_ONCE, COUNT_PAUSE_SECONDS = 250, 0.002
 # Publishers that wait at the same time.
 MAX_WAITING = 1000
 
@@ -67,6 +69,8 @@ class Deliveries:
         self._stored = hub.store.log
         self._tally = hub.fanout.tally
         self._waiting = 0
+        # Held while counts are handed in.
+        self._handing_in = asyncio.Lock()
 
     # --- of all processes
 
@@ -209,9 +213,21 @@ class Deliveries:
 
     async def hand_in(self) -> None:
         """Hand the counts of this process to the store, if that has the log. Raises StoreUnavailable."""
-        # While the store is away, the tally keeps them.
-        if self._stored is not None and self._hub.store.failure is None and any(counts := self._tally.take()):
-            await self._hub.store.count(counts)
+        if self._stored is None:
+            return
+        # Without await: these are the counts of this moment.
+        parts = self._tally.take().parts(COUNTED_AT_ONCE)
+        try:
+            async with self._handing_in:
+                while self._hub.store.failure is None and (part := next(parts, None)) is not None:
+                    await self._hub.store.count(part)
+                    if max(map(len, part)) >= COUNTED_AT_ONCE:
+                        await asyncio.sleep(COUNT_PAUSE_SECONDS)
+            if self._hub.store.failure is not None:
+                raise StoreUnavailable(self._hub.store.failure)
+        finally:
+            for part in parts:
+                self._tally.put_back(part)
 
     async def _standing(self, sought: Sought, seconds: float) -> Standing:
         """Return the figures, once no client is behind the notification or so much time is over."""
@@ -231,7 +247,7 @@ class Deliveries:
                 self._tally.written(sought.entry),
             )
         else:
-            await self._hub.store.count(self._tally.take())
+            await self.hand_in()
         standing.acknowledged = len([one async for one in self._unnamed(sought.entry)])
         return standing
 

@@ -20,6 +20,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 from bookmarks import Bookmarks, BookmarksInMemory
@@ -223,6 +224,15 @@ class Counts(NamedTuple):
     steps: dict[str, int]
     written: dict[str, int]
     addressed: dict[str, int]
+
+    def parts(self, size: int) -> Iterator[Counts]:
+        """Yield it in parts of so many numbers, with the steps in one."""
+        if self.steps:
+            yield Counts(self.steps, {}, {})
+        for field in ("written", "addressed"):
+            numbers = iter(getattr(self, field).items())
+            while part := dict(islice(numbers, size)):
+                yield Counts({}, {}, {})._replace(**{field: part})
 
 
 class Counted(NamedTuple):

@@ -19,6 +19,11 @@ from store import Counts
 
 # A cursor and the pending entries beside it.
 Place = tuple[int, list[int] | None]
+# What is counted for a reader: entries with their changes.
+Changes = list[tuple[Entry, int]]
+
+# Parts of pages that are not counted yet: each takes a tenth of a millisecond, and keeps its entries in memory.
+PARTS_NOTED = 4
 
 
 class Tally:
@@ -39,6 +44,8 @@ class Tally:
         self._counts: dict[int, int] = {}
         # By sequence, the clients of this process that a farewell was addressed to.
         self._addressed: dict[int, int] = {}
+        # What readers were handed, by identity, with their number: many are handed the same.
+        self._parts: dict[int, tuple[Changes, int]] = {}
         self._taken = Counts({}, {}, {})
 
     def sum_up(self) -> None:
@@ -60,6 +67,8 @@ class Tally:
             if pending is not None:
                 for sequence in pending if left is None else pending[: len(pending) - len(left)]:
                     counts[sequence] = counts.get(sequence, 0) + clients
+        while self._parts:
+            self._count_part(next(iter(self._parts)))
 
     def _step(self, first: int, end: int, clients: int) -> None:
         """Count clients that are handed the broadcasts from one turn up to another."""
@@ -81,21 +90,32 @@ class Tally:
     def _count(self, sequence: int, clients: int) -> None:
         self._counts[sequence] = self._counts.get(sequence, 0) + clients
 
-    def read(self, counts: list[tuple[Entry, int]], broadcasts: tuple[str, str] | None) -> None:
-        """Count a reader by these changes, and by the broadcasts after one position and up to another."""
-        if self._is_stored:
-            if broadcasts is not None:
-                for position, change in zip(broadcasts, (1, -1), strict=True):
-                    _add(self._taken.steps, position, change)
-            for entry, change in counts:
-                _add(self._taken.written, entry.id, change)
+    def read(self, changes: Changes, broadcasts: tuple[str, str] | None) -> None:
+        """Count a reader by these changes, and by the broadcasts after one position and up to another.
+
+        The changes are one list for all readers that are handed the same, and stay as they are.
+        """
+        _, readers = self._parts.pop(id(changes), (changes, 0))
+        self._parts[id(changes)] = changes, readers + 1
+        if len(self._parts) > PARTS_NOTED:
+            self._count_part(next(iter(self._parts)))
+        if broadcasts is None:
             return
-        if broadcasts is not None:
-            first, end = (self._log.turn_of(self._log.sequence_after(position)) for position in broadcasts)
-            if first != end:
-                self._step(first, end, 1)
-        for entry, change in counts:
-            self._count(entry.sequence, change)
+        if self._is_stored:
+            for position, change in zip(broadcasts, (1, -1), strict=True):
+                _add(self._taken.steps, position, change)
+            return
+        first, end = (self._log.turn_of(self._log.sequence_after(position)) for position in broadcasts)
+        if first != end:
+            self._step(first, end, 1)
+
+    def _count_part(self, key: int) -> None:
+        changes, readers = self._parts.pop(key)
+        for entry, change in changes:
+            if self._is_stored:
+                _add(self._taken.written, entry.id, change * readers)
+            else:
+                self._count(entry.sequence, change * readers)
 
     def before_trim(self, until: int) -> None:
         """Forget the entries before a sequence, which are about to leave the memory."""
@@ -127,6 +147,12 @@ class Tally:
         self._name()
         taken, self._taken = self._taken, Counts({}, {}, {})
         return taken
+
+    def put_back(self, counts: Counts) -> None:
+        """Take back counts that the store has not been told of."""
+        for taken, numbers in zip(self._taken, counts, strict=True):
+            for id, change in numbers.items():
+                _add(taken, id, change)
 
     def announce(self, clients: int) -> None:
         """Count the clients that the farewell is addressed to: the store's record is for nobody."""

@@ -18,7 +18,10 @@ from expected import parse
 from processes import Server, eventually
 from ws_clients import Client
 
+from log import Entry, Log
 from routes import MAX_WAIT_SECONDS
+from store import Counts
+from tally import PARTS_NOTED, Tally
 
 KEY = "tests:the-key-of-these-tests"
 
@@ -211,6 +214,28 @@ def test_counts_outlive_the_memory_and_the_process(
         client.leave()
     last.stop()
     assert [delivery(first, id) for id in (everyone, red)] == [[2, 3, 0, 0], [1, 2, 0, 0]]
+
+
+def test_counts_are_handed_in_in_parts_and_kept_until_then() -> None:
+    """Readers that are handed the same are counted together; what the store has not been told of is not lost."""
+    tally = Tally(Log(10, 1000, 1.0), is_stored=True)
+    entries = [Entry(-1, str(number), b"", 0, 0.0, True, None) for number in range(PARTS_NOTED + 2)]
+    shared = [(entry, 1) for entry in entries]
+    tally.read(shared, ("a", "b"))
+    for entry in entries:
+        tally.read([(entry, 2)], None)
+        tally.read(shared, None)
+    counts = tally.take()
+    each = len(entries) + 3
+    assert counts == Counts({"a": 1, "b": -1}, {entry.id: each for entry in entries}, {})
+    parts = counts.parts(2)
+    assert [next(parts), next(parts)] == [Counts(counts.steps, {}, {}), Counts({}, {"0": each, "1": each}, {})]
+    tally.read([(entries[0], 1), (entries[-1], 1)], None)
+    for part in parts:
+        tally.put_back(part)
+    rest = {entry.id: each for entry in entries[2:]}
+    assert tally.take() == Counts({}, rest | {"0": 1, entries[-1].id: each + 1}, {})
+    assert not any(tally.take())
 
 
 @pytest.mark.slow
