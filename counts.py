@@ -84,11 +84,18 @@ class Histogram:
 class Durations(dict[str, Histogram]):
     """The operations of a store, by kind."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        # The number of those that are not answered yet.
+        self.under_way = Counter[str]()
+
     def time(self, kind: str, answer: asyncio.Future[Any]) -> None:
         """Time an operation from now until it is answered or given up."""
+        self.under_way[kind] += 1
         answer.add_done_callback(partial(self._answered, kind, time.monotonic()))
 
     def _answered(self, kind: str, began: float, _: object) -> None:
+        self.under_way[kind] -= 1
         if kind not in self:
             self[kind] = Histogram()
         self[kind].observe(time.monotonic() - began)

@@ -45,8 +45,8 @@ PAGES_KEPT = 16
 # A slice of pages holds the event loop for about this long. A live notification waits for about five of them on its way
 # from the publisher to the clients (bench/run.py --measure long_log).
 SLICE_SECONDS = 0.0002
-# The pause before the store is asked again after a failure.
-RETRY_SECONDS = 0.5
+# The pauses before the store is asked again after a failure, and while it has a publish under way: that goes first.
+RETRY_SECONDS, GIVE_WAY_SECONDS = 0.5, 0.001
 
 _id_of = attrgetter("id")
 Wants = Callable[[Entry], bool]
@@ -245,6 +245,7 @@ class Readers:
         self._log = fanout.log
         self._tally = fanout.tally
         self._clock = hub.clock
+        self._durations = hub.store.durations
         self.pages = Pages(hub, fanout)
         # To be read by all, changed here alone.
         self.clients: set[Client] = set()
@@ -425,9 +426,8 @@ class Readers:
             while self._queue:
                 async with self._fanout.passing:
                     lacking = self._serve()
-                if lacking is None:
-                    await asyncio.sleep(0)
-                else:
+                await asyncio.sleep(GIVE_WAY_SECONDS if self._durations.under_way["append"] else 0)
+                if lacking is not None:
                     await self._fetch(lacking)
 
     def _serve(self) -> Client | None:
