@@ -64,7 +64,9 @@ class RedisLink:
             deadlines = {"socket_timeout": None, "socket_connect_timeout": timeout}
             self._options: dict[str, Any] = options | deadlines | {"protocol": 2}
             # Only the constructor notices unknown options.
-            self._kind(**self._options)
+            known = self._kind(**self._options)
+            # Newer versions of redis-py look up which they are for each connection: that holds the loop for 10 ms.
+            self._options |= {"driver_info": known.driver_info} if hasattr(known, "driver_info") else {}
         except (ValueError, TypeError, exceptions.RedisError):
             raise SettingsError("--store: expected a URL such as redis://localhost:6379/0") from None
         # Those of the pair that is in use.
