@@ -70,7 +70,8 @@ def _beside_a_crowd(server: Server, since: str, clients: int, behind: int, secon
         reading = processes.submit(read_at_once, server.port, f"topics=all&since={since}", clients, seconds)
         memory = []
         with Probe(server) as probe:
-            while not reading.done():
+            # Not until the readers leave, all at once.
+            while not live.done():
                 time.sleep(min(1.0, seconds / 4))
                 memory.append(server.rss_bytes())
         beside, fewest = live.result(), reading.result()
