@@ -3,6 +3,7 @@
 Method: 8 keep-alive connections with 8 pipelined requests each, 64 in flight, publish to 1,000 clients, and to 100; the
 clock runs from the first request to the last byte at the last client. Median of the runs. Taking turns with the floor,
 as in fanout.py, was tried and made the figure less steady: the floor's own results in a burst vary by a factor of 3.
+The CPU per delivery is that of all runs together: steadier where something else disturbs the clock.
 
 Among few clients the publishing is most of the work. So notifyd is measured there also with one publisher that has 500
 requests in flight, over a WebSocket (where it is a client as well, and gets what it publishes) and as NDJSON; beside it
@@ -28,26 +29,33 @@ LONG_SECONDS = 10.0
 FORMS = {"frames": "over one WebSocket", "lines": "as NDJSON"}
 
 
-def _seconds(server: Server, clients: int, scale: Scale, connections: int, depth: int, form: str = "") -> float:
-    with Load(server, clients, form=form) as load:
-        load.poll()
-        load.burst(connections * depth, connections, depth)
-        ends, seconds = time.monotonic() + LONG_SECONDS, list[float]()
-        while len(seconds) < scale.burst_runs and (time.monotonic() < ends or not seconds):
-            seconds.append(load.burst(scale.burst, connections, depth))
-        return median(seconds)
+def _take(load: Load, scale: Scale, connections: int, depth: int) -> tuple[float, float]:
+    """Return the deliveries a second, in millions, and the CPU seconds of a delivery."""
+    deliveries = scale.burst * load.clients
+    load.poll()
+    load.burst(connections * depth, connections, depth)
+    before, seconds = load.server.cpu_seconds(), list[float]()
+    ends = time.monotonic() + LONG_SECONDS
+    while len(seconds) < scale.burst_runs and (time.monotonic() < ends or not seconds):
+        seconds.append(load.burst(scale.burst, connections, depth))
+    cost = (load.server.cpu_seconds() - before) / len(seconds) / deliveries
+    return deliveries / median(seconds) / 1e6, cost
 
 
 def measure(peer: Peer, scale: Scale) -> Iterator[Figure]:
     levels = {scale.clients: (Level(2, BEST),), scale.few_clients: ()}
     for clients, wanted in levels.items():
-        title = f"deliveries in a burst of {scale.burst:,}, {clients:,} clients"
-        with Server(peer) as server:
-            rate = scale.burst * clients / _seconds(server, clients, scale, CONNECTIONS, DEPTH) / 1e6
-        yield Figure(Row(title, "M/s", 2, more_is_better=True, levels=wanted), rate)
-    with Server(peer.with_flags("--publish-over-websocket") if peer is NOTIFYD else peer) as server:
-        for form, published in FORMS.items():
-            if peer is NOTIFYD:
-                rate = scale.burst * clients / _seconds(server, clients, scale, 1, IN_FLIGHT, form) / 1e6
-            beside = f"{title}, published {published} (peers as above)"
-            yield Figure(Row(beside, "M/s", 2, more_is_better=True, levels=(Level(1, BEST),)), rate)
+        burst = f"in a burst of {scale.burst:,}, {clients:,} clients"
+        with Server(peer) as server, Load(server, clients) as load:
+            rate, cost = _take(load, scale, CONNECTIONS, DEPTH)
+        yield Figure(Row(f"deliveries {burst}", "M/s", 2, more_is_better=True, levels=wanted), rate)
+        yield Figure(Row(f"CPU per delivery {burst}", "us", 2), cost * 1e6)
+    for form, published in FORMS.items():
+        if peer is NOTIFYD:
+            with (
+                Server(peer.with_flags("--publish-over-websocket")) as server,
+                Load(server, clients, form=form) as load,
+            ):
+                rate, _ = _take(load, scale, 1, IN_FLIGHT)
+        title = f"deliveries {burst}, published {published} (peers as above)"
+        yield Figure(Row(title, "M/s", 2, more_is_better=True, levels=(Level(1, BEST),)), rate)

@@ -60,7 +60,7 @@ server and floor took turns (CPU per delivery, latency) it is the median of thei
 turns. That is steadier than two figures taken minutes apart on a shared machine, and decides the "best peer", among all
 but the floor. A floor that takes turns with itself shows how steady. All other ratios are of figures measured minutes
 apart: a level met or missed by little there proves nothing. Rows with the unit x are ratios of two notifyd that took
-turns.
+turns. NATS speaks its own protocol: its publishers send PUB and are answered by +OK, where the others take a POST.
 
 In the table of the stores a number in brackets is the ratio to one process with its log in memory, the median of turns,
 or, with a sign, the difference to it. "Redis" is the CPU of Redis itself for the same, not included in the figure.

@@ -30,6 +30,7 @@ import memory
 import publish
 import publishing
 import report
+import shares
 import stores
 import target
 import two_cores
@@ -55,6 +56,7 @@ _MODULES = (
     compression,
     event_streams,
     acknowledging,
+    shares,
     stores,
     batch,
     target,

@@ -22,7 +22,7 @@ from peers import ROOT, Peer
 START_SECONDS = 60.0
 STOP_SECONDS = 5.0
 # For a server to have nothing left to do.
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 60.0
 # A server whose CPU time stays the same for this long has nothing left to do. The time is longer than a tick of the
 # scheduler (1 to 10 ms).
 QUIET_SECONDS = 0.012

@@ -1,11 +1,12 @@
 """How many more deliveries a second do two workers on two cores make than one worker on one?
 
 Method: one worker on a SQLite file, on the core of all servers, and two workers on another file, which have both cores,
-take turns: notifications of which four are in flight, and a burst as in burst.py, to clients that sleep. The load needs
-a core, and a machine of two has none to spare: it shares both with the two workers. So the figure is no quotient of two
-rates. It is the CPU time of the one worker, by half of the core-seconds that the load left to the two, from the first
-request to the last byte: what these wait for one another, for the file or for the load counts against them. Two that
-lose nothing reach 2. Beside it stand the CPU time of both by that of the one, and the load's share of the two cores.
+take turns: notifications one at a time, and a burst as in burst.py, to clients that sleep. The load needs a core, and a
+machine of two has none to spare: it shares both with the two workers. So the figure is no quotient of two rates. It is
+the CPU time of the one worker, by half of the core-seconds that the load left to the two, from the first request to the
+last byte: what these wait for one another, for the file or for the load counts against them, and so does whatever else
+runs on the machine. Two that lose nothing reach 2. Beside it stand the CPU time of both by that of the one, and the
+load's share of the two cores.
 
 Not measured: more workers, and the load on a machine of its own.
 """
@@ -21,7 +22,6 @@ from peers import NOTIFYD, Peer, notifyd_on
 from plan import Figure, Level, Row, Scale
 from running import CORES, SERVER_CORE, Server
 
-SOME, IN_FLIGHT = 40, 4
 STORE = "sqlite:{folder}/store"
 TITLE = "deliveries a second, two workers on two cores by one on one, SQLite, {}, {:,} clients"
 
@@ -58,9 +58,10 @@ def _compare(title: str, loads: list[Load], pairs: int, publish: Callable[[Load]
 def measure(peer: Peer, scale: Scale) -> Iterator[Figure]:
     if peer is not NOTIFYD or len(CORES) < 2:
         return
+    some = scale.notifications_a_turn
     with _loads(scale.many_clients) as loads:
-        title = TITLE.format(f"{IN_FLIGHT} in flight", scale.many_clients)
-        yield _compare(title, loads, scale.burst_runs, lambda load: load.burst(SOME, IN_FLIGHT, 1))
+        title = TITLE.format("one at a time", scale.many_clients)
+        yield _compare(title, loads, scale.batch_pairs, lambda load: sum(load.one_at_a_time(some)))
     with _loads(scale.clients) as loads:
         title = TITLE.format(f"a burst of {scale.burst:,}", scale.clients)
         yield _compare(title, loads, scale.burst_runs, lambda load: load.burst(scale.burst, CONNECTIONS, DEPTH))
