@@ -304,14 +304,19 @@ def refused_stream(nginx: Nginx) -> httpx.Response:
 
 def test_a_flood_does_not_end_a_browsers_stream_for_good(nginx: Nginx) -> None:
     """nginx refuses it as the server does: 200, a wait that differs, and the code with the reason."""
-    for _ in range(30):
-        nginx.http.get("/metrics")
+    while nginx.http.get("/metrics").status_code != 429:
+        pass
     ends = [end_of(refused_stream(nginx)) for _ in range(5)]
     text = '{"code":1008,"reason":"Rate limit exceeded: 10 requests a second, 20 at once"}'
     assert {data for _, data in ends} == {text}
     waits = {retry for retry, _ in ends}
     assert 3000 <= min(waits) < max(waits) < 6000
-    assert nginx.http.get("/events").status_code == 429
+
+    def status() -> int:
+        with nginx.http.stream("GET", "/events") as answer:
+            return answer.status_code
+
+    eventually(lambda: status() == 429)
 
 
 def test_a_restart_does_not_end_a_browsers_stream_for_good(tmp_path: Path) -> None:
@@ -344,8 +349,8 @@ def test_a_page_reads_the_answers_of_nginx_itself(
     nginx.http.headers["Origin"] = origin
     assert page_may_read(nginx.http.get("/health")) == ((200, [PAGE]) if allowed else (403, []))
     assert page_may_read(nginx.http.post("/notify", content=b"x" * 3_000_000)) == (413, allowed)
-    for _ in range(30):
-        limited = nginx.http.get("/metrics")
+    while (limited := nginx.http.get("/metrics")).status_code != 429:
+        pass
     assert page_may_read(limited) == (429, allowed)
     assert ("Retry-After" in limited.headers.get("access-control-expose-headers", "")) == bool(allowed)
     assert page_may_read(refused_stream(nginx)) == (200, allowed)
@@ -367,10 +372,8 @@ def test_a_browsers_stream_goes_through(nginx: Nginx, backend: Server) -> None:
 
 def test_a_clients_own_forwarded_header_is_replaced(nginx: Nginx) -> None:
     """The server counts the address that nginx sees, with any X-Forwarded-For."""
-    remaining = [
-        limits(nginx.http.get("/metrics", headers={"X-Forwarded-For": f"203.0.113.{n}"}).headers)[1] for n in range(9)
-    ]
-    assert min(remaining) <= 18
+    headers = ({"X-Forwarded-For": f"203.0.113.{n}"} for n in range(250))
+    assert any(limits(nginx.http.get("/metrics", headers=each).headers)[1] <= 18 for each in headers)
 
 
 def test_a_page_of_its_own_is_let_in(nginx: Nginx) -> None:
