@@ -21,6 +21,8 @@ const plots = {
   deliveries: new Plot("Deliveries a second"),
   published: new Plot("Publishes a second"),
   behind: new Plot("Clients with a backlog"),
+  store: new Plot("Milliseconds until a publish is in the log"),
+  log: new Plot("Notifications in memory"),
 };
 
 export function start(known) {
@@ -168,12 +170,18 @@ function draw(second, now) {
     const more = before ? now[name] - before.metrics[name] : NaN;
     return more >= 0 ? more / (second - before.second) : null; // fewer: it has started anew
   };
+  const spent = rate("notifyd_process_publish_duration_seconds_sum");
+  const publishes = rate("notifyd_process_publish_duration_seconds_count");
   plots.clients.add(second, now.websocket_active_connections);
   plots.deliveries.add(second, rate("websocket_notifications_sent"));
   plots.published.add(second, rate("notifyd_notifications_published_total"));
   plots.behind.add(second, now.notifyd_clients_behind);
+  // The mean of those since the last time.
+  plots.store.add(second, publishes > 0 && spent !== null ? (1000 * spent) / publishes : null);
+  plots.log.add(second, now.notifyd_log_notifications);
   figure("Deliveries", number(now.websocket_notifications_sent));
   figure("Published", number(now.notifyd_notifications_published_total));
+  figure("Largest backlog", number(now.notifyd_largest_backlog_notifications));
   figure("Slow clients closed", number(now.notifyd_slow_consumers_total));
   figure("In memory, with test ones", number(now.notifyd_log_notifications));
   figure("Log in memory", bytes(now.notifyd_log_bytes));
