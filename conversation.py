@@ -86,11 +86,15 @@ class Conversation:
             asked = schemas.read_message(message, self._types)
         except InvalidRequest as error:
             asked = error
-        if isinstance(asked, schemas.Acknowledge) and self._hub.acks.take(client, asked.id):
-            # Free, since a client may acknowledge each notification. It is read in turns, of TURN_BYTES each.
-            return
         if isinstance(asked, PUBLISHES) and self._hub.publishers.admits(client):
             asked = self._hub.publishers.expect(client, asked, len(message))
+            if client not in self._waiting:
+                # Its answer comes with those of others.
+                self._hub.publishers.publish(asked)
+                return
+        elif isinstance(asked, schemas.Acknowledge) and self._hub.acks.take(client, asked.id):
+            # Free, since a client may acknowledge each notification. It is read in turns, of TURN_BYTES each.
+            return
         elif not client.take_token():
             self._hub.admission.dismiss(client, POLICY_VIOLATION, "Message rate exceeded")
             return
@@ -118,7 +122,6 @@ class Conversation:
             # It came without the right, which a token before it may have brought meanwhile.
             asked = self._hub.publishers.asked_late(client, asked)
         if isinstance(asked, Expected):
-            # Its answer comes with those of others.
             self._hub.publishers.publish(asked)
             return ()
         if self._hub.publishers.owes(client):

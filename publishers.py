@@ -367,8 +367,11 @@ def _once(request: schemas.NotifyRequest) -> Once | None:
     return Once(request.key, hashlib.sha256(FORM + b"\0" + encode(given)).digest())
 
 
+_WITH_REF = (schemas.Publish, InvalidPublish)
+
+
 def _ref(request: schemas.NotifyRequest | NotifydError) -> str | None:
-    assert isinstance(request, schemas.Publish | InvalidPublish)
+    assert isinstance(request, _WITH_REF)
     return None if request.ref is UNSET else request.ref
 
 
