@@ -440,11 +440,11 @@ def test_a_notification_is_encoded_once_for_all(loop: VirtualLoop, monkeypatch: 
     hub = hub_on(loop)
     for number in range(100):
         join(loop, hub, f"c{number}")
-    encoded: list[Any] = []
-    monkeypatch.setattr(schemas.orjson, "dumps", lambda *given, **options: encoded.append(given) or b'{"type":""}')
-    loop.run_until_complete(hub.notify("hello"))
+    encoded, dumps = list[Any](), schemas.orjson.dumps
+    monkeypatch.setattr(schemas.orjson, "dumps", lambda value, *_, **options: encoded.append(value) or dumps(value))
+    loop.run_until_complete(hub.notify("hello", data={"a": 1}))
     loop.run_until_complete(asyncio.sleep(1))
-    assert len(encoded) == 1
+    assert encoded == ["hello", [{"a": 1}]]
     assert all(len(client.connection.messages) == 2 for client in hub.clients)  # type: ignore[attr-defined]
 
 
