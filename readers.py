@@ -427,7 +427,8 @@ class Readers:
                 async with self._fanout.passing:
                     lacking = self._serve()
                 await asyncio.sleep(GIVE_WAY_SECONDS if self._durations.under_way["append"] else 0)
-                if lacking is not None:
+                # It may have left meanwhile.
+                if lacking is not None and lacking.reading is not None:
                     await self._fetch(lacking)
 
     def _serve(self) -> Client | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import StartServer
 from expected import parse
-from processes import Server, eventually
+from processes import QUIET, Server, eventually
 from redis_server import RedisServer
 from ws_clients import Client
 
@@ -78,6 +79,23 @@ def test_a_reader_gets_its_own_and_those_for_everyone_in_one_order(
             expected.append(f"{round} {fields}")
     data, replayed, _ = resumed(server, start, "&client_id=ann&topics=red")
     assert (data["complete"], replayed) == (True, expected)
+
+
+def test_a_reader_may_leave_while_it_gives_way_to_a_publish(tmp_path: Path) -> None:
+    """Before its page is read; the readers after it are served as ever."""
+    store = ("--store", f"sqlite:{tmp_path}/log.db")
+    server = Server.notifyd(*QUIET, *SMALL, *store, constants={"readers.GIVE_WAY_SECONDS": 0.1})
+    try:
+        first, *_ = fill(server)
+        with ThreadPoolExecutor(1) as pool:
+            publishing = pool.submit(fill, server, 20_000)
+            for _ in range(10):
+                server.join(query=f"since={first}").connection.socket.close()
+            publishing.result()
+        assert resumed(server, first)[0]["replayed"] == COUNT - 1 + 20_000
+        assert "failed" not in "".join(server.stderr)
+    finally:
+        server.stop()
 
 
 def test_a_subscription_replays_from_before_the_memory(start_server: StartServer, flags: tuple[str, ...]) -> None:
