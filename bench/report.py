@@ -36,7 +36,7 @@ class Results:
 
     def rows(self, *, of_stores: bool) -> dict[Row, dict[str, Figure]]:
         """Return the rows that compare stores, or those that compare peers."""
-        return {row: cells for row, cells in self.figures.items() if (row.base == MEMORY) == of_stores}
+        return {row: cells for row, cells in self.figures.items() if PEERS.keys().isdisjoint(cells) == of_stores}
 
     def peers(self) -> list[str]:
         seen = {name for cells in self.figures.values() for name in cells} | {peer for _, peer in self.failures}
@@ -80,7 +80,7 @@ def best_peer(row: Row, cells: dict[str, Figure]) -> str | None:
     took turns with each of them, what counts is their ratio to it.
     """
     others = {n: f.ratio or f.value for n, f in cells.items() if n not in ("notifyd", "floor")}
-    if not others:
+    if not others or row.unit == "%":  # a share is neither good nor bad
         return None
     return (max if row.more_is_better else min)(others, key=lambda name: others[name])
 
