@@ -13,9 +13,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import gc
 import importlib
 import logging
+import os
 import resource
 import signal
 import socket
@@ -149,6 +151,7 @@ class Server(uvicorn.Server):
             context = None if is_internal or self._certificate is None else self._certificate.context
             await self._listen(listener, self._internal if is_internal else self.config, context)
         _quiet_collector()
+        _reserve_files(self._hub.settings.max_connections)
         if self._parent is None:
             announce(self._url)
         else:
@@ -426,6 +429,19 @@ def _quiet_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(2000, 4, 100_000)
+
+
+def _reserve_files(max_connections: int) -> None:
+    """Have the kernel's table of this process's descriptors grow now.
+
+    It grows by doubling. In a process with threads, such as that of a store, each time holds the loop for 5 to 20 ms.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = max_connections + SPARE_FILES
+    if limit != resource.RLIM_INFINITY:
+        files = min(files, limit)
+    with contextlib.suppress(OSError), socket.socket() as any_file:
+        os.close(fcntl.fcntl(any_file, fcntl.F_DUPFD_CLOEXEC, files - 1))
 
 
 def raise_file_limit(max_connections: int) -> None:

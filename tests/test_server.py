@@ -6,6 +6,7 @@ import asyncio
 import errno
 import socket
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -224,3 +225,10 @@ def test_a_socket_for_both_families_shows_an_ipv4_address_as_such() -> None:
                 return await heard
 
     assert asyncio.run(peer()).client[0] == "127.0.0.1"
+
+
+def test_the_table_of_descriptors_has_room_for_all_connections(start_server: StartServer) -> None:
+    """Where it grows later, each time holds the loop of a process with threads."""
+    server = start_server("--max-connections", "3000")
+    status = Path(f"/proc/{server.pid}/status").read_text()
+    assert int(status.split("FDSize:")[1].split()[0]) >= 3000
