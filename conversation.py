@@ -180,6 +180,8 @@ class Conversation:
             for left in self._waiting.pop(client):
                 if isinstance(left, Change):
                     left.done.cancel()
+                elif isinstance(left, Expected):
+                    self._hub.publishers.publish(left)
 
     async def _outcome(self, work: Work) -> Answer:
         """Do the work and return the answer that it finds, or its error."""

@@ -346,12 +346,20 @@ def test_all_that_was_read_is_answered_in_the_drain(start_server: StartServer) -
     assert server.exit_status() == 0
 
 
-def test_requests_of_a_client_that_leaves_are_published(opened: Server) -> None:
-    """They had arrived before its close."""
-    before = sent(opened)
+@pytest.mark.parametrize(
+    "before",
+    [None, publish(topics=["x"]), {"type": "status_request"}, {"type": "subscribe", "topics": ["y"]}],
+    ids=lambda before: before and before["type"],
+)
+def test_requests_of_a_client_that_leaves_are_published(opened: Server, before: dict[str, Any] | None) -> None:
+    """They had arrived before its close, and wait behind other messages, or behind none."""
+    count_before = sent(opened)
     client = opened.join_bare()
-    client.socket.sendall(frames(200, topics=["x"]) + masked(Opcode.CLOSE, b"\x03\xe8"))
-    eventually(lambda: sent(opened) == before + 200)
+    others = [before, {"type": "ping"}] if before else []
+    first = b"".join(masked(Opcode.TEXT, json.dumps(message).encode()) for message in others)
+    client.socket.sendall(first + frames(200, topics=["x"]) + masked(Opcode.CLOSE, b"\x03\xe8"))
+    published_first = bool(before) and before["type"] == "publish"
+    eventually(lambda: sent(opened) == count_before + 200 + published_first)
 
 
 def test_while_the_store_is_away_each_is_refused(start_server: StartServer, redis: Any) -> None:
