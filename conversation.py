@@ -87,7 +87,9 @@ class Conversation:
         except InvalidRequest as error:
             asked = error
         if isinstance(asked, PUBLISHES) and self._hub.publishers.admits(client):
-            asked = self._hub.publishers.expect(client, asked, len(message))
+            # In bytes: an ASCII text is as long, and knows that it is one.
+            size = len(message if isinstance(message, bytes) or message.isascii() else message.encode())
+            asked = self._hub.publishers.expect(client, asked, size)
             if client not in self._waiting:
                 # Its answer comes with those of others.
                 self._hub.publishers.publish(asked)

@@ -26,6 +26,7 @@ from virtual import FakeConnection, VirtualLoop
 
 import fanout as fanout_module
 import log as log_module
+import publishers as publishers_module
 import readers as readers_module
 import replay as replay_module
 import schemas
@@ -334,6 +335,23 @@ def test_each_client_gets_its_part_of_a_batch_for_many_topics(loop: VirtualLoop)
     everything = [str(number) for number in range(6)] * 2
     assert [one["data"]["message"] for one in ann.messages[1:]] == everything
     assert [one["data"]["message"] for one in bob.messages[1:]] == everything
+
+
+def test_the_window_of_a_publisher_is_counted_in_bytes(loop: VirtualLoop) -> None:
+    """Not in characters, of which some have three."""
+    hub = hub_on(loop, publish_over_websocket=True)
+    ann = join(loop, hub, "ann")
+    request = json.dumps({"type": "publish", "message": "中" * 5000}, ensure_ascii=False)
+
+    def fill() -> int:
+        """Say it until the window is full, and return the bytes. Nothing is published meanwhile."""
+        said = 0
+        while not ann.is_held:
+            ann.say(request)
+            said += len(request.encode())
+        return said
+
+    assert 0 <= loop.call(fill) - publishers_module.WINDOW_BYTES < len(request.encode())
 
 
 def test_a_pause_of_the_process_does_not_count_as_silence(loop: VirtualLoop) -> None:

@@ -90,6 +90,7 @@ class FakeConnection:
         self.one_at_a_time = one_at_a_time
         self.room = room  # the writes that the peer still takes: at 0 it has stalled
         self.is_alive = True
+        self.is_held = False
         self.receiver: Receiver | None = None
         self.messages: list[Any] = []
         self.position = ""  # from which its client would resume
@@ -112,6 +113,9 @@ class FakeConnection:
 
     def buffered(self) -> int:
         return 0
+
+    def hold(self, *, held: bool) -> None:
+        self.is_held = held
 
     def ping(self) -> None:
         if self.hears_pongs:
