@@ -176,6 +176,8 @@ class Publishers:
         self._is_open = hub.settings.publish_over_websocket
         self._of: dict[Client, PublishingClient] = {}
         self._waiting: deque[Expected] = deque()
+        # Requests of the group under way that earlier ones with the same key had published.
+        self._repeated = 0
         # Set when requests wait.
         self._wake = asyncio.Event()
         # Set while none waits or is in flight.
@@ -276,8 +278,11 @@ class Publishers:
         refusals = [outcome for outcome in outcomes if isinstance(outcome, NotifydError)]
         for refusal in refusals:
             self._hub.counts.fail(refusal)
-        if accepted := len(outcomes) - len(refusals):
-            self._hub.counts.publish.observe(took, accepted)
+        if taken := len(outcomes) - len(refusals):
+            self._hub.counts.publish.observe(took, taken)
+            # Together: a count of those that were accepted must never fall.
+            self._hub.counts.repeated += self._repeated
+            self._repeated = 0
 
     def _take_group(self) -> list[Expected]:
         group: list[Expected] = []
@@ -334,9 +339,10 @@ class Publishers:
     async def _append(self, append: Append) -> Sequence[Outcome | NotifydError]:
         try:
             drafts = append.drafts if self._hub.is_ready else self._hub.refuse_new(append.once)
-            receipts, at, _ = await self._hub.store.append(drafts, append.once)
+            receipts, at, is_repeated = await self._hub.store.append(drafts, append.once)
             if not receipts:
                 raise ShuttingDown
+            self._repeated += is_repeated
         except KeyReused:
             return [KeyReused("key: already used for another request")]
         except NotifydError as refusal:
