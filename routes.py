@@ -192,7 +192,7 @@ def _notify_again(hub: Hub, sender: Identity | None, until: float, body: bytes) 
 async def notify_batch(hub: Hub, request: Request, sender: Identity | None) -> Answer[schemas.BatchResponse]:
     """Publish many notifications: all of them, or none; those in lines each by itself, as they arrive."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() == ndjson.MEDIA_TYPE:
-        return _lines(hub, request, sender)  # type: ignore[return-value]
+        return await _lines(hub, request, sender)  # type: ignore[return-value]
     body = await _body_of(hub, request, MAX_BATCH_BYTES)
     content = content_of(request, body)
     once = _once(request, content, body) if KEY_HEADER in request.headers else None
@@ -206,12 +206,13 @@ async def notify_batch(hub: Hub, request: Request, sender: Identity | None) -> A
     return _published(encode(schemas.BatchResponse(count=count, notifications=receipts, timestamp=at)), appended)
 
 
-def _lines(hub: Hub, request: Request, sender: Identity | None) -> ndjson.Lines:
-    """Return the answer to lines, which reads them."""
+async def _lines(hub: Hub, request: Request, sender: Identity | None) -> ndjson.Lines:
+    """Return the answer to lines, which reads them. Raises ShuttingDown."""
     if content_of(request, b"", [ndjson.MEDIA_TYPE]).charset != UTF_8:
         raise UnsupportedMediaType("content-type: lines are UTF-8")
     if KEY_HEADER in request.headers:
         raise InvalidRequest("Idempotency-Key: not for lines, which are published one by one")
+    await hub.start()
     if not hub.is_ready:
         raise ShuttingDown
     return ndjson.Lines(hub, sender, (request.scope.get("client") or ("",))[0])

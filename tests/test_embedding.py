@@ -317,6 +317,13 @@ def test_a_test_client_without_a_context_is_served(in_process: Any) -> None:
         assert websocket.receive_json()["type"] == "welcome"
 
 
+def test_lines_may_be_the_first_request_of_a_hub(in_process: Any) -> None:
+    """In a host without a lifespan; and the first in another event loop."""
+    client, headers = client_of(in_process), {"Content-Type": "application/x-ndjson"}
+    sent = [client.post("/notifications/notify/batch", content=b'{"message":"x"}', headers=headers) for _ in range(2)]
+    assert [(answer.status_code, answer.json()["recipients"]) for answer in sent] == [(200, 0)] * 2
+
+
 # In the middleware of a host.
 
 
