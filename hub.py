@@ -131,6 +131,8 @@ class Hub:
         self.expiring = ExpiringClients(self)
         # Held while the Hub starts or stops.
         self._changing = asyncio.Lock()
+        # Set when clients and notifications are taken no longer.
+        self.ending = asyncio.Event()
 
     # --- life
 
@@ -235,6 +237,10 @@ class Hub:
         logger.debug("The hub was %s and is %s", self.state.value, state.value)
         self.state = state
         self.is_ready = state is HubState.READY
+        if self.is_ready:
+            self.ending.clear()
+        else:
+            self.ending.set()
 
     # --- clients
 

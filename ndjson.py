@@ -7,7 +7,8 @@ of the answers, are those of publishers.py. Knows no server: it is an ASGI respo
 2. No more than the window waits for answers, or for a peer that does not read them: the rest is not read.
 3. A line has LINE_SECONDS from its first byte to its end. Between two lines a publisher may be silent for as long as a
    kept connection.
-4. Each line that is in the window is answered, also during the drain, which ends the response behind that.
+4. Each line that is in the window is answered. The drain reads no further, and ends the response behind that: a line
+   without an answer has not been published.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 import schemas
 from connection import TIME_EXTENSION
-from errors import InvalidRequest, NotifydError, ShuttingDown, TooLarge
+from errors import InvalidRequest, NotifydError, TooLarge
 from guard_identity import Identity
 from publishers import WINDOW_BYTES, WINDOW_REQUESTS, Expected, Outcome
 from schemas import encode, error_body
@@ -54,8 +55,6 @@ class Lines:
         # The window: lines without a written answer, and the bytes of those in flight.
         self._unanswered = self._size = 0
         self._answers: list[bytes] = []
-        # While it is read.
-        self._reader: asyncio.Task[None]
         # Set when there are answers to write, when some have been written, and when all has been read.
         self._answered, self._written = asyncio.Event(), asyncio.Event()
         self._has_read = False
@@ -63,9 +62,11 @@ class Lines:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (keep_time := (scope.get("extensions") or {}).get(TIME_EXTENSION)) is not None:
             keep_time()
-        self._reader = asyncio.ensure_future(self._read(receive))
+        reader = asyncio.ensure_future(self._read(receive))
+        ending = asyncio.ensure_future(self._hub.ending.wait())
         # A client may wait for 100 Continue, which comes with the first look at the body and before the head.
         await asyncio.sleep(0)
+        ending.add_done_callback(lambda _: reader.cancel())
         headers = [(b"content-type", MEDIA_TYPE.encode()), (b"x-accel-buffering", b"no")]
         try:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -73,9 +74,10 @@ class Lines:
             await send({"type": "http.response.body", "body": b"", "more_body": True})
             await self._write(send)
         finally:
-            self._reader.cancel()
+            # Ends the reader, too.
+            ending.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._reader
+                await reader
 
     # --- the lines
 
@@ -113,8 +115,6 @@ class Lines:
         self.in_flight -= 1
         self._size -= expected.size
         if isinstance(outcome, NotifydError):
-            if isinstance(outcome, ShuttingDown):
-                self._reader.cancel()
             self._answers.append(encode(error_body(outcome.message, outcome.category)))
         else:
             (id, recipients), _ = outcome
