@@ -342,13 +342,15 @@ class _OpenAPI:
             "disconnect_user",
         )
         limit = MAX_BATCH_BYTES if is_list else self._settings.max_message_size
+        size = f"{limit} bytes at most"
         content = {JSON_TYPE: self._media(self._schemas.of(note.body))}
         if note.is_text:
             text = self._schemas.named[f"{self._names}NotifyRequest"]["properties"]["message"]
             content[TEXT_TYPE] = self._media(text)
         if handler.__name__ == "notify_batch":
             content[LINES_TYPE] = {"schema": {"type": "string"}, "example": '{"message":"disk full"}\n'}
-        return {"required": not note.is_optional, "description": f"{limit} bytes at most", "content": content}
+            size += f"; as {LINES_TYPE} any number of lines, each of {self._settings.max_message_size} bytes at most"
+        return {"required": not note.is_optional, "description": size, "content": content}
 
     def _media(self, schema: Schema) -> Schema:
         return {"schema": schema, "example": self._schemas.example(schema)}

@@ -190,6 +190,14 @@ def test_every_note_is_of_an_operation() -> None:
     assert set(NOTES) <= there
 
 
+def test_the_limit_of_a_body_is_the_one_that_counts() -> None:
+    """That of a batch is in force for its JSON alone; lines have one each."""
+    described = operations(create_app(Settings(max_message_size=5000)).openapi())
+    assert described["POST /notify"]["requestBody"]["description"] == "5000 bytes at most"
+    batch = described["POST /notify/batch"]["requestBody"]["description"]
+    assert "1048576 bytes" in batch and "application/x-ndjson any number of lines, each of 5000 bytes" in batch
+
+
 def test_a_page_may_read_every_header_of_the_contract() -> None:
     """CORS exposes them."""
     named = set(create_app(Settings(rate_limit=True, api_key=(KEY,))).openapi()["components"]["headers"])
