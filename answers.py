@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Awaitable, Callable, Collection, Mapping, Set
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Set
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -194,10 +194,10 @@ def refusal(error: NotifydError, scope: Scope, error_id: str | None = None) -> R
     return stream_of(end)
 
 
-def stream_of(body: bytes) -> Response:
+def stream_of(body: bytes, headers: Iterable[tuple[bytes, bytes]] = STREAM_HEADERS) -> Response:
     """Return a stream that has ended."""
     response = Response(body)
-    response.raw_headers += STREAM_HEADERS
+    response.raw_headers += headers
     return response
 
 

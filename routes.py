@@ -310,10 +310,11 @@ async def events(hub: Hub, request: Request, sender: Identity | None) -> ASGIApp
         return Response(status_code=204)
     query: Query = request.scope[QUERY_KEY]
     newcomer = _newcomer(hub, request.scope, query, query.since(last_id), sender)
+    carrier = _carrier(hub, request)
     if request.method == "HEAD":
         newcomer.checked()
-        return stream_of(b"")
-    stream = EventStream(_carrier(hub, request))
+        return stream_of(b"", carrier.headers)
+    stream = EventStream(carrier)
     await hub.admit(stream, newcomer)
     return stream
 
