@@ -7,6 +7,7 @@ connection, and one compressed frame is for everyone.
 from __future__ import annotations
 
 import zlib
+from contextlib import suppress
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -23,6 +24,9 @@ _FACTORY = ServerPerMessageDeflateFactory(server_no_context_takeover=True, clien
 _NAME = "permessage-deflate"
 # RSV1, in the first byte of a compressed message's first frame (section 6).
 _COMPRESSED = 0x40
+# Behind the data of a message: the end of a block that the sender has cut off, and a last block, which is only read as
+# such where the data ends with a block. After a last block of the sender's own nothing is read.
+_END = BLOCK_END + b"\x01\x00\x00\xff\xff"
 
 
 class Agreement(NamedTuple):
@@ -95,11 +99,11 @@ class InflatingParser(FrameParser):
 
 def _inflated(data: bytes, limit: int) -> bytes:
     """Return a message of at most `limit` bytes (section 7.2.2). Raises FrameError."""
-    inflating = zlib.decompressobj(-zlib.MAX_WBITS)
-    try:
-        message = inflating.decompress(data + BLOCK_END, limit + 1)
-    except zlib.error:
-        raise FrameError(PROTOCOL_ERROR, "Compressed data is broken") from None
+    inflating, message = zlib.decompressobj(-zlib.MAX_WBITS), b""
+    with suppress(zlib.error):
+        message = inflating.decompress(data + _END, limit + 1)
     if len(message) > limit:
         raise FrameError(MESSAGE_TOO_BIG, f"Message is larger than {limit} bytes")
+    if not inflating.eof or 0 < len(inflating.unused_data) < len(_END):
+        raise FrameError(PROTOCOL_ERROR, "Compressed data is broken")
     return message

@@ -157,11 +157,12 @@ def test_a_message_may_come_compressed(server: Server) -> None:
     [
         (sent(compressed(b"x" * 100_000)), 1009),
         (sent(b"\xff\xff\xff"), 1002),
+        (sent(compressed(b'{"type":"ping"}' + b" " * 300)[:-6]), 1002),
         (sent(compressed(b"\xff")), 1007),
         (sent(b"", opcode=Opcode.PING), 1002),
         (sent(compressed(b"a" * 50), fin=False) + sent(b"", opcode=Opcode.CONT), 1002),
     ],
-    ids=["a bomb", "broken data", "no UTF-8", "a compressed ping", "a compressed continuation"],
+    ids=["a bomb", "broken data", "half a message", "no UTF-8", "a compressed ping", "a compressed continuation"],
 )
 def test_bad_compression_ends_the_connection(server: Server, bytes_: bytes, code: int) -> None:
     """With the code that says why; the limit of a message holds for it inflated."""
@@ -217,6 +218,14 @@ def test_any_bytes_are_a_message_or_a_frame_error(data: bytes) -> None:
     with suppress(FrameError):
         [(_, message)] = parser.feed(sent(data))
         assert isinstance(message, str)
+
+
+@pytest.mark.parametrize(
+    "data", ["f248cdc9c90700", "000500faff48656c6c6f00", "f348cdc9c9070000", "f24805000000ffffcac9c90700"]
+)
+def test_any_blocks_may_make_a_message(data: str) -> None:
+    """The examples of RFC 7692, section 7.2.3: one, one that is not compressed, a last one, and two."""
+    assert list(InflatingParser(LIMIT).feed(sent(bytes.fromhex(data)))) == [(TEXT, "Hello")]
 
 
 def test_the_frames_are_those_that_a_library_reads() -> None:
@@ -297,6 +306,14 @@ def test_a_stream_in_gzip_is_told_its_end(start_server: StartServer) -> None:
         while next(lines) != "event: closed":
             pass
         assert json.loads(next(lines).removeprefix("data: "))["reason"] == "Replaced by a new connection"
+
+
+def test_head_names_the_coding_of_a_stream(server: Server) -> None:
+    """As GET does."""
+    for accepted, coding in (("gzip", "gzip"), ("identity", None)):
+        headers = server.request("HEAD", "/events", headers={"Accept-Encoding": accepted}).headers
+        assert headers.get("content-encoding") == coding
+        assert ("vary" in headers) == (coding is not None)
 
 
 def test_off_is_the_default(start_server: StartServer) -> None:
