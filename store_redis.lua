@@ -115,13 +115,19 @@ local function next_id(last)
     math.floor(c / 4294967296), c % 4294967296)
 end
 
+-- Of the audiences in this call: many notifications in a row have the same.
+local names_by_audience = {[''] = {'*'}}
+
 local function names_of(audience, replayed)
   if replayed ~= '1' then return {'-'} end
-  if audience == '' then return {'*'} end
-  local names, unpacked = {}, cmsgpack.unpack(audience)
+  local names = names_by_audience[audience]
+  if names then return names end
+  local unpacked = cmsgpack.unpack(audience)
+  names = {}
   for k, kind in ipairs(KINDS) do
     for _, name in ipairs(unpacked[k] or {}) do names[#names + 1] = kind..name end
   end
+  names_by_audience[audience] = names
   return names
 end
 
@@ -183,13 +189,12 @@ local function place_of(id)  -- The number of the entry with this id, or of the 
 end
 
 local function unlist(entry)  -- Take an entry that leaves the log out of the lists; return the number of these.
-  local names = names_of(entry[2][AUDIENCE], entry[2][REPLAYED])
+  local names, last = names_of(entry[2][AUDIENCE], entry[2][REPLAYED]), number(entry)
   for _, name in ipairs(names) do
-    local first = call('LINDEX', FOR..name, 0)
-    while first and tonumber(first) <= number(entry) do
-      call('LPOP', FOR..name)
-      first = call('LINDEX', FOR..name, 0)
-    end
+    -- Nearly always the first number is that of the entry.
+    local first
+    repeat first = call('LPOP', FOR..name) until not first or tonumber(first) >= last
+    if first and tonumber(first) > last then call('LPUSH', FOR..name, first) end
   end
   return #names
 end
@@ -610,11 +615,14 @@ function ops.append()
   end
   -- When, whether it is a repetition, and the receipts.
   local reply = {now, 0}
+  -- By audience: no client comes or goes meanwhile.
+  local addressed_of = {}
   for k = 1, count do
     local first = drafts + 4 * (k - 1)
     local rest, size, audience, replayed = unpack(ARGV, first, first + 3)
     local id, stored_key, answer = next_id(newest), '', key ~= '' and '+' or ''
-    local addressed = recipients(audience)
+    local addressed = addressed_of[audience] or recipients(audience)
+    addressed_of[audience] = addressed
     reply[#reply + 1] = id
     reply[#reply + 1] = addressed
     if key ~= '' and k == count then
