@@ -107,15 +107,18 @@ class Load:
         *,
         offer: str = "",
         streams: bool = False,
+        settles: bool = False,
         form: str = "",
     ) -> None:
         """The clients offer these extensions in their handshake, or are streams of Server-Sent Events.
 
-        `form` is the form of publishing (load.c), if not the peer's usual one.
+        Where it `settles`, a round ends when nothing more comes, and its time counts for nothing; with streams it has
+        to. `form` is the form of publishing (load.c), if not the peer's usual one.
         """
         self.server = server
         self._header = f"Sec-WebSocket-Extensions: {offer}\r\n" if offer else ""
         self._streams = streams
+        self._settles = settles
         self._form = form
         self.audience = audience
         self.clients = 0
@@ -137,7 +140,7 @@ class Load:
             audience = self.audience
             of_body = audience.field + peer.field
             head = MSG_BYTES if protocol == "nats" else FRAME_HEAD_BYTES
-            sizes = (0 if self._streams else payload + head, payload - natural, audience.group_size)
+            sizes = (0 if self._settles else payload + head, payload - natural, audience.group_size)
             self._command("format", *sizes, f"={of_body}", f"={audience.query}")
             if self._form:
                 self._command("form", self._form)
