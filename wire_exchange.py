@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from starlette.types import ASGIApp, Message, Scope
 
 from errors import Category
-from schemas import encode, error_body
+from schemas import encode, error_body, new_error_id
 from streams import Pipe, Stream
 from wire_message import ClientDisconnected, Headers, is_disconnect
 
@@ -297,8 +297,9 @@ class Repeat:
             try:
                 answered = self._answer(data[body:end])
             except Exception:
-                logger.exception("Unexpected error in the app of a repeated request")
-                responses.append(_unexpected(default_headers))
+                error_id = new_error_id()
+                logger.exception("Unexpected error %s in the app of a repeated request", error_id)
+                responses.append(_unexpected(error_id, default_headers))
             else:
                 if answered is None:
                     break
@@ -365,13 +366,13 @@ def error_response(
     return http_response(status, body, [*own, *headers], default_headers)
 
 
-def _unexpected(default_headers: Headers) -> bytes:
+def _unexpected(error_id: str, default_headers: Headers) -> bytes:
     """Return a response that does not end its connection."""
-    headers, body = _error("Internal server error", "system")
+    headers, body = _error("Internal server error", "system", error_id)
     return response_head(500, [b"%b: %b\r\n" % header for header in headers], default_headers) + body
 
 
-def _error(message: str, category: Category) -> tuple[list[tuple[bytes, bytes]], bytes]:
+def _error(message: str, category: Category, error_id: str | None = None) -> tuple[list[tuple[bytes, bytes]], bytes]:
     """Return the headers and the documented body of an HTTP error."""
-    body = encode(error_body(message, category))
+    body = encode(error_body(message, category, error_id))
     return [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))], body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
 from asyncio import StreamReader, StreamWriter
@@ -52,13 +53,16 @@ class Served:
 
     async def answer(self, *pieces: bytes) -> bytes:
         """Send the pieces of a request, each by itself, and return its response without the values that are new."""
+        return re.sub(NEW, b"NEW", await self.whole_answer(*pieces))
+
+    async def whole_answer(self, *pieces: bytes) -> bytes:
         for piece in pieces:
             self.writer.write(piece)
             await asyncio.sleep(0.001 if len(pieces) > 1 else 0)
         head = await self.reader.readuntil(b"\r\n\r\n")
         length = re.search(rb"content-length: (\d+)", head)
         body = await self.reader.readexactly(int(length[1])) if length else b""
-        return re.sub(NEW, b"NEW", head + body)
+        return head + body
 
     def published(self) -> list[bytes]:
         """Return the messages in the log."""
@@ -299,14 +303,18 @@ def test_a_repeat_is_refused_during_the_drain() -> None:
     with_server(talk)
 
 
-def test_an_unexpected_error_at_a_repeat_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The connection goes on."""
+def test_an_unexpected_error_at_a_repeat_is_answered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And logged under the id of the answer. The connection goes on."""
 
     async def talk(server: Served) -> None:
         assert [b" 200 OK" in await server.answer(post()) for _ in range(3)] == [True] * 3
         with monkeypatch.context() as broken:
-            broken.setattr(routes, "timestamp", lambda _: 1 / 0)
-            assert b" 500 " in await server.answer(post())
+            broken.setattr(routes, "timestamp", lambda: 1 / 0)
+            head, _, body = (await server.whole_answer(post())).partition(b"\r\n\r\n")
+        assert b" 500 " in head
+        assert json.loads(body)["error"]["id"] in caplog.text
         assert b" 200 OK" in await server.answer(post())
 
     with_server(talk)
