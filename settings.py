@@ -163,8 +163,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     publish_over_websocket: Annotated[
         bool,
         Meta(
-            description="let every client publish, on a server without authentication; with keys and tokens their "
-            "rights count"
+            description="let every client publish, at any rate, on a server without authentication; with keys and "
+            "tokens their rights count"
         ),
     ] = False
     api_key: Annotated[
