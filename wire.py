@@ -13,8 +13,8 @@ app is served with the standard `receive` and `send`, by wire_session.py.
    the connection, and destroy the close frame on its way.
 4. When nothing more can be read, `_parser` is None and later bytes are dropped.
 5. Every ping gets its pong: if the transport is full, the pong follows when it has drained.
-6. Per iteration of the event loop, read at most TURN_BYTES plus the rest of the current payload, so that a flooding
-   peer cannot starve the others.
+6. Per iteration of the event loop, read at most TURN_BYTES plus the rest of the current payload, and inflate at most
+   TURN_BYTES plus one message, so that a flooding peer cannot starve the others.
 """
 
 from __future__ import annotations
@@ -318,6 +318,12 @@ class WireProtocol(asyncio.Protocol):
             self._broken(error)
         else:
             self._send_pongs(pings)
+            if (rest := parser.put_off()) and self._parser is not None:
+                if self._unread:
+                    # Read on in the next iteration already.
+                    self._unread = rest + self._unread
+                else:
+                    self._put_off(rest)
 
     def _send_pongs(self, pings: list[bytes]) -> None:
         """Answer the pings so far in one write; while nothing can be written, only the last is kept."""

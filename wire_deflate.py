@@ -7,6 +7,7 @@ connection, and one compressed frame is for everyone.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from websockets.exceptions import InvalidHeader, NegotiationError
 from websockets.extensions.permessage_deflate import ServerPerMessageDeflateFactory
 from websockets.headers import build_extension, parse_extension
 
+from connection import TURN_BYTES
 from deflate import BLOCK_END, block, is_worth_it
 from log import frame, payloads
 from schemas import MESSAGE_TOO_BIG, PROTOCOL_ERROR
@@ -70,14 +72,32 @@ def _deflated(payload: bytes) -> bytes:
 
 
 class InflatingParser(FrameParser):
-    """A parser for a client that may compress. The limit holds for a message as it comes, and inflated."""
+    """A parser for a client that may compress. The limit holds for a message as it comes, and inflated.
 
-    __slots__ = ("_compressed",)
+    Once feed() has inflated TURN_BYTES, it keeps the rest: 4 KiB can hold megabytes. put_off() returns that.
+    """
+
+    __slots__ = ("_compressed", "_inflated")
 
     def __init__(self, max_size: int) -> None:
         super().__init__(max_size)
         # While a compressed message is under way: its bytes so far.
         self._compressed: bytearray | None = None
+        # Since feed() was called.
+        self._inflated = 0
+
+    def feed(self, data: bytes) -> Iterator[tuple[int, str | bytes]]:
+        self._inflated = 0
+        return super().feed(data)
+
+    def put_off(self) -> bytes:
+        if self._inflated < TURN_BYTES:
+            return b""
+        rest, self._rest = self._rest, b""
+        return rest
+
+    def _read_head(self, data: bytes, position: int) -> tuple[int, int, int]:
+        return super()._read_head(data, position) if self._inflated < TURN_BYTES else (0, 0, 0)
 
     def _check_head(self, first: int, second: int) -> None:
         begins_message = first & 0x0F in (TEXT, BINARY)
@@ -94,6 +114,7 @@ class InflatingParser(FrameParser):
         opcode, message = self._opcode, _inflated(bytes(self._compressed), self._max_size)
         self._opcode = self._size = 0
         self._compressed = None
+        self._inflated += len(message)
         return opcode, text_of(message) if opcode == TEXT else message
 
 

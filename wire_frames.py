@@ -87,6 +87,10 @@ class FrameParser:
         """Return how many bytes of the data frame under way are still to come."""
         return self._left
 
+    def put_off(self) -> bytes:
+        """Take back, and return, what feed() was given and is to be given in another turn."""
+        return b""
+
     def feed(self, data: bytes) -> Iterator[tuple[int, str | bytes]]:
         """Yield the events that are complete with these bytes. Raises FrameError."""
         position = 0

@@ -22,6 +22,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.frames import Frame, Opcode
 
+from connection import TURN_BYTES
 from deflate import LEAST_BYTES, takes_gzip
 from log import frame, payloads
 from schemas import encode
@@ -201,6 +202,29 @@ def test_messages_are_read_in_pieces_of_any_size(messages: list[tuple[bool, byte
     parser = InflatingParser(LIMIT)
     read = [event for piece in pieces(stream, cuts) for event in parser.feed(piece)]
     assert [event for event in read if event[0] in (TEXT, BINARY)] == expected
+
+
+def test_compressed_messages_count_inflated_for_a_turn() -> None:
+    """As many of them are read at a time as of uncompressed ones, and the rest later, in order; so is a ping."""
+    texts = [str(number) * 3000 for number in range(10)]
+    stream = b"".join(sent(compressed(text.encode())) + masked(Opcode.PING, b"p") for text in texts)
+    assert len(stream) < TURN_BYTES
+    parser, turns = InflatingParser(LIMIT), []
+    while stream:
+        turns.append([message for opcode, message in parser.feed(stream) if opcode == TEXT])
+        stream = parser.put_off()
+    assert turns == [*(texts[start : start + 2] for start in range(0, 10, 2)), []]
+
+
+def test_a_turn_of_compressed_messages_ends_with_the_window(start_server: StartServer) -> None:
+    """No more than one request arrives beyond it, and all are published in order."""
+    flags = ("--compression", "auto", "--publish-over-websocket", "--history-size", "1000")
+    server = start_server(*flags, constants={"publishers.WINDOW_BYTES": 60_000})
+    client = server.join(compression="deflate")
+    requests = [{"type": "publish", "message": "x", "topics": ["x"], "ref": str(number)} for number in range(300)]
+    data = [json.dumps(request | {"data": {"y": "y" * 30_000}}).encode() for request in requests]
+    client.connection.socket.sendall(b"".join(sent(compressed(each)) for each in data))
+    assert [message["ref"] for message in client.receive_many(300)] == [request["ref"] for request in requests]
 
 
 def pieces(stream: bytes, cuts: list[int]) -> Iterator[bytes]:
