@@ -79,7 +79,8 @@ async def served(*, repeats: bool = True, **settings: Any) -> AsyncIterator[Serv
         asked.append(scope["path"])
         await app(scope, receive, send)
 
-    config = uvicorn.Config(counted, ws=WireProtocol, lifespan="off", log_config=None)
+    # Longer than any pause between two requests.
+    config = uvicorn.Config(counted, ws=WireProtocol, lifespan="off", log_config=None, timeout_keep_alive=60)
     protocol = partial(HttpProtocol, config, ServerState(), {}, repeats=repeats)
     async with (
         asyncio.timeout(PATIENCE),
