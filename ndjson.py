@@ -64,11 +64,11 @@ class Lines:
             keep_time()
         reader = asyncio.ensure_future(self._read(receive))
         ending = asyncio.ensure_future(self._hub.ending.wait())
-        # A client may wait for 100 Continue, which comes with the first look at the body and before the head.
-        await asyncio.sleep(0)
         ending.add_done_callback(lambda _: reader.cancel())
         headers = [(b"content-type", MEDIA_TYPE.encode()), (b"x-accel-buffering", b"no")]
         try:
+            # A client may wait for 100 Continue, which comes with the first look at the body and before the head.
+            await asyncio.sleep(0)
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             # At once, for a publisher that waits for the head before it sends.
             await send({"type": "http.response.body", "body": b"", "more_body": True})
