@@ -12,6 +12,7 @@ Reads the answer off the log and the cursors of all processes; nothing is writte
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Iterable
 from itertools import chain
@@ -38,8 +39,10 @@ if TYPE_CHECKING:
 FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 0.001, 0.25
 # Another process tells at least so often whether its clients are still behind.
 ANSWER_SECONDS = 1.0
-# Counts that the store is told of in one step, a millisecond or two, and the pause behind it.
+# Counts that the store is told of in one step, a millisecond or two, and the pause behind it where publishes wait.
 COUNTED_AT_ONCE, COUNT_PAUSE_SECONDS = 250, 0.002
+# Readers wait while more counts than these are in memory: a reader of a topic adds one for each notification.
+UNTOLD_COUNTS = 2000
 # Publishers that wait at the same time.
 MAX_WAITING = 1000
 
@@ -211,6 +214,12 @@ class Deliveries:
         """Return a notification to ask clients about."""
         return Sought(entry, None if entry.sequence < 0 else self._hub.fanout.log.turn(entry))
 
+    async def keep_up(self) -> None:
+        """Return once few counts are in memory that the store could take."""
+        if self._tally.untold > UNTOLD_COUNTS and self._hub.store.failure is None:
+            with contextlib.suppress(StoreUnavailable):
+                await self.hand_in()
+
     async def hand_in(self) -> None:
         """Hand the counts of this process to the store, if that has the log. Raises StoreUnavailable."""
         if self._stored is None:
@@ -222,7 +231,8 @@ class Deliveries:
                 while self._hub.store.failure is None and (part := next(parts, None)) is not None:
                     await self._hub.store.count(part)
                     if max(map(len, part)) >= COUNTED_AT_ONCE:
-                        await asyncio.sleep(COUNT_PAUSE_SECONDS)
+                        is_waited_for = self._hub.store.durations.under_way["append"]
+                        await asyncio.sleep(COUNT_PAUSE_SECONDS if is_waited_for else 0)
             if self._hub.store.failure is not None:
                 raise StoreUnavailable(self._hub.store.failure)
         finally:

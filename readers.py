@@ -245,7 +245,6 @@ class Readers:
         self._log = fanout.log
         self._tally = fanout.tally
         self._clock = hub.clock
-        self._durations = hub.store.durations
         self.pages = Pages(hub, fanout)
         # To be read by all, changed here alone.
         self.clients: set[Client] = set()
@@ -426,7 +425,8 @@ class Readers:
             while self._queue:
                 async with self._fanout.passing:
                     lacking = self._serve()
-                await asyncio.sleep(GIVE_WAY_SECONDS if self._durations.under_way["append"] else 0)
+                await asyncio.sleep(GIVE_WAY_SECONDS if self._hub.store.durations.under_way["append"] else 0)
+                await self._hub.deliveries.keep_up()
                 # It may have left meanwhile.
                 if lacking is not None and lacking.reading is not None:
                     await self._fetch(lacking)

@@ -141,6 +141,11 @@ class Tally:
         for numbered in (self._steps, self._counts, self._addressed):
             numbered.clear()
 
+    @property
+    def untold(self) -> int:
+        """The number of notifications with a count that the store has not been told of."""
+        return len(self._taken.written)
+
     def take(self) -> Counts:
         """Return everything that is counted since the last call, for the store."""
         self.sum_up()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,21 @@ def test_a_reader_may_leave_while_it_gives_way_to_a_publish(tmp_path: Path) -> N
             publishing.result()
         assert resumed(server, first)[0]["replayed"] == COUNT - 1 + 20_000
         assert "failed" not in "".join(server.stderr)
+    finally:
+        server.stop()
+
+
+def test_readers_wait_while_the_store_has_many_counts_to_hear_of(tmp_path: Path) -> None:
+    """So a reader of a topic, with a count for each notification, takes no memory in proportion to the log."""
+    path = tmp_path / "log.db"
+    # Only a reader that waits has them told in this time.
+    constants = {"census.REPORT_SECONDS": 1000.0, "delivery.UNTOLD_COUNTS": 500.0}
+    server = Server.notifyd(*QUIET, *SMALL, "--store", f"sqlite:{path}", constants=constants)
+    try:
+        first, *_ = fill(server, topics=["blue"])
+        assert resumed(server, first, "&topics=blue")[0]["replayed"] == COUNT - 1
+        with closing(sqlite3.connect(path)) as file:
+            eventually(lambda: file.execute("SELECT count(*) FROM counted").fetchone()[0] > COUNT // 2)
     finally:
         server.stop()
 
