@@ -34,6 +34,8 @@ HEARTBEAT_PHASES = 20
 # The addressees of this many audiences are remembered: each audience is asked for twice, to count and to deliver, and
 # the next notification often has the same.
 AUDIENCES_REMEMBERED = 8
+# No topics: one set for all clients, because each empty frozenset is another, of 216 bytes.
+NO_TOPICS: frozenset[str] = frozenset()
 # Before every sequence, and before the position of an empty log.
 UNTOLD = -2
 # How often expired clients are looked for.
@@ -109,9 +111,9 @@ class Client:
         # The newest sequence with a position that the client knows, or will know when it has been handed its pending
         # entries; it knows those of broadcasts as well.
         self.told = UNTOLD
-        self.topics: frozenset[str] = frozenset()
+        self.topics = NO_TOPICS
         # The topics among them that its token or an admin has set: it keeps them without a right.
-        self.granted = frozenset[str]() if newcomer.identity is None else newcomer.identity.subscribe
+        self.granted = NO_TOPICS if newcomer.identity is None else newcomer.identity.subscribe
         # The position from which on it is owed its notifications, and its topics since then, once they have changed.
         self.follows = ""
         # The position at which it has joined: of those before, it is handed its replay alone.
@@ -242,7 +244,7 @@ class Clients:
         del self.by_id[client.client_id]
         if client.user:
             _part(self.by_user, client.user, client)
-        self.subscribe(client, frozenset())
+        self.subscribe(client, NO_TOPICS)
 
     def subscribe(self, client: Client, topics: frozenset[str]) -> None:
         """Set the topics of a client."""
@@ -251,7 +253,7 @@ class Clients:
             _part(self.by_topic, name, client)
         for name in topics - client.topics:
             self.by_topic.setdefault(name, set()).add(client)
-        client.topics, client.granted = topics, client.granted & topics
+        client.topics, client.granted = topics or NO_TOPICS, client.granted & topics or NO_TOPICS
 
     def count(self, audience: Audience | None) -> int:
         """Return the number of clients in an audience; None is everyone."""
