@@ -265,13 +265,14 @@ class SendConnection:
 
     async def _listen(self, receive: Receive) -> None:
         while (event := await receive())["type"] not in ("websocket.disconnect", "http.disconnect"):
+            # Behind a message: that the peer has left is noticed also while it is held, unless more has come before.
+            if self._held is not None:
+                await self._held.wait()
             if self._receiver is not None and event["type"] == "websocket.receive":
                 self._receiver.heard()
                 if self.state is ConnectionState.OPEN:
                     text = event.get("text")
                     self._receiver.received(event.get("bytes") or b"" if text is None else text)
-            if self._held is not None:
-                await self._held.wait()
 
     async def _write_out(self, send: Send) -> None:
         clock = asyncio.get_running_loop().time

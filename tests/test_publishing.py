@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -18,9 +19,10 @@ from expected import COUNT, ERROR_ID, PONG, TIME, UUID7, Like, naming, notificat
 from processes import Server, eventually
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Opcode
-from ws_clients import BareClient, Client
+from ws_clients import PATIENCE, BareClient, Client
 
 import schemas
+from connection import SendConnection, WebSocketCarrier
 from errors import InvalidRequest
 
 OPEN = "--publish-over-websocket"
@@ -331,6 +333,44 @@ def test_on_every_server(name: str) -> None:
         check_that_an_unread_publisher_waits(server)
     finally:
         server.kill()
+
+
+class Pausing:
+    """A receiver that holds its connection with each message."""
+
+    descriptor = -1
+    has_left = False
+
+    def __init__(self, connection: SendConnection) -> None:
+        self.connection = connection
+
+    def heard(self) -> None: ...
+
+    def drained(self) -> None: ...
+
+    def received(self, message: str | bytes) -> None:
+        self.connection.hold(held=True)
+
+    def left(self) -> None:
+        self.has_left = True
+
+
+def test_a_publisher_that_leaves_while_it_is_not_read_is_noticed() -> None:
+    """By an ASGI server that takes no more for it, and has nothing else to say."""
+
+    async def leave() -> bool:
+        connection = SendConnection(WebSocketCarrier())
+        receiver = Pausing(connection)
+        connection.accept(receiver, b"", "")
+        events: asyncio.Queue[Any] = asyncio.Queue()
+        events.put_nowait({"type": "websocket.receive", "text": "{}"})
+        events.put_nowait({"type": "websocket.disconnect"})
+        forever = asyncio.get_running_loop().create_future()
+        async with asyncio.timeout(PATIENCE):
+            await connection.serve(events.get, lambda _: forever)
+        return receiver.has_left
+
+    assert asyncio.run(leave())
 
 
 def test_all_that_was_read_is_answered_in_the_drain(start_server: StartServer) -> None:
