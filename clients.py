@@ -170,7 +170,7 @@ class Client:
 
     def can_prove_life(self) -> bool:
         """Whether a live client would be heard. If not, its silence is no reason to close it."""
-        return self.connection.hears_pongs or self.speaks
+        return (self.connection.hears_pongs or self.speaks) and not self.connection.is_mute()
 
 
 class Followed:

@@ -111,6 +111,9 @@ class Connection(Protocol):
     def hold(self, *, held: bool) -> None:
         """Read nothing while it is `held` and OPEN, but for messages that have arrived."""
 
+    def is_mute(self) -> bool:
+        """Whether a live peer is not heard, because it is held; if that has left, it is noticed all the same."""
+
     def ping(self) -> None:
         """Send a protocol ping, if the server can."""
 
@@ -212,6 +215,10 @@ class SendConnection:
         if self._held is not None:
             self._held.set()
         self._held = asyncio.Event() if held else None
+
+    def is_mute(self) -> bool:
+        # While it is held, a server may keep back that its peer has left: then the heartbeat ends it.
+        return False
 
     def ping(self) -> None:
         """ASGI has no way to send a protocol ping."""

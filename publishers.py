@@ -166,6 +166,9 @@ class PublishingClient:
         if is_full != self._is_held:
             self._is_held = is_full
             connection.hold(held=is_full)
+            if not is_full:
+                # The time in which it was not read was not silence.
+                self._client.heard()
 
 
 class Publishers:

@@ -244,6 +244,9 @@ class WireProtocol(asyncio.Protocol):
         else:
             self.resume_reading()
 
+    def is_mute(self) -> bool:
+        return self._is_held
+
     def ping(self) -> None:
         if self.state is OPEN:
             self._transport.write(_PING_FRAME)

@@ -354,6 +354,22 @@ def test_the_window_of_a_publisher_is_counted_in_bytes(loop: VirtualLoop) -> Non
     assert 0 <= loop.call(fill) - publishers_module.WINDOW_BYTES < len(request.encode())
 
 
+def test_a_publisher_that_is_not_read_is_not_silent(loop: VirtualLoop) -> None:
+    """It stays until it reads its answers; from then on its silence counts as any other's."""
+    hub = hub_on(loop, ping_interval=6, ping_timeout=25, publish_over_websocket=True)
+    ann = join(loop, hub, "ann")
+    ann.stall()
+    loop.call(ann.say, '{"type": "publish", "message": "hi", "topics": ["x"]}')
+    assert ann.is_held
+    loop.run_until_complete(asyncio.sleep(600))
+    ann.is_alive = False
+    loop.call(ann.read_on)
+    loop.run_until_complete(asyncio.sleep(20))
+    assert not ann.is_held and ann.messages[-1]["type"] in ("ping", "published") and ann.goodbye is None
+    loop.run_until_complete(asyncio.sleep(20))
+    assert ann.goodbye == (1011, "Ping timeout")
+
+
 def test_a_pause_of_the_process_does_not_count_as_silence(loop: VirtualLoop) -> None:
     """A live client stays; a dead one is closed after another full ping_timeout of silence."""
     hub = hub_on(loop, ping_interval=6, ping_timeout=25)

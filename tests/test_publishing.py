@@ -15,7 +15,7 @@ from bytes import masked
 from carriers import CARRIERS, first_quick, host
 from conftest import EVERY_KIND, StartServer
 from credentials import SECRET, token
-from expected import COUNT, ERROR_ID, PONG, TIME, UUID7, Like, naming, notification
+from expected import COUNT, ERROR_ID, PING, PONG, TIME, UUID7, Like, naming, notification
 from processes import Server, eventually
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Opcode
@@ -333,6 +333,21 @@ def test_on_every_server(name: str) -> None:
         check_that_an_unread_publisher_waits(server)
     finally:
         server.kill()
+
+
+def test_a_publisher_that_waits_for_the_store_is_not_silent(start_server: StartServer, redis: Any) -> None:
+    """While its window is full nothing of it is read, its pongs neither."""
+    store = ("--store", redis.url, "--store-prefix", "held:", "--store-timeout", "60")
+    pings = ("--ping-interval", "0.2", "--ping-timeout", "3")
+    server = start_server(OPEN, *store, *pings, constants={"publishers.WINDOW_REQUESTS": 1})
+    client = server.join()
+    redis.stop()
+    try:
+        client.send(publish(topics=["x"]))
+        assert client.receive_many(20) == [PING] * 20
+    finally:
+        redis.resume()
+    assert answers(client, 1) == [published()]
 
 
 class Pausing:

@@ -117,6 +117,9 @@ class FakeConnection:
     def hold(self, *, held: bool) -> None:
         self.is_held = held
 
+    def is_mute(self) -> bool:
+        return self.is_held
+
     def ping(self) -> None:
         if self.hears_pongs:
             asyncio.get_running_loop().call_later(0.01, self.pong)
