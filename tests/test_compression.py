@@ -216,8 +216,8 @@ def test_compressed_messages_count_inflated_for_a_turn() -> None:
     assert turns == [*(texts[start : start + 2] for start in range(0, 10, 2)), []]
 
 
-def test_a_turn_of_compressed_messages_ends_with_the_window(start_server: StartServer) -> None:
-    """No more than one request arrives beyond it, and all are published in order."""
+def test_compressed_requests_that_are_put_off_are_published_in_order(start_server: StartServer) -> None:
+    """Those that a full window holds back, too."""
     flags = ("--compression", "auto", "--publish-over-websocket", "--history-size", "1000")
     server = start_server(*flags, constants={"publishers.WINDOW_BYTES": 60_000})
     client = server.join(compression="deflate")
