@@ -277,8 +277,8 @@ def test_the_close_of_a_slow_consumer_names_the_id_to_resume_from(start_server: 
     code, reason = slow.closed()
     named = SLOW.fullmatch(str(reason))
     assert code == 1008 and named and received == [str(number) for number in range(len(received))]
-    # Of several processes another one may have published once more before it knew.
-    assert len(received) + int(named[1]) in (count - 1, count)
+    # Of several processes another one publishes on until it knows.
+    assert count - 20 < len(received) + int(named[1]) <= count
     data, replayed, _ = resumed(server, named[2])
     assert (data["complete"], replayed) == (False, [str(number) for number in range(count - 20, count)])
 
