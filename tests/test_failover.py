@@ -363,7 +363,15 @@ async def test_another_primary_is_found(group: Group | Cluster, fault: Callable[
         await asyncio.to_thread(fault, group, old)
         new = await asyncio.to_thread(group.promoted, old)
         promoted_at = time.monotonic()
-        await everyone[0].until(lambda: serves(new))
+
+        def goes_on() -> bool:
+            nonlocal new, promoted_at
+            # On a busy machine sentinels may give a promotion up and promote another.
+            if (newest := group.promoted(old)) is not new:
+                new, promoted_at = newest, time.monotonic()
+            return serves(new)
+
+        await everyone[0].until(goes_on)
         await publishers[0].is_answered_after(time.monotonic())
         assert time.monotonic() - promoted_at < LEVEL
         await is_whole(publishers, everyone)
