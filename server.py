@@ -422,9 +422,8 @@ def _quiet_collector() -> None:
     """Keep the garbage collector from walking every live connection again and again.
 
     Objects of the start live for ever, so they are moved out of the collector's sight. A connection is about six
-    tracked objects and makes no cycles, so the oldest are hardly ever walked: a handshake among 10,000 clients costs 60
-    to 69 us without these thresholds, with them 54 to 60 (bench/run.py). A collection holds the event loop for 0.25 us
-    for each of its objects, so the younger ones are collected in small numbers.
+    tracked objects and makes no cycles, so the oldest are hardly ever walked. A collection holds the event loop for as
+    long as it takes, so the younger ones are collected in small numbers.
     """
     gc.collect()
     gc.freeze()
